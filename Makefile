@@ -1,0 +1,66 @@
+# Every target sets itself up: `.venv` is made once and renewed when the pins change.
+#   PYTHON=python3.12       the Python that makes .venv (3.10 or newer)
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#                           where pip finds torch's small CPU build; PyPI's Linux build of the
+#                           same version brings CUDA libraries (several GB) and works as well
+#   PIP_ARGS=...            anything else for pip
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint types sizes bench train clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: $(INSTALLED) ## make .venv and install everything into it (the others do it too)
+
+demo: $(INSTALLED) ## scenes -> export -> build -> index -> rerank: the table and demo-out/index.html
+	$(BIN)/edje demo
+
+test: $(INSTALLED) ## run the whole test suite (no GPU, no network)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+check: lint types sizes ## ruff, mypy --strict, the import layers, file and function sizes
+	$(BIN)/pytest -q tests/test_layers.py tests/test_house.py
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The repository root is the package, so mypy needs a folder that holds `edje`. It must be hidden:
+# mypy would follow the link in any other folder back into itself.
+types: $(INSTALLED)
+	@mkdir -p .mypy && ln -sfn .. .mypy/edje
+	cd .mypy && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p edje
+
+sizes: $(INSTALLED)
+	$(BIN)/python .ci/size_report.py
+
+bench: $(INSTALLED) ## measure end to end against the bare engines (minutes)
+	$(BIN)/python -m edje.perf.bench_end_to_end
+
+train: $(INSTALLED) ## train the demo's model again (hours on two cores, resumable)
+	$(BIN)/python -m edje.demo.train
+
+clean: ## remove .venv and everything that runs have written
+	rm -rf $(VENV) .mypy .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks .cache \
+		build dist demo-out *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip comes last into a new .venv: where it is missing, an earlier try was cut short.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "edje needs Python 3.10 or newer; name one with PYTHON=python3.12" >&2; exit 2; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]' -c constraints.txt \
+		$(PIP_INDEX) $(PIP_ARGS)
+	@touch $@
