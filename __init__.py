@@ -1,0 +1,55 @@
+"""Score image-text pairs with trained EDJE models, as fast as the hardware can.
+
+The repository root is this package. The public names are handed out lazily, so that
+`import edje` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import CheckpointError, EdjeError, EngineError, RequestError, StoreError
+    from .runtime.reranker import Hit, RankResult, Reranker
+    from .runtime.store import TokenStore
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Reranker": ".runtime.reranker",
+    "RankResult": ".runtime.reranker",
+    "Hit": ".runtime.reranker",
+    "TokenStore": ".runtime.store",
+    "EdjeError": ".errors",
+    "CheckpointError": ".errors",
+    "EngineError": ".errors",
+    "StoreError": ".errors",
+    "RequestError": ".errors",
+}
+
+__all__ = [
+    "CheckpointError",
+    "EdjeError",
+    "EngineError",
+    "Hit",
+    "RankResult",
+    "RequestError",
+    "Reranker",
+    "StoreError",
+    "TokenStore",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on its first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

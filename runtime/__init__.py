@@ -1,0 +1,1 @@
+"""The online path: token store, text, batches, device, pipeline, reranker, command line."""

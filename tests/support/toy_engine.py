@@ -1,0 +1,115 @@
+"""A real engine small enough to know every score by heart, and what it needs around it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from edje.bundle import BundleManifest, ModelSizes, TextSpec
+from edje.engines.contract import Batch, HostEngine
+from edje.engines.manifest import EngineManifest, Profile
+from edje.runtime.text import QueryTokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+FINGERPRINT = "f" * 64
+NUM_TOKENS, HIDDEN = 4, 8
+CLS, SEP, UNK = 2, 3, 1
+WORDS = ("red", "blue", "circle", "square", "a", "above", "##s", "cls", "sep", "mask", "image")
+
+
+def toy_manifest(
+    *, max_pairs: int = 8, text_buckets: tuple[int, ...] = (8, 16, 64), normalization: str = "none"
+) -> EngineManifest:
+    bundle = BundleManifest(
+        sizes=ModelSizes(NUM_TOKENS, HIDDEN, 1, 1, 16, 64, 16, None),
+        text=TextSpec(normalization, 61, CLS, SEP, 0),
+        image=None,
+        fingerprint_encoder=FINGERPRINT,
+        fingerprint_scorer="0" * 64,
+        provenance={},
+    )
+    return EngineManifest(
+        backend="toy",
+        backend_version="1",
+        precision="fp32",
+        device={"kind": "cpu"},
+        profile=Profile(max_pairs, text_buckets),
+        bundle=bundle,
+        bundle_path="nowhere",
+        onnx_sha256="",
+        token_dtype="float16",
+        files={},
+        build_options={},
+        build_seconds=0.0,
+        fidelity={},
+    )
+
+
+class ToyEngine(HostEngine):
+    """score = first token value of the image + (sum of the query's ids) / 1024.
+
+    `before` runs on the stream's worker ahead of every batch: tests block or fail there.
+    """
+
+    def __init__(
+        self, manifest: EngineManifest | None = None, before: Callable[[Batch], None] | None = None
+    ):
+        super().__init__(manifest or toy_manifest())
+        self.before = before
+        self.batches: list[tuple[int, int]] = []
+        self.closed = False
+        self.running = threading.Semaphore(1)
+
+    def _infer(self, batch: Batch, scores: np.ndarray) -> None:
+        assert self.running.acquire(blocking=False), "two batches at once on one stream"
+        try:
+            if self.before is not None:
+                self.before(batch)
+            self.batches.append((len(batch), batch.text_ids.shape[1]))
+            inside = np.arange(batch.text_ids.shape[1]) < batch.text_length[:, None]
+            text = (batch.text_ids * inside).sum(1) / 1024
+            scores[:] = batch.visual_tokens[:, 0, 0] + text[batch.query_of_pair]
+        finally:
+            self.running.release()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class ToySource:
+    """Record `row` holds the value row everywhere; rows in `bad` are damaged."""
+
+    def __init__(self, bad: Sequence[int] = (), fail: Mapping[int, Exception] | None = None):
+        self.bad = set(bad)
+        self.fail = dict(fail or {})
+        self.buffers: set[int] = set()
+
+    def read(self, rows: np.ndarray, *, out: np.ndarray, bad: str) -> np.ndarray:
+        assert bad == "mark"
+        for row in rows.tolist():
+            if row in self.fail:
+                raise self.fail[row]
+        self.buffers.add(out.ctypes.data)
+        out[:] = rows[:, None, None]
+        return np.array([i for i, row in enumerate(rows.tolist()) if row in self.bad], np.int64)
+
+
+def toy_tokenizer_json() -> str:
+    """A BERT-like tokenizer.json whose special tokens and `<image>` are added tokens."""
+    vocab = {"[PAD]": 0, "[UNK]": UNK, "[CLS]": CLS, "[SEP]": SEP, "[MASK]": 4}
+    for word in (*WORDS, *"[]<>|,.!'", "x"):
+        vocab.setdefault(word, len(vocab))
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<image>"])
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding()
+    return str(tokenizer.to_str())
+
+
+def toy_tokenizer(tmp_path, *, normalization: str = "none") -> QueryTokenizer:
+    (tmp_path / "tokenizer.json").write_text(toy_tokenizer_json(), encoding="utf-8")
+    return QueryTokenizer.open(tmp_path, TextSpec(normalization, 61, CLS, SEP, 0))
