@@ -1,0 +1,164 @@
+"""`edje.json`: what a model bundle says of itself. One reader and one writer for every layer.
+
+A bundle is a folder: `edje.json`, `tokenizer.json`, `joint_encoder.onnx`, `adapter.onnx`,
+optionally `image_encoder.onnx`, and `parity.json`. `export/` writes it, `engines/` builds
+from it, `runtime/` indexes with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import CheckpointError
+
+FORMAT_VERSION = 1
+MANIFEST = "edje.json"
+TOKENIZER = "tokenizer.json"
+JOINT_ENCODER = "joint_encoder.onnx"
+ADAPTER = "adapter.onnx"
+IMAGE_ENCODER = "image_encoder.onnx"
+PARITY = "parity.json"
+
+TEXT_NORMALIZATIONS = ("openclip", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """Sizes of the exported graphs.
+
+    `feature_dim` is D of the vision tower, `num_features` its tokens an image (None where the
+    bundle has no image encoder and the adapter takes any number).
+    """
+
+    num_tokens: int
+    hidden: int
+    num_layers: int
+    num_heads: int
+    intermediate: int
+    vocab_size: int
+    feature_dim: int
+    num_features: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpec:
+    """How a query becomes `text_ids`.
+
+    `max_wordpieces` excludes CLS and SEP: 61 in the official model (64 + m positions less m
+    image tokens, CLS and two SEP). `normalization` is one of `TEXT_NORMALIZATIONS`.
+    """
+
+    normalization: str
+    max_wordpieces: int
+    cls_id: int
+    sep_id: int
+    pad_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpec:
+    """How an image file becomes `pixels`: RGB, squashed to `size` x `size`, scaled, normalised.
+
+    `resample` is Pillow's number (2 bilinear, 3 bicubic); aspect ratio is not kept.
+    Source: the SiglipImageProcessor settings in `preprocessor_config.json`.
+    """
+
+    size: int
+    resample: int
+    rescale_factor: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class BundleManifest:
+    """The content of `edje.json`.
+
+    `fingerprint_encoder` covers what makes stored tokens (vision tower, adapter) and
+    `fingerprint_scorer` what scores them: sha256 over tensor names, shapes and float32 values.
+    """
+
+    sizes: ModelSizes
+    text: TextSpec
+    image: ImageSpec | None
+    fingerprint_encoder: str
+    fingerprint_scorer: str
+    provenance: Mapping[str, Any]
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], *, source: str = MANIFEST) -> BundleManifest:
+        """Rebuild a manifest from `to_json` values.
+
+        Raises:
+            CheckpointError: another format version, or fields missing or unknown (all named).
+        """
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{source} has format version {version!r}, this edje reads {FORMAT_VERSION}",
+                hint="export the checkpoint again with `edje export`",
+            )
+        faults: list[str] = []
+        sizes = _build(ModelSizes, values.get("sizes"), "sizes", faults)
+        text = _build(TextSpec, values.get("text"), "text", faults)
+        image = values.get("image")
+        spec = _build(ImageSpec, image, "image", faults) if image is not None else None
+        top = {**values, "sizes": sizes, "text": text, "image": spec}
+        manifest = _build(cls, top, "manifest", faults)
+        if faults or manifest is None:
+            raise CheckpointError(
+                f"{source} is not a bundle manifest of format version {FORMAT_VERSION}",
+                faults=faults,
+                hint="export the checkpoint again with `edje export`",
+            )
+        return manifest
+
+    def write(self, folder: Path) -> None:
+        """Write `edje.json` into `folder`."""
+        text = json.dumps(self.to_json(), indent=2) + "\n"
+        (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> BundleManifest:
+        """Read `edje.json` of the bundle at `folder`.
+
+        Raises:
+            CheckpointError: no bundle there, or a manifest that cannot be read.
+        """
+        path = folder / MANIFEST
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder} is not a model bundle: cannot read {MANIFEST} ({error})",
+                hint="make a bundle with `edje export CHECKPOINT --language-model DIR --out BUNDLE`",
+            ) from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path} holds {type(values).__name__}, expected an object")
+        return cls.from_json(values, source=str(path))
+
+
+Section = TypeVar("Section")
+
+
+def _build(kind: type[Section], values: Any, where: str, faults: list[str]) -> Section | None:
+    """Make `kind` from a JSON object; note missing and unknown fields in `faults`."""
+    if not isinstance(values, Mapping):
+        faults.append(f"{where}: expected an object, got {type(values).__name__}")
+        return None
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    faults += [f"{where}.{name}: missing" for name in sorted(names - values.keys())]
+    faults += [f"{where}.{name}: unknown field" for name in sorted(values.keys() - names)]
+    if not names <= values.keys():
+        return None
+    plain = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items() if n in names}
+    return kind(**plain)

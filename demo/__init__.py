@@ -1,0 +1,1 @@
+"""The guided tour: synthetic scenes, a tiny trained EDJE model, and the page that shows both."""

@@ -1,0 +1,47 @@
+"""The errors users meet: what failed, what was got, what was expected, and the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class EdjeError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Args:
+        message: one sentence: what failed, what was got, what was expected.
+        faults: every fault of one input, shown one a line (all at once, never the first only).
+        hint: the command or the change that mends it.
+    """
+
+    def __init__(self, message: str, *, faults: Sequence[str] = (), hint: str | None = None):
+        self.message = message
+        self.faults = tuple(faults)
+        self.hint = hint
+        lines = [message, *(f"  - {fault}" for fault in self.faults)]
+        if hint:
+            lines.append(f"Hint: {hint}")
+        super().__init__("\n".join(lines))
+
+
+class CheckpointError(EdjeError):
+    """A checkpoint, its Hugging Face folders or a model bundle cannot be used."""
+
+
+class EngineError(EdjeError):
+    """An engine cannot be built, opened or run."""
+
+
+class StoreError(EdjeError):
+    """A token store cannot be created, opened, read or written."""
+
+
+class RequestError(EdjeError):
+    """A request (query, candidates, options) cannot be served as it stands."""
+
+
+def named(names: Sequence[str], *, limit: int = 20) -> str:
+    """Return `names` quoted and joined, at most `limit` of them, with the count of the rest."""
+    shown = ", ".join(repr(name) for name in names[:limit])
+    rest = len(names) - limit
+    return f"{shown} and {rest} more" if rest > 0 else shown
