@@ -11,7 +11,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from ..errors import EdjeError, EngineError
 from .batcher import PlannedBatch, plan_batches
 from .device.protocol import Device
 from .staging import Slot, SlotRing
+from .store import BadRecord
 from .text import TokenizedQueries
 
 # One batch computes, one waits in the stream, one is being gathered.
@@ -28,12 +29,12 @@ NUM_SLOTS = 3
 
 
 class TokenSource(Protocol):
-    """What the pipeline asks of a token store."""
+    """What the pipeline asks of a `TokenStore`."""
 
     def read(
-        self, rows: npt.NDArray[np.int64], *, out: npt.NDArray[Any], bad: str
-    ) -> npt.NDArray[np.int64]:
-        """Fill `out` [P, m, H] with the records of `rows`; return positions of damaged ones."""
+        self, rows: npt.NDArray[np.int64], out: npt.NDArray[Any], *, bad: Literal["mark"]
+    ) -> list[BadRecord]:
+        """Fill `out` [P, m, H] with the records of `rows`; return those that are damaged."""
         ...
 
 
@@ -58,13 +59,13 @@ class Scored:
 
     Attributes:
         scores: float32 [N]: raw logits; NaN where the stored record is damaged.
-        damaged: bool [N]: the stored record failed its checksum.
+        damaged: why a pair's stored record could not be used, by the pair's place.
         gather_ms: time the calling thread spent filling slots.
         compute_ms: time the engine spent on this request's batches.
     """
 
     scores: npt.NDArray[np.float32]
-    damaged: npt.NDArray[np.bool_]
+    damaged: dict[int, str]
     gather_ms: float = 0.0
     compute_ms: float = 0.0
 
@@ -75,7 +76,7 @@ class Flight:
 
     slot: Slot
     planned: PlannedBatch
-    damaged: npt.NDArray[np.int64]
+    damaged: list[BadRecord]
     gather_ms: float
 
 
@@ -101,7 +102,7 @@ class Pipeline:
             StoreError: the store cannot be read.
         """
         num_pairs = len(request.rows)
-        result = Scored(np.empty(num_pairs, np.float32), np.zeros(num_pairs, np.bool_))
+        result = Scored(np.empty(num_pairs, np.float32), {})
         profile = self._engine.manifest.profile
         flights: deque[Flight] = deque()
         try:
@@ -123,7 +124,7 @@ class Pipeline:
         try:
             slot.fill_text(request.queries, planned)
             rows = request.rows[planned.pairs]
-            damaged = self._source.read(rows, out=slot.host_tokens(num_pairs), bad="mark")
+            damaged = self._source.read(rows, slot.host_tokens(num_pairs), bad="mark")
             gather_ms = (perf_counter() - began) * 1e3
             with self._submitting:
                 slot.upload(stream, planned)
@@ -149,8 +150,10 @@ class Pipeline:
         except Exception as error:
             raise EngineError(f"the engine failed on a batch: {error}") from error
         result.scores[pairs] = slot.host_scores(len(pairs))
-        result.scores[pairs[flight.damaged]] = np.nan
-        result.damaged[pairs[flight.damaged]] = True
+        for record in flight.damaged:
+            place = int(pairs[record.position])
+            result.scores[place] = np.nan
+            result.damaged[place] = record.reason
         result.gather_ms += flight.gather_ms
         result.compute_ms += slot.finished.elapsed_ms(slot.started)
 

@@ -186,10 +186,9 @@ class Reranker:
             resolved = perf_counter()
             query_of_pair = np.zeros(len(rows), np.int64)
             scored = self._pipeline.run(Request(queries, query_of_pair, rows))
-            hits, errors = _ranked(ids, scored.scores[place], scored.damaged[place], top_k)
             return RankResult(
-                hits,
-                errors,
+                _hits(ids, scored.scores[place], top_k),
+                _faults(ids, scored, place),
                 bool(queries.truncated[0]),
                 _times(began, tokenized, resolved, scored),
                 self._label,
@@ -217,7 +216,7 @@ class Reranker:
             unique, place = np.unique(pair, axis=0, return_inverse=True)
             scored = self._pipeline.run(Request(queries, unique[:, 0].copy(), unique[:, 1].copy()))
             place = place.reshape(-1)
-            _raise_faults(_faults(ids, scored.scores[place], scored.damaged[place]))
+            _raise_faults(_faults(ids, scored, place))
             return scored.scores[place]
 
     def close(self) -> None:
@@ -269,20 +268,20 @@ def check_store(engine: Engine, store: TokenStore) -> None:
         StoreError: another encoder made the tokens (both fingerprints named), or their shape or
             dtype differs.
     """
-    bundle, stat = engine.manifest.bundle, store.stat()
-    expected = (bundle.sizes.num_tokens, bundle.sizes.hidden, engine.manifest.token_dtype)
-    got = (stat.num_tokens, stat.hidden, stat.dtype)
+    bundle, layout = engine.manifest.bundle, store.layout
+    expected = f"{engine.manifest.token_dtype} [{bundle.sizes.num_tokens}, {bundle.sizes.hidden}]"
+    got = f"{layout.dtype} [{layout.num_tokens}, {layout.hidden}]"
     faults = []
-    if stat.fingerprint_encoder != bundle.fingerprint_encoder:
+    if layout.fingerprint_encoder != bundle.fingerprint_encoder:
         faults.append(
-            f"encoder: the store's is {stat.fingerprint_encoder}, "
+            f"encoder: the store's is {layout.fingerprint_encoder}, "
             f"the engine's is {bundle.fingerprint_encoder}"
         )
     if got != expected:
         faults.append(f"tokens: the store holds {got}, the engine reads {expected}")
     if faults:
         raise StoreError(
-            f"the store {stat.path} was not made for this engine",
+            f"the store {store.path} was not made for this engine",
             faults=faults,
             hint="index the images again: edje index ENGINE_OR_BUNDLE IMAGES --store NEW_STORE",
         )
@@ -311,34 +310,29 @@ def _split_pairs(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]
         raise RequestError(f"pairs must be (query, id) tuples: {error}") from error
 
 
-def _ranked(
-    ids: Sequence[str],
-    scores: npt.NDArray[np.float32],
-    damaged: npt.NDArray[np.bool_],
-    top_k: int | None,
-) -> tuple[tuple[Hit, ...], tuple[Fault, ...]]:
-    """Sort by descending score, ties in the order given; faulty candidates stand apart."""
-    faults = _faults(ids, scores, damaged)
-    order = np.argsort(-scores, kind="stable")  # NaN sorts last
+def _hits(
+    ids: Sequence[str], scores: npt.NDArray[np.float32], top_k: int | None
+) -> tuple[Hit, ...]:
+    """Sort by descending score, ties in the order given; leave out what is not finite."""
+    order = np.argsort(-scores, kind="stable")
     sound = order[np.isfinite(scores[order])][:top_k]
     places, values = sound.tolist(), scores[sound].tolist()
-    hits = tuple(Hit(ids[i], score, i) for i, score in zip(places, values, strict=True))
-    return hits, faults
+    return tuple(Hit(ids[i], score, i) for i, score in zip(places, values, strict=True))
 
 
 def _faults(
-    ids: Sequence[str], scores: npt.NDArray[np.float32], damaged: npt.NDArray[np.bool_]
+    ids: Sequence[str], scored: Scored, place: npt.NDArray[np.int64]
 ) -> tuple[Fault, ...]:
-    return tuple(
-        Fault(ids[i], _reason(float(scores[i]), bool(damaged[i])), i)
-        for i in np.flatnonzero(~np.isfinite(scores)).tolist()
-    )
+    """Name every candidate without a finite score; candidate i has the score of `place[i]`."""
+    faulty = np.flatnonzero(~np.isfinite(scored.scores[place])).tolist()
+    return tuple(Fault(ids[i], _reason(scored, int(place[i])), i) for i in faulty)
 
 
-def _reason(score: float, damaged: bool) -> str:
-    if damaged:
-        return "its stored record is damaged (checksum)"
-    return f"its score is {score}, which its stored tokens or the engine's precision caused"
+def _reason(scored: Scored, place: int) -> str:
+    why = scored.damaged.get(place)
+    if why is not None:
+        return f"its stored record is damaged: {why}"
+    return f"its score is {scored.scores[place]}: its tokens, or the precision, overflow"
 
 
 def _raise_faults(faults: Sequence[Fault]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from edje.bundle import BundleManifest, ModelSizes, TextSpec
 from edje.engines.contract import Batch, HostEngine
 from edje.engines.manifest import EngineManifest, Profile
+from edje.runtime.store import BadRecord
 from edje.runtime.text import QueryTokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
@@ -85,14 +86,18 @@ class ToySource:
         self.fail = dict(fail or {})
         self.buffers: set[int] = set()
 
-    def read(self, rows: np.ndarray, *, out: np.ndarray, bad: str) -> np.ndarray:
+    def read(self, rows: np.ndarray, out: np.ndarray, *, bad: str) -> list[BadRecord]:
         assert bad == "mark"
         for row in rows.tolist():
             if row in self.fail:
                 raise self.fail[row]
         self.buffers.add(out.ctypes.data)
         out[:] = rows[:, None, None]
-        return np.array([i for i, row in enumerate(rows.tolist()) if row in self.bad], np.int64)
+        return [
+            BadRecord(place, str(row), 0, row, "flipped")
+            for place, row in enumerate(rows.tolist())
+            if row in self.bad
+        ]
 
 
 def toy_tokenizer_json() -> str:

@@ -1,0 +1,262 @@
+"""Scores come back in request order, slots are reused, failures reach exactly their caller."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from edje.errors import EngineError, StoreError
+from edje.runtime.device.host import HostDevice
+from edje.runtime.pipeline import NUM_SLOTS, Pipeline, Request
+from edje.runtime.text import TokenizedQueries
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_engine import ToyEngine, ToySource, toy_manifest
+
+
+def make_queries(lengths) -> TokenizedQueries:
+    """Query q holds its own number + 1 at every real id, so its length tells it apart too."""
+    lengths = np.asarray(lengths, np.int32)
+    text_ids = np.zeros((len(lengths), 63), np.int32)
+    for q, length in enumerate(lengths):
+        text_ids[q, :length] = q + 1
+    return TokenizedQueries(text_ids, lengths, np.zeros(len(lengths), np.bool_))
+
+
+def make_request(lengths, query_of_pair, rows) -> Request:
+    return Request(
+        make_queries(lengths), np.asarray(query_of_pair, np.int64), np.asarray(rows, np.int64)
+    )
+
+
+def expected_scores(request: Request) -> np.ndarray:
+    text = request.queries.text_ids.sum(1) / 1024
+    return (request.rows + text[request.query_of_pair]).astype(np.float32)
+
+
+class Rig:
+    def __init__(self, engine=None, source=None, num_slots=NUM_SLOTS):
+        self.engine = engine or ToyEngine()
+        self.source = source or ToySource()
+        self.device = HostDevice()
+        self.pipeline = Pipeline(self.engine, self.source, self.device, num_slots=num_slots)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.pipeline.close()
+        self.device.close()
+
+    def check(self, request):
+        assert np.array_equal(self.pipeline.run(request).scores, expected_scores(request))
+
+    def num_free_slots(self):
+        return len(self.pipeline._ring._free)
+
+
+@st.composite
+def random_requests(draw):
+    lengths = draw(st.lists(st.integers(3, 63), min_size=1, max_size=5))
+    pairs = draw(
+        st.lists(st.tuples(st.integers(0, len(lengths) - 1), st.integers(0, 500)), max_size=60)
+    )
+    return make_request(lengths, [q for q, _ in pairs], [row for _, row in pairs])
+
+
+@settings(max_examples=50, deadline=None)
+@given(random_requests(), st.integers(1, 4))
+def test_scores_stand_where_their_pairs_stood(request_, num_slots):
+    with Rig(num_slots=num_slots) as rig:
+        rig.check(request_)
+        assert rig.num_free_slots() == num_slots
+
+
+def test_nothing_is_allocated_after_the_pipeline_was_made(monkeypatch):
+    with Rig() as rig:
+        for name in ("pinned", "mirror", "stream", "event"):
+            monkeypatch.setattr(HostDevice, name, None)
+        for start in range(5):
+            rig.check(make_request([5, 20, 63], np.arange(90) % 3, np.arange(start, start + 90)))
+        assert len(rig.source.buffers) == NUM_SLOTS
+
+
+def test_the_next_batch_is_gathered_while_one_computes():
+    release = threading.Event()
+    gathered_two = threading.Event()
+    engine = ToyEngine(before=lambda batch: release.wait(10))
+    source = ToySource()
+    read = source.read
+
+    def counting_read(rows, out, *, bad):
+        bad_records = read(rows, out, bad=bad)
+        if len(source.buffers) == 2:
+            gathered_two.set()
+        return bad_records
+
+    source.read = counting_read
+    with Rig(engine, source) as rig, ThreadPoolExecutor(1) as pool:
+        request = make_request([5], np.zeros(30), np.arange(30))
+        future = pool.submit(rig.pipeline.run, request)
+        assert gathered_two.wait(10), "the second batch was not gathered while the first computed"
+        assert engine.batches == []
+        release.set()
+        assert np.array_equal(future.result(10).scores, expected_scores(request))
+
+
+def test_damaged_records_are_nan_and_named():
+    with Rig(source=ToySource(bad=[3, 17])) as rig:
+        request = make_request([5], np.zeros(20), np.arange(20))
+        result = rig.pipeline.run(request)
+        assert result.damaged == {3: "flipped", 17: "flipped"}
+        sound = np.setdiff1d(np.arange(20), [3, 17])
+        assert np.isnan(result.scores[[3, 17]]).all()
+        assert np.array_equal(result.scores[sound], expected_scores(request)[sound])
+
+
+def test_times_of_the_stages_are_measured():
+    with Rig(ToyEngine(before=lambda batch: threading.Event().wait(0.01))) as rig:
+        result = rig.pipeline.run(make_request([5], np.zeros(30), np.arange(30)))
+        assert 39 <= result.compute_ms < 4000  # four batches of at least 10 ms
+        assert 0 < result.gather_ms < 4000
+
+
+def fail_on_row(row, error):
+    def before(batch):
+        if (batch.visual_tokens[:, 0, 0] == row).any():
+            raise error
+
+    return before
+
+
+@pytest.mark.parametrize("row", [0, 15, 39])
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_a_failing_gather_reaches_the_caller_and_frees_the_slots(row, num_slots):
+    source = ToySource(fail={row: StoreError("disk gone")})
+    with Rig(source=source, num_slots=num_slots) as rig:
+        with pytest.raises(StoreError, match="disk gone"):
+            rig.pipeline.run(make_request([5], np.zeros(40), np.arange(40)))
+        assert rig.num_free_slots() == num_slots
+        rig.check(make_request([5], np.zeros(40), np.arange(100, 140)))
+
+
+@pytest.mark.parametrize("row", [0, 15, 39])
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_a_failing_engine_reaches_the_caller_and_frees_the_slots(row, num_slots):
+    engine = ToyEngine(before=fail_on_row(row, RuntimeError("kernel broke")))
+    with Rig(engine, num_slots=num_slots) as rig:
+        with pytest.raises(EngineError, match="engine failed on a batch: kernel broke"):
+            rig.pipeline.run(make_request([5], np.zeros(40), np.arange(40)))
+        assert rig.num_free_slots() == num_slots
+        rig.check(make_request([5], np.zeros(40), np.arange(100, 140)))
+
+
+def refuse(*_, **__):
+    raise EngineError("this batch does not fit the engine")
+
+
+def test_a_refusing_engine_reaches_the_caller_and_frees_the_slots():
+    with Rig() as rig:
+        request = make_request([5], np.zeros(9), np.arange(9))
+        rig.engine.manifest = toy_manifest(max_pairs=16)  # larger than the slots were made for
+        with pytest.raises(ValueError, match="reshape"):
+            rig.pipeline.run(request)
+        assert rig.num_free_slots() == NUM_SLOTS
+        rig.engine.manifest = toy_manifest(text_buckets=(9, 64))
+        rig.engine.enqueue = refuse
+        with pytest.raises(EngineError, match="does not fit"):
+            rig.pipeline.run(request)
+        del rig.engine.enqueue
+        assert rig.num_free_slots() == NUM_SLOTS
+        rig.check(request)
+
+
+def test_only_the_callers_of_failing_batches_see_the_error():
+    engine = ToyEngine(before=fail_on_row(1000, RuntimeError("row 1000")))
+    with Rig(engine) as rig, ThreadPoolExecutor(16) as pool:
+
+        def call(number):
+            first = 990 if number % 4 == 0 else number * 30
+            request = make_request([5], np.zeros(25), np.arange(first, first + 25))
+            try:
+                return np.array_equal(rig.pipeline.run(request).scores, expected_scores(request))
+            except EngineError:
+                return "failed"
+
+        outcomes = list(pool.map(call, range(32)))
+        assert outcomes == ["failed" if n % 4 == 0 else True for n in range(32)]
+        assert rig.num_free_slots() == NUM_SLOTS
+
+
+def test_many_threads_share_the_slots_and_get_their_own_scores():
+    with Rig() as rig, ThreadPoolExecutor(32) as pool:
+
+        def call(number):
+            lengths = [3 + number % 40, 50]
+            rows = np.arange(number, number + 37)
+            rig.check(make_request(lengths, rows % 2, rows))
+            return True
+
+        assert all(pool.map(call, range(200)))
+        assert rig.num_free_slots() == NUM_SLOTS
+        assert len(rig.source.buffers) <= NUM_SLOTS
+
+
+def wait_until(condition):
+    """Poll `condition` for at most ten seconds."""
+    for _ in range(10_000):
+        if condition():
+            return
+        threading.Event().wait(0.001)
+    raise AssertionError("waited ten seconds in vain")
+
+
+def test_a_small_request_does_not_wait_for_a_large_one_to_end():
+    turn = threading.Semaphore(0)
+    engine = ToyEngine(before=lambda batch: turn.acquire(timeout=10))
+    with Rig(engine) as rig, ThreadPoolExecutor(2) as pool:
+        rows = np.arange(8 * 200)
+        large = pool.submit(rig.pipeline.run, make_request([5], np.zeros(len(rows)), rows))
+        try:
+            wait_until(lambda: len(rig.source.buffers) == NUM_SLOTS)
+            small = pool.submit(rig.pipeline.run, make_request([5], np.zeros(1), [400]))
+            wait_until(lambda: rig.pipeline._ring._queue)
+            while not small.done():
+                turn.release()
+                threading.Event().wait(0.001)
+        finally:
+            turn.release(1000)
+        large.result(10)
+        assert [num_pairs for num_pairs, _ in engine.batches].index(1) < 100
+
+
+def test_close_lets_running_batches_finish_and_refuses_the_rest():
+    entered, release = threading.Event(), threading.Event()
+
+    def before(batch):
+        entered.set()
+        release.wait(10)
+
+    with Rig(ToyEngine(before=before)) as rig, ThreadPoolExecutor(8) as pool:
+        long = pool.submit(rig.pipeline.run, make_request([5], np.zeros(80), np.arange(80)))
+        assert entered.wait(10)
+        waiting = [
+            pool.submit(rig.pipeline.run, make_request([5], np.zeros(8), np.arange(8)))
+            for _ in range(4)
+        ]
+        wait_until(lambda: len(rig.pipeline._ring._queue) == 4)
+        rig.pipeline.close()
+        release.set()
+        for future in (long, *waiting):
+            with pytest.raises(EngineError, match="closed"):
+                future.result(10)
+        assert rig.num_free_slots() == NUM_SLOTS
+
+
+def test_no_pairs_give_no_scores():
+    with Rig() as rig:
+        result = rig.pipeline.run(make_request([5], [], []))
+        assert result.scores.shape == (0,)
+        assert rig.engine.batches == []
