@@ -1,0 +1,1 @@
+"""Engines: a model bundle made ready for one backend, behind one contract."""

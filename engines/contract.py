@@ -1,0 +1,228 @@
+"""The page a backend author reads: the batch, the engine, the stream, the backend, who checks what.
+
+A backend is one module with the four functions of `Backend`, listed in `engines/backends.py`.
+Its engine subclasses `Engine` (`HostEngine` on the CPU) and only works: the base class checks
+every batch, `open_engine` checks every folder. What a backend cannot do it refuses with
+`EngineError`; it never runs another precision or device than it was asked for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle import BundleManifest
+from ..errors import EngineError
+from .manifest import EngineManifest, Profile
+
+Array = npt.NDArray[Any]
+Int32 = npt.NDArray[np.int32]
+Float16 = npt.NDArray[np.float16]
+Float32 = npt.NDArray[np.float32]
+
+INPUTS = ("text_ids", "text_length", "query_of_pair", "visual_tokens")
+OUTPUT = "scores"
+
+
+class Stream(Protocol):
+    """What an engine needs of a stream: order, nothing else.
+
+    `handle` is the device's own stream (a `cudaStream_t` as int), 0 on the host. `submit` runs
+    host work in the stream's order and returns at once; the owner of the stream waits.
+    """
+
+    @property
+    def handle(self) -> int: ...
+
+    def submit(self, work: Callable[[], None]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One forward: P pairs over Q queries.
+
+    Arrays live where the engine runs (host memory for CPU engines), are C-contiguous, belong to
+    the caller and must stay untouched until the stream has passed the engine's work.
+
+    Attributes:
+        text_ids: int32 [Q, T]: `[CLS] wordpieces [SEP]`, right-padded with 0; T is a bucket.
+        text_length: int32 [Q]: real ids of each query, CLS and SEP included.
+        query_of_pair: int32 [P]: which query each pair asks.
+        visual_tokens: float16 [P, m, H] (int8 where the engine says so).
+        visual_scales: float16 [P, m], only with int8 tokens.
+    """
+
+    text_ids: Int32
+    text_length: Int32
+    query_of_pair: Int32
+    visual_tokens: Array
+    visual_scales: Float16 | None = None
+
+    def __len__(self) -> int:
+        return int(self.query_of_pair.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOptions:
+    """How to open an engine.
+
+    Attributes:
+        num_threads: CPU threads of one forward; None is the backend's choice (all cores).
+        backend_settings: the backend's own settings, by the backend's own names.
+    """
+
+    num_threads: int | None = None
+    backend_settings: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildJob:
+    """What a backend builds from: the bundle's `joint_encoder.onnx` into the folder `out`."""
+
+    joint_encoder: Path
+    out: Path
+    precision: str
+    profile: Profile
+    bundle: BundleManifest
+
+
+class Backend(Protocol):
+    """The functions that a backend's module offers. Importing the module imports its library."""
+
+    def version(self) -> str:
+        """Return the library's version; an engine opens only with the one that built it."""
+        ...
+
+    def why_not(self, precision: str) -> str | None:
+        """Return why this machine cannot run `precision`, None where it can."""
+        ...
+
+    def build(self, job: BuildJob) -> Mapping[str, Any]:
+        """Write the backend's files into `job.out`; return the build flags worth recording."""
+        ...
+
+    def load(self, folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine:
+        """Open what `build` wrote. The folder was checked against the manifest."""
+        ...
+
+
+class Engine(ABC):
+    """A joint encoder ready to run. Subclasses implement `_enqueue` and `close`."""
+
+    def __init__(self, manifest: EngineManifest):
+        self.manifest = manifest
+
+    def enqueue(self, batch: Batch, scores: Float32, *, stream: Stream) -> None:
+        """Run one forward in the order of `stream`; `scores` float32 [P] gets the raw logits.
+
+        Returns at once. `batch` and `scores` belong to the caller and must live, unchanged,
+        until the stream has passed this work.
+
+        Raises:
+            EngineError: shapes, dtypes or sizes outside the engine's profile (all at once).
+        """
+        raise_faults(shape_faults(batch, scores, self.manifest))
+        self._enqueue(batch, scores, stream)
+
+    @abstractmethod
+    def _enqueue(self, batch: Batch, scores: Float32, stream: Stream) -> None: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what the engine holds. Calling it twice is allowed."""
+
+
+class HostEngine(Engine):
+    """A CPU engine: a blocking `_infer` that the stream's worker calls.
+
+    The worker also checks the values (they may be written by earlier work of the stream):
+    OpenVINO reads zeros, or worse, for an index that is out of range.
+    """
+
+    def _enqueue(self, batch: Batch, scores: Float32, stream: Stream) -> None:
+        stream.submit(lambda: self._run(batch, scores))
+
+    def _run(self, batch: Batch, scores: Float32) -> None:
+        raise_faults(value_faults(batch, self.manifest))
+        self._infer(batch, scores)
+
+    @abstractmethod
+    def _infer(self, batch: Batch, scores: Float32) -> None:
+        """Compute `scores` for `batch` on the calling thread, with the GIL released.
+
+        Several threads may call it at once, each with arrays of its own.
+        """
+
+
+def raise_faults(faults: list[str]) -> None:
+    """Raise one EngineError that lists `faults`; return when there are none."""
+    if faults:
+        raise EngineError("this batch does not fit the engine", faults=faults)
+
+
+def shape_faults(batch: Batch, scores: Float32, manifest: EngineManifest) -> list[str]:
+    """Return one sentence for every dtype, shape or size that does not fit the profile."""
+    sizes, profile = manifest.bundle.sizes, manifest.profile
+    if batch.text_ids.ndim != 2 or batch.query_of_pair.ndim != 1:
+        return [
+            f"text_ids and query_of_pair: got {list(batch.text_ids.shape)} and "
+            f"{list(batch.query_of_pair.shape)}, expected [Q, T] and [P]"
+        ]
+    num_pairs, (num_queries, bucket) = len(batch), batch.text_ids.shape
+    token_shape = (num_pairs, sizes.num_tokens, sizes.hidden)
+    faults = [
+        *_array_faults("text_ids", batch.text_ids, "int32", (num_queries, bucket)),
+        *_array_faults("text_length", batch.text_length, "int32", (num_queries,)),
+        *_array_faults("query_of_pair", batch.query_of_pair, "int32", (num_pairs,)),
+        *_array_faults("visual_tokens", batch.visual_tokens, manifest.token_dtype, token_shape),
+        *_scale_faults(batch, manifest.token_dtype),
+        *_array_faults(OUTPUT, scores, "float32", (num_pairs,)),
+    ]
+    if not scores.flags.writeable:
+        faults.append(f"{OUTPUT}: got a read-only array")
+    if not 1 <= num_pairs <= profile.max_pairs:
+        faults.append(f"pairs: got {num_pairs}, expected 1 to {profile.max_pairs}")
+    if num_queries < 1:
+        faults.append("queries: got 0, expected at least 1")
+    if bucket not in profile.text_buckets:
+        faults.append(f"text slots: got {bucket}, expected one of {list(profile.text_buckets)}")
+    return faults
+
+
+def value_faults(batch: Batch, manifest: EngineManifest) -> list[str]:
+    """Return one sentence for every index outside its table. Reads the arrays: host only."""
+    num_queries, bucket = batch.text_ids.shape
+    ranges = (
+        ("text_ids", batch.text_ids, 0, manifest.bundle.sizes.vocab_size - 1),
+        ("text_length", batch.text_length, 2, min(bucket, manifest.bundle.text.max_wordpieces + 2)),
+        ("query_of_pair", batch.query_of_pair, 0, num_queries - 1),
+    )
+    return [
+        f"{name}: got values from {array.min()} to {array.max()}, expected {low} to {high}"
+        for name, array, low, high in ranges
+        if array.min() < low or array.max() > high
+    ]
+
+
+def _array_faults(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> list[str]:
+    if array.dtype == dtype and array.shape == shape and array.flags.c_contiguous:
+        return []
+    layout = "" if array.flags.c_contiguous else ", not C-contiguous"
+    return [
+        f"{name}: got {array.dtype} {list(array.shape)}{layout}, expected {dtype} {list(shape)}"
+    ]
+
+
+def _scale_faults(batch: Batch, token_dtype: str) -> list[str]:
+    scales = batch.visual_scales
+    if token_dtype != "int8":
+        return [] if scales is None else [f"visual_scales: got an array, {token_dtype} has none"]
+    if scales is None:
+        return ["visual_scales: got none, int8 tokens need float16 [P, m]"]
+    return _array_faults("visual_scales", scales, "float16", batch.visual_tokens.shape[:2])

@@ -1,0 +1,59 @@
+"""What this CPU is and which of its instruction sets a precision's kernels may use."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+# Names as Linux spells them in /proc/cpuinfo (x86-64 `flags`, AArch64 `Features`).
+_FLOAT = ("avx2", "fma", "avx512f", "asimd", "sve")
+_BFLOAT16 = ("avx512_bf16", "amx_tile", "amx_bf16", "bf16", "svebf16")
+_INT8 = ("avx_vnni", "avx512_vnni", "amx_tile", "amx_int8", "asimddp", "i8mm")
+FEATURES_OF_PRECISION: Mapping[str, tuple[str, ...]] = {
+    "fp32": _FLOAT,
+    "bf16": _FLOAT + _BFLOAT16,
+    "int8": _FLOAT + _INT8,
+}
+
+
+def cpu_features(precision: str | None = None) -> tuple[str, ...]:
+    """Return this CPU's instruction sets that matter to `precision` (None: to any), in order."""
+    if precision is None:
+        names = tuple(dict.fromkeys((*_FLOAT, *_BFLOAT16, *_INT8)))
+    else:
+        names = FEATURES_OF_PRECISION.get(precision, _FLOAT)
+    flags = _cpu_info()[1]
+    return tuple(name for name in names if name in flags)
+
+
+def cpu_model() -> str:
+    """Return the CPU's name, or its architecture where the system does not tell."""
+    return _cpu_info()[0] or platform.processor() or platform.machine()
+
+
+def describe_cpu(precision: str) -> dict[str, Any]:
+    """Return the `device` entry of an engine manifest for this CPU."""
+    return {
+        "kind": "cpu",
+        "architecture": platform.machine(),
+        "model": cpu_model(),
+        "features": list(cpu_features(precision)),
+    }
+
+
+@cache
+def _cpu_info() -> tuple[str, frozenset[str]]:
+    """Return model name and flags of the first CPU; empty where there is no /proc/cpuinfo."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "", frozenset()
+    entries: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        entries.setdefault(key.strip(), value.strip())
+    flags = entries.get("flags") or entries.get("Features") or ""
+    return entries.get("model name", ""), frozenset(flags.split())

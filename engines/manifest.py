@@ -1,0 +1,202 @@
+"""`engine.json`: what an engine folder says of itself, and the command that builds it again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from ..bundle import MANIFEST as BUNDLE_MANIFEST
+from ..bundle import BundleManifest
+from ..errors import CheckpointError, EngineError
+
+FORMAT_VERSION = 1
+MANIFEST = "engine.json"
+BACKENDS = ("onnxruntime", "openvino")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
+DEFAULT_MAX_PAIRS = 256
+DEFAULT_TEXT_BUCKETS = (16, 24, 32, 48, 64)
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What an engine accepts: at most `max_pairs` pairs, T one of `text_buckets` (ascending)."""
+
+    max_pairs: int
+    text_buckets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineManifest:
+    """The content of `engine.json`.
+
+    Attributes:
+        backend: command-line name of the backend, with `backend_version` of its library.
+        precision: one of `PRECISIONS`: what the matrix products run in.
+        device: what the engine was built for: `kind` (`cpu`), `architecture`, `model`, and
+            `features`, the instruction sets that this precision's kernels may use.
+        bundle: the manifest of the bundle it was built from.
+        bundle_path: where that bundle lay, for the rebuild command.
+        onnx_sha256: hash of the `joint_encoder.onnx` it was built from.
+        token_dtype: dtype of `visual_tokens` it takes: `float16` or `int8`.
+        files: sha256 of every file of the folder but this one, by name.
+        build_options: flags of the build that another build needs to give the same engine.
+        build_seconds: the whole build, fidelity included.
+        fidelity: scores against the float32 bundle, with the data they were measured on.
+    """
+
+    backend: str
+    backend_version: str
+    precision: str
+    device: Mapping[str, Any]
+    profile: Profile
+    bundle: BundleManifest
+    bundle_path: str
+    onnx_sha256: str
+    token_dtype: str
+    files: Mapping[str, str]
+    build_options: Mapping[str, Any]
+    build_seconds: float
+    fidelity: Mapping[str, Any]
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Values, *, folder: Path) -> EngineManifest:
+        """Rebuild a manifest from `to_json` values; `folder` is named in messages.
+
+        Raises:
+            EngineError: another format version, or fields missing, unknown or of another type
+                (all named), with the command that rebuilds the engine.
+        """
+        hint = "build it again: " + rebuild_command(values, folder)
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise EngineError(
+                f"the engine {folder} cannot be opened: format version is {version!r}, "
+                f"this edje reads {FORMAT_VERSION}",
+                hint=hint,
+            )
+        faults = _field_faults(cls, values, "")
+        profile = values.get("profile")
+        if isinstance(profile, Mapping):
+            faults += _profile_faults(profile)
+        bundle = _bundle(values.get("bundle"), faults)
+        if faults or bundle is None or not isinstance(profile, Mapping):
+            raise EngineError(f"{folder / MANIFEST} is damaged", faults=faults, hint=hint)
+        shape = Profile(profile["max_pairs"], tuple(profile["text_buckets"]))
+        return cls(**{**values, "profile": shape, "bundle": bundle})
+
+    def write(self, folder: Path) -> None:
+        """Write `engine.json` into `folder`."""
+        text = json.dumps(self.to_json(), indent=2) + "\n"
+        (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> EngineManifest:
+        """Read `engine.json` of the engine at `folder`.
+
+        Raises:
+            EngineError: no engine there, or a manifest that cannot be read.
+        """
+        try:
+            text = (folder / MANIFEST).read_text(encoding="utf-8")
+        except OSError as error:
+            raise EngineError(
+                f"{folder} is not an engine folder: {_why(folder, error)}", hint=_build_hint(folder)
+            ) from error
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise EngineError(
+                f"{folder / MANIFEST} is not JSON: {error}", hint=_build_hint(folder)
+            ) from error
+        if not isinstance(values, dict):
+            raise EngineError(
+                f"{folder / MANIFEST} holds {type(values).__name__}, expected an object",
+                hint=_build_hint(folder),
+            )
+        return cls.from_json(values, folder=folder)
+
+
+def rebuild_command(values: Values, folder: Path) -> str:
+    """Return the shell command that builds the engine at `folder` again, from what is known."""
+    profile = values.get("profile")
+    profile = profile if isinstance(profile, Mapping) else {}
+    options = values.get("build_options")
+    options = options if isinstance(options, Mapping) else {}
+    words = ["edje", "build", str(values.get("bundle_path", "BUNDLE"))]
+    words += ["--backend", str(values.get("backend", "BACKEND"))]
+    words += ["--precision", str(values.get("precision", "PRECISION"))]
+    if profile.get("max_pairs", DEFAULT_MAX_PAIRS) != DEFAULT_MAX_PAIRS:
+        words += ["--max-pairs", str(profile["max_pairs"])]
+    buckets = profile.get("text_buckets", DEFAULT_TEXT_BUCKETS)
+    if isinstance(buckets, list | tuple) and tuple(buckets) != DEFAULT_TEXT_BUCKETS:
+        words += ["--text-buckets", ",".join(str(bucket) for bucket in buckets)]
+    if options.get("image_encoder"):
+        words.append("--image-encoder")
+    return shlex.join([*words, "--out", str(folder), "--overwrite"])
+
+
+def _why(folder: Path, error: OSError) -> str:
+    if not folder.exists():
+        return "it does not exist"
+    if (folder / BUNDLE_MANIFEST).exists():
+        return "it is a model bundle"
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return f"it holds no {MANIFEST}"
+    return f"cannot read {MANIFEST} ({error.strerror})"
+
+
+def _build_hint(folder: Path) -> str:
+    if (folder / BUNDLE_MANIFEST).exists():
+        bundle = shlex.quote(str(folder))
+        return f"build an engine from it: edje build {bundle} --backend openvino --out ENGINE"
+    return "make one with `edje build BUNDLE --backend B --precision P --out ENGINE`"
+
+
+_JSON_TYPES: dict[Any, tuple[type, ...]] = {
+    str: (str,),
+    int: (int,),
+    float: (int, float),
+}
+
+
+def _field_faults(kind: type, values: Values, prefix: str) -> list[str]:
+    """Name the fields of `kind` that are missing, unknown, or of another JSON type."""
+    hints = get_type_hints(kind)
+    names = {field.name for field in fields(kind)}
+    faults = [f"{prefix}{name}: missing" for name in sorted(names - values.keys())]
+    faults += [f"{prefix}{name}: unknown field" for name in sorted(values.keys() - names)]
+    for name in sorted(names & values.keys()):
+        allowed = _JSON_TYPES.get(hints[name], (list, tuple) if name == "text_buckets" else (dict,))
+        value = values[name]
+        if not isinstance(value, allowed) or isinstance(value, bool):
+            faults.append(f"{prefix}{name}: got {value!r}, expected {allowed[-1].__name__}")
+    return faults
+
+
+def _profile_faults(values: Values) -> list[str]:
+    faults = _field_faults(Profile, values, "profile.")
+    buckets = values.get("text_buckets")
+    if isinstance(buckets, list) and not (buckets and all(type(b) is int for b in buckets)):
+        faults.append(f"profile.text_buckets: got {buckets!r}, expected whole numbers")
+    return faults
+
+
+def _bundle(values: Any, faults: list[str]) -> BundleManifest | None:
+    if not isinstance(values, Mapping):
+        return None
+    try:
+        return BundleManifest.from_json(values, source="bundle")
+    except CheckpointError as error:
+        faults += [f"bundle: {fault}" for fault in error.faults or (error.message,)]
+        return None

@@ -1,0 +1,95 @@
+"""The `onnxruntime` backend: float32 on every CPU. The bundle's graph as it is, optimised once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ..errors import EngineError
+from .contract import OUTPUT, Batch, BuildJob, Engine, Float32, HostEngine, OpenOptions
+from .manifest import EngineManifest
+
+MODEL = "joint_encoder.ort.onnx"
+PROVIDER = "CPUExecutionProvider"
+_ERRORS_ONLY = 3  # ORT's severity scale; its warnings at open are not for our users
+
+
+def version() -> str:
+    """Return ONNX Runtime's version."""
+    return str(ort.__version__)
+
+
+def why_not(precision: str) -> str | None:
+    """Return why this machine cannot run `precision`, None where it can."""
+    if precision != "fp32":
+        return "the CPU provider computes matrix products in float32 only"
+    if PROVIDER not in ort.get_available_providers():
+        return f"this onnxruntime was built without {PROVIDER}"
+    return None
+
+
+def build(job: BuildJob) -> Mapping[str, Any]:
+    """Write the graph with ONNX Runtime's fusions done, so that opening does not repeat them."""
+    options = _session_options(None)
+    # `extended` is the highest level whose result runs on any CPU; `all` only adds layouts of
+    # convolutions, and this graph has none.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(job.out / MODEL)
+    _session(job.joint_encoder, options)
+    return {"graph_optimization_level": "extended"}
+
+
+def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine:
+    """Open the optimised graph."""
+    settings = _session_options(options.num_threads, options.backend_settings)
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return OnnxRuntimeEngine(manifest, _session(folder / MODEL, settings))
+
+
+class OnnxRuntimeEngine(HostEngine):
+    """Binds the caller's arrays as they lie: nothing is copied in or out."""
+
+    def __init__(self, manifest: EngineManifest, session: ort.InferenceSession):
+        super().__init__(manifest)
+        self._session: ort.InferenceSession | None = session
+
+    def _infer(self, batch: Batch, scores: Float32) -> None:
+        session = self._session
+        if session is None:
+            raise EngineError("the engine is closed")
+        binding = session.io_binding()
+        binding.bind_cpu_input("text_ids", batch.text_ids)
+        binding.bind_cpu_input("text_length", batch.text_length)
+        binding.bind_cpu_input("query_of_pair", batch.query_of_pair)
+        binding.bind_cpu_input("visual_tokens", batch.visual_tokens)
+        binding.bind_output(OUTPUT, "cpu", 0, np.float32, scores.shape, scores.ctypes.data)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # ORT's exception classes share no base of their own
+            raise EngineError(f"ONNX Runtime failed on a batch of {len(batch)}: {error}") from error
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _session_options(
+    num_threads: int | None, settings: Mapping[str, str] | None = None
+) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if num_threads is not None:
+        options.intra_op_num_threads = num_threads
+    for name, value in (settings or {}).items():
+        options.add_session_config_entry(name, value)
+    return options
+
+
+def _session(model: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(str(model), options, providers=[PROVIDER])
+    except Exception as error:  # ORT's exception classes share no base of their own
+        raise EngineError(f"ONNX Runtime cannot load {model}: {error}") from error
