@@ -1,0 +1,1 @@
+"""Checkpoint to model bundle; the only layer that imports torch, transformers and onnx."""

@@ -1,0 +1,259 @@
+"""The two Hugging Face folders: settings read, and checked against the checkpoint's tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..bundle import ImageSpec
+from ..errors import CheckpointError
+from .activations import ACTIVATIONS
+from .checkpoint import VISION, Checkpoint, tensor_faults, vision_shapes
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+IMAGE_TOKEN = "<image>"
+HEADS_OF_KNOWN_TOWERS = {768: 12, 1024: 16}  # ViT-B and ViT-L, the official towers
+OFFICIAL_VISION_EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageConfig:
+    """Sizes of the language model; `vocab_size` and `max_positions` as the checkpoint has them."""
+
+    hidden: int
+    num_layers: int
+    num_heads: int
+    intermediate: int
+    vocab_size: int
+    max_positions: int
+    layer_norm_eps: float
+    activation: str
+    cls_id: int
+    sep_id: int
+    pad_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class VisionConfig:
+    """Sizes of the vision tower: R x R `pixels`, N = (R / patch)^2 `features` of D numbers.
+
+    `settings` are those that build transformers' `SiglipVisionModel`.
+    """
+
+    hidden: int
+    num_layers: int
+    num_heads: int
+    intermediate: int
+    image_size: int
+    patch_size: int
+    layer_norm_eps: float
+    activation: str
+    settings: Mapping[str, Any]
+
+    @property
+    def num_features(self) -> int:
+        """N: features of one image."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+def read_language_model(
+    folder: Path, checkpoint: Checkpoint, tokenizer: Tokenizer
+) -> LanguageConfig:
+    """Read `config.json` of the language model and check it against the checkpoint.
+
+    Raises:
+        CheckpointError: no BERT folder, or one that does not fit (all differences listed).
+    """
+    from transformers import BertConfig
+
+    values = _read_json(folder / "config.json", "--language-model")
+    if values.get("model_type", "bert") != "bert":
+        raise CheckpointError(
+            f"{folder} holds a {values['model_type']!r} model, expected a BERT language model",
+            hint="pass the folder of the language model that the checkpoint was trained from",
+        )
+    bert = BertConfig(**_without_type(values))
+    sizes = checkpoint.sizes
+    faults = [
+        f"{name}: the folder says {got}, the checkpoint's tensors {expected}"
+        for name, got, expected in (
+            ("hidden_size", bert.hidden_size, sizes.hidden),
+            ("num_hidden_layers", bert.num_hidden_layers, sizes.num_layers),
+            ("intermediate_size", bert.intermediate_size, sizes.intermediate),
+            ("type_vocab_size", bert.type_vocab_size, 2),
+        )
+        if got != expected
+    ]
+    faults += _head_faults("num_attention_heads", bert.num_attention_heads, sizes.hidden)
+    faults += _activation_faults(bert.hidden_act)
+    faults += _vocabulary_faults(tokenizer, sizes.vocab_size)
+    ids = [tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]", "[PAD]")]
+    if faults:
+        raise CheckpointError(
+            f"the language model in {folder} does not fit {checkpoint.path}",
+            faults=faults,
+            hint="pass the folder of the language model that the checkpoint was trained from",
+        )
+    return LanguageConfig(
+        hidden=sizes.hidden,
+        num_layers=sizes.num_layers,
+        num_heads=bert.num_attention_heads,
+        intermediate=sizes.intermediate,
+        vocab_size=sizes.vocab_size,
+        max_positions=sizes.max_positions,
+        layer_norm_eps=float(bert.layer_norm_eps),
+        activation=bert.hidden_act,
+        cls_id=ids[0],
+        sep_id=ids[1],
+        pad_id=ids[2],
+    )
+
+
+def read_vision_model(folder: Path, checkpoint: Checkpoint) -> tuple[VisionConfig, ImageSpec]:
+    """Read the SigLIP folder's settings and check them against the checkpoint.
+
+    Raises:
+        CheckpointError: no SigLIP folder, or one that does not fit (all differences listed).
+    """
+    from transformers import SiglipVisionConfig
+
+    values = _read_json(folder / "config.json", "--vision-model")
+    kind = values.get("model_type")
+    if kind not in ("siglip", "siglip_vision_model"):
+        raise CheckpointError(
+            f"{folder} holds a {kind!r} model, expected a 'siglip' vision model",
+            hint="pass the folder of the SigLIP model that the checkpoint was trained from",
+        )
+    settings = _without_type(values.get("vision_config", {}) if kind == "siglip" else values)
+    config = _vision_config(SiglipVisionConfig(**settings), settings)
+    faults = _vision_faults(config, checkpoint)
+    image = _image_spec(folder, config, faults)
+    if faults or image is None:
+        raise CheckpointError(
+            f"the vision model in {folder} does not fit {checkpoint.path}",
+            faults=faults,
+            hint="pass the folder of the SigLIP model that the checkpoint was trained from",
+        )
+    return config, image
+
+
+def adapter_heads(checkpoint: Checkpoint) -> int:
+    """Return the adapter's attention heads where no vision folder tells them.
+
+    Raises:
+        CheckpointError: a tower of another width than the official ones.
+    """
+    width = checkpoint.sizes.feature_dim
+    if width not in HEADS_OF_KNOWN_TOWERS:
+        raise CheckpointError(
+            f"the tensors of {checkpoint.path} do not tell the adapter's attention heads: got "
+            f"feature width {width}, expected one of {sorted(HEADS_OF_KNOWN_TOWERS)}",
+            hint="pass --vision-model DIR, the SigLIP folder of the checkpoint",
+        )
+    return HEADS_OF_KNOWN_TOWERS[width]
+
+
+def _read_json(path: Path, option: str) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error}",
+            hint=f"pass {option} a Hugging Face model folder (config.json and its files)",
+        ) from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds {type(values).__name__}, expected an object")
+    return values
+
+
+def _without_type(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop what is not a size: the class's own constants and the writer's version."""
+    dropped = ("model_type", "transformers_version", "architectures", "torch_dtype", "dtype")
+    return {name: value for name, value in values.items() if name not in dropped}
+
+
+def _vision_config(read: Any, settings: Mapping[str, Any]) -> VisionConfig:
+    return VisionConfig(
+        hidden=read.hidden_size,
+        num_layers=read.num_hidden_layers,
+        num_heads=read.num_attention_heads,
+        intermediate=read.intermediate_size,
+        image_size=read.image_size,
+        patch_size=read.patch_size,
+        layer_norm_eps=float(read.layer_norm_eps),
+        activation=read.hidden_act,
+        settings=settings,
+    )
+
+
+def _vision_faults(config: VisionConfig, checkpoint: Checkpoint) -> list[str]:
+    faults: list[str] = []
+    width = checkpoint.sizes.feature_dim
+    if config.hidden != width:
+        faults.append(f"hidden_size: the folder says {config.hidden}, the adapter takes {width}")
+    faults += _head_faults("vision num_attention_heads", config.num_heads, config.hidden)
+    faults += _activation_faults(config.activation)
+    shapes = vision_shapes(
+        config.hidden,
+        config.intermediate,
+        config.num_layers,
+        config.num_features,
+        config.patch_size,
+    )
+    faults += tensor_faults(VISION, checkpoint.vision, shapes)
+    faults += [f"{VISION}{name}: unexpected" for name in checkpoint.vision.keys() - shapes.keys()]
+    return faults
+
+
+def _image_spec(folder: Path, config: VisionConfig, faults: list[str]) -> ImageSpec | None:
+    """Read the preprocessing; defaults are SiglipImageProcessor's (resample 3 is bicubic)."""
+    values = _read_json(folder / "preprocessor_config.json", "--vision-model")
+    size = values.get("size", {})
+    sides = {size.get("height"), size.get("width")} if isinstance(size, dict) else {size}
+    if sides != {config.image_size}:
+        faults.append(f"preprocessor size: got {size}, expected {config.image_size} squared")
+        return None
+    scaled, normalized = values.get("do_rescale", True), values.get("do_normalize", True)
+    mean = values.get("image_mean", [0.5] * 3) if normalized else [0.0] * 3
+    std = values.get("image_std", [0.5] * 3) if normalized else [1.0] * 3
+    return ImageSpec(
+        size=config.image_size,
+        resample=int(values.get("resample", 3)),
+        rescale_factor=float(values.get("rescale_factor", 1 / 255)) if scaled else 1.0,
+        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
+        std=(float(std[0]), float(std[1]), float(std[2])),
+    )
+
+
+def _head_faults(name: str, num_heads: int, width: int) -> list[str]:
+    if num_heads < 1 or width % num_heads:
+        return [f"{name}: {num_heads} heads do not divide the width {width}"]
+    return []
+
+
+def _activation_faults(name: str) -> list[str]:
+    if name in ACTIVATIONS:
+        return []
+    return [f"hidden_act: got {name!r}, expected one of {', '.join(ACTIVATIONS)}"]
+
+
+def _vocabulary_faults(tokenizer: Tokenizer, rows: int) -> list[str]:
+    """Check the tokenizer against the embedding rows; `<image>` has the last row."""
+    words = int(tokenizer.get_vocab_size(with_added_tokens=True))
+    expected = words if tokenizer.token_to_id(IMAGE_TOKEN) is not None else words + 1
+    faults = [
+        f"tokenizer: no {name} token"
+        for name in ("[CLS]", "[SEP]", "[PAD]")
+        if tokenizer.token_to_id(name) is None
+    ]
+    if rows != expected:
+        faults.append(
+            f"vocabulary: the tokenizer has {words} tokens, so {expected} embedding rows with "
+            f"{IMAGE_TOKEN} were expected; the checkpoint has {rows}"
+        )
+    return faults

@@ -1,0 +1,219 @@
+"""`edje export`: an official checkpoint and its Hugging Face folders -> a model bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import bundle
+from ..bundle import BundleManifest, ImageSpec, ModelSizes, TextSpec
+from ..errors import CheckpointError
+from ..folders import publish_folder
+from .adapter import Adapter, load_adapter
+from .checkpoint import MAX_TEXT, Checkpoint, read_checkpoint
+from .configs import (
+    OFFICIAL_VISION_EPS,
+    LanguageConfig,
+    VisionConfig,
+    adapter_heads,
+    read_language_model,
+    read_vision_model,
+)
+from .encoder_graphs import adapter_graph, image_encoder_graph
+from .fingerprint import fingerprint
+from .graph_builder import OPSET
+from .image_encoder import ImageEncoder, load_tower
+from .joint_encoder import load_joint_encoder
+from .joint_encoder_graph import joint_encoder_graph
+from .parity import adapter_feeds, check_parity, image_feeds, scorer_feeds
+from .tokenizer import read_tokenizer
+
+if TYPE_CHECKING:
+    import onnx
+    from tokenizers import Tokenizer
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A checkpoint with all that its folders say of it."""
+
+    checkpoint: Checkpoint
+    language: LanguageConfig
+    tokenizer: Tokenizer
+    vision: VisionConfig | None
+    image: ImageSpec | None
+
+
+def export_bundle(
+    checkpoint: str | Path,
+    language_model: str | Path,
+    out: str | Path,
+    *,
+    vision_model: str | Path | None = None,
+    text_normalization: str = "openclip",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> BundleManifest:
+    """Write the model bundle of a trained checkpoint into the folder `out`.
+
+    Args:
+        checkpoint: the file that the official training saved.
+        language_model: Hugging Face folder of the BERT model (config and tokenizer).
+        vision_model: Hugging Face folder of the SigLIP model; without it the bundle has no
+            `image_encoder.onnx` and cannot index images.
+        text_normalization: `openclip` (as the model was trained) or `none`.
+        progress: called with the name of each step as it starts.
+
+    Returns: the manifest, as written to `edje.json`.
+
+    Raises:
+        CheckpointError: an input cannot be used, or a graph differs from PyTorch. Nothing is
+            written then.
+        EdjeError: `out` exists and `overwrite` is false, or it cannot be written.
+    """
+    if text_normalization not in bundle.TEXT_NORMALIZATIONS:
+        raise CheckpointError(
+            f"unknown text normalization {text_normalization!r}, expected one of "
+            + ", ".join(bundle.TEXT_NORMALIZATIONS)
+        )
+    show = progress or (lambda step: None)
+    target = Path(out)
+    _refuse_foreign(target, overwrite)
+    with publish_folder(target, overwrite=overwrite) as folder:
+        show("reading the checkpoint")
+        vision_folder = None if vision_model is None else Path(vision_model)
+        model = _read(Path(checkpoint), Path(language_model), vision_folder)
+        parity = _write_graphs(model, folder, show)
+        (folder / bundle.PARITY).write_text(json.dumps(parity, indent=2) + "\n", encoding="utf-8")
+        model.tokenizer.save(str(folder / bundle.TOKENIZER))
+        show("hashing the weights")
+        manifest = _manifest(model, text_normalization)
+        manifest.write(folder)
+    return manifest
+
+
+def _refuse_foreign(target: Path, overwrite: bool) -> None:
+    """Refuse to replace a folder that is no bundle, whatever `overwrite` says."""
+    if overwrite and target.exists() and not (target / bundle.MANIFEST).exists():
+        raise CheckpointError(
+            f"{target} is not a model bundle and is left as it was",
+            hint="choose another --out; --overwrite replaces bundles only",
+        )
+
+
+def _read(checkpoint: Path, language_model: Path, vision_model: Path | None) -> _Model:
+    read = read_checkpoint(checkpoint)
+    tokenizer = read_tokenizer(language_model)
+    language = read_language_model(language_model, read, tokenizer)
+    if vision_model is None:
+        return _Model(read, language, tokenizer, None, None)
+    return _Model(read, language, tokenizer, *read_vision_model(vision_model, read))
+
+
+def _write_graphs(model: _Model, folder: Path, show: Progress) -> dict[str, Any]:
+    """Write every graph and return what `parity.json` says of them."""
+    sizes = model.checkpoint.sizes
+    parity: dict[str, Any] = {}
+    show("exporting the joint encoder")
+    scorer = load_joint_encoder(model.checkpoint, model.language)
+    path = _save(joint_encoder_graph(scorer), folder / bundle.JOINT_ENCODER)
+    parity[path.name] = check_parity(path, scorer, scorer_feeds(model.language, sizes.num_tokens))
+
+    show("exporting the adapter")
+    adapter = _adapter(model)
+    num_features = model.vision.num_features if model.vision else 49
+    path = _save(adapter_graph(adapter), folder / bundle.ADAPTER)
+    parity[path.name] = check_parity(path, adapter, adapter_feeds(num_features, sizes.feature_dim))
+    if model.vision is not None:
+        show("exporting the image encoder")
+        tower = load_tower(model.vision.settings, model.checkpoint.vision)
+        encoder = ImageEncoder(tower, adapter)
+        path = _save(image_encoder_graph(encoder, model.vision), folder / bundle.IMAGE_ENCODER)
+        parity[path.name] = check_parity(path, encoder, image_feeds(model.vision.image_size))
+    return parity
+
+
+def _adapter(model: _Model) -> Adapter:
+    vision = model.vision
+    return load_adapter(
+        model.checkpoint,
+        num_heads=vision.num_heads if vision else adapter_heads(model.checkpoint),
+        layer_norm_eps=vision.layer_norm_eps if vision else OFFICIAL_VISION_EPS,
+        activation=model.language.activation,
+    )
+
+
+def _save(model: onnx.ModelProto, path: Path) -> Path:
+    import onnx
+
+    onnx.save(model, str(path))
+    return path
+
+
+def _manifest(model: _Model, text_normalization: str) -> BundleManifest:
+    sizes, language = model.checkpoint.sizes, model.language
+    return BundleManifest(
+        sizes=ModelSizes(
+            num_tokens=sizes.num_tokens,
+            hidden=sizes.hidden,
+            num_layers=sizes.num_layers,
+            num_heads=language.num_heads,
+            intermediate=sizes.intermediate,
+            vocab_size=sizes.vocab_size,
+            feature_dim=sizes.feature_dim,
+            num_features=model.vision.num_features if model.vision else None,
+        ),
+        text=TextSpec(
+            normalization=text_normalization,
+            max_wordpieces=min(MAX_TEXT, sizes.max_positions - sizes.num_tokens) - 3,
+            cls_id=language.cls_id,
+            sep_id=language.sep_id,
+            pad_id=language.pad_id,
+        ),
+        image=model.image,
+        fingerprint_encoder=_encoder_fingerprint(model),
+        fingerprint_scorer=_scorer_fingerprint(model),
+        provenance=_provenance(model.checkpoint.path),
+    )
+
+
+def _encoder_fingerprint(model: _Model) -> str:
+    """Hash what makes stored tokens: vision tower, adapter, preprocessing."""
+    adapter = {f"adapter.{name}": value for name, value in model.checkpoint.adapter.items()}
+    vision = {f"vision.{name}": value for name, value in model.checkpoint.vision.items()}
+    image = asdict(model.image) if model.image else None
+    return fingerprint({**adapter, **vision}, {"image": image})
+
+
+def _scorer_fingerprint(model: _Model) -> str:
+    """Hash what scores stored tokens: BERT body and matching head."""
+    bert = {f"bert.{name}": value for name, value in model.checkpoint.bert.items()}
+    head = {f"head.{name}": value for name, value in model.checkpoint.head.items()}
+    return fingerprint({**bert, **head}, {"num_heads": model.language.num_heads})
+
+
+def _provenance(checkpoint: Path) -> dict[str, Any]:
+    packages = ("edje-runtime", "torch", "transformers", "onnx", "onnxruntime", "tokenizers")
+    return {
+        "checkpoint": checkpoint.name,
+        "checkpoint_sha256": _sha256(checkpoint),
+        "versions": {name: metadata.version(name) for name in packages},
+        "opset": OPSET,
+        "exported_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
