@@ -8,6 +8,7 @@ Objects sit on a 3 x 3 grid of cells; each is next to the one before it in the c
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ SIZES = ("small", "large")
 RADIUS = {"small": 6.0, "large": 10.0}  # in units; the picture is 72 units wide
 STEPS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+GROUP = 8  # a scene and its seven hard neighbours
+SEEDS = {"train": 1, "validation": 2, "test": 3}
 UNITS = 72
 CELL = UNITS // 3
 JITTER = 1.2
@@ -130,9 +133,7 @@ def random_scene(rng: np.random.Generator) -> Scene:
 def swap_colors(scene: Scene) -> Scene:
     """Exchange the colours of the first two things."""
     a, b, *rest = scene.things
-    return replace(
-        scene, things=(replace(a, color=b.color), replace(b, color=a.color), *rest)
-    )
+    return replace(scene, things=(replace(a, color=b.color), replace(b, color=a.color), *rest))
 
 
 def swap_sizes(scene: Scene) -> Scene:
@@ -178,13 +179,17 @@ def jittered(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def neighbours(scene: Scene, rng: np.random.Generator) -> list[Scene]:
-    """Return the scene's three hard neighbours: swapped colours, relation and sizes."""
-    twins = [swap_colors(scene), swap_relation(scene, rng), swap_sizes(scene)]
-    return [jittered(twin, rng) for twin in twins]
+    """Return the scene's seven hard neighbours: colours, relation, sizes swapped, and mixtures."""
+    twins = []
+    for colors, relation, sizes in itertools.product((False, True), repeat=3):
+        twin = swap_colors(scene) if colors else scene
+        twin = swap_sizes(twin) if sizes else twin
+        twins.append(swap_relation(twin, rng) if relation else twin)
+    return [jittered(twin, rng) for twin in twins[1:]]
 
 
 def groups(seed: int, *, num_extra: int = 0) -> Iterator[list[Scene]]:
-    """Yield groups of a scene and its three hard neighbours, no meaning twice in all groups.
+    """Yield groups of a scene and its seven hard neighbours, no meaning twice in all groups.
 
     `num_extra` adds scenes that differ from the first in one word (used for training).
     """
@@ -205,7 +210,12 @@ def _outline(thing: Thing, x: float, y: float) -> list[tuple[float, float]]:
     radius = RADIUS[thing.size]
     if thing.shape == "square":
         half = radius * 0.86
-        return [(x - half, y - half), (x + half, y - half), (x + half, y + half), (x - half, y + half)]
+        return [
+            (x - half, y - half),
+            (x + half, y - half),
+            (x + half, y + half),
+            (x - half, y + half),
+        ]
     if thing.shape == "triangle":
         return _ring(x, y + radius * 0.2, [radius * 1.12], 3)
     return _ring(x, y, [radius * 1.1, radius * 0.5], 10)
@@ -226,7 +236,12 @@ def _draw(
     x, y = center
     if thing.shape == "circle":
         radius = RADIUS[thing.size]
-        box = [(x - radius) * scale, (y - radius) * scale, (x + radius) * scale, (y + radius) * scale]
+        box = [
+            (x - radius) * scale,
+            (y - radius) * scale,
+            (x + radius) * scale,
+            (y + radius) * scale,
+        ]
         draw.ellipse(box, fill=fill)  # type: ignore[arg-type]
     else:
         corners = [(px * scale, py * scale) for px, py in _outline(thing, x, y)]

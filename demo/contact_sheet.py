@@ -1,0 +1,69 @@
+"""The contact sheet: twelve queries, the top five before and after reranking, as one PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .evaluation import DemoResult, QueryResult, spread
+
+THUMB, GAP, MARGIN, ROW_TEXT, HEAD = 124, 10, 48, 44, 150
+PAPER, INK, FAINT, RIGHT = (250, 249, 246), (28, 30, 36), (124, 128, 138), (21, 148, 84)
+TOP = 5
+BLOCK = TOP * THUMB + (TOP - 1) * GAP
+WIDTH = 2 * MARGIN + 2 * BLOCK + 56
+ROW = ROW_TEXT + THUMB + 30
+
+
+def font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own typeface, so that every machine draws the same sheet."""
+    return ImageFont.load_default(size)
+
+
+def draw_contact_sheet(result: DemoResult, images: Path, target: Path, count: int = 12) -> None:
+    """Write the sheet to `target`; the right image is framed in green wherever it stands."""
+    shown = spread(result.queries, count)
+    sheet = Image.new("RGB", (WIDTH, HEAD + ROW * len(shown) + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    _draw_head(draw, result)
+    for number, query in enumerate(shown):
+        top = HEAD + number * ROW
+        draw.text((MARGIN, top), query.caption, INK, font(20))
+        middle = MARGIN + BLOCK + 56
+        _draw_strip(sheet, draw, query, query.before, images, (MARGIN, top + ROW_TEXT))
+        _draw_strip(sheet, draw, query, query.after, images, (middle, top + ROW_TEXT))
+    sheet.save(target, optimize=True)
+
+
+def _draw_head(draw: ImageDraw.ImageDraw, result: DemoResult) -> None:
+    recalls = result.recalls()
+    before, after = recalls["first stage"]["R@1"], recalls["reranked"]["R@1"]
+    title = f"The right image first: {before:.1f} % -> {after:.1f} %"
+    draw.text((MARGIN, 34), title, INK, font(38))
+    for left, words in ((MARGIN, "First stage"), (MARGIN + BLOCK + 56, "Reranked by EDJE")):
+        draw.text((left, 96), f"{words}, top {TOP}", FAINT, font(20))
+
+
+def _draw_strip(
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    query: QueryResult,
+    order: Sequence[str],
+    images: Path,
+    corner: tuple[int, int],
+) -> None:
+    left, top = corner
+    for place, name in enumerate(order[:TOP]):
+        x = left + place * (THUMB + GAP)
+        with Image.open(images / name) as picture:
+            sheet.paste(
+                picture.convert("RGB").resize((THUMB, THUMB), Image.Resampling.LANCZOS), (x, top)
+            )
+        edge = (x - 1, top - 1, x + THUMB, top + THUMB)
+        draw.rectangle(edge, outline=(214, 212, 206))
+        if name == query.target:
+            draw.rounded_rectangle(
+                (x - 6, top - 6, x + THUMB + 5, top + THUMB + 5), 8, outline=RIGHT, width=5
+            )

@@ -1,0 +1,96 @@
+"""Training: the official layout of a pair, resuming, and labels that name what is false."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from edje.demo.training.bank import GROUP, IMAGE_ID, NUM_EXTRA, Captions, make_bank
+from edje.demo.training.joint import MatchingBatches, joint_losses
+from edje.demo.training.loop import Run, schedule
+from edje.demo.training.models import Joint
+from torch import nn
+
+CAPTIONS = ["a small red circle above a large blue star on a grey background", "a red circle"]
+
+
+def test_pairs_have_the_official_layout() -> None:
+    ids, mask = Captions(CAPTIONS).joint(np.array([0, 1]))
+    for row, words in zip(ids.tolist(), (13, 3), strict=True):
+        assert row[0] == 2
+        assert row[words + 1] == 3
+        assert row[words + 2 : words + 66] == [IMAGE_ID] * 64
+        assert row[words + 66] == 3
+        assert set(row[words + 67 :]) <= {0}
+    assert mask.sum(1).tolist() == [13 + 67, 3 + 67]
+
+
+def test_scores_do_not_depend_on_padding() -> None:
+    torch.manual_seed(0)
+    joint, captions = Joint().eval(), Captions(CAPTIONS)
+    tokens = torch.randn(2, 64, 128)
+    together = joint.score(joint.encode(*captions.joint(np.array([0, 1])), tokens))
+    alone = joint.score(joint.encode(*captions.joint(np.array([1])), tokens[1:]))
+    torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=0)
+
+
+def test_false_words_are_those_that_differ() -> None:
+    bank = make_bank(1, 3, num_extra=NUM_EXTRA, supersample=1)
+    captions = Captions(bank.captions)
+    batches = MatchingBatches(bank, captions, num_queries=1)
+    texts, images = np.array([0, 0, 0]), np.array([0, 1, GROUP])
+    labels = batches.word_labels(texts, images, 30)
+    assert labels[0][labels[0] >= 0].sum() == 0
+    differ = sum(a != b for a, b in zip(captions.ids[0], captions.ids[1], strict=True))
+    assert labels[1][labels[1] >= 0].sum() == differ > 0
+    assert (labels[2] == -1).all()
+
+
+def test_losses_are_finite_and_reach_every_online_weight() -> None:
+    bank = make_bank(1, 6, num_extra=NUM_EXTRA, supersample=1)
+    torch.manual_seed(0)
+    joint, captions = Joint(), Captions(bank.captions)
+    captions.lengths[:] = 13  # one length class, so that six groups are enough
+    tokens = np.random.default_rng(0).normal(size=(len(bank.captions), 64, 128))
+    batches = MatchingBatches(bank, captions, num_queries=2)
+    batches.classes = [batches.classes[0]] * 2
+    rng = np.random.default_rng(0)
+    losses = joint_losses(joint, batches, tokens.astype(np.float16), rng)
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(torch.isfinite(value) for value in losses.values())
+    body = [p for n, p in joint.named_parameters() if "encoder.layer" in n or "pooler" in n]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in body)
+
+
+def run_steps(work: Path, *, stop_at: int | None = None) -> torch.Tensor:
+    """Six steps of a toy model; `stop_at` breaks off as a killed process would."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    run = Run("toy", work, model, 1e-2, 6)
+
+    def losses(rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        if run.step == stop_at:
+            raise KeyboardInterrupt
+        x = torch.from_numpy(rng.normal(size=(8, 3))).float()
+        return {"square": (model(x) - x.sum(1, keepdim=True)).square().mean()}
+
+    run.train(losses, lambda: "", every=1, evaluate_every=100)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        run_steps(broken, stop_at=3)
+    assert torch.equal(run_steps(broken), run_steps(whole))
+
+
+def test_the_schedule_warms_up_and_ends_at_zero() -> None:
+    factors = [schedule(step, 1000) for step in range(1001)]
+    assert factors[0] < factors[50] < factors[99] == 1.0
+    assert factors[500] == 1.0
+    assert factors[1000] == 0.0
