@@ -49,7 +49,7 @@ bench: $(INSTALLED) ## measure end to end against the bare engines (minutes)
 	$(BIN)/python -m edje.perf.bench_end_to_end
 
 train: $(INSTALLED) ## train the demo's model again (hours on two cores, resumable)
-	$(BIN)/python -m edje.demo.train
+	$(BIN)/python -m edje.demo.training
 
 clean: ## remove .venv and everything that runs have written
 	rm -rf $(VENV) .mypy .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks .cache \

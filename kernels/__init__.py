@@ -1,0 +1,1 @@
+"""Device code: kernel sources, their ahead-of-time build, launchers and references."""

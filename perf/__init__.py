@@ -1,0 +1,1 @@
+"""Benchmarks: every figure with its conditions, checked for right output in the same run."""

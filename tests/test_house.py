@@ -1,0 +1,228 @@
+"""The house rules that tools do not hold: pins, versions, packages, targets, sizes, names."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+from typer.testing import CliRunner
+
+import edje
+from edje.runtime.cli import app
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+NAME = "edje-runtime"
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+EXTRAS = {
+    *("cpu", "gpu", "rtx", "pycuda", "kernels"),
+    *("export", "index", "serve", "cluster", "perf", "dev"),
+}
+# torch's Linux build on PyPI names these itself, each with an exact version.
+PINNED_BY_TORCH = re.compile(r"nvidia-|cuda-|setuptools$")
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    return tomllib.loads(read("pyproject.toml"))
+
+
+@pytest.fixture(scope="module")
+def pins() -> list[Requirement]:
+    lines = (line.partition("#")[0].strip() for line in read("constraints.txt").splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+def pinned(pins: list[Requirement], name: str, python: str) -> list[Version]:
+    """The versions that `pins` give a package under one Python."""
+    where = {"python_version": python, "python_full_version": f"{python}.0"}
+    return [
+        Version(next(iter(pin.specifier)).version)
+        for pin in pins
+        if canonicalize_name(pin.name) == canonicalize_name(name)
+        and (pin.marker is None or pin.marker.evaluate(where))
+    ]
+
+
+def declared(project: dict[str, Any]) -> list[Requirement]:
+    extras = project["project"]["optional-dependencies"].values()
+    lines = [*project["project"]["dependencies"], *(line for extra in extras for line in extra)]
+    return [needed for line in lines if (needed := Requirement(line)).name != NAME]
+
+
+def test_every_pin_is_exact(pins: list[Requirement]) -> None:
+    assert [str(pin) for pin in pins if not re.fullmatch(r"==[^*,]+", str(pin.specifier))] == []
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_dependency_has_one_pin_in_its_range(
+    project: dict[str, Any], pins: list[Requirement], python: str
+) -> None:
+    for needed in declared(project):
+        (pin,) = pinned(pins, needed.name, python)
+        assert needed.specifier.contains(pin), f"{needed} is pinned to {pin}"
+
+
+def test_torch_has_the_pin_that_the_cpu_build_matches(pins: list[Requirement]) -> None:
+    assert pinned(pins, "torch", "3.11") == [Version("2.13.0")]
+
+
+def installed_closure(name: str, extras: frozenset[str], seen: set[str]) -> Iterator[str]:
+    """Yield every installed package that `name[extras]` brings along."""
+    for line in distribution(name).requires or []:
+        needed = Requirement(line)
+        marker = needed.marker
+        wanted = marker is None or any(marker.evaluate({"extra": e}) for e in extras | {""})
+        package = canonicalize_name(needed.name)
+        key = f"{package}[{','.join(sorted(needed.extras))}]"
+        if not wanted or key in seen:
+            continue
+        seen.add(key)
+        if package != NAME:
+            yield package
+        yield from installed_closure(package, frozenset(needed.extras), seen)
+
+
+def test_the_environment_is_the_pinned_one(pins: list[Requirement]) -> None:
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    try:
+        packages = sorted(set(installed_closure(NAME, frozenset({"dev"}), set())))
+    except PackageNotFoundError as error:
+        pytest.fail(f"{error} is not installed; run `make setup`")
+    assert len(packages) > 40
+    wrong = {
+        package: (version(package), pinned(pins, package, python))
+        for package in packages
+        if not PINNED_BY_TORCH.match(package)
+        and [Version(Version(version(package)).public)] != pinned(pins, package, python)
+    }
+    assert wrong == {}
+
+
+def test_the_extras_are_the_documented_ones(project: dict[str, Any]) -> None:
+    assert set(project["project"]["optional-dependencies"]) == EXTRAS
+
+
+def test_the_listed_packages_are_the_folders_with_modules(project: dict[str, Any]) -> None:
+    folders = ("export", "engines", "kernels", "runtime", "perf", "demo")
+    modules = [p.relative_to(ROOT) for f in folders for p in (ROOT / f).rglob("*.py")]
+    found = {".".join(("edje", *path.parent.parts)) for path in modules} | {"edje"}
+    assert set(project["tool"]["setuptools"]["packages"]) == found
+
+
+def test_every_package_has_an_init(project: dict[str, Any]) -> None:
+    packages = project["tool"]["setuptools"]["packages"]
+    folders = [ROOT.joinpath(*package.split(".")[1:]) for package in packages]
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_one_version_everywhere(project: dict[str, Any]) -> None:
+    newest = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", read("CHANGELOG.md"), re.M)
+    assert newest[0] == project["project"]["version"] == edje.__version__ == version(NAME)
+
+
+def test_the_licence_is_whole(project: dict[str, Any]) -> None:
+    assert project["project"]["license"] == "Apache-2.0"
+    licence = read("LICENSE")
+    assert "Version 2.0, January 2004" in licence
+    assert "END OF TERMS AND CONDITIONS" in licence
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):", read("Makefile"), re.M))
+
+
+def test_make_help_lists_real_targets() -> None:
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = set(re.findall(r"^make ([a-z]+) ", shown.stdout, re.M))
+    assert {"demo", "test", "check", "bench", "clean"} <= listed <= targets()
+
+
+def code_of(markdown: str) -> str:
+    """The code blocks and code spans of a Markdown page, one a line."""
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", markdown, re.M | re.S)
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", markdown, flags=re.M | re.S))
+    return "\n".join([*blocks, *spans])
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "tests/README.md"])
+def test_the_make_commands_of_the_pages_exist(page: str) -> None:
+    named = set(re.findall(r"^(?:\$ )?make ([a-z-]+)", code_of(read(page)), re.M))
+    assert named <= targets()
+    assert "test" in named
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "tests/README.md"])
+def test_the_local_links_of_the_pages_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", read(page))
+    links += re.findall(r'(?:src|href)="(?!https?:|#)([^"#]+)"', read(page))
+    folder = (ROOT / page).parent
+    assert [link for link in links if not (folder / link).exists()] == []
+
+
+def test_the_readme_names_verbs_that_exist() -> None:
+    code = code_of(read("README.md"))
+    verbs = set(re.findall(r"^(?:\$ )?edje ([a-z]+)\b", code, re.M))
+    assert {"export", "build", "index", "rerank"} <= verbs
+    for verb in sorted(verbs):
+        shown = CliRunner().invoke(app, [verb, "--help"])
+        assert shown.exit_code == 0, f"edje {verb} --help: {shown.output}"
+
+
+def test_ci_runs_check_then_the_readmes_test_command() -> None:
+    commands = re.findall(r"^make .*$", read(".ci/run"), re.M)
+    assert commands == ["make check", "make test"]
+
+
+def test_only_edje_is_importable(tmp_path: Path) -> None:
+    probe = (
+        "from importlib.util import find_spec\n"
+        "import edje.errors, edje.engines.manifest\n"
+        "names = ['export', 'engines', 'kernels', 'runtime', 'perf', 'demo', 'bundle', 'errors']\n"
+        "print([name for name in names if find_spec(name)])"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.strip() == "[]"
+
+
+def run_size_report(root: Path) -> subprocess.CompletedProcess[str]:
+    script = str(ROOT / ".ci" / "size_report.py")
+    return subprocess.run([sys.executable, script, str(root)], capture_output=True, text=True)
+
+
+def test_the_size_report_accepts_files_and_functions_at_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "runtime").mkdir()
+    lines = ["def long():", *["    pass"] * 59, *["x = 1"] * 340]
+    (tmp_path / "runtime" / "whole.py").write_text("\n".join(lines) + "\n")
+    report = run_size_report(tmp_path)
+    assert report.returncode == 0, report.stdout
+    assert "runtime" in report.stdout
+
+
+def test_the_size_report_names_what_is_over(tmp_path: Path) -> None:
+    (tmp_path / "runtime").mkdir()
+    lines = ["def long():", *["    pass"] * 60, *["x = 1"] * 340]
+    (tmp_path / "runtime" / "large.py").write_text("\n".join(lines) + "\n")
+    report = run_size_report(tmp_path)
+    assert report.returncode == 1
+    assert re.search(r"large\.py: 401 lines, at most 400", report.stdout)
+    assert re.search(r"large\.py:1 long: 61 lines, at most 60", report.stdout)
