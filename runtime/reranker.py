@@ -6,11 +6,11 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +81,16 @@ class RankResult(Sequence[Hit]):
     truncated: bool
     timings_ms: StageTimes
     engine: EngineLabel
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as plain JSON values."""
+        return {
+            "hits": [hit._asdict() for hit in self.hits],
+            "errors": [fault._asdict() for fault in self.errors],
+            "truncated": self.truncated,
+            "timings_ms": asdict(self.timings_ms),
+            "engine": self.engine._asdict(),
+        }
 
     def __len__(self) -> int:
         return len(self.hits)

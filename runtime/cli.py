@@ -1,0 +1,304 @@
+"""The command line: one verb a step. Heavy layers are imported by the verb that needs them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..engines.manifest import DEFAULT_MAX_PAIRS, DEFAULT_TEXT_BUCKETS
+from ..errors import EdjeError, RequestError
+
+EXIT_BAD_INPUT = 2
+
+app = typer.Typer(
+    name="edje",
+    help="Score image-text pairs with trained EDJE models, as fast as the hardware can.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+store_app = typer.Typer(help="Look after token stores.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
+
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code: 0 well, 2 bad input (one clear sentence)."""
+    try:
+        app(args=argv, prog_name="edje")
+    except EdjeError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+    except SystemExit as end:  # how typer ends every run
+        return end.code if isinstance(end.code, int) else 0
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"edje: {message}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"edje-runtime {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Score image-text pairs with trained EDJE models, as fast as the hardware can."""
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Official EDJE checkpoint (.pth).")],
+    language_model: Annotated[Path, typer.Option(help="Hugging Face folder of the text model.")],
+    out: Annotated[Path, typer.Option(help="Bundle folder to write.")],
+    vision_model: Annotated[
+        Path | None, typer.Option(help="Hugging Face folder of the vision model.")
+    ] = None,
+    text_normalization: Annotated[
+        str, typer.Option(help="openclip (as the official datasets) or none.")
+    ] = "openclip",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Export a trained checkpoint to a model bundle (ONNX graphs, tokenizer, edje.json).
+
+    \b
+    Example:
+      edje export checkpoint_16.pth --language-model MiniLM-L12-H384-uncased \\
+          --vision-model siglip2-large-patch16-384 --out bundle
+    """
+    _require("export", "torch", "transformers", "onnx")
+    from ..export.export import export_bundle
+    from .cli_output import print_facts, print_json, progress_steps
+
+    with progress_steps("export") as progress:
+        manifest = export_bundle(
+            checkpoint,
+            language_model,
+            out,
+            vision_model=vision_model,
+            text_normalization=text_normalization,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        print_json({"bundle": str(out), **manifest.to_json()})
+    else:
+        facts = {"bundle": out, **asdict(manifest.sizes), "encoder": manifest.fingerprint_encoder}
+        print_facts("exported", {**facts, "scorer": manifest.fingerprint_scorer})
+
+
+@app.command()
+def build(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, written by `edje export`.")],
+    out: Annotated[Path, typer.Option(help="Engine folder to write.")],
+    backend: Annotated[str, typer.Option(help="`edje doctor` lists them.")] = "openvino",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, ...")] = "fp32",
+    max_pairs: Annotated[int, typer.Option(help="Largest batch.")] = DEFAULT_MAX_PAIRS,
+    text_buckets: Annotated[
+        str, typer.Option(help="Text lengths (CLS and SEP included) to build for.")
+    ] = ",".join(map(str, DEFAULT_TEXT_BUCKETS)),
+    image_encoder: Annotated[
+        bool, typer.Option("--image-encoder", help="Add the image encoder, to index with.")
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Build an engine folder, all that a production machine needs, from a bundle.
+
+    \b
+    Example:
+      edje build bundle --backend openvino --precision bf16 --out engine
+    """
+    from ..engines.build import build_engine
+    from .cli_output import print_facts, print_json, progress_steps
+
+    with progress_steps("build") as progress:
+        manifest = build_engine(
+            bundle,
+            out,
+            backend=backend,
+            precision=precision,
+            max_pairs=max_pairs,
+            text_buckets=_whole_numbers(text_buckets, "--text-buckets"),
+            image_encoder=image_encoder,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        print_json({"engine": str(out), **manifest.to_json()})
+    else:
+        label = f"{manifest.backend} {manifest.backend_version} {manifest.precision}"
+        facts = {"engine": out, "runs on": label, "seconds": f"{manifest.build_seconds:.1f}"}
+        print_facts("built", {**facts, **manifest.fidelity})
+
+
+@app.command()
+def index(
+    model: Annotated[Path, typer.Argument(help="Bundle, or engine with image encoder.")],
+    images: Annotated[Path, typer.Argument(help="Folder, or list file of `id<TAB>path` lines.")],
+    store: Annotated[Path, typer.Option(help="Token store, made if there is none.")],
+    batch_size: Annotated[int, typer.Option(help="Images a forward.")] = 32,
+    as_json: Json = False,
+) -> None:
+    """Turn images into tokens of a store. An id is the path below IMAGES; run again to continue.
+
+    \b
+    Example:
+      edje index bundle photos --store photos.store
+    """
+    _require("index", "PIL")
+    from .cli_output import note, print_facts, print_json, progress_bar
+    from .image_encoder import ImageEncoder
+    from .index import index_images
+
+    encoder = ImageEncoder.open(model)
+    with progress_bar("index") as progress:
+        report = index_images(encoder, images, store, batch_size=batch_size, progress=progress)
+    for skipped in report.skipped:
+        note(f"{skipped.id!r} was skipped: {skipped.reason}")
+    facts = {"store": str(store), **asdict(report)}
+    if as_json:
+        print_json({**facts, "skipped": [entry._asdict() for entry in report.skipped]})
+    else:
+        print_facts("indexed", {**facts, "skipped": len(report.skipped)})
+
+
+@app.command()
+def rerank(
+    engine: Annotated[Path, typer.Argument(help="Engine folder, written by `edje build`.")],
+    store: Annotated[Path, typer.Option(help="Token store, written by `edje index`.")],
+    query: Annotated[str, typer.Option(help="Plain text.")],
+    candidates: Annotated[
+        str | None, typer.Option(help="File with an id a line, or - for stdin; default: all ids.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Hits to show; default: all.")] = None,
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Rank images of a store for a query, best first.
+
+    \b
+    Example:
+      edje rerank engine --store photos.store --query "a dog in the snow" --top-k 10
+    """
+    from .cli_output import print_json, print_ranking
+    from .reranker import Reranker
+
+    ids = None if candidates is None else _read_ids(candidates)
+    with Reranker.open(engine, store=store, num_threads=num_threads) as reranker:
+        result = reranker.rank(query, ids, top_k)
+    if as_json:
+        print_json({"query": query, **result.to_json()})
+    else:
+        print_ranking(result)
+
+
+@store_app.command()
+def stat(
+    store: Annotated[Path, typer.Argument(help="Token store.")], as_json: Json = False
+) -> None:
+    """Show what a token store holds and what it takes on disk.
+
+    \b
+    Example:
+      edje store stat photos.store
+    """
+    from .cli_output import print_facts, print_json
+    from .store import TokenStore
+
+    with TokenStore.open(store) as opened:
+        facts = asdict(opened.stat())
+    if as_json:
+        print_json(facts)
+    else:
+        print_facts("token store", facts)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine can run, and why not the rest.
+
+    \b
+    Example:
+      edje doctor --json
+    """
+    from .cli_output import print_diagnosis, print_json
+    from .doctor import examine
+
+    diagnosis = examine()
+    if as_json:
+        print_json(diagnosis.to_json())
+    else:
+        print_diagnosis(diagnosis)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write the demo to.")] = Path("demo-out"),
+    num_queries: Annotated[
+        int | None, typer.Option(help="Test queries, a multiple of 4; default: the full set.")
+    ] = None,
+) -> None:
+    """Walk the whole way on synthetic scenes: render, export, build, index, rerank, compare.
+
+    \b
+    Example:
+      edje demo --out demo-out
+    """
+    _require("export", "torch", "transformers", "onnx")
+    _require("index", "PIL")
+    from ..demo.guide import NUM_QUERIES, run_demo
+
+    run_demo(out, num_queries=NUM_QUERIES if num_queries is None else num_queries)
+
+
+def _require(extra: str, *modules: str) -> None:
+    """Refuse a verb whose optional libraries are not installed; looks without importing them."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise EdjeError(
+            f"this verb needs {', '.join(missing)}, not installed here",
+            hint=f"pip install 'edje-runtime[{extra}]'",
+        )
+
+
+def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        raise RequestError(
+            f"{option} is {text!r}, expected whole numbers with commas between", hint="16,32,64"
+        ) from error
+
+
+def _read_ids(source: str) -> list[str]:
+    """Read one id a line from a file, or from stdin for `-`; blank lines do not count."""
+    try:
+        content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        lines = content.decode("utf-8").split("\n")
+    except OSError as error:
+        raise RequestError(f"cannot read the candidates {source}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the candidates {source} are not UTF-8 text: {error}") from error
+    return [line.rstrip("\r") for line in lines if line.strip()]

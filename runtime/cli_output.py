@@ -1,0 +1,129 @@
+"""How the command line shows things: tables and JSON on stdout, progress and notes on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from .doctor import Diagnosis
+from .reranker import RankResult
+
+FILE_WIDTH = 160  # columns of a table that goes to a file or a pipe
+
+
+def print_json(values: Any) -> None:
+    """Write one JSON document to stdout."""
+    print(json.dumps(values, indent=2, ensure_ascii=False))
+
+
+def note(message: str) -> None:
+    """Tell the user something beside the result."""
+    print(f"edje: {message}", file=sys.stderr)
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield `update(done, total)`, shown as a bar on stderr."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def progress_steps(description: str) -> Iterator[Callable[[str], None]]:
+    """Yield `show(step)`: names the step at work, with a clock, on stderr."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as steps:
+        task = steps.add_task(description, total=None)
+        yield lambda step: steps.update(task, description=f"{description}: {step}")
+
+
+def print_facts(title: str, facts: Mapping[str, Any]) -> None:
+    """Write name/value lines to stdout under a title."""
+    _print_table(title, ("", ""), [(name, _shown(value)) for name, value in facts.items()])
+
+
+def print_ranking(result: RankResult) -> None:
+    """Write the hits to stdout; what could not be ranked goes to stderr."""
+    rows = [(str(n), f"{hit.score:.4f}", hit.id) for n, hit in enumerate(result, 1)]
+    times, engine = result.timings_ms, result.engine
+    _print_table(
+        f"{len(rows)} images in {times.total:.1f} ms on {engine.backend} {engine.precision}",
+        ("rank", "score", "id"),
+        rows,
+    )
+    if result.truncated:
+        note("the query was cut to the wordpieces that the model takes")
+    for fault in result.errors:
+        note(f"{fault.id!r} was not ranked: {fault.reason}")
+
+
+def print_diagnosis(diagnosis: Diagnosis) -> None:
+    """Write what this machine can run, and why not the rest."""
+    print_facts(
+        "machine",
+        {
+            "edje": f"{diagnosis.edje} on Python {diagnosis.python}, {diagnosis.system}",
+            "cpu": f"{diagnosis.cpu_model} ({diagnosis.num_cpus} usable)",
+            "features": " ".join(diagnosis.cpu_features) or "none that matter",
+            "memory": f"{diagnosis.memory_bytes / 2**30:.1f} GiB",
+            "nvidia driver": diagnosis.nvidia_driver or "none",
+        },
+    )
+    backends = [
+        (status.name, status.version or "-", precision, why or "runs")
+        for status in diagnosis.backends
+        for precision, why in status.precisions.items()
+    ]
+    _print_table("backends", ("backend", "version", "precision", "here"), backends)
+    extras = [
+        (extra.name, extra.command if extra.missing else "installed", ", ".join(extra.missing))
+        for extra in diagnosis.extras
+    ]
+    _print_table("optional parts", ("extra", "state or mend", "missing"), extras)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=any(header), box=None)
+    for name in header[:-1]:
+        table.add_column(name, no_wrap=True)
+    table.add_column(header[-1], overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # Text: ids may hold rich's markup
+    console = Console()
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    console.print(Text(title, style="bold"))
+    console.print(table)
+    console.print()

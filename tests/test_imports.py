@@ -1,0 +1,73 @@
+"""What importing and serving must not pull in, and what `import edje` may cost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import edje
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "transformers", "onnx", "onnxscript", "safetensors")
+
+
+def run_python(code: str, *args: str) -> str:
+    """Run `code` in a fresh interpreter and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def loaded_after(code: str, *args: str) -> set[str]:
+    """Return the names of all modules that are loaded after `code` ran."""
+    return set(run_python(f"{code}\nimport sys; print(*sorted(sys.modules))", *args).split())
+
+
+def test_import_edje_loads_nothing_else():
+    before, after = loaded_after("pass"), loaded_after("import edje")
+    assert {name for name in after - before if name.partition(".")[0] != "edje"} <= {
+        "__future__",
+        "importlib",
+        "typing",
+        *sys.stdlib_module_names,
+    }
+    assert not [name for name in after if name.startswith("edje.")]
+
+
+def test_import_edje_takes_less_than_300_ms_of_cpu():
+    code = "import time; t = time.process_time(); import edje; print(time.process_time() - t)"
+    assert min(float(run_python(code)) for _ in range(3)) < 0.3
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from edje import *",
+        "import edje.runtime.cli",
+        "import edje.runtime.index, edje.runtime.image_encoder, edje.runtime.doctor",
+        "import edje.engines.build, edje.engines.open, edje.engines.ort, edje.engines.ov",
+        "from edje.runtime.doctor import examine; examine()",
+    ],
+)
+def test_the_online_path_never_imports_training_libraries(code):
+    assert not loaded_after(code) & set(HEAVY)
+
+
+def test_the_command_line_shows_help_without_numpy_or_rich():
+    code = "from edje.runtime.cli import main; main(['--help'])"
+    assert not loaded_after(code) & {*HEAVY, "numpy", "rich", "openvino", "onnxruntime"}
+
+
+@pytest.mark.parametrize("name", edje.__all__)
+def test_every_public_name_is_there(name):
+    assert getattr(edje, name) is not None
+    assert name in dir(edje)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="Rerankr"):
+        edje.Rerankr  # noqa: B018
