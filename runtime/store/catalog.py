@@ -98,9 +98,10 @@ class Catalog:
 
     @classmethod
     def create(cls, folder: Path) -> None:
-        """Write an empty catalog into `folder`."""
+        """Write an empty catalog into `folder`; the caller makes it durable (fsync)."""
         connection = sqlite3.connect(folder / CATALOG, isolation_level=None)
         try:
+            connection.execute("PRAGMA synchronous = OFF")  # the caller syncs the whole folder
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")

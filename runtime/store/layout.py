@@ -220,3 +220,14 @@ def _header_checksum(page: bytes | bytearray) -> bytes:
 def id_hash(image_id: str) -> int:
     """Return xxh3-64 of the id's UTF-8 bytes: the seed of its record's checksum."""
     return int(xxhash.xxh3_64_intdigest(image_id.encode()))
+
+
+def is_id(image_id: object) -> bool:
+    """Return whether this is text, not empty, with a UTF-8 form (a lone surrogate has none)."""
+    if not isinstance(image_id, str) or not image_id:
+        return False
+    try:
+        image_id.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -24,6 +24,7 @@ from .layout import (
     SEGMENTS,
     STORE_JSON,
     StoreLayout,
+    is_id,
 )
 from .reader import BadRecord, SegmentReader
 from .writer import SegmentWriter, lock_writer
@@ -309,7 +310,7 @@ class TokenStore:
         if tokens.dtype != np.float16 or tokens.shape != shape:
             got = f"{tokens.dtype} {list(tokens.shape)}"
             faults.append(f"tokens: got {got}, expected float16 {list(shape)}")
-        no_ids = [repr(image_id) for image_id in ids if not _is_id(image_id)]
+        no_ids = [repr(image_id) for image_id in ids if not is_id(image_id)]
         if no_ids:
             faults.append(f"{len(no_ids)} ids are empty or no text: {named(no_ids)}")
         else:
@@ -341,17 +342,6 @@ def _folder_bytes(folder: Path) -> int:
         with suppress(FileNotFoundError):  # SQLite removes its log when the writer closes
             total += path.stat().st_size if path.is_file() else 0
     return total
-
-
-def _is_id(image_id: object) -> bool:
-    """True for text that is not empty and has a UTF-8 form (a lone surrogate has none)."""
-    if not isinstance(image_id, str) or not image_id:
-        return False
-    try:
-        image_id.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _publish(folder: Path, layout: StoreLayout) -> None:

@@ -130,11 +130,11 @@ class SegmentWriter:
         # A file of this number can only be left over from an append that was never acknowledged.
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         self._descriptor = os.open(path, flags, 0o666)
-        _write_all(self._descriptor, [header_page(self._layout, self._next_segment)], 0)
-        os.fdatasync(self._descriptor)
-        sync_folder(self._folder)
         self._segment, self._num_rows = self._next_segment, 0
         self._next_segment += 1
+        _write_all(self._descriptor, [header_page(self._layout, self._segment)], 0)
+        os.fdatasync(self._descriptor)
+        sync_folder(self._folder)
 
     def _open_active(self) -> int:
         if self._descriptor is None:
