@@ -1,0 +1,94 @@
+"""The registry: what this machine runs, and why not the rest."""
+
+import sys
+
+import pytest
+
+from edje.engines import backends
+from edje.engines.backends import REGISTRY, load_backend, probe_backends, require_backend
+from edje.engines.cpu import cpu_features, describe_cpu
+from edje.engines.manifest import BACKENDS, PRECISIONS
+from edje.errors import EngineError
+
+
+def test_names_are_those_of_the_manifest():
+    assert set(REGISTRY) == set(BACKENDS)
+    assert {p for entry in REGISTRY.values() for p in entry.precisions} <= set(PRECISIONS)
+
+
+def test_every_cpu_runs_float32():
+    statuses = {status.name: status for status in probe_backends()}
+    assert set(statuses) == {"onnxruntime", "openvino"}
+    for status in statuses.values():
+        assert "fp32" in status.usable
+        assert status.version
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "", "OpenVINO", "onnx-runtime"])
+def test_an_unknown_backend_lists_what_runs(name):
+    with pytest.raises(EngineError, match="unknown backend") as caught:
+        load_backend(name)
+    assert "openvino (fp32" in caught.value.hint
+    assert "onnxruntime (fp32)" in caught.value.hint
+
+
+@pytest.mark.parametrize("backend", sorted(REGISTRY))
+def test_an_unknown_precision_lists_what_runs(backend):
+    with pytest.raises(EngineError, match="no precision 'fp64'") as caught:
+        require_backend(backend, "fp64")
+    assert "this machine can run" in caught.value.hint
+
+
+def test_a_precision_without_hardware_is_refused(monkeypatch):
+    module = load_backend("openvino")
+    monkeypatch.setattr(module, "why_not", lambda p: "no units" if p == "bf16" else None)
+    with pytest.raises(EngineError, match="openvino cannot run bf16 here: no units") as caught:
+        require_backend("openvino", "bf16")
+    assert "openvino (fp32)" in caught.value.hint
+    assert require_backend("openvino", "fp32") is module
+
+
+def test_a_missing_library_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.delitem(sys.modules, "edje.engines.ov", raising=False)
+    with pytest.raises(EngineError, match="the backend openvino cannot be loaded") as caught:
+        load_backend("openvino")
+    assert caught.value.hint == "pip install 'edje-runtime[cpu]'"
+    status = {status.name: status for status in probe_backends()}["openvino"]
+    assert status.version is None
+    assert status.usable == ()
+    assert all("pip install" in str(reason) for reason in status.precisions.values())
+
+
+def test_nothing_installed(monkeypatch):
+    for library in ("openvino", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, library, None)
+    for module in ("ov", "ort"):
+        monkeypatch.delitem(sys.modules, f"edje.engines.{module}", raising=False)
+    with pytest.raises(EngineError) as caught:
+        load_backend("cuda")
+    assert "this machine can run none" in caught.value.hint
+
+
+def test_the_registry_imports_no_library():
+    import subprocess
+
+    code = (
+        "import sys, edje.engines.backends, edje.engines.open, edje.engines.contract\n"
+        "sys.exit(any(m in sys.modules for m in ('openvino', 'onnxruntime', 'onnx', 'torch')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_features_follow_the_precision(monkeypatch):
+    flags = frozenset({"avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "sse2"})
+    monkeypatch.setattr("edje.engines.cpu._cpu_info", lambda: ("A CPU", flags))
+    assert cpu_features("fp32") == ("avx2", "fma", "avx512f")
+    assert cpu_features("bf16") == ("avx2", "fma", "avx512f", "avx512_bf16")
+    assert cpu_features("int8") == ("avx2", "fma", "avx512f", "avx512_vnni")
+    assert set(cpu_features()) == flags - {"sse2"}
+    assert describe_cpu("fp32")["model"] == "A CPU"
+
+
+def test_backends_are_called_by_name_only():
+    assert backends.REGISTRY["openvino"].module == ".ov"

@@ -1,0 +1,140 @@
+"""Building: what a folder holds, and everything that must leave nothing behind."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from edje.bundle import BundleManifest
+from edje.engines.build import build_engine, checked_profile
+from edje.engines.files import sha256_of
+from edje.engines.manifest import EngineManifest, Profile
+from edje.engines.open import open_engine
+from edje.errors import CheckpointError, EdjeError, EngineError
+
+
+def build(bundle, out, **changes):
+    return build_engine(bundle, out, **{"backend": "onnxruntime", "precision": "fp32", **changes})
+
+
+def test_a_folder_holds_all_that_production_needs(built_engines, tiny_bundle):
+    for backend, folder in built_engines.items():
+        manifest = EngineManifest.read(folder)
+        assert manifest.backend == backend
+        assert manifest.precision == "fp32"
+        assert manifest.bundle == BundleManifest.read(tiny_bundle)
+        assert manifest.onnx_sha256 == sha256_of(tiny_bundle / "joint_encoder.onnx")
+        assert manifest.profile == Profile(256, (16, 24, 32, 48, 64))
+        on_disk = {path.name for path in folder.iterdir()}
+        assert on_disk == {*manifest.files, "engine.json"}
+        assert (folder / "tokenizer.json").read_bytes() == (
+            tiny_bundle / "tokenizer.json"
+        ).read_bytes()
+        assert "image_encoder.onnx" not in on_disk
+        assert manifest.build_seconds > 0
+
+
+def test_fidelity_says_what_it_was_measured_on(built_engines):
+    for folder in built_engines.values():
+        fidelity = EngineManifest.read(folder).fidelity
+        assert fidelity["data"] == "random wordpieces and random tokens, seed 0"
+        assert fidelity["max_abs_diff"] < 1e-4
+        assert fidelity["mean_abs_diff"] <= fidelity["max_abs_diff"]
+        assert fidelity["top_1"] == 1.0
+        assert fidelity["kendall_tau"] > 0.99
+
+
+def test_progress_is_told(tiny_bundle, tmp_path):
+    lines = []
+    build(tiny_bundle, tmp_path / "engine", progress=lines.append)
+    assert lines == [
+        "building onnxruntime fp32",
+        "measuring fidelity against the float32 bundle",
+    ]
+
+
+def test_a_small_profile(tiny_bundle, tmp_path, official_pairs, run):
+    out = tmp_path / "engine"
+    manifest = build(tiny_bundle, out, max_pairs=5, text_buckets=[64, 16, 16])
+    assert manifest.profile == Profile(5, (16, 64))
+    engine = open_engine(out)
+    assert np.isfinite(run(engine, official_pairs.batch([(0, i) for i in range(5)], 64))).all()
+    engine.close()
+
+
+def test_the_image_encoder_comes_along_when_asked(tiny_bundle, tmp_path):
+    manifest = build(tiny_bundle, tmp_path / "engine", image_encoder=True)
+    copied = tmp_path / "engine" / "image_encoder.onnx"
+    assert copied.read_bytes() == (tiny_bundle / "image_encoder.onnx").read_bytes()
+    assert manifest.files["image_encoder.onnx"] == sha256_of(copied)
+    open_engine(tmp_path / "engine").close()
+    copied.unlink()
+    with pytest.raises(EngineError, match=r"file image_encoder\.onnx: cannot be read"):
+        open_engine(tmp_path / "engine")
+
+
+def test_a_bundle_without_an_image_encoder(tiny_bundle, tmp_path):
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    for name in ("image_encoder.onnx", "tokenizer.json"):
+        (bundle / name).unlink()
+    with pytest.raises(EngineError, match="lacks what this engine needs") as caught:
+        build(bundle, tmp_path / "engine", image_encoder=True)
+    assert caught.value.faults == ("tokenizer.json: missing", "image_encoder.onnx: missing")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_no_bundle_there(tmp_path):
+    with pytest.raises(CheckpointError, match="not a model bundle"):
+        build(tmp_path, tmp_path / "engine")
+
+
+def test_an_existing_folder_is_left_as_it_was(tiny_bundle, built_engines, tmp_path):
+    out = shutil.copytree(built_engines["onnxruntime"], tmp_path / "engine")
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in out.iterdir())
+    with pytest.raises(EdjeError, match="exists already"):
+        build(tiny_bundle, out)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in out.iterdir()) == before
+    assert os.listdir(tmp_path) == ["engine"]
+
+
+def test_overwrite_replaces_an_engine_and_nothing_else(tiny_bundle, built_engines, tmp_path):
+    out = shutil.copytree(built_engines["openvino"], tmp_path / "engine")
+    build(tiny_bundle, out, overwrite=True)
+    assert EngineManifest.read(out).backend == "onnxruntime"
+    assert not (out / "joint_encoder.xml").exists()
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("years of work")
+    with pytest.raises(EngineError, match="not an engine folder"):
+        build(tiny_bundle, home, overwrite=True)
+    assert (home / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_failed_build_leaves_nothing(tiny_bundle, tmp_path, built_engines):
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    (bundle / "joint_encoder.onnx").write_bytes(b"not a graph")
+    out = shutil.copytree(built_engines["onnxruntime"], tmp_path / "engine")
+    for backend in ("onnxruntime", "openvino"):
+        with pytest.raises(EngineError, match="cannot"):
+            build(bundle, out, backend=backend, overwrite=True)
+    open_engine(out).close()
+    assert sorted(os.listdir(tmp_path)) == ["bundle", "engine"]
+
+
+def test_an_unwritable_place(tiny_bundle, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(EdjeError, match="cannot write"):
+        build(tiny_bundle, tmp_path / "file" / "engine")
+
+
+def test_all_faults_of_a_profile_come_at_once():
+    with pytest.raises(EngineError) as caught:
+        checked_profile(0, [2, 16, 65], 61)
+    assert caught.value.faults == (
+        "max_pairs: got 0, expected 1 or more",
+        "text_buckets: got 2, expected 3 (CLS, one wordpiece, SEP) to 64",
+        "text_buckets: got 65, expected 3 (CLS, one wordpiece, SEP) to 64",
+    )
+    with pytest.raises(EngineError, match="got none"):
+        checked_profile(1, [], 61)

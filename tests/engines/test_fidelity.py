@@ -1,0 +1,79 @@
+"""The measures of fidelity, against definitions and by their properties."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edje.engines.fidelity import compare_scores, kendall_tau, random_batches, top_agreement
+from edje.engines.manifest import EngineManifest, Profile
+
+small = st.integers(-5, 5)
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def slow_tau_b(first, second):
+    """Kendall's tau-b by its definition."""
+    concordant = discordant = ties_first = ties_second = 0
+    for i, j in itertools.combinations(range(len(first)), 2):
+        product = (first[i] - first[j]) * (second[i] - second[j])
+        concordant += product > 0
+        discordant += product < 0
+        ties_first += first[i] == first[j]
+        ties_second += second[i] == second[j]
+    pairs = len(first) * (len(first) - 1) / 2
+    scale = ((pairs - ties_first) * (pairs - ties_second)) ** 0.5
+    return (concordant - discordant) / scale if scale else None
+
+
+@unhurried
+@given(st.lists(st.tuples(small, small), min_size=2, max_size=12))
+def test_tau_is_what_its_definition_says(pairs):
+    first, second = zip(*pairs, strict=True)
+    expected = slow_tau_b(first, second)
+    tau = kendall_tau(np.array(first, float), np.array(second, float))
+    if expected is not None:
+        assert tau == pytest.approx(expected)
+
+
+@unhurried
+@given(st.lists(small, min_size=2, max_size=12))
+def test_a_ranking_agrees_with_itself(scores):
+    table = np.array(scores, np.float32)
+    assert kendall_tau(table, table) == pytest.approx(1.0)
+    assert top_agreement(table, table, 10) == 1.0
+
+
+def test_a_reversed_ranking():
+    scores = np.arange(20.0)
+    assert kendall_tau(scores, -scores) == pytest.approx(-1.0)
+    assert top_agreement(scores, -scores, 10) == 0.0
+    assert top_agreement(scores, -scores, 20) == 1.0
+
+
+def test_a_known_difference():
+    expected = np.array([[3.0, 2.0, 1.0], [0.0, 1.0, 2.0]])
+    found = expected + np.array([[0.0, 0.0, 0.0], [2.5, 0.0, 0.0]])
+    fidelity = compare_scores(expected, found)
+    assert fidelity.max_abs_diff == 2.5
+    assert fidelity.mean_abs_diff == pytest.approx(2.5 / 6)
+    assert fidelity.top_1 == 0.5
+    assert fidelity.top_10 == 1.0
+    assert fidelity.kendall_tau == pytest.approx((1.0 + (1 - 2) / 3) / 2)
+    assert (fidelity.num_queries, fidelity.num_candidates) == (2, 3)
+
+
+def test_random_batches_fit_every_profile_and_repeat(built_engines):
+    bundle = EngineManifest.read(built_engines["onnxruntime"]).bundle
+    for profile in (Profile(256, (16, 24, 32, 48, 64)), Profile(5, (20,)), Profile(1, (3, 64))):
+        batches = random_batches(bundle, profile)
+        again = random_batches(bundle, profile)
+        assert sum(len(batch) for batch in batches) == 4 * 32
+        for batch, twin in zip(batches, again, strict=True):
+            assert len(batch) <= profile.max_pairs
+            assert batch.text_ids.shape[1] in profile.text_buckets
+            assert batch.text_length[0] <= batch.text_ids.shape[1]
+            np.testing.assert_array_equal(batch.text_ids, twin.text_ids)
+            np.testing.assert_array_equal(batch.visual_tokens, twin.visual_tokens)

@@ -1,0 +1,83 @@
+"""OpenVINO runs the precision it was asked for, or nothing."""
+
+import numpy as np
+import openvino
+import pytest
+
+from edje.engines import ov
+from edje.engines.build import build_engine
+from edje.engines.contract import OpenOptions
+from edje.engines.open import open_engine
+from edje.errors import EngineError
+
+# Largest |score difference| to the official float32 scores. bfloat16 keeps 8 bits of mantissa:
+# 2**-8 relative a product; the fixture's scores reach 2.
+BF16_TOLERANCE = 0.05
+
+
+def compile_as(folder, precision):
+    core = openvino.Core()
+    return core.compile_model(folder / ov.MODEL, "CPU", {ov.PRECISION_KEY: precision})
+
+
+def test_a_model_compiled_in_another_precision_is_refused(built_engines):
+    compiled = compile_as(built_engines["openvino"], "f32")
+    ov.check_precision(compiled, "f32")
+    with pytest.raises(EngineError, match=r"asked for bf16 but compiled .* \{'f32': \d+\}"):
+        ov.check_precision(compiled, "bf16")
+
+
+def test_the_precision_cannot_be_changed_at_opening(built_engines):
+    options = OpenOptions(backend_settings={"INFERENCE_PRECISION_HINT": "bf16"})
+    with pytest.raises(EngineError, match="fixed when built"):
+        open_engine(built_engines["openvino"], options)
+
+
+def test_float32_weights_are_not_rounded_on_disk(built_engines, tiny_bundle):
+    weights = (built_engines["openvino"] / "joint_encoder.bin").stat().st_size
+    assert weights > 0.9 * (tiny_bundle / "joint_encoder.onnx").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("precision", "capabilities", "runs"),
+    [
+        ("fp32", ["FP32", "INT8"], True),
+        ("bf16", ["FP32", "BF16", "INT8"], True),
+        ("bf16", ["FP32", "INT8"], False),
+        ("fp16", ["FP32", "FP16"], False),
+    ],
+)
+def test_the_hardware_decides_what_runs(monkeypatch, precision, capabilities, runs):
+    class Core:
+        available_devices = ("CPU",)
+
+        def get_property(self, device, name):
+            assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
+            return capabilities
+
+    monkeypatch.setattr(ov.ov, "Core", Core)
+    assert (ov.why_not(precision) is None) == runs
+
+
+def test_bfloat16_stays_close_to_float32(tiny_bundle, tmp_path, official_pairs, run):
+    reason = ov.why_not("bf16")
+    if reason is not None:
+        pytest.skip(reason)
+    out = tmp_path / "engine"
+    manifest = build_engine(tiny_bundle, out, backend="openvino", precision="bf16")
+    assert 0 < manifest.fidelity["max_abs_diff"] < BF16_TOLERANCE
+    engine = open_engine(out)
+    pairs = [(caption, image) for caption in range(5) for image in range(12)]
+    scores = run(engine, official_pairs.batch(pairs, 64))
+    engine.close()
+    expected = official_pairs.expected(pairs)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=BF16_TOLERANCE)
+    assert np.abs(scores - expected).max() > 0
+
+
+def test_bfloat16_is_refused_where_the_cpu_lacks_it(tiny_bundle, tmp_path):
+    if ov.why_not("bf16") is None:
+        pytest.skip("this CPU has bfloat16")
+    with pytest.raises(EngineError, match="cannot run bf16 here"):
+        build_engine(tiny_bundle, tmp_path / "engine", backend="openvino", precision="bf16")
+    assert not (tmp_path / "engine").exists()
