@@ -108,13 +108,13 @@ class EngineManifest:
             EngineError: no engine there, or a manifest that cannot be read.
         """
         try:
-            text = (folder / MANIFEST).read_text(encoding="utf-8")
+            content = (folder / MANIFEST).read_bytes()
         except OSError as error:
             raise EngineError(
                 f"{folder} is not an engine folder: {_why(folder, error)}", hint=_build_hint(folder)
             ) from error
         try:
-            values = json.loads(text)
+            values = json.loads(content)
         except ValueError as error:
             raise EngineError(
                 f"{folder / MANIFEST} is not JSON: {error}", hint=_build_hint(folder)
