@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from transformers import SiglipModel
 
 from ..bundle import ImageSpec
-from ..runtime.images import load_pixels
+from ..errors import EdjeError
+from ..runtime.images import Unreadable, decode_image
 from . import tiny_model
 from .weights import State, official_layout
 
@@ -37,7 +38,7 @@ class FirstStage:
         """Return unit vectors float32 [N, H] of image files."""
         parts = []
         for start in range(0, len(paths), batch):
-            pixels = np.stack([load_pixels(path, spec) for path in paths[start : start + batch]])
+            pixels = np.stack([_pixels(path, spec) for path in paths[start : start + batch]])
             out = self._model.vision_model(pixel_values=torch.from_numpy(pixels))
             parts.append(F.normalize(out.pooler_output, dim=-1).numpy())
         return np.concatenate(parts)
@@ -49,3 +50,10 @@ class FirstStage:
         out = self._model.text_model(input_ids=torch.tensor(ids))
         vectors: Float32 = F.normalize(out.pooler_output, dim=-1).numpy()
         return vectors
+
+
+def _pixels(path: Path, spec: ImageSpec) -> Float32:
+    pixels = decode_image(path, spec)
+    if isinstance(pixels, Unreadable):
+        raise EdjeError(f"{path} cannot be read: {pixels.reason}")
+    return pixels

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import platform
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..engines.backends import usable_precisions
+from .. import __version__
+from ..bundle import JOINT_ENCODER, PARITY, BundleManifest
+from ..engines.backends import probe_backends
 from ..engines.build import build_engine
+from ..engines.cpu import cpu_features, cpu_model
+from ..engines.manifest import EngineManifest
 from ..errors import EdjeError
 from ..export.export import export_bundle
+from ..runtime.cli_output import progress_bar, progress_steps
+from ..runtime.image_encoder import ImageEncoder
 from ..runtime.index import index_images
 from ..runtime.reranker import Reranker
+from ..runtime.store import TokenStore
 from . import scenes, weights
 from .contact_sheet import draw_contact_sheet
 from .evaluation import DemoResult, QueryResult
@@ -32,37 +39,31 @@ NUM_QUERIES = 1024
 NUM_CANDIDATES = 50
 MARKER = ".edje-demo"
 
-Advance = Callable[[int, int], None]
 
-
-def run_demo(
-    out: Path, *, num_queries: int = NUM_QUERIES, console: Console | None = None
-) -> DemoResult:
+def run_demo(out: Path, *, num_queries: int = NUM_QUERIES) -> DemoResult:
     """Walk from the shipped checkpoint to reranked images, and write what was seen to `out`.
 
     Args:
         out: folder for images, bundle, engine, store, `index.html`, `contact-sheet.png` and
             `demo.json`; a former demo there is replaced, anything else is refused.
-        num_queries: test queries, a multiple of 4; the pool holds as many images.
-        console: where progress and the table go; None means standard error.
+        num_queries: test queries; the pool holds as many images.
 
     Raises:
         EdjeError: `out` holds something else, or a step fails.
     """
-    console = console or Console(stderr=True)
     out = _fresh_folder(out)
     result = DemoResult(num_candidates=min(NUM_CANDIDATES, num_queries), num_images=num_queries)
-    show = _Progress(console)
-    pool = _render(result, out / "images", num_queries, show)
-    _export_and_build(result, out, show)
-    _index(result, out, show)
+    pool = _render(result, out / "images", num_queries)
+    _export_and_build(result, out)
+    _index(result, out)
     order = _retrieve(result, out, pool)
-    _rerank(result, out, pool, order, show)
+    _rerank(result, out, pool, order)
     with result.step("page") as detail:
         write_page(result, out / "images", pool, out / "index.html")
         draw_contact_sheet(result, out / "images", out / "contact-sheet.png")
         detail.append("index.html, contact-sheet.png")
     (out / "demo.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
+    print_table(result, out)
     return result
 
 
@@ -79,32 +80,13 @@ def _fresh_folder(out: Path) -> Path:
     return out
 
 
-class _Progress:
-    """One progress bar a long step, on the console."""
-
-    def __init__(self, console: Console):
-        self._console = console
-
-    @contextmanager
-    def bar(self, title: str) -> Iterator[Advance]:
-        columns = (
-            TextColumn("{task.description:<28}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=self._console) as progress:
-            task = progress.add_task(title, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def _render(result: DemoResult, folder: Path, count: int, show: _Progress) -> dict[str, str]:
+def _render(result: DemoResult, folder: Path, count: int) -> dict[str, str]:
     """Write the test pool's pictures; return the caption of each file, in query order."""
     folder.mkdir()
     groups = scenes.groups(scenes.SEEDS["test"])
     pool = itertools.islice(itertools.chain.from_iterable(groups), count)
     captions = {}
-    with result.step("render scenes") as detail, show.bar("Rendering scenes") as advance:
+    with result.step("render scenes") as detail, progress_bar("Rendering scenes") as advance:
         for number, scene in enumerate(pool):
             name = f"scene-{number:04}.png"
             scenes.render(scene).save(folder / name)
@@ -114,51 +96,63 @@ def _render(result: DemoResult, folder: Path, count: int, show: _Progress) -> di
     return captions
 
 
-def _export_and_build(result: DemoResult, out: Path, show: _Progress) -> None:
-    with result.step("export") as detail, show.bar("Exporting the checkpoint"):
+def _export_and_build(result: DemoResult, out: Path) -> None:
+    with result.step("export") as detail, progress_steps("Exporting") as tell:
         paths = weights.write_checkpoint(out / "checkpoint")
         export_bundle(
-            paths.checkpoint, paths.language_model, out / "bundle", vision_model=paths.vision_model
+            paths.checkpoint,
+            paths.language_model,
+            out / "bundle",
+            vision_model=paths.vision_model,
+            progress=tell,
         )
-        parity = json.loads((out / "bundle" / "parity.json").read_text())
-        detail.append(f"PyTorch to ONNX, largest difference {_worst(parity):.1e}")
-    with result.step("build engine") as detail, show.bar("Building the engine"):
+        parity = json.loads((out / "bundle" / PARITY).read_text())
+        difference = parity[JOINT_ENCODER]["max_abs_difference"]
+        detail.append(f"scores of the graph within {difference:.0e} of PyTorch's")
+    with result.step("build engine") as detail, progress_steps("Building") as tell:
         backend, precision = _choose_engine()
         manifest = build_engine(
-            out / "bundle", out / "engine", backend=backend, precision=precision
+            out / "bundle", out / "engine", backend=backend, precision=precision, progress=tell
         )
         result.engine = f"{manifest.backend} {manifest.precision}"
+        result.conditions = _conditions(manifest)
         detail.append(f"{manifest.backend} {manifest.backend_version}, {manifest.precision}")
-
-
-def _worst(parity: object) -> float:
-    """Return the largest number named `max_abs_difference` anywhere in `parity.json`."""
-    if isinstance(parity, dict):
-        own = parity.get("max_abs_difference", 0.0)
-        return max([float(own), *(_worst(value) for value in parity.values())])
-    return 0.0
 
 
 def _choose_engine() -> tuple[str, str]:
     """Return the preferred CPU backend that this machine has: OpenVINO, else ONNX Runtime."""
-    for backend in ("openvino", "onnxruntime"):
-        if "fp32" in usable_precisions(backend):
-            return backend, "fp32"
+    for status in probe_backends(("openvino", "onnxruntime")):
+        if "fp32" in status.usable:
+            return status.name, "fp32"
     raise EdjeError("no CPU backend is installed", hint="pip install 'edje-runtime[cpu]'")
 
 
-def _index(result: DemoResult, out: Path, show: _Progress) -> None:
-    with result.step("index") as detail, show.bar("Indexing images") as advance:
-        report = index_images(
-            out / "bundle", out / "images", out / "scenes.store", progress=advance
-        )
+def _conditions(manifest: EngineManifest) -> dict[str, str]:
+    """Return what the figures depend on, for people to compare by."""
+    sizes = manifest.bundle.sizes
+    return {
+        "CPU": f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores, "
+        + " ".join(cpu_features(manifest.precision)),
+        "engine": f"{manifest.backend} {manifest.backend_version}, {manifest.precision}",
+        "scorer": f"{sizes.num_layers} layers, hidden {sizes.hidden}, "
+        f"{sizes.num_tokens} tokens an image, float16 store",
+        "batches": f"one query and its {NUM_CANDIDATES} candidates a batch",
+        "software": f"edje-runtime {__version__}, Python {platform.python_version()}, "
+        f"torch {torch.__version__} (export and first stage only)",
+    }
+
+
+def _index(result: DemoResult, out: Path) -> None:
+    encoder = ImageEncoder.open(out / "bundle")
+    with result.step("index") as detail, progress_bar("Indexing images") as advance:
+        report = index_images(encoder, out / "images", out / "scenes.store", progress=advance)
         detail.append(f"{report.indexed:,} images, {report.images_per_s:,.0f} images/s")
+    with TokenStore.open(out / "scenes.store") as store:
+        result.bytes_per_image = store.layout.record_bytes
 
 
 def _retrieve(result: DemoResult, out: Path, pool: dict[str, str]) -> npt.NDArray[np.int64]:
     """Candidates of every query by the first stage, best first: int64 [Q, k]."""
-    from ..bundle import BundleManifest
-
     spec = BundleManifest.read(out / "bundle").image
     if spec is None:
         raise EdjeError("the demo's bundle has no image encoder, expected one")
@@ -176,12 +170,11 @@ def _rerank(
     out: Path,
     pool: dict[str, str],
     order: npt.NDArray[np.int64],
-    show: _Progress,
 ) -> None:
     names = list(pool)
     with Reranker.open(out / "engine", store=out / "scenes.store") as reranker:
         reranker.rank(pool[names[0]], names[: result.num_candidates])  # warm-up, not counted
-        with result.step("rerank") as detail, show.bar("Reranking") as advance:
+        with result.step("rerank") as detail, progress_bar("Reranking") as advance:
             began = perf_counter()
             for number, (name, caption) in enumerate(pool.items()):
                 before = tuple(names[i] for i in order[number])
@@ -193,9 +186,9 @@ def _rerank(
             detail.append(f"{order.size:,} pairs, one query at a time")
 
 
-def print_table(result: DemoResult, out: Path, console: Console) -> None:
+def print_table(result: DemoResult, out: Path) -> None:
     """Print the demo's one table, and where the page and the sheet lie."""
-    recalls = result.recalls()
+    console, recalls = Console(), result.recalls()
     table = Table(
         title=f"{len(result.queries):,} queries, {result.num_candidates} candidates each",
         title_justify="left",

@@ -161,9 +161,8 @@ def change_one_word(scene: Scene, rng: np.random.Generator) -> Scene:
     index = int(rng.integers(len(scene.things)))
     values = {"color": tuple(COLORS), "shape": SHAPES, "size": SIZES}[field]
     now = getattr(scene.things[index], field)
-    changed = replace(
-        scene.things[index], **{field: _pick(rng, tuple(v for v in values if v != now))}
-    )
+    word = {field: _pick(rng, tuple(value for value in values if value != now))}
+    changed = replace(scene.things[index], **word)  # type: ignore[arg-type]
     things = (*scene.things[:index], changed, *scene.things[index + 1 :])
     return replace(scene, things=things)
 

@@ -96,10 +96,10 @@ class Captions:
 
     def joint(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """[CLS] text [SEP] <image>*64 [SEP], right-padded, and its attention mask."""
-        length = NUM_TOKENS + 3 + int(self.lengths[rows].max())
-        out = np.zeros((len(rows), length), np.int64)
+        padded = NUM_TOKENS + 3 + int(self.lengths[rows].max())
+        out = np.zeros((len(rows), padded), np.int64)
         for i, row in enumerate(rows):
-            ids = [CLS, *self.ids[row], SEP, *[IMAGE_ID] * NUM_TOKENS, SEP]
-            out[i, : len(ids)] = ids
-        ids = torch.from_numpy(out)
-        return ids, (torch.arange(length) < (ids != 0).sum(1, keepdim=True)).long()
+            pair = [CLS, *self.ids[row], SEP, *[IMAGE_ID] * NUM_TOKENS, SEP]
+            out[i, : len(pair)] = pair
+        mask = np.arange(padded) < (self.lengths[rows] + NUM_TOKENS + 3)[:, None]
+        return torch.from_numpy(out), torch.from_numpy(mask).long()

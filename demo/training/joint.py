@@ -20,7 +20,7 @@ def _false_words(captions: Captions, right: int, other: int) -> npt.NDArray[np.f
     a, b = captions.ids[right], captions.ids[other]
     if len(a) != len(b):
         return None
-    return np.not_equal(a, b).astype(np.float32)
+    return np.array([left != right for left, right in zip(a, b, strict=True)], np.float32)
 
 
 class MatchingBatches:

@@ -62,7 +62,7 @@ class Run:
                 group["lr"] = self.lr * schedule(self.step, self.total)
             parts = losses(np.random.default_rng([7, self.step]))
             self.optimizer.zero_grad(set_to_none=True)
-            torch.stack(list(parts.values())).sum().backward()
+            torch.stack(list(parts.values())).sum().backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.step += 1

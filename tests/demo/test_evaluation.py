@@ -6,11 +6,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
 from edje.demo import scenes
 from edje.demo.contact_sheet import WIDTH, draw_contact_sheet
 from edje.demo.evaluation import DemoResult, QueryResult, recall, spread
 from edje.demo.page import write_page
-from PIL import Image
 
 
 @pytest.fixture

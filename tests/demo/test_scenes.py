@@ -6,9 +6,10 @@ import itertools
 
 import numpy as np
 import pytest
-from edje.demo import scenes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from edje.demo import scenes
 
 
 def some_scenes(seed: int, count: int) -> list[scenes.Scene]:
