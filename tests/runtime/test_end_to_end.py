@@ -1,0 +1,119 @@
+"""The official model through the whole online path: the official scores, and damage on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from edje import EngineError, Reranker, StoreError, TokenStore
+from edje.engines.manifest import MANIFEST
+
+# float32 engines against float32 PyTorch; seen: 2e-6.
+TOLERANCE = 1e-4
+NUM_IMAGES = 12
+IDS = [f"img-{i}" for i in range(NUM_IMAGES)]
+
+
+@pytest.fixture(scope="module")
+def raw_text_engine(tiny_engine, tmp_path_factory):
+    """The official scores are of raw captions, so this engine does not canonicalise."""
+    folder = tmp_path_factory.mktemp("raw") / "engine"
+    shutil.copytree(tiny_engine, folder)
+    values = json.loads((folder / MANIFEST).read_text())
+    values["bundle"]["text"]["normalization"] = "none"
+    (folder / MANIFEST).write_text(json.dumps(values))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def captions(official_tiny):
+    return json.loads((official_tiny / "captions.json").read_text())["captions"]
+
+
+@pytest.fixture(scope="module")
+def official_scores(official_tiny):
+    return np.load(official_tiny / "expected.npz")["scores_from_fp16_tokens"]
+
+
+@pytest.fixture(scope="module")
+def reranker(raw_text_engine, tiny_store):
+    with Reranker.open(raw_text_engine, store=tiny_store, num_threads=1) as reranker:
+        yield reranker
+
+
+def test_ranked_scores_are_the_official_ones(reranker, captions, official_scores):
+    for caption, expected in zip(captions, official_scores, strict=True):
+        result = reranker.rank(caption, IDS)
+        scores = np.empty(NUM_IMAGES, np.float32)
+        for hit in result:
+            scores[hit.index] = hit.score
+        assert np.abs(scores - expected).max() < TOLERANCE
+        assert [hit.score for hit in result] == sorted(scores.tolist(), reverse=True)
+        assert result.engine == ("openvino", "fp32", "host")
+
+
+def test_only_the_caption_beyond_61_wordpieces_is_reported_truncated(reranker, captions):
+    truncated = [reranker.rank(caption, IDS[:1]).truncated for caption in captions]
+    assert truncated == [len(caption.split()) > 61 for caption in captions]
+    assert any(truncated)
+
+
+def test_predicted_scores_of_mixed_captions_are_the_official_ones(
+    reranker, captions, official_scores
+):
+    rng = np.random.default_rng(0)
+    asked = rng.integers(len(captions), size=100)
+    shown = rng.integers(NUM_IMAGES, size=100)
+    pairs = [(captions[q], IDS[i]) for q, i in zip(asked, shown, strict=True)]
+    assert np.abs(reranker.predict(pairs) - official_scores[asked, shown]).max() < TOLERANCE
+
+
+def test_threads_on_a_real_engine_get_their_own_scores(reranker, captions, official_scores):
+    def call(number: int) -> float:
+        q = number % len(captions)
+        ids = IDS[number % 7 :]
+        scores = {hit.id: hit.score for hit in reranker.rank(captions[q], ids)}
+        expected = dict(zip(IDS, official_scores[q], strict=True))
+        return max(abs(scores[name] - expected[name]) for name in ids)
+
+    with ThreadPoolExecutor(32) as pool:
+        assert max(pool.map(call, range(96))) < TOLERANCE
+
+
+def test_open_takes_an_open_store_and_leaves_it_open(raw_text_engine, tiny_store):
+    with TokenStore.open(tiny_store) as store:
+        with Reranker.open(raw_text_engine, store=store) as reranker:
+            assert len(reranker.rank("a dog")) == NUM_IMAGES
+        assert len(store.rows(IDS)) == NUM_IMAGES
+
+
+def test_open_closes_what_it_opened_when_a_part_does_not_fit(raw_text_engine, tmp_path):
+    other = tmp_path / "other"
+    TokenStore.create(other, num_tokens=64, hidden=32, fingerprint_encoder="b" * 64).close()
+    with pytest.raises(StoreError, match="was not made for this engine"):
+        Reranker.open(raw_text_engine, store=other)
+    TokenStore.open(other, mode="a").close()
+
+
+def test_open_names_a_missing_engine(tiny_store, tmp_path):
+    with pytest.raises(EngineError, match="it does not exist"):
+        Reranker.open(tmp_path / "none", store=tiny_store)
+
+
+def test_reranking_from_the_shell_never_imports_training_libraries(tiny_engine, tiny_store):
+    code = (
+        "import sys; from edje.runtime.cli import main; assert main(sys.argv[1:]) == 0;"
+        "print('loaded', *sys.modules)"
+    )
+    args = ("rerank", tiny_engine, "--store", tiny_store, "--query", "a dog")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.partition("loaded ")[2].split())
+    assert {"openvino", "edje.runtime.reranker"} <= loaded
+    assert not loaded & {"torch", "transformers", "onnx"}
