@@ -80,9 +80,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, known, plain[BERT], plain[ADAPTER], plain[HEAD], plain[VISION])
 
 
-def tensor_faults(
-    prefix: str, tensors: Tensors, expected: Mapping[str, Shape]
-) -> Iterator[str]:
+def tensor_faults(prefix: str, tensors: Tensors, expected: Mapping[str, Shape]) -> Iterator[str]:
     """Yield one sentence for every tensor that is missing, misshapen, not float or not finite."""
     if not tensors:
         yield f"{prefix}*: all {len(expected)} tensors are missing"
@@ -152,10 +150,14 @@ def _float32(tensors: Tensors) -> dict[str, Tensor]:
 def _infer_sizes(groups: Mapping[str, Tensors]) -> dict[str, int | None]:
     """Return every size that the tensors tell; where they differ, what most of them tell."""
     bert, adapter = groups[BERT], groups[ADAPTER]
-    layers = [int(found[1]) for name in bert if (found := re.match(r"encoder\.layer\.(\d+)\.", name))]
+    layers = [
+        int(found[1]) for name in bert if (found := re.match(r"encoder\.layer\.(\d+)\.", name))
+    ]
     return {
         "num_tokens": _vote(adapter, r"query", 1),
-        "feature_dim": _vote(adapter, r"(key|value|attention\.out_proj|layernorm|mlp\.fc2)\.bias", 0),
+        "feature_dim": _vote(
+            adapter, r"(key|value|attention\.out_proj|layernorm|mlp\.fc2)\.bias", 0
+        ),
         "adapter_intermediate": _vote(adapter, r"mlp\.fc1\.bias", 0),
         "hidden": _vote(bert, r".*LayerNorm\.weight", 0),
         "num_layers": max(layers) + 1 if layers else None,
@@ -175,9 +177,7 @@ def _vote(tensors: Tensors, pattern: str, axis: int) -> int | None:
     return votes.most_common(1)[0][0] if votes else None
 
 
-def _group_faults(
-    groups: Mapping[str, Tensors], sizes: Mapping[str, int | None]
-) -> Iterator[str]:
+def _group_faults(groups: Mapping[str, Tensors], sizes: Mapping[str, int | None]) -> Iterator[str]:
     yield from tensor_faults(BERT, groups[BERT], _bert_shapes(sizes))
     yield from tensor_faults(ADAPTER, groups[ADAPTER], _adapter_shapes(sizes))
     yield from tensor_faults(HEAD, groups[HEAD], _head_shapes(sizes["hidden"]))

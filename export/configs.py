@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 IMAGE_TOKEN = "<image>"
+SPECIAL_TOKENS = ("[CLS]", "[SEP]", "[PAD]")
 HEADS_OF_KNOWN_TOWERS = {768: 12, 1024: 16}  # ViT-B and ViT-L, the official towers
 OFFICIAL_VISION_EPS = 1e-6
 
@@ -92,7 +93,9 @@ def read_language_model(
     faults += _head_faults("num_attention_heads", bert.num_attention_heads, sizes.hidden)
     faults += _activation_faults(bert.hidden_act)
     faults += _vocabulary_faults(tokenizer, sizes.vocab_size)
-    ids = [tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]", "[PAD]")]
+    special = {name: tokenizer.token_to_id(name) for name in SPECIAL_TOKENS}
+    ids = [number for number in special.values() if number is not None]
+    faults += [f"tokenizer: no {name} token" for name, number in special.items() if number is None]
     if faults:
         raise CheckpointError(
             f"the language model in {folder} does not fit {checkpoint.path}",
@@ -246,14 +249,9 @@ def _vocabulary_faults(tokenizer: Tokenizer, rows: int) -> list[str]:
     """Check the tokenizer against the embedding rows; `<image>` has the last row."""
     words = int(tokenizer.get_vocab_size(with_added_tokens=True))
     expected = words if tokenizer.token_to_id(IMAGE_TOKEN) is not None else words + 1
-    faults = [
-        f"tokenizer: no {name} token"
-        for name in ("[CLS]", "[SEP]", "[PAD]")
-        if tokenizer.token_to_id(name) is None
+    if rows == expected:
+        return []
+    return [
+        f"vocabulary: the tokenizer has {words} tokens, so {expected} embedding rows with "
+        f"{IMAGE_TOKEN} were expected; the checkpoint has {rows}"
     ]
-    if rows != expected:
-        faults.append(
-            f"vocabulary: the tokenizer has {words} tokens, so {expected} embedding rows with "
-            f"{IMAGE_TOKEN} were expected; the checkpoint has {rows}"
-        )
-    return faults

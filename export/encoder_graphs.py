@@ -60,7 +60,9 @@ def _patches(graph: GraphBuilder, config: VisionConfig, embeddings: Any, pixels:
     kernel = graph.weight("vision.patch.weight", array(embeddings.patch_embedding.weight))
     bias = graph.weight("vision.patch.bias", array(embeddings.patch_embedding.bias))
     strides = [config.patch_size] * 2
-    x = graph.op("Conv", "vision/patch", pixels, kernel, bias, kernel_shape=strides, strides=strides)
+    x = graph.op(
+        "Conv", "vision/patch", pixels, kernel, bias, kernel_shape=strides, strides=strides
+    )
     x = graph.op("Reshape", "vision/patch", x, int64(0, config.hidden, config.num_features))
     x = graph.op("Transpose", "vision/patch", x, perm=[0, 2, 1])
     positions = array(embeddings.position_embedding.weight)

@@ -21,5 +21,5 @@ def fingerprint(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> s
     for name in sorted(tensors):
         values = tensors[name].detach().float().contiguous().numpy().astype("<f4", copy=False)
         digest.update(f"\n{name} {list(values.shape)}\n".encode())
-        digest.update(memoryview(values).cast("B"))
+        digest.update(values.tobytes())
     return digest.hexdigest()

@@ -126,12 +126,14 @@ class Layer(nn.Module):
         context = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         context = context.transpose(1, 2).flatten(2)
         rows = self.attention_norm(rows + self.attention_output(context))
-        return self.ffn_norm(rows + self.ffn2(self.activation(self.ffn1(rows))))
+        rows = self.ffn_norm(rows + self.ffn2(self.activation(self.ffn1(rows))))
+        return rows
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """Return [B, heads, S, d] for [B, S, H]."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    batch, slots, _ = x.shape
+    return x.view(batch, slots, num_heads, -1).transpose(1, 2)
 
 
 def load_joint_encoder(checkpoint: Checkpoint, config: LanguageConfig) -> JointEncoder:

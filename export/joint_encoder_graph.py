@@ -7,13 +7,14 @@ and 1/sqrt(d) is folded into the query's weights and bias.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from .graph_blocks import (
     FLOAT,
     INT32,
+    Linear,
     array,
     arrays,
     attention,
@@ -45,10 +46,10 @@ def joint_encoder_graph(model: JointEncoder) -> onnx.ModelProto:
     lengths = graph.op("Unsqueeze", "text/length", "text_length", int64(1))  # [Q, 1]
     slots = _sequence(graph, model, order, lengths)
     mask = _mask(graph, model, order, lengths)
-    *layers, last = model.layers
-    for index, layer in enumerate(layers):
+    layers = cast("list[Layer]", list(model.layers))
+    for index, layer in enumerate(layers[:-1]):
         slots = _layer(graph, f"layers.{index}", layer, slots, mask)
-    cls = _last_layer(graph, f"layers.{len(layers)}", last, slots, mask)
+    cls = _last_layer(graph, f"layers.{len(layers) - 1}", layers[-1], slots, mask)
     _head(graph, model, cls)
     return graph.model()
 
@@ -137,7 +138,7 @@ def _last_layer(graph: GraphBuilder, path: str, layer: Layer, slots: str, mask: 
     return _finish(graph, path, layer, cls, (query, key, value), mask)
 
 
-def _scaled_query(layer: Layer) -> tuple[np.ndarray, np.ndarray]:
+def _scaled_query(layer: Layer) -> Linear:
     return arrays(layer.query, scale=1 / math.sqrt(layer.query.in_features // layer.num_heads))
 
 

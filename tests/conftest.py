@@ -1,10 +1,14 @@
-"""Fixtures that all test folders share: the official tiny checkpoint and bundles made once."""
+"""Fixtures that all test folders share: official checkpoints and bundles, made once a run."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from official_checkpoint import CheckpointFolders
 
 DATA = Path(__file__).parent / "data"
 
@@ -26,5 +30,30 @@ def tiny_bundle(official_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -
         official_tiny / "lm",
         folder,
         vision_model=official_tiny / "siglip",
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def full_size_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFolders:
+    """Random checkpoint with the full-size scorer (12 layers, 384) and a small vision tower."""
+    from official_checkpoint import FULL_SIZE_SCORER, write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("full-size") / "in", FULL_SIZE_SCORER)
+
+
+@pytest.fixture(scope="session")
+def full_size_bundle(
+    full_size_checkpoint: CheckpointFolders, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Model bundle of `full_size_checkpoint`, exported once. Read-only."""
+    from edje.export.export import export_bundle
+
+    folder = tmp_path_factory.mktemp("full-size") / "bundle"
+    export_bundle(
+        full_size_checkpoint.checkpoint,
+        full_size_checkpoint.language_model,
+        folder,
+        vision_model=full_size_checkpoint.vision_model,
     )
     return folder

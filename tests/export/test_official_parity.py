@@ -1,0 +1,179 @@
+"""The reference modules and the exported graphs against what the official code computed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from edje.export.adapter import load_adapter
+from edje.export.checkpoint import Checkpoint, read_checkpoint
+from edje.export.configs import read_language_model, read_vision_model
+from edje.export.image_encoder import ImageEncoder, load_tower
+from edje.export.joint_encoder import load_joint_encoder
+from edje.export.tokenizer import read_tokenizer
+
+# float32 against the official float32. Seen: scores 1.5e-6, tokens 1.5e-5 (outputs up to 27).
+TOLERANCE = 1e-4
+NUM_CAPTIONS, NUM_IMAGES = 5, 12
+BUCKETS = (16, 24, 32, 48, 64)
+
+
+@dataclass(frozen=True)
+class Official:
+    """Inputs and outputs of the official code."""
+
+    images: np.ndarray  # uint8 [12, 3, 32, 32]
+    features: np.ndarray  # float32 [12, 16, 48]
+    tokens: np.ndarray  # float32 [12, 64, 32]
+    scores: np.ndarray  # float32 [5, 12]
+    scores_from_fp16_tokens: np.ndarray
+    caption_ids: list[list[int]]
+
+    def feed(self, pairs: list[tuple[int, int]], slots: int, dtype: str) -> dict[str, np.ndarray]:
+        """Return the joint encoder's inputs for (caption, image) pairs, one query a caption."""
+        captions = sorted({caption for caption, _ in pairs})
+        ids = np.zeros((len(captions), slots), np.int32)
+        for row, caption in zip(ids, captions, strict=True):
+            row[: len(self.caption_ids[caption])] = self.caption_ids[caption]
+        return {
+            "text_ids": ids,
+            "text_length": np.array([len(self.caption_ids[c]) for c in captions], np.int32),
+            "query_of_pair": np.array([captions.index(c) for c, _ in pairs], np.int32),
+            "visual_tokens": self.tokens[[image for _, image in pairs]].astype(dtype),
+        }
+
+
+@pytest.fixture(scope="module")
+def official(official_tiny: Path) -> Official:
+    expected = np.load(official_tiny / "expected.npz")
+    captions = json.loads((official_tiny / "captions.json").read_text())
+    image_token = captions["image_token_id"]
+    return Official(
+        expected["images_u8"],
+        expected["vision_tokens"],
+        expected["compressed_tokens"],
+        expected["scores"],
+        expected["scores_from_fp16_tokens"],
+        [ids[: ids.index(image_token)] for ids in captions["pair_input_ids"]],
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(official_tiny: Path) -> Checkpoint:
+    return read_checkpoint(official_tiny / "checkpoint_16.pth")
+
+
+@pytest.fixture(scope="module")
+def scorer(official_tiny: Path, checkpoint: Checkpoint):
+    folder = official_tiny / "lm"
+    config = read_language_model(folder, checkpoint, read_tokenizer(folder))
+    return load_joint_encoder(checkpoint, config)
+
+
+@pytest.fixture(scope="module")
+def image_encoder(official_tiny: Path, checkpoint: Checkpoint) -> ImageEncoder:
+    vision, _ = read_vision_model(official_tiny / "siglip", checkpoint)
+    adapter = load_adapter(
+        checkpoint,
+        num_heads=vision.num_heads,
+        layer_norm_eps=vision.layer_norm_eps,
+        activation="gelu",
+    )
+    return ImageEncoder(load_tower(vision.settings, checkpoint.vision), adapter)
+
+
+@pytest.fixture(scope="module")
+def exported_scorer(tiny_bundle: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(str(tiny_bundle / "joint_encoder.onnx"))
+
+
+def run_torch(module: torch.nn.Module, *inputs: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return module(*map(torch.from_numpy, inputs)).numpy()
+
+
+def run_before_rounding(path: Path, feed: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Run an encoder graph; return its output in float16 and the value that was rounded to it."""
+    model = onnx.load(path)
+    (cast,) = (node for node in model.graph.node if node.output[0] == "visual_tokens")
+    exact = onnx.helper.make_tensor_value_info(cast.input[0], onnx.TensorProto.FLOAT, None)
+    model.graph.output.append(exact)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    rounded, value = session.run(None, feed)
+    return rounded, value
+
+
+def pixels(images: np.ndarray) -> np.ndarray:
+    return ((images.astype(np.float32) / 255 - 0.5) / 0.5).astype(np.float32)
+
+
+def all_pairs() -> list[tuple[int, int]]:
+    return [(c, i) for c in range(NUM_CAPTIONS) for i in range(NUM_IMAGES)]
+
+
+def test_reference_vision_tower_gives_the_official_features(official, image_encoder):
+    with torch.inference_mode():
+        output = image_encoder.tower(pixel_values=torch.from_numpy(pixels(official.images)))
+    assert np.abs(output.last_hidden_state.numpy() - official.features).max() < TOLERANCE
+
+
+def test_reference_adapter_gives_the_official_tokens(official, image_encoder):
+    tokens = run_torch(image_encoder.adapter, official.features)
+    assert np.abs(tokens - official.tokens).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("batch", [1, 5, 12])
+def test_exported_adapter_gives_the_official_tokens(official, tiny_bundle, batch):
+    feed = {"features": official.features[:batch]}
+    rounded, tokens = run_before_rounding(tiny_bundle / "adapter.onnx", feed)
+    assert np.abs(tokens - official.tokens[:batch]).max() < TOLERANCE
+    np.testing.assert_array_equal(rounded, tokens.astype(np.float16))
+
+
+@pytest.mark.parametrize("batch", [1, 12])
+def test_exported_image_encoder_gives_the_official_tokens(official, tiny_bundle, batch):
+    feed = {"pixels": pixels(official.images[:batch])}
+    rounded, tokens = run_before_rounding(tiny_bundle / "image_encoder.onnx", feed)
+    assert np.abs(tokens - official.tokens[:batch]).max() < TOLERANCE
+    np.testing.assert_array_equal(rounded, tokens.astype(np.float16))
+
+
+@pytest.mark.parametrize("caption", range(NUM_CAPTIONS))
+def test_one_caption_alone_in_every_bucket(official, scorer, exported_scorer, caption):
+    pairs = [(caption, image) for image in range(NUM_IMAGES)]
+    buckets = [slots for slots in BUCKETS if slots >= len(official.caption_ids[caption])]
+    assert 64 in buckets
+    for slots in buckets:
+        scores = run_torch(scorer, *official.feed(pairs, slots, "float32").values())
+        assert np.abs(scores - official.scores[caption]).max() < TOLERANCE
+        (scores,) = exported_scorer.run(None, official.feed(pairs, slots, "float16"))
+        assert np.abs(scores - official.scores_from_fp16_tokens[caption]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("slots", [63, 64])
+def test_all_captions_mixed_in_one_batch(official, scorer, exported_scorer, slots):
+    pairs = all_pairs()
+    np.random.default_rng(7).shuffle(pairs)
+    index = tuple(np.array(pairs).T)
+    scores = run_torch(scorer, *official.feed(pairs, slots, "float32").values())
+    assert np.abs(scores - official.scores[index]).max() < TOLERANCE
+    (scores,) = exported_scorer.run(None, official.feed(pairs, slots, "float16"))
+    assert np.abs(scores - official.scores_from_fp16_tokens[index]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("num_pairs", range(1, 18))
+def test_every_batch_size(official, scorer, exported_scorer, num_pairs):
+    chosen = np.random.default_rng(num_pairs).integers(0, len(all_pairs()), num_pairs)
+    pairs = [all_pairs()[number] for number in chosen]
+    index = tuple(np.array(pairs).T)
+    scores = run_torch(scorer, *official.feed(pairs, 64, "float32").values())
+    assert np.abs(scores - official.scores[index]).max() < TOLERANCE
+    (scores,) = exported_scorer.run(None, official.feed(pairs, 64, "float16"))
+    assert np.abs(scores - official.scores_from_fp16_tokens[index]).max() < TOLERANCE
