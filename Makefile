@@ -57,10 +57,12 @@ clean: ## remove .venv and everything that runs have written
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip comes last into a new .venv: where it is missing, an earlier try was cut short.
+# --no-compile: Python compiles the few modules that are used on their first import, in seconds;
+# pip would compile all of torch and transformers, which takes longer than the rest of the install.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo "edje needs Python 3.10 or newer; name one with PYTHON=python3.12" >&2; exit 2; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]' -c constraints.txt \
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -e '.[dev]' -c constraints.txt \
 		$(PIP_INDEX) $(PIP_ARGS)
 	@touch $@

@@ -32,7 +32,7 @@ EXTRAS = {
     *("export", "index", "serve", "cluster", "perf", "dev"),
 }
 # torch's Linux build on PyPI names these itself, each with an exact version.
-PINNED_BY_TORCH = re.compile(r"nvidia-|cuda-|setuptools$")
+PINNED_BY_TORCH = re.compile(r"nvidia-|cuda-")
 
 
 def read(name: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+
 from imports import PACKAGE, Import, find_imports, layer_of, read_package
 
 ROOT = Path(__file__).parent.parent
