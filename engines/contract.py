@@ -9,8 +9,9 @@ every batch, `open_engine` checks every folder. What a backend cannot do it refu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,6 +67,16 @@ class Batch:
 
     def __len__(self) -> int:
         return int(self.query_of_pair.shape[0])
+
+    def part(self, pairs: slice) -> Batch:
+        """Return some of the pairs, with all queries; views, no copy."""
+        scales = self.visual_scales
+        return replace(
+            self,
+            query_of_pair=self.query_of_pair[pairs],
+            visual_tokens=self.visual_tokens[pairs],
+            visual_scales=None if scales is None else scales[pairs],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,15 +153,21 @@ class HostEngine(Engine):
     """A CPU engine: a blocking `_infer` that the stream's worker calls.
 
     The worker also checks the values (they may be written by earlier work of the stream):
-    OpenVINO reads zeros, or worse, for an index that is out of range.
+    OpenVINO reads zeros, or worse, for an index that is out of range. And it cuts a batch into
+    forwards of about `pairs_per_forward` (None: never), so that activations stay in the caches.
     """
+
+    def __init__(self, manifest: EngineManifest, *, pairs_per_forward: int | None = None):
+        super().__init__(manifest)
+        self._pairs_per_forward = pairs_per_forward
 
     def _enqueue(self, batch: Batch, scores: Float32, stream: Stream) -> None:
         stream.submit(lambda: self._run(batch, scores))
 
     def _run(self, batch: Batch, scores: Float32) -> None:
         raise_faults(value_faults(batch, self.manifest))
-        self._infer(batch, scores)
+        for pairs in even_parts(len(batch), self._pairs_per_forward or len(batch)):
+            self._infer(batch.part(pairs), scores[pairs])
 
     @abstractmethod
     def _infer(self, batch: Batch, scores: Float32) -> None:
@@ -158,6 +175,13 @@ class HostEngine(Engine):
 
         Several threads may call it at once, each with arrays of its own.
         """
+
+
+def even_parts(num_pairs: int, most: int) -> Iterator[slice]:
+    """Cut `num_pairs` into the fewest slices of at most `most`, equal within one."""
+    num_parts = -(-num_pairs // most)
+    ends = [num_pairs * part // num_parts for part in range(num_parts + 1)]
+    return (slice(start, end) for start, end in pairwise(ends))
 
 
 def raise_faults(faults: list[str]) -> None:

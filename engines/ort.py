@@ -11,6 +11,7 @@ import onnxruntime as ort
 
 from ..errors import EngineError
 from .contract import OUTPUT, Batch, BuildJob, Engine, Float32, HostEngine, OpenOptions
+from .cpu import pairs_per_forward
 from .manifest import EngineManifest
 
 MODEL = "joint_encoder.ort.onnx"
@@ -47,14 +48,15 @@ def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine
     """Open the optimised graph."""
     settings = _session_options(options.num_threads, options.backend_settings)
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return OnnxRuntimeEngine(manifest, _session(folder / MODEL, settings))
+    session = _session(folder / MODEL, settings)
+    return OnnxRuntimeEngine(manifest, session, pairs_per_forward(options.num_threads))
 
 
 class OnnxRuntimeEngine(HostEngine):
     """Binds the caller's arrays as they lie: nothing is copied in or out."""
 
-    def __init__(self, manifest: EngineManifest, session: ort.InferenceSession):
-        super().__init__(manifest)
+    def __init__(self, manifest: EngineManifest, session: ort.InferenceSession, most_pairs: int):
+        super().__init__(manifest, pairs_per_forward=most_pairs)
         self._session: ort.InferenceSession | None = session
 
     def _infer(self, batch: Batch, scores: Float32) -> None:

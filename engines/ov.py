@@ -10,6 +10,7 @@ import openvino as ov
 
 from ..errors import EngineError
 from .contract import OUTPUT, Array, Batch, BuildJob, Engine, Float32, HostEngine, OpenOptions
+from .cpu import pairs_per_forward
 from .manifest import EngineManifest
 
 MODEL = "joint_encoder.xml"
@@ -77,7 +78,8 @@ def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine
     except RuntimeError as error:
         raise EngineError(f"OpenVINO cannot open {folder / MODEL}: {error}") from error
     check_precision(compiled, wanted)
-    return OpenVinoEngine(manifest, compiled)
+    num_threads = int(compiled.get_property("INFERENCE_NUM_THREADS")) or None
+    return OpenVinoEngine(manifest, compiled, pairs_per_forward(num_threads))
 
 
 def check_precision(compiled: ov.CompiledModel, wanted: str) -> None:
@@ -102,8 +104,8 @@ def check_precision(compiled: ov.CompiledModel, wanted: str) -> None:
 class OpenVinoEngine(HostEngine):
     """Wraps the caller's arrays as tensors: nothing is copied in or out."""
 
-    def __init__(self, manifest: EngineManifest, compiled: ov.CompiledModel):
-        super().__init__(manifest)
+    def __init__(self, manifest: EngineManifest, compiled: ov.CompiledModel, most_pairs: int):
+        super().__init__(manifest, pairs_per_forward=most_pairs)
         self._compiled: ov.CompiledModel | None = compiled
         self._idle: list[ov.InferRequest] = []  # one request a thread that is inside _infer
 

@@ -5,9 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from edje.engines.contract import shape_faults, value_faults
+from edje.engines.contract import OpenOptions, even_parts, shape_faults, value_faults
 from edje.engines.fidelity import InlineStream
+from edje.engines.open import open_engine
 from edje.errors import EngineError
 
 
@@ -96,8 +99,6 @@ def test_all_values_out_of_range_come_at_once(engine, batch, run):
 
 
 def test_a_closed_engine_says_so(built_engines, batch, run):
-    from edje.engines.open import open_engine
-
     for folder in built_engines.values():
         engine = open_engine(folder)
         engine.close()
@@ -132,3 +133,23 @@ def test_non_finite_tokens_spoil_their_own_pair_only(engine, official_pairs, run
     expected = official_pairs.expected(pairs)
     assert np.isnan(scores[1])
     np.testing.assert_allclose(scores[[0, 2]], expected[[0, 2]], rtol=0, atol=1e-4)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_parts_cover_every_pair_once_and_evenly(num_pairs, most):
+    parts = list(even_parts(num_pairs, most))
+    sizes = [part.stop - part.start for part in parts]
+    assert [place for part in parts for place in range(num_pairs)[part]] == list(range(num_pairs))
+    assert len(parts) == -(-num_pairs // most)
+    assert 1 <= min(sizes) <= max(sizes) <= most
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_large_batch_runs_in_parts_with_the_same_scores(built_engines, official_pairs, run):
+    pairs = [(caption, image) for caption in range(5) for image in range(12)]
+    batch, expected = official_pairs.batch(pairs, 64), official_pairs.expected(pairs)
+    for folder in built_engines.values():
+        engine = open_engine(folder, OpenOptions(num_threads=1))  # 16 pairs a forward
+        np.testing.assert_allclose(run(engine, batch), expected, rtol=0, atol=1e-4)
+        engine.close()
