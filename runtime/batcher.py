@@ -32,9 +32,7 @@ class PlannedBatch:
     pairs: Int64
 
 
-def plan_batches(
-    text_length: Int32, query_of_pair: Int64, profile: Profile
-) -> list[PlannedBatch]:
+def plan_batches(text_length: Int32, query_of_pair: Int64, profile: Profile) -> list[PlannedBatch]:
     """Split a request into batches of at most `profile.max_pairs` pairs of one text bucket.
 
     Pairs of one bucket are spread evenly: 300 pairs with room for 256 become 150 + 150, as a

@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from ..engines.contract import Engine, OpenOptions
-from ..errors import EngineError, RequestError, StoreError, named
+from ..errors import EngineError, RequestError, StoreError
 from .device.host import HostDevice
 from .pipeline import Pipeline, Request, Scored
 from .store import TokenStore
@@ -25,7 +25,8 @@ from .text import QueryTokenizer
 StrPath = str | os.PathLike[str]
 
 
-class Hit(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Hit:
     """One ranked image: `score` is the raw float32 logit, `index` its place in `candidates`."""
 
     id: str
@@ -33,7 +34,8 @@ class Hit(NamedTuple):
     index: int
 
 
-class Fault(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Fault:
     """One candidate without a score, and why; `index` is its place in `candidates`."""
 
     id: str
@@ -41,7 +43,8 @@ class Fault(NamedTuple):
     index: int
 
 
-class EngineLabel(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class EngineLabel:
     """What computed the scores."""
 
     backend: str
@@ -85,11 +88,11 @@ class RankResult(Sequence[Hit]):
     def to_json(self) -> dict[str, Any]:
         """Return the result as plain JSON values."""
         return {
-            "hits": [hit._asdict() for hit in self.hits],
-            "errors": [fault._asdict() for fault in self.errors],
+            "hits": [asdict(hit) for hit in self.hits],
+            "errors": [asdict(fault) for fault in self.errors],
             "truncated": self.truncated,
             "timings_ms": asdict(self.timings_ms),
-            "engine": self.engine._asdict(),
+            "engine": asdict(self.engine),
         }
 
     def __len__(self) -> int:
@@ -302,15 +305,14 @@ def _check_top_k(top_k: int | None) -> None:
         raise RequestError(f"top_k is {top_k}, expected 1 or more, or None for all")
 
 
-def _checked_ids(candidates: Sequence[str]) -> list[str]:
+def _checked_ids(candidates: Sequence[object]) -> list[str]:
     """Return the ids as a list; a lone string is a mistake, not a list of letters."""
     if isinstance(candidates, str):
         raise RequestError(f"candidates is the string {candidates!r}, expected a list of ids")
-    ids = list(candidates)
-    wrong = [repr(candidate) for candidate in ids if not isinstance(candidate, str)]
+    wrong = [repr(candidate) for candidate in candidates if not isinstance(candidate, str)]
     if wrong:
-        raise RequestError(f"{len(wrong)} candidates are not strings: {named(wrong)}")
-    return ids
+        raise RequestError(f"{len(wrong)} candidates are not strings: {', '.join(wrong[:20])}")
+    return [candidate for candidate in candidates if isinstance(candidate, str)]
 
 
 def _split_pairs(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
@@ -330,9 +332,7 @@ def _hits(
     return tuple(Hit(ids[i], score, i) for i, score in zip(places, values, strict=True))
 
 
-def _faults(
-    ids: Sequence[str], scored: Scored, place: npt.NDArray[np.int64]
-) -> tuple[Fault, ...]:
+def _faults(ids: Sequence[str], scored: Scored, place: npt.NDArray[np.int64]) -> tuple[Fault, ...]:
     """Name every candidate without a finite score; candidate i has the score of `place[i]`."""
     faulty = np.flatnonzero(~np.isfinite(scored.scores[place])).tolist()
     return tuple(Fault(ids[i], _reason(scored, int(place[i])), i) for i in faulty)

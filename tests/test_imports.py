@@ -5,8 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import edje
 import pytest
+
+import edje
 
 HEAVY = ("torch", "transformers", "onnx", "onnxscript", "safetensors")
 

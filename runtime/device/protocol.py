@@ -70,7 +70,7 @@ class Stream(Protocol):
         ...
 
     def wait(self, event: Event) -> None:
-        """Let the work submitted from now on wait for `event`, and fail with it; returns at once."""
+        """Let later work wait for `event`, and fail if it failed; returns at once."""
         ...
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from edje.engines.manifest import Profile
 from edje.errors import RequestError
 from edje.runtime.batcher import plan_batches
-from hypothesis import given
-from hypothesis import strategies as st
 
 LENGTHS = st.lists(st.integers(3, 63), min_size=1, max_size=12)
 

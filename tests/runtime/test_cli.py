@@ -8,9 +8,10 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from edje.runtime.cli import main
 from edje.runtime.store import TokenStore
-from PIL import Image
 
 
 class Ran:
@@ -149,7 +150,16 @@ NOWHERE = "/nonexistent"
         (("export", NOWHERE, "--language-model", "LM", "--out", "OUT"), NOWHERE),
         (("export", "CKPT", "--language-model", NOWHERE, "--out", "OUT"), NOWHERE),
         (
-            ("export", "CKPT", "--language-model", "LM", "--out", "OUT", "--text-normalization", "x"),
+            (
+                "export",
+                "CKPT",
+                "--language-model",
+                "LM",
+                "--out",
+                "OUT",
+                "--text-normalization",
+                "x",
+            ),
             "openclip",
         ),
         (("build", NOWHERE, "--out", "OUT"), NOWHERE),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from edje.runtime import doctor
 from edje.runtime.cli import main
 

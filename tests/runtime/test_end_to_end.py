@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+
 from edje import EngineError, Reranker, StoreError, TokenStore
 from edje.engines.manifest import MANIFEST
+from edje.runtime.reranker import EngineLabel
 
 # float32 engines against float32 PyTorch; seen: 2e-6.
 TOLERANCE = 1e-4
@@ -54,7 +56,7 @@ def test_ranked_scores_are_the_official_ones(reranker, captions, official_scores
             scores[hit.index] = hit.score
         assert np.abs(scores - expected).max() < TOLERANCE
         assert [hit.score for hit in result] == sorted(scores.tolist(), reverse=True)
-        assert result.engine == ("openvino", "fp32", "host")
+        assert result.engine == EngineLabel("openvino", "fp32", "host")
 
 
 def test_only_the_caption_beyond_61_wordpieces_is_reported_truncated(reranker, captions):

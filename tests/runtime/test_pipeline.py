@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from edje.errors import EngineError, StoreError
 from edje.runtime.device.host import HostDevice
 from edje.runtime.pipeline import NUM_SLOTS, Pipeline, Request
 from edje.runtime.text import TokenizedQueries
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from toy_engine import ToyEngine, ToySource, toy_manifest
 
 

@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from edje.errors import EngineError, RequestError, StoreError
-from edje.runtime.reranker import Hit, Reranker
-from edje.runtime.store import TokenStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from edje.errors import EngineError, RequestError, StoreError
+from edje.runtime.reranker import EngineLabel, Hit, Reranker
+from edje.runtime.store import TokenStore
 from toy_engine import FINGERPRINT, HIDDEN, NUM_TOKENS, ToyEngine, toy_manifest, toy_tokenizer
 
 NUM_IMAGES = 40
@@ -64,7 +65,7 @@ def test_hits_are_sorted_and_carry_id_score_and_place(reranker):
 
 def test_the_result_says_what_ran_and_how_long_it_took(reranker):
     result = reranker.rank("red circle", ids_of(*range(20)))
-    assert result.engine == ("toy", "fp32", "host")
+    assert result.engine == EngineLabel("toy", "fp32", "host")
     times = result.timings_ms
     assert min(times.tokenize, times.resolve, times.gather, times.compute) > 0
     assert times.total >= times.tokenize + times.resolve

@@ -6,11 +6,12 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from edje.bundle import TextSpec
 from edje.errors import EngineError, RequestError
 from edje.runtime.text import QueryTokenizer, canonicalize
-from hypothesis import given
-from hypothesis import strategies as st
 from toy_engine import CLS, SEP, toy_tokenizer, toy_tokenizer_json
 
 SPECIAL = ("<image>", "[SEP]", "[CLS]", "[MASK]", "[PAD]", "[UNK]", "<extra>")

@@ -6,12 +6,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
 from edje.bundle import BundleManifest, ModelSizes, TextSpec
 from edje.engines.contract import Batch, HostEngine
 from edje.engines.manifest import EngineManifest, Profile
 from edje.runtime.store import BadRecord
 from edje.runtime.text import QueryTokenizer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 FINGERPRINT = "f" * 64
 NUM_TOKENS, HIDDEN = 4, 8

@@ -8,10 +8,11 @@ import time
 
 import numpy as np
 import pytest
-from edje.errors import EngineError
-from edje.runtime.device.host import HostDevice, HostEvent
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from edje.errors import EngineError
+from edje.runtime.device.host import HostDevice, HostEvent
 
 
 @pytest.fixture
