@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..bundle import ImageSpec
 from ..errors import CheckpointError
 from .activations import ACTIVATIONS
-from .checkpoint import VISION, Checkpoint, tensor_faults, vision_shapes
+from .checkpoint import MAX_TEXT, VISION, Checkpoint, tensor_faults, vision_shapes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -24,7 +24,10 @@ OFFICIAL_VISION_EPS = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class LanguageConfig:
-    """Sizes of the language model; `vocab_size` and `max_positions` as the checkpoint has them."""
+    """Sizes of the language model; `vocab_size` counts `<image>`, as the checkpoint does.
+
+    `max_positions` is at least 64, the most text slots.
+    """
 
     hidden: int
     num_layers: int
@@ -108,7 +111,7 @@ def read_language_model(
         num_heads=bert.num_attention_heads,
         intermediate=sizes.intermediate,
         vocab_size=sizes.vocab_size,
-        max_positions=sizes.max_positions,
+        max_positions=max(sizes.max_positions, MAX_TEXT),
         layer_norm_eps=float(bert.layer_norm_eps),
         activation=bert.hidden_act,
         cls_id=ids[0],

@@ -50,7 +50,7 @@ def image_encoder_graph(encoder: ImageEncoder, config: VisionConfig) -> onnx.Mod
     features = _patches(graph, config, tower.embeddings, pixels)
     for index, layer in enumerate(tower.encoder.layers):
         features = _vision_layer(graph, f"vision.layers.{index}", config, layer, features)
-    features = layer_norm(graph, "vision.post_norm", features, tower.post_layernorm)
+    features = layer_norm(graph, "vision/post_norm", features, tower.post_layernorm)
     _add_adapter(graph, encoder.adapter, features)
     return graph.model()
 

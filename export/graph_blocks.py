@@ -32,16 +32,17 @@ def linear(graph: GraphBuilder, path: str, x: str, *maps: Linear) -> str:
     """Add `x @ weight.T + bias`; several maps of one input become one product, side by side."""
     weight = maps[0][0] if len(maps) == 1 else np.concatenate([weight for weight, _ in maps])
     bias = np.concatenate([bias for _, bias in maps])
-    kernel = graph.weight(f"{path}.weight", weight.T)  # stored as [in, out]
+    name = path.replace("/", ".")
+    kernel = graph.weight(f"{name}.weight", weight.T)  # stored as [in, out]
     product = graph.op("MatMul", path, x, kernel)
-    return graph.op("Add", path, product, graph.weight(f"{path}.bias", bias))
+    return graph.op("Add", path, product, graph.weight(f"{name}.bias", bias))
 
 
 def layer_norm(
     graph: GraphBuilder, path: str, x: str, module: nn.LayerNorm, *, weights: str | None = None
 ) -> str:
     """Add an `nn.LayerNorm`; `weights` names shared weights where one norm is used twice."""
-    name = weights or path
+    name = weights or path.replace("/", ".")
     scale = graph.weight(f"{name}.weight", array(module.weight))
     shift = graph.weight(f"{name}.bias", array(module.bias))
     return graph.op("LayerNormalization", path, x, scale, shift, axis=-1, epsilon=module.eps)

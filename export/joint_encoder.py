@@ -139,9 +139,12 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def load_joint_encoder(checkpoint: Checkpoint, config: LanguageConfig) -> JointEncoder:
     """Return the joint encoder with the checkpoint's weights, in evaluation mode."""
     bert = checkpoint.bert
+    positions = bert["embeddings.position_embeddings.weight"]
+    unused = positions[-1:].expand(config.max_positions - len(positions), -1)
+    positions = torch.cat([positions, unused])  # padded text slots have a position, too
     state = {
         "word_embeddings.weight": bert["embeddings.word_embeddings.weight"],
-        "position_embeddings.weight": bert["embeddings.position_embeddings.weight"],
+        "position_embeddings.weight": positions,
         "type_embeddings.weight": bert["embeddings.token_type_embeddings.weight"],
     }
     renamed = [("embeddings.LayerNorm", "embedding_norm")]

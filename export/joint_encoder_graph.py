@@ -131,7 +131,7 @@ def _layer(graph: GraphBuilder, path: str, layer: Layer, slots: str, mask: str) 
 def _last_layer(graph: GraphBuilder, path: str, layer: Layer, slots: str, mask: str) -> str:
     """Add the last layer for the CLS row: keys and values of every slot, one query."""
     width = layer.query.in_features
-    cls = graph.op("Slice", f"{path}/cls", slots, int64(0), int64(1), int64(1))
+    cls = graph.op("Gather", f"{path}/cls", slots, int64(0), axis=1)  # [P, 1, H]
     query = linear(graph, f"{path}/query", cls, _scaled_query(layer))
     keys_values = linear(graph, f"{path}/kv", slots, arrays(layer.key), arrays(layer.value))
     key, value = graph.split(f"{path}/kv", keys_values, [width] * 2, axis=2)

@@ -6,6 +6,7 @@ Tensor names and shapes come from transformers' own BertForMaskedLM and SiglipMo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,9 @@ def siglip_config(sizes: Sizes) -> SiglipConfig:
         "num_hidden_layers": 1,
         "num_attention_heads": sizes.vision_heads,
         "intermediate_size": 16,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+        "pad_token_id": 0,
         "vocab_size": sizes.num_words,
     }
     return SiglipConfig(vision_config=vision, text_config=text)
@@ -165,14 +169,20 @@ def _adapter(sizes: Sizes) -> dict[str, tuple[int, ...]]:
 
 
 def _random(shapes: dict[str, tuple[int, ...]], seed: int) -> State:
-    """Draw weights that keep activations near 1; norms near the identity."""
+    """Draw weights that keep activations near 1 and attention sharp, so that pairs differ."""
     generator = torch.Generator().manual_seed(seed)
     state: State = {}
     for name, shape in shapes.items():
         values = torch.randn(shape, generator=generator)
-        fan_in = values[0].numel() if len(shape) > 1 and "embedding" not in name else 4
-        is_norm = "norm" in name.lower() and name.endswith("weight")
-        state[name] = 1 + 0.2 * values if is_norm else values / fan_in**0.5
+        if "norm" in name.lower() and name.endswith("weight"):
+            state[name] = 1 + 0.2 * values
+        elif len(shape) == 1:
+            state[name] = 0.1 * values
+        elif "embedding" in name and "patch" not in name:
+            state[name] = 0.5 * values
+        else:
+            gain = 2.0 if re.search(r"self\.(query|key)\.", name) else 1.0
+            state[name] = gain * values / values[0].numel() ** 0.5
     return state
 
 
