@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -208,13 +209,14 @@ def _decode_ahead(
 
     # One thread: the encoder takes all cores, and Pillow decodes far faster than it encodes.
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="edje-decode") as pool:
-        ahead = None
+        ahead: deque[tuple[list[ImageFile], Future[list[Float32 | Unreadable]]]] = deque()
         for batch in batches:
-            current, ahead = ahead, (batch, pool.submit(decode, batch))
-            if current:
-                yield current[0], current[1].result()
-        if ahead:
-            yield ahead[0], ahead[1].result()
+            ahead.append((batch, pool.submit(decode, batch)))
+            if len(ahead) > 1:
+                current, decoded = ahead.popleft()
+                yield current, decoded.result()
+        for current, decoded in ahead:
+            yield current, decoded.result()
 
 
 def _decode(file: ImageFile, spec: ImageSpec) -> Float32 | Unreadable:

@@ -90,21 +90,35 @@ class StoreLayout:
 
     def faults(self) -> list[str]:
         """Return one sentence for every value that no store can have."""
+        kinds: dict[str, type] = {"num_tokens": int, "hidden": int, "segment_bytes": int}
+        kinds |= {"dtype": str, "fingerprint_encoder": str, "created_by": str}
         found = [
-            f"{name}: got {value!r}, expected a whole number of at least 1"
-            for name in ("num_tokens", "hidden", "segment_bytes")
-            if type(value := getattr(self, name)) is not int or value < 1
+            f"{name}: got {value!r}, expected {kind.__name__}"
+            for name, kind in kinds.items()
+            if type(value := getattr(self, name)) is not kind
         ]
-        if not found and self.segment_bytes > MAX_SEGMENT_BYTES:
-            found.append(f"segment_bytes: got {self.segment_bytes}, at most {MAX_SEGMENT_BYTES}")
-        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
+        return found or [*self._size_faults(), *self._text_faults()]
+
+    def _size_faults(self) -> list[str]:
+        limits = {"num_tokens": MAX_RECORD_BYTES, "hidden": MAX_RECORD_BYTES}
+        limits["segment_bytes"] = MAX_SEGMENT_BYTES
+        found = [
+            f"{name}: got {getattr(self, name)}, expected 1 to {most}"
+            for name, most in limits.items()
+            if not 1 <= getattr(self, name) <= most
+        ]
+        if not found and self.dtype in DTYPES and self.record_bytes > MAX_RECORD_BYTES:
+            found.append(f"record: {self.record_bytes} bytes, expected at most {MAX_RECORD_BYTES}")
+        return found
+
+    def _text_faults(self) -> list[str]:
+        found = []
+        if self.dtype not in DTYPES:
             found.append(f"dtype: got {self.dtype!r}, expected one of {list(DTYPES)}")
         text = self.fingerprint_encoder
-        if not isinstance(text, str) or not 1 <= len(text.encode()) <= MAX_FINGERPRINT_BYTES:
-            limit = f"1 to {MAX_FINGERPRINT_BYTES} bytes of text"
+        if not is_id(text) or len(text.encode()) > MAX_FINGERPRINT_BYTES:
+            limit = f"1 to {MAX_FINGERPRINT_BYTES} bytes of UTF-8"
             found.append(f"fingerprint_encoder: got {text!r}, expected {limit}")
-        if not found and self.record_bytes > MAX_RECORD_BYTES:
-            found.append(f"record: {self.record_bytes} bytes, expected at most {MAX_RECORD_BYTES}")
         return found
 
     def to_bytes(self) -> bytes:
