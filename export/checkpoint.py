@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 
@@ -109,7 +109,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist, expected a checkpoint file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _load(path)
     except Exception as error:  # torch.load raises a dozen kinds on files that are not its own
         raise CheckpointError(
             f"{path} is not a readable PyTorch checkpoint: {_first_line(error)}",
@@ -123,6 +123,16 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
             f'{path} is not an EDJE checkpoint: got {got}, expected {{"model": state_dict, ...}}'
         )
     return {str(k): v for k, v in model.items() if isinstance(v, torch.Tensor)}
+
+
+def _load(path: Path) -> Any:
+    """Load with only the tensors that are used read from disk, where the format allows it."""
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # files from before PyTorch 1.6 cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _first_line(error: Exception) -> str:
@@ -144,15 +154,15 @@ def _groups(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _float32(tensors: Tensors) -> dict[str, Tensor]:
-    return {name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}
+    """Copy out of the mapped file, which a running training may write again."""
+    import torch
+
+    return {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
 
 
 def _infer_sizes(groups: Mapping[str, Tensors]) -> dict[str, int | None]:
     """Return every size that the tensors tell; where they differ, what most of them tell."""
     bert, adapter = groups[BERT], groups[ADAPTER]
-    layers = [
-        int(found[1]) for name in bert if (found := re.match(r"encoder\.layer\.(\d+)\.", name))
-    ]
     return {
         "num_tokens": _vote(adapter, r"query", 1),
         "feature_dim": _vote(
@@ -160,11 +170,16 @@ def _infer_sizes(groups: Mapping[str, Tensors]) -> dict[str, int | None]:
         ),
         "adapter_intermediate": _vote(adapter, r"mlp\.fc1\.bias", 0),
         "hidden": _vote(bert, r".*LayerNorm\.weight", 0),
-        "num_layers": max(layers) + 1 if layers else None,
+        "num_layers": _num_layers(bert, r"encoder\.layer\.(\d+)\."),
         "intermediate": _vote(bert, r".*intermediate\.dense\.bias", 0),
         "vocab_size": _vote(bert, r"embeddings\.word_embeddings\.weight", 0),
         "max_positions": _vote(bert, r"embeddings\.position_embeddings\.weight", 0),
     }
+
+
+def _num_layers(tensors: Tensors, pattern: str) -> int | None:
+    indices = [int(found[1]) for name in tensors if (found := re.match(pattern, name))]
+    return max(indices) + 1 if indices else None
 
 
 def _vote(tensors: Tensors, pattern: str, axis: int) -> int | None:
@@ -229,17 +244,28 @@ def _head_shapes(hidden: int | None) -> dict[str, Shape]:
     return {**_linear("0.dense", hidden, hidden), **_linear("1", 1, hidden)}
 
 
-def vision_shapes(
-    hidden: int, intermediate: int, num_layers: int, num_features: int, patch_size: int
-) -> dict[str, Shape]:
+def vision_sizes(tower: Tensors) -> dict[str, int | None]:
+    """Return the sizes that a vision tower's tensors tell, by their configuration names."""
+    return {
+        "hidden_size": _vote(tower, r".*layer_?norm1?\.weight", 0),
+        "num_hidden_layers": _num_layers(tower, r"encoder\.layers\.(\d+)\."),
+        "intermediate_size": _vote(tower, r".*mlp\.fc1\.bias", 0),
+        "patch_size": _vote(tower, r"embeddings\.patch_embedding\.weight", 2),
+        "num_features": _vote(tower, r"embeddings\.position_embedding\.weight", 0),
+    }
+
+
+def vision_shapes(sizes: Mapping[str, int | None]) -> dict[str, Shape]:
     """Return the expected tensors of a SigLIP vision tower, without its pooling head."""
+    hidden, intermediate = sizes["hidden_size"], sizes["intermediate_size"]
+    patch = sizes["patch_size"]
     shapes: dict[str, Shape] = {
-        "embeddings.patch_embedding.weight": (hidden, 3, patch_size, patch_size),
+        "embeddings.patch_embedding.weight": (hidden, 3, patch, patch),
         "embeddings.patch_embedding.bias": (hidden,),
-        "embeddings.position_embedding.weight": (num_features, hidden),
+        "embeddings.position_embedding.weight": (sizes["num_features"], hidden),
         **_norm("post_layernorm", hidden),
     }
-    for index in range(num_layers):
+    for index in range(sizes["num_hidden_layers"] or 1):
         layer = f"encoder.layers.{index}."
         shapes |= _norm(f"{layer}layer_norm1", hidden) | _norm(f"{layer}layer_norm2", hidden)
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):

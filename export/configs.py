@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..bundle import ImageSpec
 from ..errors import CheckpointError
 from .activations import ACTIVATIONS
-from .checkpoint import MAX_TEXT, VISION, Checkpoint, tensor_faults, vision_shapes
+from .checkpoint import MAX_TEXT, VISION, Checkpoint, tensor_faults, vision_shapes, vision_sizes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -81,18 +81,15 @@ def read_language_model(
             f"{folder} holds a {values['model_type']!r} model, expected a BERT language model",
             hint="pass the folder of the language model that the checkpoint was trained from",
         )
-    bert = BertConfig(**_without_type(values))
+    bert = _build(BertConfig, values, folder)
     sizes = checkpoint.sizes
-    faults = [
-        f"{name}: the folder says {got}, the checkpoint's tensors {expected}"
-        for name, got, expected in (
-            ("hidden_size", bert.hidden_size, sizes.hidden),
-            ("num_hidden_layers", bert.num_hidden_layers, sizes.num_layers),
-            ("intermediate_size", bert.intermediate_size, sizes.intermediate),
-            ("type_vocab_size", bert.type_vocab_size, 2),
-        )
-        if got != expected
-    ]
+    told = {
+        "hidden_size": sizes.hidden,
+        "num_hidden_layers": sizes.num_layers,
+        "intermediate_size": sizes.intermediate,
+        "type_vocab_size": 2,
+    }
+    faults = _differences({name: getattr(bert, name) for name in told}, told)
     faults += _head_faults("num_attention_heads", bert.num_attention_heads, sizes.hidden)
     faults += _activation_faults(bert.hidden_act)
     faults += _vocabulary_faults(tokenizer, sizes.vocab_size)
@@ -136,7 +133,7 @@ def read_vision_model(folder: Path, checkpoint: Checkpoint) -> tuple[VisionConfi
             hint="pass the folder of the SigLIP model that the checkpoint was trained from",
         )
     settings = _without_type(values.get("vision_config", {}) if kind == "siglip" else values)
-    config = _vision_config(SiglipVisionConfig(**settings), settings)
+    config = _vision_config(_build(SiglipVisionConfig, settings, folder), settings)
     faults = _vision_faults(config, checkpoint)
     image = _image_spec(folder, config, faults)
     if faults or image is None:
@@ -183,6 +180,14 @@ def _without_type(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in dropped}
 
 
+def _build(kind: Any, values: Mapping[str, Any], folder: Path) -> Any:
+    """Make transformers' configuration of `values`: it knows every default."""
+    try:
+        return kind(**_without_type(values))
+    except Exception as error:  # transformers' own validation raises several kinds
+        raise CheckpointError(f"{folder / 'config.json'} cannot be used: {error}") from error
+
+
 def _vision_config(read: Any, settings: Mapping[str, Any]) -> VisionConfig:
     return VisionConfig(
         hidden=read.hidden_size,
@@ -198,22 +203,30 @@ def _vision_config(read: Any, settings: Mapping[str, Any]) -> VisionConfig:
 
 
 def _vision_faults(config: VisionConfig, checkpoint: Checkpoint) -> list[str]:
-    faults: list[str] = []
+    told = vision_sizes(checkpoint.vision)
+    faults = list(tensor_faults(VISION, checkpoint.vision, vision_shapes(told)))
+    said = {
+        "hidden_size": config.hidden,
+        "num_hidden_layers": config.num_layers,
+        "intermediate_size": config.intermediate,
+        "patch_size": config.patch_size,
+        "num_features": config.num_features,
+    }
+    faults += _differences(said, told)
     width = checkpoint.sizes.feature_dim
-    if config.hidden != width:
-        faults.append(f"hidden_size: the folder says {config.hidden}, the adapter takes {width}")
+    if told["hidden_size"] not in (None, width):
+        faults.append(f"the adapter takes {width} numbers, the tower gives {told['hidden_size']}")
     faults += _head_faults("vision num_attention_heads", config.num_heads, config.hidden)
     faults += _activation_faults(config.activation)
-    shapes = vision_shapes(
-        config.hidden,
-        config.intermediate,
-        config.num_layers,
-        config.num_features,
-        config.patch_size,
-    )
-    faults += tensor_faults(VISION, checkpoint.vision, shapes)
-    faults += [f"{VISION}{name}: unexpected" for name in checkpoint.vision.keys() - shapes.keys()]
     return faults
+
+
+def _differences(said: Mapping[str, int], told: Mapping[str, int | None]) -> list[str]:
+    return [
+        f"{name}: the folder says {said[name]}, the checkpoint's tensors {told[name]}"
+        for name in said
+        if told[name] not in (None, said[name])
+    ]
 
 
 def _image_spec(folder: Path, config: VisionConfig, faults: list[str]) -> ImageSpec | None:
@@ -227,6 +240,9 @@ def _image_spec(folder: Path, config: VisionConfig, faults: list[str]) -> ImageS
     scaled, normalized = values.get("do_rescale", True), values.get("do_normalize", True)
     mean = values.get("image_mean", [0.5] * 3) if normalized else [0.0] * 3
     std = values.get("image_std", [0.5] * 3) if normalized else [1.0] * 3
+    if not len(mean) == len(std) == 3:
+        faults.append(f"preprocessor: got mean {mean} and std {std}, expected three numbers each")
+        return None
     return ImageSpec(
         size=config.image_size,
         resample=int(values.get("resample", 3)),

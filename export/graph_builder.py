@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import CheckpointError
+
 if TYPE_CHECKING:
     import onnx
 
 OPSET = 20  # the first with Gelu; LayerNormalization is there since 17
 IR_VERSION = 10
+MAX_BYTES = 2**31 - 2**24  # of a protobuf message, less the room for the nodes
 
 Array = npt.NDArray[Any]
 
@@ -64,9 +67,19 @@ class GraphBuilder:
         return outputs
 
     def model(self) -> onnx.ModelProto:
-        """Return the model; its weights are freed here, since they can be gigabytes."""
+        """Return the model; the builder lets go of its weights, which can be gigabytes.
+
+        Raises:
+            CheckpointError: more weights than one ONNX file holds.
+        """
         from onnx import helper, numpy_helper
 
+        num_bytes = sum(value.nbytes for value in self._weights.values())
+        if num_bytes >= MAX_BYTES:
+            raise CheckpointError(
+                f"the {self.name} holds {num_bytes / 1e9:.2f} GB of float32 weights, expected "
+                f"less than {MAX_BYTES / 1e9:.2f} GB: an ONNX file holds no more"
+            )
         weights = []
         for name in list(self._weights):
             weights.append(numpy_helper.from_array(self._weights.pop(name), name))

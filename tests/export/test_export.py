@@ -178,9 +178,24 @@ def test_a_vision_model_that_does_not_fit_lists_every_difference(small, tmp_path
     vision = json.loads(config.read_text())["vision_config"]
     edit_json(config, vision_config=vision | {"intermediate_size": 44, "image_size": 32})
     message = refused(folders, tmp_path / "bundle")
-    assert "layers.1.mlp.fc2.weight: got [20, 36], expected [20, 44]" in message
-    assert "position_embedding.weight: got [9, 20], expected [16, 20]" in message
+    assert "intermediate_size: the folder says 44, the checkpoint's tensors 36" in message
+    assert "num_features: the folder says 16, the checkpoint's tensors 9" in message
     assert "expected 32 squared" in message
+
+
+def test_a_damaged_vision_tower_lists_every_tensor(tmp_path):
+    state = official_state(Sizes())
+    del state["vision_encoder.encoder.layers.1.mlp.fc2.weight"]
+    state["vision_encoder.post_layernorm.bias"] = torch.zeros(3)
+    message = refused(write_checkpoint(tmp_path / "in", state=state), tmp_path / "bundle")
+    assert "layers.1.mlp.fc2.weight: missing, expected [20, 36]" in message
+    assert "post_layernorm.bias: got [3], expected [20]" in message
+
+
+def test_a_config_that_transformers_refuses_is_told(small, tmp_path):
+    folders = copy_of(small, tmp_path / "in")
+    edit_json(folders.language_model / "config.json", hidden_size="wide")
+    assert "config.json cannot be used" in refused(folders, tmp_path / "bundle")
 
 
 def test_swapped_and_empty_folders_are_refused(small, tmp_path):
