@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
@@ -34,7 +35,11 @@ def load_tower(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     config = SiglipVisionConfig(**{**settings, "vision_use_head": False})
-    tower: nn.Module = SiglipVisionModel(config).eval()
+    with torch.device("meta"):  # no memory and no random weights: both come with `tensors`
+        tower: nn.Module = SiglipVisionModel(config).eval()
     inner = "vision_model." if hasattr(tower, "vision_model") else ""  # transformers 4 nests it
-    tower.load_state_dict({inner + name: tensor for name, tensor in tensors.items()})
+    tower.load_state_dict({inner + name: value for name, value in tensors.items()}, assign=True)
+    embeddings = tower.get_submodule(f"{inner}embeddings")
+    positions = len(tensors["embeddings.position_embedding.weight"])
+    embeddings.position_ids = torch.arange(positions)[None]  # not in a checkpoint
     return tower
