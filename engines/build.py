@@ -73,30 +73,36 @@ def build_engine(
         tell(f"building {backend} {precision}")
         for name in names:
             shutil.copyfile(bundle / name, folder / name)
-        joint_encoder = bundle / JOINT_ENCODER
-        job = BuildJob(joint_encoder, folder, precision, profile, source)
-        flags = module.build(job)
-        draft = EngineManifest(
-            backend=backend,
-            backend_version=module.version(),
-            precision=precision,
-            device=describe_cpu(precision),
-            profile=profile,
-            bundle=source,
-            bundle_path=str(bundle.absolute()),
-            onnx_sha256=sha256_of(joint_encoder),
-            token_dtype="float16",
-            files=_hashes(folder),
-            build_options={**flags, "image_encoder": image_encoder},
-            build_seconds=0.0,
-            fidelity={},
-        )
+        job = BuildJob(bundle / JOINT_ENCODER, folder, precision, profile, source)
+        flags = {**module.build(job), "image_encoder": image_encoder}
+        draft = _manifest(job, backend, module.version(), flags)
         tell("measuring fidelity against the float32 bundle")
         fidelity = _measure(module, folder, draft, bundle)
         seconds = round(perf_counter() - began, 3)
         manifest = replace(draft, fidelity=fidelity, build_seconds=seconds)
         manifest.write(folder)
     return manifest
+
+
+def _manifest(
+    job: BuildJob, backend: str, version: str, flags: Mapping[str, Any]
+) -> EngineManifest:
+    """Describe what was built, but for what only the end of the build knows."""
+    return EngineManifest(
+        backend=backend,
+        backend_version=version,
+        precision=job.precision,
+        device=describe_cpu(job.precision),
+        profile=job.profile,
+        bundle=job.bundle,
+        bundle_path=str(job.joint_encoder.parent.absolute()),
+        onnx_sha256=sha256_of(job.joint_encoder),
+        token_dtype="float16",
+        files=_hashes(job.out),
+        build_options=flags,
+        build_seconds=0.0,
+        fidelity={},
+    )
 
 
 def checked_profile(max_pairs: int, text_buckets: Sequence[int], max_wordpieces: int) -> Profile:
