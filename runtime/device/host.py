@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import weakref
@@ -30,7 +31,7 @@ class HostBuffer:
         self._elements: npt.NDArray[Any] = memory[start : start + num_bytes].view(dtype)
 
     def view(self, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        return self._elements[: int(np.prod(shape))].reshape(shape)
+        return self._elements[: math.prod(shape)].reshape(shape)
 
 
 class HostEvent:

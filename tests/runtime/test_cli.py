@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edje import __version__
 from edje.runtime.cli import main
 from edje.runtime.store import TokenStore
 
@@ -243,5 +244,5 @@ def test_every_verb_explains_itself_with_an_example(edje, verb):
 
 
 def test_version_and_empty_call(edje):
-    assert edje("--version").out == "edje-runtime 0.1.0\n"
+    assert edje("--version").out == f"edje-runtime {__version__}\n"
     assert "rerank" in edje().out + edje().err
