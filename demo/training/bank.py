@@ -29,6 +29,7 @@ class Bank:
     labels_tower: npt.NDArray[np.int8]  # [N, 81, 6]
     labels_tokens: npt.NDArray[np.int8]  # [N, 64, 6]
     captions: list[str]
+    cells: list[list[int]]  # of every caption's words: the cell (0..8) of its thing, else -100
 
 
 def _dense_labels(scene: scenes.Scene, grid: int) -> npt.NDArray[np.int8]:
@@ -50,6 +51,15 @@ def _dense_labels(scene: scenes.Scene, grid: int) -> npt.NDArray[np.int8]:
     return labels.reshape(grid * grid, 6).astype(np.int8)
 
 
+def _word_cells(scene: scenes.Scene) -> list[int]:
+    """Where the thing stands that a word describes, a number a word; -100 for other words."""
+    gaps = [len(relation.split()) for relation in scene.relations] + [4]  # "on a ... background"
+    labels: list[int] = []
+    for (row, column), gap in zip(scene.cells, gaps, strict=True):
+        labels += [-100, *[3 * row + column] * 3, *[-100] * gap]  # "a", size, colour, shape
+    return labels
+
+
 def _pixels(scene: scenes.Scene, *, supersample: int) -> Uint8:
     """Draw at 288 and shrink as the image processor does."""
     picture = scenes.render(scene, supersample=supersample)
@@ -69,6 +79,7 @@ def make_bank(seed: int, num_groups: int, *, num_extra: int, supersample: int) -
         np.stack([_dense_labels(scene, tiny_model.GRID) for scene in every]),
         np.stack([_dense_labels(scene, 8) for scene in every]),
         [scene.caption for scene in every],
+        [_word_cells(scene) for scene in every],
     )
 
 

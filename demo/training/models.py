@@ -70,18 +70,24 @@ class Joint(nn.Module):
         self.pooler = nn.Linear(HIDDEN, HIDDEN)
         self.classifier = nn.Linear(HIDDEN, 1)
         self.false_word = nn.Linear(HIDDEN, 1)
+        self.place = nn.Linear(HIDDEN, 9)
 
-    def encode(self, ids: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Last hidden states [B, L, H]; `tokens` [B, 64, H] take the places of `<image>`."""
+    def encode(
+        self, ids: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [B, L, H] half-way and last; `tokens` [B, 64, H] replace `<image>`."""
         embeddings = self.language_model.get_input_embeddings()(ids)
         image = (ids == IMAGE_ID).unsqueeze(-1)
         embeddings = embeddings.masked_scatter(image, tokens.to(embeddings.dtype))
         first = ((ids == IMAGE_ID) | (ids == SEP)).int().cumsum(1)
         types = ((first > 1) & mask.bool()).long()
-        hidden = self.language_model.bert(
-            inputs_embeds=embeddings, attention_mask=mask, token_type_ids=types
-        ).last_hidden_state
-        return hidden  # type: ignore[no-any-return]
+        states = self.language_model.bert(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            token_type_ids=types,
+            output_hidden_states=True,
+        ).hidden_states
+        return states[len(states) // 2], states[-1]
 
     def score(self, hidden: torch.Tensor) -> torch.Tensor:
         """Matching logits [B] from the CLS place."""

@@ -77,9 +77,9 @@ def main() -> None:
     options = parser.parse_args()
     tower, joint = Tower(), Joint()
     runs = {}
-    for name, model in (("tower", tower), ("joint", joint)):
+    for name, model in (("tower", tower), ("joint", joint), ("places", joint)):
         state = torch.load(options.work / f"{name}.pt", weights_only=True)
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"])  # the last stage's weights stay
         model.eval().requires_grad_(False)
         runs[name] = {"steps": state["step"], "seconds": round(state["seconds"])}
     settings = json.loads((options.work / "settings.json").read_text())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from edje.demo import scenes
 from edje.demo.training.bank import GROUP, IMAGE_ID, NUM_EXTRA, Captions, make_bank
 from edje.demo.training.joint import MatchingBatches, joint_losses
 from edje.demo.training.loop import Run, schedule
@@ -32,8 +33,8 @@ def test_scores_do_not_depend_on_padding() -> None:
     torch.manual_seed(0)
     joint, captions = Joint().eval(), Captions(CAPTIONS)
     tokens = torch.randn(2, 64, 128)
-    together = joint.score(joint.encode(*captions.joint(np.array([0, 1])), tokens))
-    alone = joint.score(joint.encode(*captions.joint(np.array([1])), tokens[1:]))
+    together = joint.score(joint.encode(*captions.joint(np.array([0, 1])), tokens)[1])
+    alone = joint.score(joint.encode(*captions.joint(np.array([1])), tokens[1:])[1])
     torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=0)
 
 
@@ -49,6 +50,27 @@ def test_false_words_are_those_that_differ() -> None:
     assert (labels[2] == -1).all()
 
 
+def test_each_word_of_a_thing_is_asked_for_its_cell() -> None:
+    bank = make_bank(1, 2, num_extra=NUM_EXTRA, supersample=1)
+    scene = next(scenes.groups(1, num_extra=NUM_EXTRA))[0]
+    words = bank.captions[0].split()
+    asked = {word: cell for word, cell in zip(words, bank.cells[0], strict=True) if cell >= 0}
+    for thing, (row, column) in zip(scene.things, scene.cells, strict=True):
+        assert asked[thing.shape] in {3 * r + c for r, c in scene.cells}
+        assert 3 * row + column in bank.cells[0]
+    assert {"a", "on", "background", scene.background}.isdisjoint(asked)
+
+
+def test_the_second_image_turns_the_relation() -> None:
+    bank = make_bank(1, 12, num_extra=NUM_EXTRA, supersample=1)
+    texts, images = MatchingBatches(bank, Captions(bank.captions), 2).draw(np.random.default_rng(0))
+    assert (texts[::4] == images[::4]).all()
+    for text, twin in zip(texts[::4], images[1::4], strict=True):
+        if text % GROUP < scenes.GROUP:
+            differ = set(bank.captions[text].split()) ^ set(bank.captions[twin].split())
+            assert differ <= {"left", "right", "above", "below"}
+
+
 def test_losses_are_finite_and_reach_every_online_weight() -> None:
     bank = make_bank(1, 12, num_extra=NUM_EXTRA, supersample=1)
     torch.manual_seed(0)
@@ -56,8 +78,9 @@ def test_losses_are_finite_and_reach_every_online_weight() -> None:
     tokens = np.random.default_rng(0).normal(size=(len(bank.captions), 64, 128))
     batches = MatchingBatches(bank, captions, num_queries=2)
     rng = np.random.default_rng(0)
-    losses = joint_losses(joint, batches, tokens.astype(np.float16), rng)
+    losses = joint_losses(joint, batches, tokens.astype(np.float16), rng, with_places=True)
     torch.stack(list(losses.values())).sum().backward()
+    assert losses.keys() == {"match", "words", "masked", "places"}
     assert all(torch.isfinite(value) for value in losses.values())
     body = [p for n, p in joint.named_parameters() if "encoder.layer" in n or "pooler" in n]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in body)
