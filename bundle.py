@@ -140,7 +140,7 @@ class BundleManifest:
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{folder} is not a model bundle: cannot read {MANIFEST} ({error})",
-                hint="make a bundle with `edje export CHECKPOINT --language-model DIR --out BUNDLE`",
+                hint="make one: edje export CHECKPOINT --language-model DIR --out BUNDLE",
             ) from error
         if not isinstance(values, dict):
             raise CheckpointError(f"{path} holds {type(values).__name__}, expected an object")
