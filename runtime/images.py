@@ -1,4 +1,4 @@
-"""An image file -> `pixels`, exactly as transformers' SiglipImageProcessor (PIL) makes them."""
+"""An image file -> `pixels`, exactly as the official code and transformers' processor make them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ class Unreadable:
 def decode_image(path: Path, spec: ImageSpec) -> Float32 | Unreadable:
     """Return `pixels` float32 [3, R, R] of an image file, the caller's, or why there are none.
 
-    Transparent parts become white; of an animation the first frame counts; the rotation noted
-    in EXIF is not applied (the official code does not either).
+    As in the official code, transparency is dropped (the colours below it show), the rotation
+    noted in EXIF is not applied, and of an animation the first frame counts.
 
     Raises:
         RequestError: Pillow is not installed.
 
-    Source: transformers 5.23, `image_processing_backends.PilBackend`.
+    Source: EDJE `data/*_dataset.py` (`convert("RGB")`), then transformers' SiglipImageProcessor
+    (PIL).
     """
     image_module = import_pillow()
     if not path.is_file():  # opening a pipe would wait for ever
@@ -52,22 +53,11 @@ def decode_image(path: Path, spec: ImageSpec) -> Float32 | Unreadable:
 
 def pixels_from_image(image: Image, spec: ImageSpec) -> Float32:
     """Return `pixels` float32 [3, R, R] of a Pillow image: RGB, squashed, scaled, normalised."""
-    resized = _convert_rgb(image).resize((spec.size, spec.size), resample=spec.resample)
+    resized = image.convert("RGB").resize((spec.size, spec.size), resample=spec.resample)
     # float64 first, then float32: the processor's own rounding.
     scaled = (np.asarray(resized).astype(np.float64) * spec.rescale_factor).astype(np.float32)
     mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
     return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
-
-
-def _convert_rgb(image: Image) -> Image:
-    """Convert to RGB, transparent parts laid over white."""
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
-    image_module = import_pillow()
-    layer = image.convert("RGBA")
-    white = image_module.new("RGBA", layer.size, (255, 255, 255, 255))
-    rgb: Image = image_module.alpha_composite(white, layer).convert("RGB")
-    return rgb
 
 
 def import_pillow() -> Any:
