@@ -7,6 +7,7 @@ that the card's figures do not come from the runtime they are later compared wit
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from ..scenes import SEEDS
+from ..scenes import SEEDS, groups
 from ..weights import CARD, MODEL, WEIGHTS, State, packed
 from .bank import GROUP, NUM_EXTRA, Captions, make_bank
 from .joint import rerank_ranks
@@ -53,7 +54,8 @@ def _recalls(ranks: np.ndarray[Any, Any]) -> dict[str, float]:
 def test_scores(tower: Tower, joint: Joint, num_groups: int) -> dict[str, Any]:
     """Recall on the test scenes, before and after reranking, and apart for unseen captions."""
     test = make_bank(SEEDS["test"], NUM_TEST_GROUPS, num_extra=0, supersample=2)
-    seen = set(make_bank(SEEDS["train"], num_groups, num_extra=NUM_EXTRA, supersample=1).captions)
+    training = itertools.islice(groups(SEEDS["train"], num_extra=NUM_EXTRA), num_groups)
+    seen = {scene.caption for group in training for scene in group}
     order = first_stage_order(tower, test)
     queries = np.arange(len(order))
     before = (order == queries[:, None]).argmax(1)
