@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=4000)
     parser.add_argument("--tower-steps", type=int, default=900)
     parser.add_argument("--joint-steps", type=int, default=4200)
-    parser.add_argument("--places-steps", type=int, default=1600)
+    parser.add_argument("--places-steps", type=int, default=2500)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
