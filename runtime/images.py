@@ -53,6 +53,8 @@ def decode_image(path: Path, spec: ImageSpec) -> Float32 | Unreadable:
 
 def pixels_from_image(image: Image, spec: ImageSpec) -> Float32:
     """Return `pixels` float32 [3, R, R] of a Pillow image: RGB, squashed, scaled, normalised."""
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours, without Pillow's warning
     resized = image.convert("RGB").resize((spec.size, spec.size), resample=spec.resample)
     # float64 first, then float32: the processor's own rounding.
     scaled = (np.asarray(resized).astype(np.float64) * spec.rescale_factor).astype(np.float32)
