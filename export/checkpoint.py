@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
@@ -112,9 +113,8 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         content = _load(path)
     except Exception as error:  # torch.load raises a dozen kinds on files that are not its own
         raise CheckpointError(
-            f"{path} is not a readable PyTorch checkpoint: {_first_line(error)}",
-            hint="pass the whole file that the official training saved with torch.save "
-            "(a truncated copy cannot be read; files that need unpickling of code are refused)",
+            f"{path} is not a readable PyTorch checkpoint: {_why_unreadable(path, error)}",
+            hint="pass the whole file that the official training saved with torch.save",
         ) from error
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
@@ -135,9 +135,17 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """Say it in our words: torch's own advise to load with code execution allowed."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    with path.open("rb") as file:
+        is_archive = file.read(4) == b"PK\x03\x04"
+    if not is_archive:
+        return "it is not an archive as torch.save writes it"
+    if isinstance(error, UnpicklingError):
+        return "it needs code to be run when loaded, which is refused (weights_only=True)"
+    return "its archive is truncated or damaged"
 
 
 def _groups(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
