@@ -26,7 +26,8 @@ def test_the_checkpoint_loads_into_the_official_modules(tmp_path: Path) -> None:
     clip = SiglipModel(tiny_model.siglip_config())
     for module, prefix in ((language_model, "language_model."), (clip, "clip.")):
         part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        module.load_state_dict(part, strict=True)
+        assert part.keys() == module.state_dict().keys()
+        module.load_state_dict(part)  # raises where a shape differs
 
 
 def test_repeated_tensors_are_equal() -> None:
