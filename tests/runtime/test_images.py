@@ -42,6 +42,7 @@ def official(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     return np.asarray(processor(image.convert("RGB"), return_tensors="np")["pixel_values"][0])
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # the official path's
 @pytest.mark.parametrize("spec", [SPEC, BICUBIC], ids=["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(24, 24), (70, 31), (5, 90), (1, 1)])
 @pytest.mark.parametrize("mode", MODES)
