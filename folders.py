@@ -63,6 +63,7 @@ def _swap(staging: Path, target: Path) -> None:
             os.rename(staging, target)
         except OSError:
             os.rename(old / "was", target)
+            old.rmdir()
             raise
         shutil.rmtree(old, ignore_errors=True)
     else:

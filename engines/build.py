@@ -11,12 +11,12 @@ from typing import Any
 
 from ..bundle import IMAGE_ENCODER, JOINT_ENCODER, TOKENIZER, BundleManifest
 from ..errors import EngineError
+from ..files import sha256_of
 from ..folders import publish_folder
 from .backends import require_backend
 from .contract import Backend, BuildJob, OpenOptions
 from .cpu import describe_cpu
 from .fidelity import measure_fidelity
-from .files import sha256_of
 from .manifest import (
     DEFAULT_MAX_PAIRS,
     DEFAULT_TEXT_BUCKETS,

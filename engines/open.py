@@ -9,10 +9,10 @@ from typing import Any
 
 from ..bundle import IMAGE_ENCODER
 from ..errors import EngineError
+from ..files import sha256_of
 from .backends import load_backend
 from .contract import Engine, OpenOptions
 from .cpu import describe_cpu
-from .files import sha256_of
 from .manifest import EngineManifest, rebuild_command
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .. import bundle
 from ..bundle import BundleManifest, ImageSpec, ModelSizes, TextSpec
 from ..errors import CheckpointError
+from ..files import sha256_of
 from ..folders import publish_folder
 from .adapter import Adapter, load_adapter
 from .checkpoint import MAX_TEXT, Checkpoint, read_checkpoint
@@ -204,16 +204,8 @@ def _provenance(checkpoint: Path) -> dict[str, Any]:
     packages = ("edje-runtime", "torch", "transformers", "onnx", "onnxruntime", "tokenizers")
     return {
         "checkpoint": checkpoint.name,
-        "checkpoint_sha256": _sha256(checkpoint),
+        "checkpoint_sha256": sha256_of(checkpoint),
         "versions": {name: metadata.version(name) for name in packages},
         "opset": OPSET,
         "exported_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -8,10 +8,10 @@ import pytest
 
 from edje.bundle import BundleManifest
 from edje.engines.build import build_engine, checked_profile
-from edje.engines.files import sha256_of
 from edje.engines.manifest import EngineManifest, Profile
 from edje.engines.open import open_engine
 from edje.errors import CheckpointError, EdjeError, EngineError
+from edje.files import sha256_of
 
 
 def build(bundle, out, **changes):

@@ -1,4 +1,4 @@
-"""Hashes of the files of an engine folder."""
+"""Hashes of files: what names an input in a provenance and tells a changed file."""
 
 from __future__ import annotations
 
