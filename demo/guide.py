@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import platform
 import shutil
 from pathlib import Path
@@ -20,7 +19,7 @@ from .. import __version__
 from ..bundle import JOINT_ENCODER, PARITY, BundleManifest
 from ..engines.backends import probe_backends
 from ..engines.build import build_engine
-from ..engines.cpu import cpu_features, cpu_model
+from ..engines.cpu import cpu_features, cpu_model, usable_cores
 from ..engines.manifest import EngineManifest
 from ..errors import EdjeError
 from ..export.export import export_bundle
@@ -131,7 +130,7 @@ def _conditions(manifest: EngineManifest) -> dict[str, str]:
     """Return what the figures depend on, for people to compare by."""
     sizes = manifest.bundle.sizes
     return {
-        "CPU": f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores, "
+        "CPU": f"{cpu_model()}, {usable_cores()} cores, "
         + " ".join(cpu_features(manifest.precision)),
         "engine": f"{manifest.backend} {manifest.backend_version}, {manifest.precision}",
         "scorer": f"{sizes.num_layers} layers, hidden {sizes.hidden}, "
