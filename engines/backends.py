@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from ..errors import EngineError
-from .contract import Backend
+from .contract import Backend, BuildOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,28 @@ def require_backend(name: str, precision: str) -> Backend:
         EngineError: an unknown backend or precision, or one that this machine cannot run; the
             hint lists those that it can.
     """
+    backend = _with_precision(name, precision)
+    reason = backend.why_not(precision)
+    if reason is not None:
+        raise EngineError(f"{name} cannot run {precision} here: {reason}", hint=_what_runs())
+    return backend
+
+
+def require_builder(name: str, precision: str, options: BuildOptions) -> Backend:
+    """Import the backend `name` and make sure that this machine builds `precision` with it.
+
+    Raises:
+        EngineError: an unknown backend or precision, or one that cannot be built here.
+    """
+    backend = _with_precision(name, precision)
+    reason = backend.why_not_build(precision, options)
+    if reason is not None:
+        raise EngineError(f"{name} cannot build {precision} here: {reason}", hint=_what_runs())
+    return backend
+
+
+def _with_precision(name: str, precision: str) -> Backend:
+    """Import a backend that knows `precision`."""
     backend = load_backend(name)
     known = REGISTRY[name].precisions
     if precision not in known:
@@ -80,9 +102,6 @@ def require_backend(name: str, precision: str) -> Backend:
             f"the backend {name} has no precision {precision!r}, expected {' or '.join(known)}",
             hint=_what_runs(),
         )
-    reason = backend.why_not(precision)
-    if reason is not None:
-        raise EngineError(f"{name} cannot run {precision} here: {reason}", hint=_what_runs())
     return backend
 
 

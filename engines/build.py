@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -13,9 +13,8 @@ from ..bundle import IMAGE_ENCODER, JOINT_ENCODER, TOKENIZER, BundleManifest
 from ..errors import EngineError
 from ..files import sha256_of
 from ..folders import publish_folder
-from .backends import require_backend
-from .contract import Backend, BuildJob, OpenOptions
-from .cpu import describe_cpu
+from .backends import require_builder
+from .contract import Backend, BuildJob, BuildOptions, OpenOptions, Progress
 from .fidelity import measure_fidelity
 from .manifest import (
     DEFAULT_MAX_PAIRS,
@@ -24,8 +23,6 @@ from .manifest import (
     EngineManifest,
     Profile,
 )
-
-Progress = Callable[[str], None]
 
 
 def build_engine(
@@ -38,17 +35,19 @@ def build_engine(
     text_buckets: Sequence[int] = DEFAULT_TEXT_BUCKETS,
     image_encoder: bool = False,
     overwrite: bool = False,
+    options: BuildOptions | None = None,
     progress: Progress | None = None,
 ) -> EngineManifest:
     """Build the engine folder `out` from the bundle folder `bundle`, for this machine.
 
     Args:
-        backend: command-line name: `onnxruntime` or `openvino`.
-        precision: what the matrix products run in: `fp32` or `bf16`.
+        backend: command-line name, as `openvino`.
+        precision: what the matrix products run in, as `fp32`.
         max_pairs: the most pairs of one batch.
         text_buckets: numbers of text slots, CLS and SEP included; 64 holds the longest query.
         image_encoder: also copy `image_encoder.onnx`, so that the folder can index images.
         overwrite: replace `out` if it is an engine folder.
+        options: how the backend builds.
         progress: called with one short line before each step.
 
     Returns:
@@ -64,18 +63,28 @@ def build_engine(
     bundle, out = Path(bundle), Path(out)
     tell = progress or (lambda _: None)
     source = BundleManifest.read(bundle)
-    module = require_backend(backend, precision)
+    options = options or BuildOptions()
+    module = require_builder(backend, precision, options)
     profile = checked_profile(max_pairs, text_buckets, source.text.max_wordpieces)
     names = [TOKENIZER, *([IMAGE_ENCODER] if image_encoder else [])]
     _check_files(bundle, [JOINT_ENCODER, *names])
     _check_target(out, overwrite)
     with publish_folder(out, overwrite=overwrite) as folder:
-        tell(f"building {backend} {precision}")
         for name in names:
             shutil.copyfile(bundle / name, folder / name)
-        job = BuildJob(bundle / JOINT_ENCODER, folder, precision, profile, source)
+        job = BuildJob(
+            graph=bundle / JOINT_ENCODER,
+            out=folder,
+            precision=precision,
+            token_dtype="float16",
+            profile=profile,
+            bundle=source,
+            options=options,
+            progress=tell,
+        )
+        tell(f"building {backend} {precision}")
         flags = {**module.build(job), "image_encoder": image_encoder}
-        draft = _manifest(job, backend, module.version(), flags)
+        draft = _manifest(job, backend, module, bundle, flags)
         tell("measuring fidelity against the float32 bundle")
         fidelity = _measure(module, folder, draft, bundle)
         seconds = round(perf_counter() - began, 3)
@@ -85,19 +94,20 @@ def build_engine(
 
 
 def _manifest(
-    job: BuildJob, backend: str, version: str, flags: Mapping[str, Any]
+    job: BuildJob, backend: str, module: Backend, bundle: Path, flags: Mapping[str, Any]
 ) -> EngineManifest:
     """Describe what was built, but for what only the end of the build knows."""
     return EngineManifest(
         backend=backend,
-        backend_version=version,
+        backend_version=module.version(),
         precision=job.precision,
-        device=describe_cpu(job.precision),
+        device=module.device(job.precision, job.options),
         profile=job.profile,
         bundle=job.bundle,
-        bundle_path=str(job.joint_encoder.parent.absolute()),
-        onnx_sha256=sha256_of(job.joint_encoder),
-        token_dtype="float16",
+        bundle_path=str(bundle.absolute()),
+        onnx_sha256=sha256_of(bundle / JOINT_ENCODER),
+        precision_plan={},
+        token_dtype=job.token_dtype,
         files=_hashes(job.out),
         build_options=flags,
         build_seconds=0.0,

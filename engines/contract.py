@@ -1,6 +1,6 @@
 """The page a backend author reads: the batch, the engine, the stream, the backend, who checks what.
 
-A backend is one module with the four functions of `Backend`, listed in `engines/backends.py`.
+A backend is one module with the functions of `Backend`, listed in `engines/backends.py`.
 Its engine subclasses `Engine` (`HostEngine` on the CPU) and only works: the base class checks
 every batch, `open_engine` checks every folder. What a backend cannot do it refuses with
 `EngineError`; it never runs another precision or device than it was asked for.
@@ -22,6 +22,7 @@ from ..bundle import BundleManifest
 from ..errors import EngineError
 from .manifest import EngineManifest, Profile
 
+Progress = Callable[[str], None]
 Array = npt.NDArray[Any]
 Int32 = npt.NDArray[np.int32]
 Float16 = npt.NDArray[np.float16]
@@ -93,14 +94,48 @@ class OpenOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class BuildJob:
-    """What a backend builds from: the bundle's `joint_encoder.onnx` into the folder `out`."""
+class BuildOptions:
+    """How a backend builds. Those that a backend does not know it refuses, by name.
 
-    joint_encoder: Path
+    Attributes:
+        workspace_bytes: most device memory that a kernel may take while building; None is the
+            library's choice.
+        optimization_level: 0 (fast build) to 5 (fast engine); None is the library's choice.
+        compute_capabilities: GPUs to build for, as `8.9`; none: every one the library knows.
+        hardware_compatible: also run on other GPUs of the same or a later generation.
+        version_compatible: also run with later versions of the library.
+        report: keep the layers' names, kernels and precisions, and write them into the folder.
+    """
+
+    workspace_bytes: int | None = None
+    optimization_level: int | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    hardware_compatible: bool = False
+    version_compatible: bool = False
+    report: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BuildJob:
+    """What a backend builds from.
+
+    Attributes:
+        graph: strongly typed ONNX: the bundle's joint encoder in the job's precision.
+        out: folder for the backend's own files.
+        precision: one of `PRECISIONS`.
+        token_dtype: dtype of the graph's `visual_tokens`: `float16`, or `int8` with scales.
+        profile, bundle: what the engine must accept, and the model it was made from.
+        progress: called with one short line before each step.
+    """
+
+    graph: Path
     out: Path
     precision: str
+    token_dtype: str
     profile: Profile
     bundle: BundleManifest
+    options: BuildOptions
+    progress: Progress
 
 
 class Backend(Protocol):
@@ -114,8 +149,28 @@ class Backend(Protocol):
         """Return why this machine cannot run `precision`, None where it can."""
         ...
 
+    def why_not_build(self, precision: str, options: BuildOptions) -> str | None:
+        """Return why this machine cannot build `precision` with `options`, None where it can."""
+        ...
+
+    def compute_type(self, precision: str) -> str:
+        """Return the type that the graph shall give everything that is not quantised.
+
+        `float32`, `float16` or `bfloat16`. A backend that lowers float32 by itself (OpenVINO's
+        bf16) says `float32`.
+        """
+        ...
+
     def build(self, job: BuildJob) -> Mapping[str, Any]:
         """Write the backend's files into `job.out`; return the build flags worth recording."""
+        ...
+
+    def device(self, precision: str, options: BuildOptions) -> dict[str, Any]:
+        """Return the manifest's `device` entry for an engine built now."""
+        ...
+
+    def device_faults(self, manifest: EngineManifest) -> list[str]:
+        """Return one sentence for everything this machine lacks that the engine was built for."""
         ...
 
     def load(self, folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine:

@@ -62,6 +62,25 @@ def describe_cpu(precision: str) -> dict[str, Any]:
     }
 
 
+def device_faults(built_for: Mapping[str, Any], precision: str) -> list[str]:
+    """Compare the CPU an engine was built for with this one. More features are welcome."""
+    here = describe_cpu(precision)
+    faults = [
+        f"device {key}: built for {built_for.get(key)!r}, this is {here[key]!r}"
+        for key in ("kind", "architecture")
+        if built_for.get(key) != here[key]
+    ]
+    features = built_for.get("features")
+    wanted = features if isinstance(features, list) else []
+    missing = [str(name) for name in wanted if name not in here["features"]]
+    if missing:
+        faults.append(
+            f"device features: built with {', '.join(missing)}, "
+            f"which this CPU ({here['model']}) lacks"
+        )
+    return faults
+
+
 @cache
 def _cpu_info() -> tuple[str, frozenset[str]]:
     """Return model name and flags of the first CPU; empty where there is no /proc/cpuinfo."""

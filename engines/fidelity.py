@@ -13,16 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle import JOINT_ENCODER, BundleManifest
+from ..bundle import JOINT_ENCODER
 from ..errors import EngineError
 from .contract import INPUTS, Batch, Engine, Float32
-from .manifest import Profile
+from .samples import RandomSamples, sample_batches
 
 Scores = npt.NDArray[np.floating[Any]]
-
-NUM_QUERIES = 4
-NUM_CANDIDATES = 32
-SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +64,14 @@ def measure_fidelity(engine: Engine, bundle: Path) -> dict[str, Any]:
         EngineError: onnxruntime is missing, either run fails, or a score is not finite.
     """
     manifest = engine.manifest
-    batches = random_batches(manifest.bundle, manifest.profile)
+    text, samples = manifest.bundle.text, RandomSamples(manifest.bundle)
+    batches = [
+        batch
+        for sample in samples
+        for batch in sample_batches(
+            sample, manifest.profile, pad_id=text.pad_id, sep_id=text.sep_id
+        )
+    ]
     reference = _reference(bundle / JOINT_ENCODER)
     stream = InlineStream()
     expected, got = [], []
@@ -77,7 +80,7 @@ def measure_fidelity(engine: Engine, bundle: Path) -> dict[str, Any]:
         engine.enqueue(batch, scores, stream=stream)
         got.append(scores)
         expected.append(reference(batch))
-    shape = (NUM_QUERIES, NUM_CANDIDATES)
+    shape = (len(samples), -1)
     found = np.concatenate(got).reshape(shape)
     if not np.isfinite(found).all():
         raise EngineError(
@@ -85,15 +88,15 @@ def measure_fidelity(engine: Engine, bundle: Path) -> dict[str, Any]:
             "are not finite",
             hint="build with --precision fp32",
         )
-    return asdict(compare_scores(np.concatenate(expected).reshape(shape), found))
+    return asdict(compare_scores(np.concatenate(expected).reshape(shape), found, samples.data))
 
 
-def compare_scores(expected: Scores, found: Scores) -> Fidelity:
+def compare_scores(expected: Scores, found: Scores, data: str = "") -> Fidelity:
     """Compare two score tables [queries, candidates], both float."""
     diff = np.abs(expected - found)
     pairs = list(zip(expected, found, strict=True))
     return Fidelity(
-        data=f"random wordpieces and random tokens, seed {SEED}",
+        data=data,
         reference="bundle in float32, ONNX Runtime without optimisations",
         num_queries=expected.shape[0],
         num_candidates=expected.shape[1],
@@ -121,29 +124,6 @@ def top_agreement(expected: Scores, found: Scores, k: int) -> float:
     k = min(k, len(expected))
     best = [set(np.argsort(-s, kind="stable")[:k].tolist()) for s in (expected, found)]
     return len(best[0] & best[1]) / k
-
-
-def random_batches(bundle: BundleManifest, profile: Profile) -> list[Batch]:
-    """Return seeded batches: query after query, each over the same candidates.
-
-    Query lengths run from the shortest to the longest that the profile takes, tokens are
-    standard normal: float16 [candidates, m, H].
-    """
-    random = np.random.default_rng(SEED)
-    sizes, text = bundle.sizes, bundle.text
-    tokens = random.standard_normal((NUM_CANDIDATES, sizes.num_tokens, sizes.hidden), np.float32)
-    longest = min(profile.text_buckets[-1], text.max_wordpieces + 2)
-    batches = []
-    for length in np.linspace(3, longest, NUM_QUERIES).astype(int).tolist():
-        bucket = min(bucket for bucket in profile.text_buckets if bucket >= length)
-        text_ids = np.full((1, bucket), text.pad_id, np.int32)
-        text_ids[0, :length] = random.integers(0, sizes.vocab_size, length)
-        text_ids[0, 0], text_ids[0, length - 1] = text.cls_id, text.sep_id
-        for start in range(0, NUM_CANDIDATES, profile.max_pairs):
-            part = tokens[start : start + profile.max_pairs].astype(np.float16)
-            queries = np.zeros(len(part), np.int32)
-            batches.append(Batch(text_ids, np.array([length], np.int32), queries, part))
-    return batches
 
 
 def _reference(joint_encoder: Path) -> Callable[[Batch], Float32]:

@@ -13,9 +13,9 @@ from ..bundle import MANIFEST as BUNDLE_MANIFEST
 from ..bundle import BundleManifest
 from ..errors import CheckpointError, EngineError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "engine.json"
-BACKENDS = ("onnxruntime", "openvino")
+BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
 DEFAULT_MAX_PAIRS = 256
 DEFAULT_TEXT_BUCKETS = (16, 24, 32, 48, 64)
@@ -38,11 +38,13 @@ class EngineManifest:
     Attributes:
         backend: command-line name of the backend, with `backend_version` of its library.
         precision: one of `PRECISIONS`: what the matrix products run in.
-        device: what the engine was built for: `kind` (`cpu`), `architecture`, `model`, and
-            `features`, the instruction sets that this precision's kernels may use.
+        device: what the engine was built for. `kind` is `cpu` (with `architecture`, `model` and
+            `features`, the instruction sets that this precision's kernels may use) or `cuda`.
         bundle: the manifest of the bundle it was built from.
         bundle_path: where that bundle lay, for the rebuild command.
-        onnx_sha256: hash of the `joint_encoder.onnx` it was built from.
+        onnx_sha256: hash of the bundle's `joint_encoder.onnx`.
+        precision_plan: what was done to that graph: types, what is quantised, what was kept and
+            why, the calibration and its data.
         token_dtype: dtype of `visual_tokens` it takes: `float16` or `int8`.
         files: sha256 of every file of the folder but this one, by name.
         build_options: flags of the build that another build needs to give the same engine.
@@ -58,6 +60,7 @@ class EngineManifest:
     bundle: BundleManifest
     bundle_path: str
     onnx_sha256: str
+    precision_plan: Mapping[str, Any]
     token_dtype: str
     files: Mapping[str, str]
     build_options: Mapping[str, Any]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ..bundle import IMAGE_ENCODER
 from ..errors import EngineError
 from ..files import sha256_of
 from .backends import load_backend
 from .contract import Engine, OpenOptions
-from .cpu import describe_cpu
 from .manifest import EngineManifest, rebuild_command
 
 
@@ -32,7 +30,7 @@ def open_engine(folder: str | os.PathLike[str], options: OpenOptions | None = No
     backend = load_backend(manifest.backend)
     faults = [
         *version_faults(manifest, backend.version()),
-        *device_faults(manifest.device, describe_cpu(manifest.precision)),
+        *backend.device_faults(manifest),
         *file_faults(manifest, folder),
     ]
     if faults:
@@ -55,24 +53,6 @@ def version_faults(manifest: EngineManifest, installed: str) -> list[str]:
         f"backend version: built with {manifest.backend} {manifest.backend_version}, "
         f"{installed} is installed"
     ]
-
-
-def device_faults(built_for: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Compare the device an engine was built for with this one. More features are welcome."""
-    faults = [
-        f"device {key}: built for {built_for.get(key)!r}, this is {here[key]!r}"
-        for key in ("kind", "architecture")
-        if built_for.get(key) != here[key]
-    ]
-    features = built_for.get("features")
-    wanted = features if isinstance(features, list) else []
-    missing = [str(name) for name in wanted if name not in here["features"]]
-    if missing:
-        faults.append(
-            f"device features: built with {', '.join(missing)}, "
-            f"which this CPU ({here['model']}) lacks"
-        )
-    return faults
 
 
 def file_faults(

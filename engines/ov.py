@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import openvino as ov
 
 from ..errors import EngineError
-from .contract import OUTPUT, Array, Batch, BuildJob, Engine, Float32, HostEngine, OpenOptions
-from .cpu import pairs_per_forward
+from .contract import (
+    OUTPUT,
+    Array,
+    Batch,
+    BuildJob,
+    BuildOptions,
+    Engine,
+    Float32,
+    HostEngine,
+    OpenOptions,
+)
+from .cpu import describe_cpu, pairs_per_forward
+from .cpu import device_faults as cpu_faults
 from .manifest import EngineManifest
 
 MODEL = "joint_encoder.xml"
@@ -47,13 +59,36 @@ def why_not(precision: str) -> str | None:
     return None
 
 
+def why_not_build(precision: str, options: BuildOptions) -> str | None:
+    """Return why this machine cannot build `precision`: it must be able to run it."""
+    unknown = [field.name for field in fields(options) if getattr(options, field.name)]
+    if unknown:
+        return f"this backend has no {', '.join(unknown)}"
+    return why_not(precision)
+
+
+def compute_type(precision: str) -> str:
+    """Return `float32`: the CPU's kernels start from float32 graphs in every precision."""
+    return "float32"
+
+
+def device(precision: str, options: BuildOptions) -> dict[str, Any]:
+    """Return this CPU as the manifest's `device` entry."""
+    return describe_cpu(precision)
+
+
+def device_faults(manifest: EngineManifest) -> list[str]:
+    """Return what this CPU lacks."""
+    return cpu_faults(manifest.device, manifest.precision)
+
+
 def build(job: BuildJob) -> Mapping[str, Any]:
     """Convert the graph to OpenVINO's format; weights stay float32, opening casts them."""
     try:
-        model = ov.Core().read_model(job.joint_encoder)
+        model = ov.Core().read_model(job.graph)
         ov.save_model(model, job.out / MODEL, compress_to_fp16=False)
     except RuntimeError as error:
-        raise EngineError(f"OpenVINO cannot convert {job.joint_encoder}: {error}") from error
+        raise EngineError(f"OpenVINO cannot convert {job.graph}: {error}") from error
     return {"format": "OpenVINO IR"}
 
 

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edje.engines.fidelity import compare_scores, kendall_tau, random_batches, top_agreement
-from edje.engines.manifest import EngineManifest, Profile
+from edje.engines.fidelity import compare_scores, kendall_tau, top_agreement
 
 small = st.integers(-5, 5)
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -63,17 +62,3 @@ def test_a_known_difference():
     assert fidelity.top_10 == 1.0
     assert fidelity.kendall_tau == pytest.approx((1.0 + (1 - 2) / 3) / 2)
     assert (fidelity.num_queries, fidelity.num_candidates) == (2, 3)
-
-
-def test_random_batches_fit_every_profile_and_repeat(built_engines):
-    bundle = EngineManifest.read(built_engines["onnxruntime"]).bundle
-    for profile in (Profile(256, (16, 24, 32, 48, 64)), Profile(5, (20,)), Profile(1, (3, 64))):
-        batches = random_batches(bundle, profile)
-        again = random_batches(bundle, profile)
-        assert sum(len(batch) for batch in batches) == 4 * 32
-        for batch, twin in zip(batches, again, strict=True):
-            assert len(batch) <= profile.max_pairs
-            assert batch.text_ids.shape[1] in profile.text_buckets
-            assert batch.text_length[0] <= batch.text_ids.shape[1]
-            np.testing.assert_array_equal(batch.text_ids, twin.text_ids)
-            np.testing.assert_array_equal(batch.visual_tokens, twin.visual_tokens)

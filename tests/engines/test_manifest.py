@@ -25,10 +25,10 @@ def test_what_is_written_is_read_back(engine_folder, tmp_path):
 
 
 def test_another_format_version_prints_the_rebuild_command(engine_folder):
-    edit(engine_folder, lambda values: values.update(format_version=2, new_field=1))
+    edit(engine_folder, lambda values: values.update(format_version=3, new_field=1))
     with pytest.raises(EngineError) as caught:
         EngineManifest.read(engine_folder)
-    assert "format version is 2, this edje reads 1" in str(caught.value)
+    assert "format version is 3, this edje reads 2" in str(caught.value)
     assert f"--out {engine_folder} --overwrite" in str(caught.value)
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from edje.engines import open as opening
 from edje.engines.contract import OpenOptions
+from edje.engines.cpu import device_faults
 from edje.engines.manifest import EngineManifest
-from edje.engines.open import device_faults, open_engine
+from edje.engines.open import open_engine
 from edje.errors import EngineError
 
 
@@ -115,14 +116,11 @@ def test_unknown_backend_settings_are_refused(engine_folder):
         ({}, 2),
     ],
 )
-def test_device_faults(built_for, num_faults):
-    here = {
-        "kind": "cpu",
-        "architecture": "x86_64",
-        "model": "A CPU",
-        "features": ["avx2", "avx512f"],
-    }
-    assert len(device_faults(built_for, here)) == num_faults
+def test_device_faults(built_for, num_faults, monkeypatch):
+    flags = frozenset({"avx2", "avx512f"})
+    monkeypatch.setattr("edje.engines.cpu._cpu_info", lambda: ("A CPU", flags))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert len(device_faults(built_for, "bf16")) == num_faults
 
 
 def test_the_folder_may_be_moved(engine_folder, tmp_path, official_pairs, run):

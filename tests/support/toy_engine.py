@@ -40,6 +40,7 @@ def toy_manifest(
         bundle=bundle,
         bundle_path="nowhere",
         onnx_sha256="",
+        precision_plan={},
         token_dtype="float16",
         files={},
         build_options={},

@@ -1,0 +1,96 @@
+"""What calibration and fidelity score: queries, each with the candidates it ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from ..bundle import BundleManifest
+from .contract import Batch, Float16, Int32
+from .manifest import Profile
+
+SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RankingSample:
+    """One query with its candidates.
+
+    Attributes:
+        text_ids: int32 [L]: `[CLS] wordpieces [SEP]`, no padding.
+        tokens: float16 [C, m, H]: the candidates' visual tokens.
+        target: which candidate is the right one; None where nobody knows.
+    """
+
+    text_ids: Int32
+    tokens: Float16
+    target: int | None = None
+
+
+class Samples(Protocol):
+    """Samples to go through any number of times; tokens may be read only then.
+
+    Attributes:
+        data: where they come from, in words for a manifest.
+        random: made up; shows rounding, but says little about a ranking.
+    """
+
+    @property
+    def data(self) -> str: ...
+    @property
+    def random(self) -> bool: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[RankingSample]: ...
+
+
+class RandomSamples:
+    """Seeded random wordpieces, and standard normal tokens that all queries share.
+
+    Query lengths run from one wordpiece to the longest that the model takes.
+    """
+
+    random = True
+
+    def __init__(self, bundle: BundleManifest, num_queries: int = 4, num_candidates: int = 32):
+        self.data = f"random wordpieces and random tokens, seed {SEED}"
+        random = np.random.default_rng(SEED)
+        sizes = bundle.sizes
+        shape = (num_candidates, sizes.num_tokens, sizes.hidden)
+        self._tokens = random.standard_normal(shape, np.float32).astype(np.float16)
+        longest = bundle.text.max_wordpieces + 2
+        lengths = np.linspace(3, longest, num_queries).astype(int).tolist()
+        self._queries = [self._query(random, bundle, length) for length in lengths]
+
+    @staticmethod
+    def _query(random: np.random.Generator, bundle: BundleManifest, length: int) -> Int32:
+        text_ids = random.integers(0, bundle.sizes.vocab_size, length).astype(np.int32)
+        text_ids[0], text_ids[-1] = bundle.text.cls_id, bundle.text.sep_id
+        return text_ids
+
+    def __len__(self) -> int:
+        return len(self._queries)
+
+    def __iter__(self) -> Iterator[RankingSample]:
+        return (RankingSample(query, self._tokens) for query in self._queries)
+
+
+def sample_batches(
+    sample: RankingSample, profile: Profile, *, pad_id: int, sep_id: int
+) -> Iterator[Batch]:
+    """Cut a sample into batches that fit `profile`, in the order of its candidates.
+
+    A query longer than the largest bucket is cut to it, as the tokenizer would: its last
+    wordpieces go, SEP stays.
+    """
+    length = min(len(sample.text_ids), profile.text_buckets[-1])
+    bucket = min(bucket for bucket in profile.text_buckets if bucket >= length)
+    text_ids = np.full((1, bucket), pad_id, np.int32)
+    text_ids[0, :length] = sample.text_ids[:length]
+    text_ids[0, length - 1] = sep_id
+    lengths = np.array([length], np.int32)
+    for start in range(0, len(sample.tokens), profile.max_pairs):
+        tokens = sample.tokens[start : start + profile.max_pairs]
+        yield Batch(text_ids, lengths, np.zeros(len(tokens), np.int32), tokens)
