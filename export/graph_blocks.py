@@ -28,10 +28,9 @@ def arrays(module: nn.Linear, *, scale: float = 1.0) -> Linear:
     return weight * np.float32(scale), bias * np.float32(scale)
 
 
-def linear(graph: GraphBuilder, path: str, x: str, *maps: Linear) -> str:
-    """Add `x @ weight.T + bias`; several maps of one input become one product, side by side."""
-    weight = maps[0][0] if len(maps) == 1 else np.concatenate([weight for weight, _ in maps])
-    bias = np.concatenate([bias for _, bias in maps])
+def linear(graph: GraphBuilder, path: str, x: str, weights: Linear) -> str:
+    """Add `x @ weight.T + bias`."""
+    weight, bias = weights
     name = path.replace("/", ".")
     kernel = graph.weight(f"{name}.weight", weight.T)  # stored as [in, out]
     product = graph.op("MatMul", path, x, kernel)

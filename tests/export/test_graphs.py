@@ -87,7 +87,17 @@ def test_the_last_layer_attends_for_the_cls_row_only(scorer):
         for value in inferred.graph.value_info
     }
     assert shapes["/layers.1/cls/Gather_output"][1:] == [1, 32]
-    assert "layers.1.kv.weight" in {weight.name for weight in scorer.graph.initializer}
+    assert shapes["/layers.1/query/MatMul_output"][1:] == [1, 32]
+    assert shapes["/layers.1/key/MatMul_output"][2:] == [32]
+
+
+def test_query_key_and_value_are_products_of_one_input(scorer):
+    products = {node.name: node for node in scorer.graph.node if node.op_type == "MatMul"}
+    inputs = {products[f"/layers.0/{name}/MatMul"].input[0] for name in ("query", "key", "value")}
+    assert len(inputs) == 1
+    assert products["/layers.1/key/MatMul"].input[0] == products["/layers.1/value/MatMul"].input[0]
+    weights = {weight.name: list(weight.dims) for weight in scorer.graph.initializer}
+    assert weights["layers.0.query.weight"] == weights["layers.1.value.weight"] == [32, 32]
 
 
 def test_masks_stay_finite_in_half_precision(scorer):
