@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from ..bundle import BundleManifest
-from .contract import Batch, Float16, Int32
+from .contract import Array, Batch, Float16, Int32
 from .manifest import Profile
 
 SEED = 0
@@ -36,12 +37,15 @@ class Samples(Protocol):
     Attributes:
         data: where they come from, in words for a manifest.
         random: made up; shows rounding, but says little about a ranking.
+        fingerprint: SHA-256 over what an iteration yields, however it is named or stored.
     """
 
     @property
     def data(self) -> str: ...
     @property
     def random(self) -> bool: ...
+    @property
+    def fingerprint(self) -> str: ...
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[RankingSample]: ...
 
@@ -70,11 +74,41 @@ class RandomSamples:
         text_ids[0], text_ids[-1] = bundle.text.cls_id, bundle.text.sep_id
         return text_ids
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the queries and the tokens."""
+        return fingerprint_of([*self._queries, self._tokens])
+
     def __len__(self) -> int:
         return len(self._queries)
 
     def __iter__(self) -> Iterator[RankingSample]:
         return (RankingSample(query, self._tokens) for query in self._queries)
+
+
+def fingerprint_of(arrays: list[Array]) -> str:
+    """Return the SHA-256 over dtype, shape and values of all `arrays`, as hex."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def int8_batch(batch: Batch) -> Batch:
+    """Return `batch` with its float16 tokens as int8 [P, m, H] and float16 scales [P, m].
+
+    A token is its int8 values times its scale: its largest value over 127, rounded up in float16
+    so that no value leaves int8. Zeros get the scale 1.
+    """
+    tokens = batch.visual_tokens.astype(np.float32)
+    exact = np.abs(tokens).max(axis=2) / 127
+    scales = exact.astype(np.float16)
+    short = scales.astype(np.float32) < exact
+    scales[short] = np.nextafter(scales[short], np.float16(np.inf))
+    scales[scales == 0] = 1
+    values = np.rint(tokens / scales.astype(np.float32)[:, :, None]).astype(np.int8)
+    return replace(batch, visual_tokens=values, visual_scales=scales)
 
 
 def sample_batches(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edje.engines.fidelity import compare_scores, kendall_tau, top_agreement
+from edje.engines.fidelity import kendall_tau, rank_agreement, top_agreement
 
 small = st.integers(-5, 5)
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -52,13 +52,13 @@ def test_a_reversed_ranking():
     assert top_agreement(scores, -scores, 20) == 1.0
 
 
-def test_a_known_difference():
-    expected = np.array([[3.0, 2.0, 1.0], [0.0, 1.0, 2.0]])
-    found = expected + np.array([[0.0, 0.0, 0.0], [2.5, 0.0, 0.0]])
-    fidelity = compare_scores(expected, found)
-    assert fidelity.max_abs_diff == 2.5
-    assert fidelity.mean_abs_diff == pytest.approx(2.5 / 6)
-    assert fidelity.top_1 == 0.5
-    assert fidelity.top_10 == 1.0
-    assert fidelity.kendall_tau == pytest.approx((1.0 + (1 - 2) / 3) / 2)
-    assert (fidelity.num_queries, fidelity.num_candidates) == (2, 3)
+def test_a_known_difference_over_queries_of_different_length():
+    expected = [np.array([3.0, 2.0, 1.0, 0.5]), np.array([0.0, 1.0, 2.0])]
+    found = [expected[0], expected[1] + np.array([2.5, 0.0, 0.0])]
+    agreement = rank_agreement(expected, found)
+    assert (agreement.num_queries, agreement.num_pairs) == (2, 7)
+    assert agreement.max_abs_diff == agreement.p99_abs_diff == agreement.p999_abs_diff == 2.5
+    assert agreement.mean_abs_diff == pytest.approx(2.5 / 7)
+    assert agreement.top_1 == 0.5
+    assert agreement.top_10 == 1.0
+    assert agreement.kendall_tau == pytest.approx((1.0 + (1 - 2) / 3) / 2)
