@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import CheckpointError, EdjeError, EngineError, RequestError, StoreError
-    from .runtime.reranker import Hit, RankResult, Reranker
+    from .runtime.reranker import Reranker
+    from .runtime.results import Hit, RankResult
     from .runtime.store import TokenStore
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Reranker": ".runtime.reranker",
-    "RankResult": ".runtime.reranker",
-    "Hit": ".runtime.reranker",
+    "RankResult": ".runtime.results",
+    "Hit": ".runtime.results",
     "TokenStore": ".runtime.store",
     "EdjeError": ".errors",
     "CheckpointError": ".errors",

@@ -193,6 +193,13 @@ def rerank(
         str | None, typer.Option(help="File with an id a line, or - for stdin; default: all ids.")
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Hits to show; default: all.")] = None,
+    rescore: Annotated[
+        Path | None, typer.Option(help="Precise engine: the top K becomes its own.")
+    ] = None,
+    rescore_margin: Annotated[
+        float | None,
+        typer.Option(help="How far ENGINE may score below RESCORE; default: as measured."),
+    ] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -206,7 +213,13 @@ def rerank(
     from .reranker import Reranker
 
     ids = None if candidates is None else _read_ids(candidates)
-    with Reranker.open(engine, store=store, num_threads=num_threads) as reranker:
+    with Reranker.open(
+        engine,
+        store=store,
+        rescore=rescore,
+        rescore_margin=rescore_margin,
+        num_threads=num_threads,
+    ) as reranker:
         result = reranker.rank(query, ids, top_k)
     if as_json:
         print_json({"query": query, **result.to_json()})

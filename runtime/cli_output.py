@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .doctor import Diagnosis
-from .reranker import RankResult
+from .results import RankResult
 
 FILE_WIDTH = 160  # columns of a table that goes to a file or a pipe
 
@@ -69,9 +69,13 @@ def print_facts(title: str, facts: Mapping[str, Any]) -> None:
 def print_ranking(result: RankResult) -> None:
     """Write the hits to stdout; what could not be ranked goes to stderr."""
     rows = [(str(n), f"{hit.score:.4f}", hit.id) for n, hit in enumerate(result, 1)]
-    times, engine = result.timings_ms, result.engine
+    times, engine, rescoring = result.timings_ms, result.engine, result.rescoring
+    ran = f"{engine.backend} {engine.precision}"
+    if rescoring is not None:
+        precise = rescoring.engine
+        ran += f", {rescoring.num_rescored} rescored on {precise.backend} {precise.precision}"
     _print_table(
-        f"{len(rows)} images in {times.total:.1f} ms on {engine.backend} {engine.precision}",
+        f"{len(rows)} images in {times.total:.1f} ms on {ran}",
         ("rank", "score", "id"),
         rows,
     )

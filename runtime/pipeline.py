@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ..engines.contract import Engine
 from ..errors import EdjeError, EngineError
 from .batcher import PlannedBatch, plan_batches
-from .device.protocol import Device
+from .device.protocol import Device, Stream
 from .staging import Slot, SlotRing
 from .store import BadRecord
 from .text import TokenizedQueries
@@ -62,12 +62,14 @@ class Scored:
         damaged: why a pair's stored record could not be used, by the pair's place.
         gather_ms: time the calling thread spent filling slots.
         compute_ms: time the engine spent on this request's batches.
+        skipped: bool [N]: pairs that a cascade left without a score; None: it left out none.
     """
 
     scores: npt.NDArray[np.float32]
     damaged: dict[int, str]
     gather_ms: float = 0.0
     compute_ms: float = 0.0
+    skipped: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +86,25 @@ class Pipeline:
     """Runs the requests of many threads over one engine on one device."""
 
     def __init__(
-        self, engine: Engine, source: TokenSource, device: Device, *, num_slots: int = NUM_SLOTS
+        self,
+        engine: Engine,
+        source: TokenSource,
+        device: Device,
+        *,
+        num_slots: int = NUM_SLOTS,
+        beside: Pipeline | None = None,
     ):
-        """Allocate the slots. Engine, source and device stay the caller's, to close after it."""
+        """Allocate the slots. Engine, source and device stay the caller's, to close after it.
+
+        Args:
+            beside: a pipeline whose stream this one shares, so that two engines never compute
+                at once and fight for the same cores.
+        """
         self._engine = engine
         self._source = source
-        self._stream = device.stream()
-        self._submitting = threading.Lock()  # keeps one batch's work together in the stream
+        self._stream: Stream = device.stream() if beside is None else beside._stream
+        lock = threading.Lock() if beside is None else beside._submitting
+        self._submitting: threading.Lock = lock  # keeps one batch's work together in the stream
         self._ring = SlotRing([Slot(device, engine.manifest) for _ in range(num_slots)])
 
     def run(self, request: Request) -> Scored:

@@ -5,128 +5,65 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from ..engines.contract import Engine, OpenOptions
 from ..errors import EngineError, RequestError, StoreError
+from .cascade import Cascade, check_margin, check_same_model, learned_margin
 from .device.host import HostDevice
 from .pipeline import Pipeline, Request, Scored
+from .results import EngineLabel, Fault, Hit, RankResult, Rescoring, StageTimes
 from .store import TokenStore
 from .text import QueryTokenizer
 
 StrPath = str | os.PathLike[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """One ranked image: `score` is the raw float32 logit, `index` its place in `candidates`."""
-
-    id: str
-    score: float
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One candidate without a score, and why; `index` is its place in `candidates`."""
-
-    id: str
-    reason: str
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLabel:
-    """What computed the scores."""
-
-    backend: str
-    precision: str
-    device: str
-
-
-@dataclass(frozen=True, slots=True)
-class StageTimes:
-    """Milliseconds of one request's stages.
-
-    `gather` (the calling thread fills slots) and `compute` (the engine works) overlap, and
-    `total`, from call to return, includes waiting for other threads' batches.
-    """
-
-    tokenize: float
-    resolve: float
-    gather: float
-    compute: float
-    total: float
-
-
-@dataclass(frozen=True, slots=True)
-class RankResult(Sequence[Hit]):
-    """The hits of one query, best first; behaves as a sequence of `Hit`.
-
-    Attributes:
-        hits: sorted by score; candidates of equal score keep the order they were given in.
-        errors: candidates whose stored record is damaged or gave no finite score.
-        truncated: the query had more wordpieces than the model takes; the rest was cut.
-        timings_ms: where the time went.
-        engine: the backend, precision and device that ran.
-    """
-
-    hits: tuple[Hit, ...]
-    errors: tuple[Fault, ...]
-    truncated: bool
-    timings_ms: StageTimes
-    engine: EngineLabel
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the result as plain JSON values."""
-        return {
-            "hits": [asdict(hit) for hit in self.hits],
-            "errors": [asdict(fault) for fault in self.errors],
-            "truncated": self.truncated,
-            "timings_ms": asdict(self.timings_ms),
-            "engine": asdict(self.engine),
-        }
-
-    def __len__(self) -> int:
-        return len(self.hits)
-
-    @overload
-    def __getitem__(self, index: int) -> Hit: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Hit, ...]: ...
-    def __getitem__(self, index: int | slice) -> Hit | tuple[Hit, ...]:
-        return self.hits[index]
-
-
 class Reranker:
     """Score (query, image) pairs with one engine over one store. Safe to share between threads.
 
-    Make it with `Reranker.open`; end it with `close` or a `with` block.
+    With a second, precise engine (`rescore`) it is a cascade: `rank` returns the precise engine's
+    top k with its scores, but lets it score only the images that the first, fast engine cannot
+    rule out. Make it with `Reranker.open`; end it with `close` or a `with` block.
     """
 
-    def __init__(self, engine: Engine, tokenizer: QueryTokenizer, store: TokenStore):
-        """Join opened parts. `close` closes the engine; the store stays the caller's.
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: QueryTokenizer,
+        store: TokenStore,
+        *,
+        rescore: Engine | None = None,
+        rescore_margin: float | None = None,
+    ):
+        """Join opened parts. `close` closes the engines; the store stays the caller's.
 
         Raises:
             StoreError: the store was made by another encoder, or holds other tokens.
+            EngineError: the engines are of two models, or no margin was given or can be learned.
+            RequestError: `rescore_margin` is negative, not finite or without `rescore`.
         """
         check_store(engine, store)
-        self._engine = engine
+        margin = _margin(engine, rescore, rescore_margin)
+        self._engines = [engine] if rescore is None else [engine, rescore]
         self._tokenizer = tokenizer
         self._store = store
         self._owns_store = False
         self._device = HostDevice()
-        self._pipeline = Pipeline(engine, store, self._device)
-        manifest = engine.manifest
-        self._label = EngineLabel(manifest.backend, manifest.precision, self._device.name)
+        fast = Pipeline(engine, store, self._device)
+        self._pipelines = [fast]
+        self._labels = [_label(each, self._device.name) for each in self._engines]
+        self._cascade: Cascade | None = None
+        if rescore is not None:
+            precise = Pipeline(rescore, store, self._device, beside=fast)
+            self._pipelines.append(precise)
+            self._cascade = Cascade(fast, precise, self._labels[-1], margin)
         self._idle = threading.Condition()
         self._num_running = 0
         self._closed = False
@@ -137,6 +74,8 @@ class Reranker:
         engine: StrPath,
         *,
         store: StrPath | TokenStore,
+        rescore: StrPath | None = None,
+        rescore_margin: float | None = None,
         num_threads: int | None = None,
         backend_settings: Mapping[str, str] | None = None,
     ) -> Reranker:
@@ -146,30 +85,35 @@ class Reranker:
             engine: folder written by `edje build`.
             store: folder of a token store, opened for reading and closed with the reranker;
                 or an open `TokenStore`, which stays the caller's.
-            num_threads: CPU threads of the engine; None leaves the choice to the backend.
-            backend_settings: settings handed to the backend as they are.
+            rescore: folder of a more precise engine of the same bundle, whose top k `rank` then
+                returns and whose scores `predict` returns.
+            rescore_margin: raw logits by which a score of `engine` may lie below that of
+                `rescore`; None takes it from the fidelity that was measured at build.
+            num_threads: CPU threads of an engine; None leaves the choice to the backend.
+            backend_settings: settings handed to the backend (of both engines) as they are.
 
         Raises:
-            EngineError: no engine there, or one that is stale on this machine.
+            EngineError: no engine there, one that is stale on this machine, engines of two
+                models, or no margin was given or can be learned.
             StoreError: no store there, or one made by another encoder.
+            RequestError: `rescore_margin` is negative, not finite or without `rescore`.
         """
         from ..engines.open import open_engine
 
         folder = Path(engine)
         options = OpenOptions(num_threads, backend_settings or {})
-        opened = store if isinstance(store, TokenStore) else TokenStore.open(store)
-        try:
-            model = open_engine(folder, options)
-            try:
-                tokenizer = QueryTokenizer.open(folder, model.manifest.bundle.text)
-                reranker = cls(model, tokenizer, opened)
-            except BaseException:
-                model.close()
-                raise
-        except BaseException:
+        with ExitStack() as undo:
+            opened = store if isinstance(store, TokenStore) else TokenStore.open(store)
             if opened is not store:
-                opened.close()
-            raise
+                undo.callback(opened.close)
+            model = open_engine(folder, options)
+            undo.callback(model.close)
+            precise = None if rescore is None else open_engine(Path(rescore), options)
+            if precise is not None:
+                undo.callback(precise.close)
+            tokenizer = QueryTokenizer.open(folder, model.manifest.bundle.text)
+            reranker = cls(model, tokenizer, opened, rescore=precise, rescore_margin=rescore_margin)
+            undo.pop_all()
         reranker._owns_store = opened is not store
         return reranker
 
@@ -181,7 +125,8 @@ class Reranker:
         Args:
             query: plain text; special tokens in it have no meaning.
             candidates: ids, duplicates allowed (equal scores); None ranks the whole store.
-            top_k: how many hits to return; None returns all.
+            top_k: how many hits to return; None returns all. A cascade needs it: without, or
+                with as many images as that, the precise engine alone scores everything.
 
         Raises:
             RequestError: an empty query, ids the store does not hold (all named, up to 20), or a
@@ -197,18 +142,19 @@ class Reranker:
             ids = self._store.ids() if candidates is None else _checked_ids(candidates)
             rows, place = np.unique(self._store.rows(ids), return_inverse=True)
             resolved = perf_counter()
-            query_of_pair = np.zeros(len(rows), np.int64)
-            scored = self._pipeline.run(Request(queries, query_of_pair, rows))
+            request = Request(queries, np.zeros(len(rows), np.int64), rows)
+            scored, label, rescoring = self._score(request, top_k)
             return RankResult(
                 _hits(ids, scored.scores[place], top_k),
                 _faults(ids, scored, place),
                 bool(queries.truncated[0]),
                 _times(began, tokenized, resolved, scored),
-                self._label,
+                label,
+                rescoring,
             )
 
     def predict(self, pairs: Sequence[tuple[str, str]]) -> npt.NDArray[np.float32]:
-        """Score (query, id) pairs of any number of queries.
+        """Score (query, id) pairs of any number of queries; a cascade's precise engine does it.
 
         Returns:
             float32 [N]: raw logits in the order of `pairs`, owned by the caller.
@@ -227,7 +173,8 @@ class Reranker:
             asked = np.array([number[text] for text in texts], np.int64)
             pair = np.stack([asked, self._store.rows(ids)], axis=1)
             unique, place = np.unique(pair, axis=0, return_inverse=True)
-            scored = self._pipeline.run(Request(queries, unique[:, 0].copy(), unique[:, 1].copy()))
+            request = Request(queries, unique[:, 0].copy(), unique[:, 1].copy())
+            scored = self._pipelines[-1].run(request)
             place = place.reshape(-1)
             _raise_faults(_faults(ids, scored, place))
             return scored.scores[place]
@@ -241,10 +188,12 @@ class Reranker:
             if self._closed:
                 return
             self._closed = True
-            self._pipeline.close()
+            for pipeline in self._pipelines:
+                pipeline.close()
             self._idle.wait_for(lambda: self._num_running == 0)
         self._device.close()
-        self._engine.close()
+        for engine in self._engines:
+            engine.close()
         if self._owns_store:
             self._store.close()
 
@@ -258,6 +207,15 @@ class Reranker:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _score(
+        self, request: Request, top_k: int | None
+    ) -> tuple[Scored, EngineLabel, Rescoring | None]:
+        """Score one query's images; say which engine scored all, and how a cascade went on."""
+        if self._cascade is None or top_k is None or top_k >= len(request.rows):
+            return self._pipelines[-1].run(request), self._labels[-1], None
+        scored, rescoring = self._cascade.run(request, top_k)
+        return scored, self._labels[0], rescoring
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -300,6 +258,22 @@ def check_store(engine: Engine, store: TokenStore) -> None:
         )
 
 
+def _label(engine: Engine, device: str) -> EngineLabel:
+    return EngineLabel(engine.manifest.backend, engine.manifest.precision, device)
+
+
+def _margin(engine: Engine, rescore: Engine | None, given: float | None) -> float:
+    """Return a cascade's margin, as given or as learned; 0 without a cascade."""
+    if rescore is None:
+        if given is not None:
+            raise RequestError("rescore_margin was given without rescore, the precise engine")
+        return 0.0
+    check_same_model(engine.manifest, rescore.manifest)
+    if given is None:
+        return learned_margin(engine.manifest, rescore.manifest)
+    return check_margin(given)
+
+
 def _check_top_k(top_k: int | None) -> None:
     if top_k is not None and top_k < 1:
         raise RequestError(f"top_k is {top_k}, expected 1 or more, or None for all")
@@ -334,8 +308,11 @@ def _hits(
 
 def _faults(ids: Sequence[str], scored: Scored, place: npt.NDArray[np.int64]) -> tuple[Fault, ...]:
     """Name every candidate without a finite score; candidate i has the score of `place[i]`."""
-    faulty = np.flatnonzero(~np.isfinite(scored.scores[place])).tolist()
-    return tuple(Fault(ids[i], _reason(scored, int(place[i])), i) for i in faulty)
+    faulty = ~np.isfinite(scored.scores)
+    if scored.skipped is not None:
+        faulty &= ~scored.skipped
+    places = np.flatnonzero(faulty[place]).tolist()
+    return tuple(Fault(ids[i], _reason(scored, int(place[i])), i) for i in places)
 
 
 def _reason(scored: Scored, place: int) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from edje import EngineError, Reranker, StoreError, TokenStore
 from edje.engines.manifest import MANIFEST
-from edje.runtime.reranker import EngineLabel
+from edje.runtime.results import EngineLabel
 
 # float32 engines against float32 PyTorch; seen: 2e-6.
 TOLERANCE = 1e-4

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edje.errors import EngineError, RequestError, StoreError
-from edje.runtime.reranker import EngineLabel, Hit, Reranker
+from edje.runtime.reranker import Reranker
+from edje.runtime.results import EngineLabel, Hit
 from edje.runtime.store import TokenStore
 from toy_engine import FINGERPRINT, HIDDEN, NUM_TOKENS, ToyEngine, toy_manifest, toy_tokenizer
 

@@ -1,0 +1,230 @@
+"""Two precisions, one ranking: a fast engine scores everything, a precise one what can still win.
+
+Let `margin` bound how far a fast score lies below the precise one. The k-th best precise score
+seen so far can only rise, so an image whose fast score plus `margin` lies below it can never
+reach the top k. All others are scored again, highest fast score first. A fast score that is too
+high does no harm: its image is scored again and sinks.
+
+Source: the threshold algorithm (Fagin, Lotem, Naor, J. Comput. Syst. Sci. 66, 2003).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import numpy.typing as npt
+
+from ..engines.manifest import EngineManifest
+from ..errors import EngineError, RequestError
+from .pipeline import Pipeline, Request, Scored
+from .results import EngineLabel, Rescoring
+
+Bool = npt.NDArray[np.bool_]
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+
+# Small rounds follow the rising threshold closely; smaller ones leave the engine half idle (CPU
+# time a pair, demo scorer, OpenVINO float32 on two cores: 3.2 ms at 4 pairs, 2.5 at 16 and 32).
+PAIRS_PER_ROUND = 16
+# The largest difference of a build's few thousand pairs is not the largest there is.
+SAFETY = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What `rescore_top` found, in the order of its candidates.
+
+    Attributes:
+        scores: float32 [N]: precise scores, NaN where there is none.
+        rescored: bool [N]: which candidates the precise engine scored. No other one can be among
+            the top k.
+        margin: as given, or as widened.
+        num_widened: how often a precise score contradicted the margin.
+    """
+
+    scores: Float32
+    rescored: Bool
+    margin: float
+    num_widened: int
+
+
+def rescore_top(
+    fast: Float32,
+    score_precisely: Callable[[Int64], Float32],
+    *,
+    top_k: int,
+    margin: float,
+    pairs_per_round: int = PAIRS_PER_ROUND,
+) -> Selection:
+    """Score precisely what can be among the `top_k` best, in rounds of `pairs_per_round`.
+
+    Exact when no precise score exceeds its fast one by more than `margin`: the top k of `scores`
+    are then those of the precise engine alone, ties included, and fewer than `pairs_per_round`
+    candidates were scored needlessly. A difference beyond `margin` widens it for the rest.
+
+    Args:
+        fast: float32 [N]; a score that is not finite says nothing, so it is always rescored.
+        score_precisely: int64 [M] places in `fast` -> float32 [M]; what is not finite never
+            counts as one of the best.
+        top_k: how many of the best must be right, 1 or more.
+    """
+    finite = np.isfinite(fast)
+    expected = np.where(finite, fast, np.nan).astype(np.float64)
+    order = np.argsort(-np.where(finite, fast, np.inf), kind="stable")
+    precise = np.full(len(fast), np.nan, np.float32)
+    num_done = num_widened = 0
+    while True:
+        num_known, threshold = _kth_best(precise, top_k)
+        most = max(pairs_per_round, top_k - num_known)
+        places = order[num_done : num_done + most]
+        places = places[~(expected[places] + margin < threshold)]  # NaN is never below
+        if not len(places):
+            break
+        precise[places] = score_precisely(places)
+        num_done += len(places)
+        wider = _widened(margin, precise - expected)
+        num_widened += wider > margin
+        margin = wider
+    rescored = np.zeros(len(fast), np.bool_)
+    rescored[order[:num_done]] = True
+    return Selection(precise, rescored, margin, num_widened)
+
+
+def _kth_best(scores: Float32, k: int) -> tuple[int, float]:
+    """Return how many scores are finite, and the k-th best; -inf where there are fewer."""
+    finite = scores[np.isfinite(scores)]
+    if len(finite) < k:
+        return len(finite), -math.inf
+    return len(finite), float(np.partition(finite, len(finite) - k)[-k])
+
+
+def _widened(margin: float, differences: Float64) -> float:
+    """Return `margin`, or more where a difference exceeds it.
+
+    What is added beyond the largest difference grows with its distance from the median one: a
+    constant offset between two engines adds nothing.
+    """
+    finite = differences[np.isfinite(differences)]
+    if not len(finite) or (largest := float(finite.max())) <= margin:
+        return margin
+    return largest + (SAFETY - 1) * (largest - float(np.median(finite)))
+
+
+class Cascade:
+    """Runs requests through a fast and a precise pipeline, one after the other.
+
+    Both score the same store; the precise one's label is reported with every result.
+    """
+
+    def __init__(self, fast: Pipeline, precise: Pipeline, label: EngineLabel, margin: float):
+        self._fast = fast
+        self._precise = precise
+        self._label = label
+        self._margin = margin
+
+    def run(self, request: Request, top_k: int) -> tuple[Scored, Rescoring]:
+        """Score one query's pairs so that the best `top_k` are the precise engine's.
+
+        Returns:
+            The precise scores, NaN for pairs that cannot be among the best (they are `skipped`),
+            and how the precise engine was used.
+
+        Raises:
+            As `Pipeline.run`.
+        """
+        result = self._fast.run(request)
+        result.damaged.clear()  # their scores are NaN: the precise pipeline sees them again
+        began = perf_counter()
+
+        def score_precisely(places: Int64) -> Float32:
+            queries = request.query_of_pair[places]
+            part = self._precise.run(Request(request.queries, queries, request.rows[places]))
+            result.damaged.update({int(places[at]): why for at, why in part.damaged.items()})
+            result.gather_ms += part.gather_ms
+            result.compute_ms += part.compute_ms
+            return part.scores
+
+        found = rescore_top(result.scores, score_precisely, top_k=top_k, margin=self._margin)
+        result.scores, result.skipped = found.scores, ~found.rescored
+        num_rescored = int(np.count_nonzero(found.rescored))
+        total_ms = (perf_counter() - began) * 1e3
+        return result, Rescoring(
+            self._label, num_rescored, found.margin, found.num_widened, total_ms
+        )
+
+
+def check_same_model(fast: EngineManifest, precise: EngineManifest) -> None:
+    """Check that two engines were built from one model and read the same tokens.
+
+    Raises:
+        EngineError: they differ (both engines' values named).
+    """
+    pairs = [
+        (name, getattr(fast.bundle, name), getattr(precise.bundle, name))
+        for name in ("fingerprint_encoder", "fingerprint_scorer", "text")
+    ]
+    pairs.append(("token_dtype", fast.token_dtype, precise.token_dtype))
+    faults = [
+        f"{name}: {_words(fast)} has {first}, {_words(precise)} has {second}"
+        for name, first, second in pairs
+        if first != second
+    ]
+    if faults:
+        raise EngineError(
+            "these two engines cannot rerank together",
+            faults=faults,
+            hint="build both from one bundle: edje build BUNDLE --precision P --out ENGINE",
+        )
+
+
+def check_margin(margin: float) -> float:
+    """Return the caller's margin.
+
+    Raises:
+        RequestError: it is negative or not finite.
+    """
+    if not 0 <= margin < math.inf:
+        raise RequestError(
+            f"rescore_margin is {margin}, expected 0 or more: the raw logits by which a fast "
+            "score may lie below the precise one"
+        )
+    return float(margin)
+
+
+def learned_margin(fast: EngineManifest, precise: EngineManifest) -> float:
+    """Return the margin that the fidelities in two manifests give.
+
+    The largest shortfall of the fast engine against float32 and the largest difference of the
+    precise one add up; the sum is taken `SAFETY` times.
+
+    Raises:
+        EngineError: no figures of real pairs (a float32 engine's may be of random ones).
+    """
+    shortfall = _figure(fast, "max_underrating")
+    rounding = _figure(precise, "max_abs_diff", random_counts=precise.precision == "fp32")
+    return SAFETY * (max(shortfall, 0.0) + rounding)
+
+
+def _figure(manifest: EngineManifest, name: str, *, random_counts: bool = False) -> float:
+    """Return a figure of an engine's fidelity if it was measured on real pairs."""
+    fidelity = manifest.fidelity
+    figure = fidelity.get(name)
+    real = random_counts or not fidelity.get("random", True)
+    if real and isinstance(figure, int | float) and math.isfinite(figure):
+        return float(figure)
+    measured = f"on {fidelity['data']}" if "data" in fidelity else "not at all"
+    raise EngineError(
+        f"no margin can be learned from {_words(manifest)}: its fidelity was measured {measured}, "
+        "expected real queries over a store",
+        hint="measure it (edje verify ENGINE --bundle B --store S --queries F --write), or give "
+        "rescore_margin",
+    )
+
+
+def _words(manifest: EngineManifest) -> str:
+    return f"the {manifest.backend} {manifest.precision} engine"

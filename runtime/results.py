@@ -1,0 +1,110 @@
+"""What a request gives back: hits, faults, what ran, and where the time went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, overload
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One ranked image: `score` is the raw float32 logit, `index` its place in `candidates`."""
+
+    id: str
+    score: float
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One candidate without a score, and why; `index` is its place in `candidates`."""
+
+    id: str
+    reason: str
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLabel:
+    """What computed the scores."""
+
+    backend: str
+    precision: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rescoring:
+    """How a cascade made sure of the top k.
+
+    Attributes:
+        engine: the precise engine; every hit's score is its own.
+        num_rescored: images that it scored; duplicates among the candidates count once.
+        margin: the fast engine was trusted to score no image lower than the precise one by more.
+        num_widened: how often this request found the margin too small, and widened it.
+        total_ms: wall time of the precise engine's rounds, part of the request's `total`.
+    """
+
+    engine: EngineLabel
+    num_rescored: int
+    margin: float
+    num_widened: int
+    total_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """Milliseconds of one request's stages.
+
+    `gather` (the calling thread fills slots) and `compute` (the engines work) overlap, and
+    `total`, from call to return, includes waiting for other threads' batches.
+    """
+
+    tokenize: float
+    resolve: float
+    gather: float
+    compute: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class RankResult(Sequence[Hit]):
+    """The hits of one query, best first; behaves as a sequence of `Hit`.
+
+    Attributes:
+        hits: sorted by score; candidates of equal score keep the order they were given in.
+        errors: candidates whose stored record is damaged or gave no finite score.
+        truncated: the query had more wordpieces than the model takes; the rest was cut.
+        timings_ms: where the time went.
+        engine: the backend, precision and device that scored all candidates.
+        rescoring: what a cascade's precise engine did; None where one engine did everything.
+    """
+
+    hits: tuple[Hit, ...]
+    errors: tuple[Fault, ...]
+    truncated: bool
+    timings_ms: StageTimes
+    engine: EngineLabel
+    rescoring: Rescoring | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as plain JSON values."""
+        return {
+            "hits": [asdict(hit) for hit in self.hits],
+            "errors": [asdict(fault) for fault in self.errors],
+            "truncated": self.truncated,
+            "timings_ms": asdict(self.timings_ms),
+            "engine": asdict(self.engine),
+            "rescoring": None if self.rescoring is None else asdict(self.rescoring),
+        }
+
+    def __len__(self) -> int:
+        return len(self.hits)
+
+    @overload
+    def __getitem__(self, index: int) -> Hit: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Hit, ...]: ...
+    def __getitem__(self, index: int | slice) -> Hit | tuple[Hit, ...]:
+        return self.hits[index]
