@@ -37,6 +37,8 @@ class Agreement:
         num_queries, num_pairs: what was scored; every query ranks its own candidates.
         max_abs_diff, mean_abs_diff: over all pairs.
         p99_abs_diff, p999_abs_diff: 99 % (99.9 %) of the pairs differ by no more.
+        max_underrating: how far a score lies below the reference's at most, below 0 if none
+            does; a cascade's margin comes from it.
         kendall_tau: tau-b between the two rankings, mean over the queries.
         top_1, top_10: share of the reference's best 1 (10) found among the other's best 1 (10).
     """
@@ -47,6 +49,7 @@ class Agreement:
     mean_abs_diff: float
     p99_abs_diff: float
     p999_abs_diff: float
+    max_underrating: float
     kendall_tau: float
     top_1: float
     top_10: float
@@ -61,7 +64,8 @@ def rank_agreement(expected: Sequence[Scores], found: Sequence[Scores]) -> Agree
         ValueError: no pairs, or lists of different lengths.
     """
     pairs = [_comparable(a, b) for a, b in zip(expected, found, strict=True)]
-    diff = np.concatenate([np.abs(a - b) for a, b in pairs])
+    below = np.concatenate([a - b for a, b in pairs])
+    diff = np.abs(below)
     high = np.quantile(diff, [0.99, 0.999], method="higher")
     return Agreement(
         num_queries=len(pairs),
@@ -70,6 +74,7 @@ def rank_agreement(expected: Sequence[Scores], found: Sequence[Scores]) -> Agree
         mean_abs_diff=float(diff.mean()),
         p99_abs_diff=float(high[0]),
         p999_abs_diff=float(high[1]),
+        max_underrating=float(below.max()),
         kendall_tau=float(np.mean([kendall_tau(a, b) for a, b in pairs])),
         top_1=float(np.mean([top_agreement(a, b, 1) for a, b in pairs])),
         top_10=float(np.mean([top_agreement(a, b, 10) for a, b in pairs])),
@@ -356,6 +361,9 @@ def _check_finite(scores: Sequence[Float32], where: str, hint: str) -> None:
 
 def reference_scorer(bundle: Path) -> Scorer:
     """Open the bundle's float32 graph in ONNX Runtime; return the function that scores a batch.
+
+    Optimisations would save nothing and move the scores by 6e-6: the demo's model took 1.04 s
+    without and 1.08 s with all of them, the full-size one 3.9 s and 3.6 s (1.32.0, two cores).
 
     Raises:
         EngineError: onnxruntime is missing, or cannot load the graph.

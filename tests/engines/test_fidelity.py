@@ -59,6 +59,8 @@ def test_a_known_difference_over_queries_of_different_length():
     assert (agreement.num_queries, agreement.num_pairs) == (2, 7)
     assert agreement.max_abs_diff == agreement.p99_abs_diff == agreement.p999_abs_diff == 2.5
     assert agreement.mean_abs_diff == pytest.approx(2.5 / 7)
+    assert agreement.max_underrating == 0.0
+    assert rank_agreement(found, expected).max_underrating == 2.5
     assert agreement.top_1 == 0.5
     assert agreement.top_10 == 1.0
     assert agreement.kendall_tau == pytest.approx((1.0 + (1 - 2) / 3) / 2)
