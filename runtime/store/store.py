@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ...errors import EdjeError, RequestError, StoreError, named
 from ...folders import publish_folder
-from .catalog import Catalog, Int64
+from .catalog import Catalog, Int64, UInt64
 from .index import RecordIndex
 from .layout import (
     DEFAULT_SEGMENT_BYTES,
@@ -200,6 +200,17 @@ class TokenStore:
             faults=[str(record) for record in found[:20]],
             hint='index these images again, or read with bad="mark" to use the others',
         )
+
+    def checksums(self, rows: Int64) -> UInt64:
+        """Return the catalog's checksums of `rows`: uint64 [N], the caller's; reads no record.
+
+        Raises:
+            RequestError: rows that this store did not give out.
+        """
+        plan = self._index.plan(rows)
+        sums = np.empty(len(rows), np.uint64)
+        sums[plan.positions] = plan.checksums
+        return sums
 
     def ids(self) -> list[str]:
         """Return all ids in the order they were appended; a new list, the caller's."""
