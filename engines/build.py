@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..files import sha256_of
 from ..folders import publish_folder
 from .backends import require_builder
 from .contract import Backend, BuildJob, BuildOptions, OpenOptions, Progress
-from .fidelity import measure_fidelity
+from .fidelity import FidelityLimits, measure, measure_fidelity, not_measured
 from .manifest import (
     DEFAULT_MAX_PAIRS,
     DEFAULT_TEXT_BUCKETS,
@@ -23,6 +24,13 @@ from .manifest import (
     EngineManifest,
     Profile,
 )
+from .precision.emulate import scorer
+from .precision.graph import Graph
+from .precision.prepare import DEFAULT_LIMITS, Recipe, prepare_graph
+from .samples import RandomSamples, Samples
+
+TOKEN_DTYPES = ("float16", "int8")
+EMULATED = "emulation of the graph in float32 on the CPU"
 
 
 def build_engine(
@@ -33,6 +41,9 @@ def build_engine(
     precision: str,
     max_pairs: int = DEFAULT_MAX_PAIRS,
     text_buckets: Sequence[int] = DEFAULT_TEXT_BUCKETS,
+    token_dtype: str = "float16",
+    calibration: Samples | None = None,
+    limits: FidelityLimits | None = None,
     image_encoder: bool = False,
     overwrite: bool = False,
     options: BuildOptions | None = None,
@@ -45,74 +56,118 @@ def build_engine(
         precision: what the matrix products run in, as `fp32`.
         max_pairs: the most pairs of one batch.
         text_buckets: numbers of text slots, CLS and SEP included; 64 holds the longest query.
+        token_dtype: of the stored tokens: `float16`, or `int8` with a scale a token.
+        calibration: pairs to choose the scales of int8 and fp8 by, and to measure fidelity on
+            in any precision; None measures on random pairs.
+        limits: what the ranking of int8 and fp8 must hold on these pairs; None: the defaults.
         image_encoder: also copy `image_encoder.onnx`, so that the folder can index images.
         overwrite: replace `out` if it is an engine folder.
         options: how the backend builds.
         progress: called with one short line before each step.
 
-    Returns:
-        What was written as `engine.json`.
+    Returns what was written as `engine.json`.
 
     Raises:
         CheckpointError: `bundle` is no model bundle.
         EngineError: backend, precision or profile that cannot be, files missing in the bundle,
-            or a failed build; nothing is left behind.
+            limits that do not hold, a failed build; nothing is left behind.
         EdjeError: `out` exists or cannot be written.
     """
     began = perf_counter()
-    bundle, out = Path(bundle), Path(out)
-    tell = progress or (lambda _: None)
+    bundle, out, options = Path(bundle), Path(out), options or BuildOptions()
     source = BundleManifest.read(bundle)
-    options = options or BuildOptions()
     module = require_builder(backend, precision, options)
     profile = checked_profile(max_pairs, text_buckets, source.text.max_wordpieces)
-    names = [TOKENIZER, *([IMAGE_ENCODER] if image_encoder else [])]
-    _check_files(bundle, [JOINT_ENCODER, *names])
+    _check_token_dtype(token_dtype)
+    copied = [TOKENIZER, *([IMAGE_ENCODER] if image_encoder else [])]
+    _check_files(bundle, [JOINT_ENCODER, *copied])
     _check_target(out, overwrite)
+    typed = (precision, module.compute_type(precision), token_dtype)
+    recipe = Recipe(*typed, calibration, limits or DEFAULT_LIMITS)
+    tell = progress or (lambda _: None)
+    build = _Build(bundle, source, backend, module, profile, recipe, options, tell)
     with publish_folder(out, overwrite=overwrite) as folder:
-        for name in names:
+        for name in copied:
             shutil.copyfile(bundle / name, folder / name)
-        job = BuildJob(
-            graph=bundle / JOINT_ENCODER,
-            out=folder,
-            precision=precision,
-            token_dtype="float16",
-            profile=profile,
-            bundle=source,
-            options=options,
-            progress=tell,
-        )
-        tell(f"building {backend} {precision}")
-        flags = {**module.build(job), "image_encoder": image_encoder}
-        draft = _manifest(job, backend, module, bundle, flags)
-        tell("measuring fidelity against the float32 bundle")
-        fidelity = _measure(module, folder, draft, bundle)
-        seconds = round(perf_counter() - began, 3)
-        manifest = replace(draft, fidelity=fidelity, build_seconds=seconds)
+        draft = build.into(folder, {"image_encoder": image_encoder})
+        manifest = replace(draft, build_seconds=round(perf_counter() - began, 3))
         manifest.write(folder)
     return manifest
 
 
-def _manifest(
-    job: BuildJob, backend: str, module: Backend, bundle: Path, flags: Mapping[str, Any]
-) -> EngineManifest:
-    """Describe what was built, but for what only the end of the build knows."""
-    return EngineManifest(
-        backend=backend,
-        backend_version=module.version(),
-        precision=job.precision,
-        device=module.device(job.precision, job.options),
-        profile=job.profile,
-        bundle=job.bundle,
-        bundle_path=str(bundle.absolute()),
-        onnx_sha256=sha256_of(bundle / JOINT_ENCODER),
-        precision_plan={},
-        token_dtype=job.token_dtype,
-        files=_hashes(job.out),
-        build_options=flags,
-        build_seconds=0.0,
-        fidelity={},
-    )
+@dataclass(frozen=True, slots=True)
+class _Build:
+    """One build, checked and ready to go."""
+
+    bundle: Path
+    source: BundleManifest
+    backend: str
+    module: Backend
+    profile: Profile
+    recipe: Recipe
+    options: BuildOptions
+    tell: Progress
+
+    def into(self, folder: Path, flags: Mapping[str, Any]) -> EngineManifest:
+        """Write the backend's files; return the manifest, but for the seconds it took."""
+        recipe, source = self.recipe, self.bundle / JOINT_ENCODER
+        with TemporaryDirectory() as scratch:
+            graph = Path(scratch) / JOINT_ENCODER
+            plan = prepare_graph(source, graph, recipe, self.source, self.profile, self.tell)
+            self.tell(f"building {self.backend} {recipe.precision}")
+            job = BuildJob(
+                graph,
+                folder,
+                recipe.precision,
+                recipe.token_dtype,
+                self.profile,
+                self.source,
+                self.options,
+                self.tell,
+            )
+            draft = self.manifest(folder, plan, {**self.module.build(job), **flags})
+            return replace(draft, fidelity=self.measured(job, draft))
+
+    def manifest(
+        self, folder: Path, plan: Mapping[str, Any], flags: Mapping[str, Any]
+    ) -> EngineManifest:
+        """Describe what was built, but for what is not known yet."""
+        return EngineManifest(
+            backend=self.backend,
+            backend_version=self.module.version(),
+            precision=self.recipe.precision,
+            device=self.module.device(self.recipe.precision, self.options),
+            profile=self.profile,
+            bundle=self.source,
+            bundle_path=str(self.bundle.absolute()),
+            onnx_sha256=sha256_of(self.bundle / JOINT_ENCODER),
+            precision_plan=plan,
+            token_dtype=self.recipe.token_dtype,
+            files=_hashes(folder),
+            build_options=flags,
+            build_seconds=0.0,
+            fidelity={},
+        )
+
+    def measured(self, job: BuildJob, draft: EngineManifest) -> Mapping[str, Any]:
+        """Measure the engine where this machine runs it, else its graph, and say which."""
+        samples = self.recipe.calibration
+        if self.module.why_not(job.precision) is None:
+            engine = self.module.load(job.out, draft, OpenOptions())
+            try:
+                return measure_fidelity(engine, self.bundle, samples, self.tell)
+            finally:
+                engine.close()
+        emulated = measure(
+            scorer(Graph.read(job.graph)),
+            self.bundle,
+            samples or RandomSamples(self.source),
+            self.profile,
+            measured_on=EMULATED,
+            token_dtype=job.token_dtype,
+            progress=self.tell,
+        )
+        return not_measured(emulated)
 
 
 def checked_profile(max_pairs: int, text_buckets: Sequence[int], max_wordpieces: int) -> Profile:
@@ -135,6 +190,11 @@ def checked_profile(max_pairs: int, text_buckets: Sequence[int], max_wordpieces:
     if faults:
         raise EngineError("no engine can have this profile", faults=faults)
     return Profile(int(max_pairs), tuple(sorted({int(bucket) for bucket in text_buckets})))
+
+
+def _check_token_dtype(token_dtype: str) -> None:
+    if token_dtype not in TOKEN_DTYPES:
+        raise EngineError(f"token_dtype is {token_dtype!r}, expected {' or '.join(TOKEN_DTYPES)}")
 
 
 def _check_files(bundle: Path, names: Sequence[str]) -> None:
@@ -161,13 +221,3 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 def _hashes(folder: Path) -> dict[str, str]:
     return {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
-
-
-def _measure(
-    backend: Backend, folder: Path, draft: EngineManifest, bundle: Path
-) -> Mapping[str, Any]:
-    engine = backend.load(folder, draft, OpenOptions())
-    try:
-        return measure_fidelity(engine, bundle)
-    finally:
-        engine.close()

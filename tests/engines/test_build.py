@@ -50,7 +50,7 @@ def test_progress_is_told(tiny_bundle, tmp_path):
     build(tiny_bundle, tmp_path / "engine", progress=lines.append)
     assert lines == [
         "building onnxruntime fp32",
-        "measuring fidelity against the float32 bundle",
+        "measuring fidelity: query 1 of 4",
     ]
 
 

@@ -1,0 +1,188 @@
+"""Run a strongly typed graph on any CPU: float32 arithmetic, rounded wherever the graph rounds.
+
+What a GPU engine computes lies near it: it rounds no more often, and sums in float32 as well. It
+tells what a precision does to the scores where no device is at hand; it tells nothing of speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...errors import EngineError
+from ..contract import OUTPUT, Array, Batch, Float32
+from .graph import Graph, node, with_inputs
+from .lower import ONNX_TYPES
+
+if TYPE_CHECKING:
+    import onnx
+
+Run = Callable[[Batch], list[Array]]
+
+_FLOAT32 = ONNX_TYPES["float32"]
+_FLOAT8 = 17
+_LOW = (ONNX_TYPES["float16"], ONNX_TYPES["bfloat16"])
+# They move values and never round.
+_MOVES = ("Reshape", "Transpose", "Gather", "Split", "Squeeze", "Unsqueeze", "Concat")
+
+
+def emulated(graph: Graph) -> Graph:
+    """Return a float32 graph that rounds every 16-bit and 8-bit value as `graph` does."""
+    types = _value_types(graph)
+    new = graph.replaced([])
+    for item in graph.nodes:
+        low = types.get(item.output[0], 0)
+        plain = _in_float32(new, item)
+        if item.op_type == "DequantizeLinear" and _is_folded(graph, item):
+            _fold(new, item)
+        elif types.get(item.output[0]) == _FLOAT8:
+            new.nodes += _round_to_float8(new, plain)
+        elif item.op_type == "DequantizeLinear" and types.get(item.input[0]) == _FLOAT8:
+            new.nodes += _maybe_rounding(_scaled(plain), low)
+        elif item.op_type in _MOVES:
+            new.nodes.append(plain)
+        else:
+            new.nodes += _maybe_rounding(plain, low)
+    return new
+
+
+def runner(graph: Graph, values: Sequence[str] = (OUTPUT,), num_threads: int = 0) -> Run:
+    """Open an emulated or float32 graph in ONNX Runtime; return what runs a batch.
+
+    What it returns gives `values` (float32 values of the graph) of one batch, in their order.
+
+    Raises:
+        EngineError: onnxruntime is missing or refuses the graph.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise EngineError(
+            f"scoring a graph on the CPU needs ONNX Runtime, which is missing: {error}",
+            hint="pip install 'edje-runtime[cpu]'",
+        ) from error
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = num_threads
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    extra = [value for value in values if value not in graph.outputs]
+    content = graph.model(extra).SerializeToString()
+    try:
+        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ORT's exception classes share no base of their own
+        raise EngineError(f"ONNX Runtime cannot run the graph: {error}") from error
+    names = [value.name for value in graph.inputs]
+
+    def run(batch: Batch) -> list[Array]:
+        outputs: list[Array] = session.run(
+            list(values), {name: getattr(batch, name) for name in names}
+        )
+        return outputs
+
+    return run
+
+
+def scorer(graph: Graph) -> Callable[[Batch], Float32]:
+    """Return a function that scores batches as `graph`, of any types, would."""
+    run = runner(emulated(graph))
+    return lambda batch: run(batch)[0]
+
+
+def _value_types(graph: Graph) -> dict[str, int]:
+    """Return the element type of every value that a node makes."""
+    from onnx import shape_inference
+
+    model = shape_inference.infer_shapes(graph.model(), check_type=True, strict_mode=True)
+    values = [*model.graph.value_info, *model.graph.output]
+    return {value.name: value.type.tensor_type.elem_type for value in values}
+
+
+def _in_float32(graph: Graph, item: onnx.NodeProto) -> onnx.NodeProto:
+    """Return the node with float32 weights for its 16-bit ones, and casts only to float32."""
+    new = with_inputs(item, [_float32_weight(graph, name) for name in item.input])
+    if item.op_type == "Cast":
+        for attribute in new.attribute:
+            if attribute.name == "to" and attribute.i in _LOW:
+                attribute.i = _FLOAT32
+    return new
+
+
+def _float32_weight(graph: Graph, name: str) -> str:
+    if name not in graph.weights or graph.weights[name].data_type not in _LOW:
+        return name
+    key = f"{name}.as_float32"
+    if key not in graph.weights:
+        graph.set_weight(key, graph.array(name).astype(np.float32))
+    return key
+
+
+def _maybe_rounding(item: onnx.NodeProto, low: int) -> list[onnx.NodeProto]:
+    """Return `item`, and the casts that round its output to the type `low` and back."""
+    if low not in _LOW:
+        return [item]
+    output = item.output[0]
+    exact, rounded = f"{output}.exact", f"{output}.rounded"
+    item.output[0] = exact
+    path = output.removesuffix("_output")
+    return [
+        item,
+        node("Cast", [exact], rounded, f"{path}/round", to=low),
+        node("Cast", [rounded], output, f"{path}/back", to=_FLOAT32),
+    ]
+
+
+def _is_folded(graph: Graph, item: onnx.NodeProto) -> bool:
+    """Tell whether to dequantise a weight now: ONNX Runtime would at every run.
+
+    Not int8 weights with float32 scales: it has integer kernels for those.
+    """
+    stored, scale = (graph.weights.get(name) for name in item.input[:2])
+    if stored is None or scale is None:
+        return False
+    return bool(stored.data_type == _FLOAT8 or scale.data_type != _FLOAT32)
+
+
+def _fold(graph: Graph, item: onnx.NodeProto) -> None:
+    """Store the dequantised weight under the node's output, rounded to the scale's type."""
+    stored, scale = (graph.array(name) for name in item.input[:2])
+    values = stored.astype(np.float32) * scale.astype(np.float32)
+    graph.set_weight(item.output[0], values.astype(scale.dtype).astype(np.float32))
+
+
+def _scaled(item: onnx.NodeProto) -> onnx.NodeProto:
+    """Return the dequantising node of an emulated float8 value: a product."""
+    return node("Mul", list(item.input[:2]), item.output[0], item.name)
+
+
+def _round_to_float8(graph: Graph, item: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Return nodes that round x / scale to E4M3 in float32: ONNX Runtime's own loop is scalar.
+
+    Normal numbers keep 4 significant bits by Veltkamp's splitting with 2^20 + 1, those below
+    2^-6 the multiples of 2^-9 by adding and subtracting a number whose last place that is.
+    """
+    path, output = item.name, item.output[0]
+    steps = [
+        ("Div", [item.input[0], item.input[1]], "ratio"),
+        ("Clip", ["ratio", -448.0, 448.0], "cut"),
+        ("Mul", ["cut", 2.0**20 + 1], "spread"),
+        ("Sub", ["spread", "cut"], "low_bits"),
+        ("Sub", ["spread", "low_bits"], "normal"),
+        ("Add", ["cut", 1.5 * 2.0**14], "shifted"),
+        ("Sub", ["shifted", 1.5 * 2.0**14], "subnormal"),
+        ("Abs", ["cut"], "size"),
+        ("Less", ["size", 2.0**-6], "is_small"),
+        ("Where", ["is_small", "subnormal", "normal"], output),
+    ]
+    made = {name for _, _, name in steps}
+
+    def name_of(value: str | float) -> str:
+        if isinstance(value, float):
+            return graph.set_weight(f"const.float8.{value}", np.float32(value))
+        return f"{path}/{value}" if value in made and value != output else value
+
+    return [
+        node(kind, [name_of(value) for value in inputs], name_of(name), f"{path}/{kind}/{name}")
+        for kind, inputs, name in steps
+    ]

@@ -1,0 +1,205 @@
+"""Choose how to quantise by what it does to the ranking, and keep in 16 bit what must be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ...errors import EngineError
+from ..contract import Batch, Float32, Progress
+from ..fidelity import Agreement, FidelityLimits, rank_agreement
+from .calibrate import METHODS, Activations, amax_by, observe, quantization_error
+from .emulate import scorer
+from .graph import Graph, layer_number
+from .lower import lower
+from .quantize import find_linears, quantize
+from .smooth import outlier_values, smooth
+
+Query = Sequence[Batch]  # one query's candidates, cut into batches
+
+# Enough to see every channel: 256 pairs are 20,000 token rows a linear.
+OBSERVED_PAIRS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A quantised graph and why it is as it is.
+
+    Attributes:
+        graph: with Q/DQ, everything else in the compute type.
+        kept: places that stay in the compute type, in the order the ladder took them.
+        agreement: with the float32 graph on the calibration pairs.
+        facts: how it was found, for the manifest.
+    """
+
+    graph: Graph
+    kept: tuple[str, ...]
+    agreement: Agreement
+    facts: Mapping[str, Any]
+
+
+def choose(
+    graph: Graph,
+    queries: Sequence[Query],
+    precision: str,
+    compute_type: str,
+    limits: FidelityLimits,
+    tell: Progress,
+) -> Choice:
+    """Quantise `graph` so that the ranking of `queries` holds `limits`.
+
+    First the way to choose scales (and, where channels stand out, to smooth them) that agrees
+    best with float32; then, while a limit is broken, more places kept in `compute_type`: FFN2 by
+    its measured error, then whole layers from the last.
+
+    Raises:
+        EngineError: the limits do not hold even with only one place quantised.
+    """
+    search = _Search(graph, queries, precision, compute_type, limits)
+    best = search.best_method(tell)
+    if search.holds(best):
+        return search.choice(best)
+    return search.choice(search.climb(best, tell))
+
+
+@dataclass(frozen=True, slots=True)
+class _Try:
+    """One way to quantise and what came of it."""
+
+    form: str
+    method: str
+    kept: tuple[str, ...]
+    agreement: Agreement
+
+    def to_json(self) -> dict[str, Any]:
+        found = {key: round(value, 6) for key, value in asdict(self.agreement).items()}
+        names = ("kendall_tau", "top_1", "mean_abs_diff", "max_abs_diff")
+        kept = {"kept": len(self.kept)} if self.kept else {}
+        way = f"{self.method}, smoothed" if self.form == "smoothed" else self.method
+        return {"method": way, **kept, **{name: found[name] for name in names}}
+
+
+@dataclass(slots=True)
+class _Search:
+    graph: Graph
+    queries: Sequence[Query]
+    precision: str
+    compute_type: str
+    limits: FidelityLimits
+    forms: dict[str, tuple[Graph, dict[str, Activations]]] = field(init=False)
+    expected: list[Float32] = field(init=False)
+    smoothed: dict[str, float] = field(init=False)
+    tried: list[_Try] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        batches = _spread(self.queries, OBSERVED_PAIRS)
+        seen = observe(self.graph, batches)
+        self.expected = score_queries(scorer(self.graph), self.queries)
+        self.forms = {"plain": (self.graph, seen)}
+        self.smoothed = outlier_values(seen)
+        if self.smoothed:
+            even = smooth(self.graph, seen)
+            self.forms["smoothed"] = (even, observe(even, batches))
+
+    def best_method(self, tell: Progress) -> _Try:
+        """Try every form and method with everything quantised."""
+        for form in self.forms:
+            for method in METHODS:
+                tell(f"calibrating {self.precision}: {method}, {form}")
+                self.attempt(form, method, ())
+        return max(self.tried, key=lambda t: (t.agreement.kendall_tau, -t.agreement.mean_abs_diff))
+
+    def climb(self, best: _Try, tell: Progress) -> _Try:
+        """Keep more and more places until the limits hold; then as few as they allow."""
+        order = self.order(best)
+        good: dict[int, _Try] = {}
+        low, high = 0, 1
+        while True:
+            tell(f"keeping {high} of {len(order)} places in {self.compute_type}")
+            found = self.attempt(best.form, best.method, tuple(order[:high]))
+            if self.holds(found):
+                good[high] = found
+                break
+            if high == len(order) - 1:
+                raise self._refusal(found)
+            low, high = high, min(2 * high, len(order) - 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = self.attempt(best.form, best.method, tuple(order[:middle]))
+            if self.holds(found):
+                high, good[middle] = middle, found
+            else:
+                low = middle
+        return good[high]
+
+    def order(self, best: _Try) -> list[str]:
+        """Return the places in the order in which the ladder keeps them."""
+        errors = self.errors(best)
+        ffn2 = sorted((p for p in errors if p.endswith(".ffn2")), key=lambda p: -errors[p])
+        rest = [place for place in errors if place not in ffn2]
+        return ffn2 + sorted(rest, key=lambda p: (-layer_number(p), -errors[p]))
+
+    def errors(self, best: _Try) -> dict[str, float]:
+        """Return the largest relative output error of every place's linears."""
+        graph, seen = self.forms[best.form]
+        amax = amax_by(best.method, seen, self.precision)
+        errors: dict[str, float] = {}
+        for linear in find_linears(graph):
+            value, weight = linear.value, graph.array(linear.weight)
+            error = quantization_error(seen[value], amax[value], weight, self.precision)
+            errors[linear.place] = max(error, errors.get(linear.place, 0.0))
+        return errors
+
+    def attempt(self, form: str, method: str, kept: tuple[str, ...]) -> _Try:
+        """Quantise, score and remember."""
+        found = score_queries(scorer(self.quantized(form, method, kept)), self.queries)
+        result = _Try(form, method, kept, rank_agreement(self.expected, found))
+        self.tried.append(result)
+        return result
+
+    def quantized(self, form: str, method: str, kept: Sequence[str]) -> Graph:
+        graph, seen = self.forms[form]
+        amax = amax_by(method, seen, self.precision)
+        typed = quantize(graph, self.precision, amax, keep=kept, scale_type=self.compute_type)
+        return typed if self.compute_type == "float32" else lower(typed, self.compute_type)
+
+    def holds(self, found: _Try) -> bool:
+        return not self.limits.broken_by(found.agreement)
+
+    def choice(self, chosen: _Try) -> Choice:
+        errors = self.errors(chosen)
+        facts = {
+            "method": chosen.method,
+            "smoothed": self.smoothed if chosen.form == "smoothed" else {},
+            "kept": {place: {"relative_error": round(errors[place], 4)} for place in chosen.kept},
+            "tried": [found.to_json() for found in self.tried],
+        }
+        graph = self.quantized(chosen.form, chosen.method, chosen.kept)
+        return Choice(graph, chosen.kept, chosen.agreement, facts)
+
+    def _refusal(self, found: _Try) -> EngineError:
+        return EngineError(
+            f"{self.precision} does not hold the fidelity limits, even with all places but one "
+            f"kept in {self.compute_type}",
+            faults=self.limits.broken_by(found.agreement),
+            hint="build with --precision fp16, bf16 or fp32, or set the limits lower",
+        )
+
+
+def score_queries(score: Callable[[Batch], Float32], queries: Sequence[Query]) -> list[Float32]:
+    """Return the scores of every query's candidates: float32 [C] each."""
+    return [np.concatenate([score(batch) for batch in query]) for query in queries]
+
+
+def _spread(queries: Sequence[Query], num_pairs: int) -> list[Batch]:
+    """Return about `num_pairs` pairs, the same share of every query."""
+    total = sum(len(batch) for query in queries for batch in query)
+    share = min(1.0, num_pairs / total)
+    parts = []
+    for query in queries:
+        for batch in query:
+            parts.append(batch.part(slice(0, max(1, round(share * len(batch))))))
+    return parts

@@ -1,0 +1,117 @@
+"""One call from the bundle's graph to the graph a backend builds from, and what was done to it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...bundle import BundleManifest
+from ...errors import EngineError
+from ..contract import Progress
+from ..fidelity import FidelityLimits
+from ..manifest import Profile
+from ..samples import Samples, sample_batches
+from .graph import Graph
+from .ladder import Choice, choose
+from .lower import STAYS_FLOAT32, lower
+from .quantize import QUANTIZED, find_linears
+from .tokens import take_int8_tokens
+
+DEFAULT_LIMITS = FidelityLimits(min_kendall_tau=0.97, max_top1_change=0.02)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What to make of a float32 graph.
+
+    Attributes:
+        precision: one of `PRECISIONS`.
+        compute_type: type of what is not quantised: `float32`, `float16` or `bfloat16`.
+        token_dtype: `float16`, or `int8` for int8 tokens with scales.
+        calibration: pairs to choose scales by; only int8 and fp8 look at them.
+        limits: what the ranking of those pairs must hold.
+    """
+
+    precision: str
+    compute_type: str
+    token_dtype: str = "float16"
+    calibration: Samples | None = None
+    limits: FidelityLimits = field(default_factory=lambda: DEFAULT_LIMITS)
+
+
+def prepare_graph(
+    source: Path,
+    out: Path,
+    recipe: Recipe,
+    bundle: BundleManifest,
+    profile: Profile,
+    tell: Progress = lambda _: None,
+) -> Mapping[str, Any]:
+    """Write the graph that `recipe` asks for to `out`; return the manifest's `precision_plan`.
+
+    Raises:
+        EngineError: int8 or fp8 without calibration pairs, limits that cannot be held, weights
+            that the type cannot hold, or `onnx` is missing.
+    """
+    plan: dict[str, Any] = {"compute_type": recipe.compute_type}
+    if (recipe.precision not in QUANTIZED, recipe.compute_type, recipe.token_dtype) == (
+        True,
+        "float32",
+        "float16",
+    ):
+        shutil.copyfile(source, out)
+        return plan
+    graph = Graph.read(source)
+    if recipe.precision in QUANTIZED:
+        choice = _quantized(graph, recipe, bundle, profile, tell)
+        plan |= _quantization(graph, choice, recipe)
+        graph = choice.graph
+    elif recipe.compute_type != "float32":
+        graph = lower(graph, recipe.compute_type)
+    if recipe.compute_type != "float32":
+        plan["float32"] = STAYS_FLOAT32
+    if recipe.token_dtype == "int8":
+        graph = take_int8_tokens(graph)
+    graph.write(out)
+    return plan
+
+
+def _quantized(
+    graph: Graph, recipe: Recipe, bundle: BundleManifest, profile: Profile, tell: Progress
+) -> Choice:
+    samples = recipe.calibration
+    if samples is None or not len(samples):
+        raise EngineError(
+            f"{recipe.precision} needs pairs to calibrate with, got none",
+            hint="add --calibration-store STORE --calibration-queries FILE (real pairs), or "
+            "--calibration-random (for speed tests only)",
+        )
+    text = bundle.text
+    queries = [
+        list(sample_batches(sample, profile, pad_id=text.pad_id, sep_id=text.sep_id))
+        for sample in samples
+    ]
+    limits = FidelityLimits() if samples.random else recipe.limits
+    return choose(graph, queries, recipe.precision, recipe.compute_type, limits, tell)
+
+
+def _quantization(graph: Graph, choice: Choice, recipe: Recipe) -> dict[str, Any]:
+    """Describe a choice for the manifest."""
+    samples = recipe.calibration
+    places = list(dict.fromkeys(linear.place for linear in find_linears(graph)))
+    per = "output channel" if recipe.precision == "int8" else "tensor"
+    return {
+        "quantized": [place for place in places if place not in choice.kept],
+        "weights": f"{recipe.precision}, symmetric, one scale per {per}",
+        "activations": f"{recipe.precision}, symmetric, one scale per tensor",
+        "calibration_data": "" if samples is None else samples.data,
+        "calibration_random": samples is not None and samples.random,
+        **choice.facts,
+        "agreement": {
+            "kendall_tau": choice.agreement.kendall_tau,
+            "top_1": choice.agreement.top_1,
+        },
+    }
