@@ -1,7 +1,6 @@
-"""How faithful scores are to the float32 bundle: how far they lie apart, and who is ranked first.
+"""How faithful an engine, or any scorer, is to the float32 bundle: the `fidelity` of `engine.json`.
 
-`rank_agreement` compares lists of scores, `measure` goes through samples with any scorer, and
-`measure_fidelity` does so with an open engine. The reference is the bundle's own graph.
+The reference is the bundle's own graph in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -13,141 +12,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from ..bundle import JOINT_ENCODER, BundleManifest
 from ..errors import EngineError
+from .agreement import Agreement, rank_agreement, recall
 from .contract import INPUTS, Batch, Engine, Float32, Progress
 from .manifest import Profile
 from .samples import RandomSamples, Samples, int8_batch, sample_batches
 
-Scores = npt.NDArray[np.floating[Any]]
 Scorer = Callable[[Batch], Float32]
 
-RECALL_AT = (1, 5, 10)
 REFERENCE = "bundle in float32, ONNX Runtime without optimisations"
 NOT_MEASURED = "not measured on a device"
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """How two scorers of the same queries agree; all differences are of raw logits.
-
-    Attributes:
-        num_queries, num_pairs: what was scored; every query ranks its own candidates.
-        max_abs_diff, mean_abs_diff: over all pairs.
-        p99_abs_diff, p999_abs_diff: 99 % (99.9 %) of the pairs differ by no more.
-        max_underrating: how far a score lies below the reference's at most, below 0 if none
-            does; a cascade's margin comes from it.
-        kendall_tau: tau-b between the two rankings, mean over the queries.
-        top_1, top_10: share of the reference's best 1 (10) found among the other's best 1 (10).
-    """
-
-    num_queries: int
-    num_pairs: int
-    max_abs_diff: float
-    mean_abs_diff: float
-    p99_abs_diff: float
-    p999_abs_diff: float
-    max_underrating: float
-    kendall_tau: float
-    top_1: float
-    top_10: float
-
-
-def rank_agreement(expected: Sequence[Scores], found: Sequence[Scores]) -> Agreement:
-    """Compare two lists of scores, one float [C] a query; C may differ between queries.
-
-    A score that is not finite ranks last and differs by infinity.
-
-    Raises:
-        ValueError: no pairs, or lists of different lengths.
-    """
-    pairs = [_comparable(a, b) for a, b in zip(expected, found, strict=True)]
-    below = np.concatenate([a - b for a, b in pairs])
-    diff = np.abs(below)
-    high = np.quantile(diff, [0.99, 0.999], method="higher")
-    return Agreement(
-        num_queries=len(pairs),
-        num_pairs=len(diff),
-        max_abs_diff=float(diff.max()),
-        mean_abs_diff=float(diff.mean()),
-        p99_abs_diff=float(high[0]),
-        p999_abs_diff=float(high[1]),
-        max_underrating=float(below.max()),
-        kendall_tau=float(np.mean([kendall_tau(a, b) for a, b in pairs])),
-        top_1=float(np.mean([top_agreement(a, b, 1) for a, b in pairs])),
-        top_10=float(np.mean([top_agreement(a, b, 10) for a, b in pairs])),
-    )
-
-
-def _comparable(expected: Scores, found: Scores) -> tuple[Scores, Scores]:
-    """Return both as float64 [C], the found ones with -inf where they are not finite."""
-    if expected.shape != found.shape:
-        raise ValueError(f"scores of one query are {expected.shape} and {found.shape}")
-    wide = found.astype(np.float64)
-    return expected.astype(np.float64), np.where(np.isfinite(wide), wide, -np.inf)
-
-
-def kendall_tau(first: Scores, second: Scores) -> float:
-    """Return Kendall's tau-b of two score lists [N]; 1.0 where neither orders anything.
-
-    Takes O(n log n): a token store ranks thousands. Source: Knight, JASA 61 (1966), pp. 436-439.
-    """
-    num_pairs = len(first) * (len(first) - 1) // 2
-    a = np.unique(first, return_inverse=True)[1].reshape(-1).astype(np.int64)
-    b = np.unique(second, return_inverse=True)[1].reshape(-1).astype(np.int64)
-    ordered_a, ordered_b = num_pairs - _num_ties(a), num_pairs - _num_ties(b)
-    if ordered_a == 0 or ordered_b == 0:
-        return float(ordered_a == ordered_b)
-    ties_of_both = _num_ties(a * len(b) + b)
-    discordant = _num_inversions(b[np.lexsort((b, a))])
-    net = ordered_a + ordered_b - num_pairs + ties_of_both - 2 * discordant
-    return float(net / np.sqrt(float(ordered_a) * float(ordered_b)))
-
-
-def _num_ties(ranks: npt.NDArray[np.int64]) -> int:
-    """Count the pairs of equal ranks."""
-    counts = np.unique(ranks, return_counts=True)[1].astype(np.int64)
-    return int((counts * (counts - 1) // 2).sum())
-
-
-def _num_inversions(ranks: npt.NDArray[np.int64]) -> int:
-    """Count the pairs i < j with ranks[i] > ranks[j]: a radix sort from the highest bit down.
-
-    Two ranks part at the highest bit in which they differ; there, the earlier one has a 1.
-    """
-    total = 0
-    for bit in reversed(range(int(ranks.max()).bit_length())):
-        ones = (ranks >> bit) & 1
-        ones_before = np.cumsum(ones) - ones
-        group = ranks >> (bit + 1)
-        begin = np.searchsorted(group, group)
-        total += int(((ones_before - ones_before[begin]) * (1 - ones)).sum())
-        ranks = ranks[np.argsort(ranks >> bit, kind="stable")]
-    return total
-
-
-def top_agreement(expected: Scores, found: Scores, k: int) -> float:
-    """Return the share of the `k` best of `expected` that are among the `k` best of `found`."""
-    k = min(k, len(expected))
-    best = [set(np.argsort(-s, kind="stable")[:k].tolist()) for s in (expected, found)]
-    return len(best[0] & best[1]) / k
-
-
-def recall(scores: Sequence[Scores], targets: Sequence[int | None]) -> dict[str, float] | None:
-    """Return {"R@1": share, ...}: queries whose target is among the first 1, 5, 10 of a ranking.
-
-    Ties keep the order of the candidates. None where no query knows its target.
-    """
-    ranks = [
-        int((s > s[target]).sum() + (s[:target] == s[target]).sum())
-        for s, target in zip(scores, targets, strict=True)
-        if target is not None
-    ]
-    if not ranks:
-        return None
-    return {f"R@{k}": sum(rank < k for rank in ranks) / len(ranks) for k in RECALL_AT}
 
 
 @dataclass(frozen=True, slots=True)

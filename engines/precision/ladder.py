@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from ...errors import EngineError
+from ..agreement import Agreement, rank_agreement
 from ..contract import Batch, Float32, Progress
-from ..fidelity import Agreement, FidelityLimits, rank_agreement
+from ..fidelity import FidelityLimits
 from .calibrate import METHODS, Activations, amax_by, observe, quantization_error
 from .emulate import scorer
 from .graph import Graph, layer_number

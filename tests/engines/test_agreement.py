@@ -1,4 +1,4 @@
-"""The measures of fidelity, against definitions and by their properties."""
+"""How two lists of scores agree, by definitions of the field and by their properties."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edje.engines.fidelity import kendall_tau, rank_agreement, top_agreement
+from edje.engines.agreement import kendall_tau, rank_agreement, top_agreement
 
 small = st.integers(-5, 5)
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
