@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 NAME = "edje-runtime"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 EXTRAS = {
-    *("cpu", "gpu", "rtx", "pycuda", "kernels"),
+    *("cpu", "gpu", "rtx", "build", "pycuda", "kernels"),
     *("export", "index", "serve", "cluster", "perf", "dev"),
 }
 # torch's Linux build on PyPI names these itself, each with an exact version.
