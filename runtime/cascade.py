@@ -64,8 +64,9 @@ def rescore_top(
     """Score precisely what can be among the `top_k` best, in rounds of `pairs_per_round`.
 
     Exact when no precise score exceeds its fast one by more than `margin`: the top k of `scores`
-    are then those of the precise engine alone, ties included, and fewer than `pairs_per_round`
-    candidates were scored needlessly. A difference beyond `margin` widens it for the rest.
+    are then those of the precise engine alone, ties included. Where no two scores differ by more
+    than `margin` either way, fewer than `pairs_per_round` candidates were scored needlessly.
+    What contradicts `margin` widens it for the rest.
 
     Args:
         fast: float32 [N]; a score that is not finite says nothing, so it is always rescored.
@@ -104,15 +105,21 @@ def _kth_best(scores: Float32, k: int) -> tuple[int, float]:
 
 
 def _widened(margin: float, differences: Float64) -> float:
-    """Return `margin`, or more where a difference exceeds it.
+    """Return `margin`, or more where the differences (precise - fast) contradict it.
 
-    What is added beyond the largest difference grows with its distance from the median one: a
-    constant offset between two engines adds nothing.
+    The images with the best fast scores are those it overrates, so their differences lean to one
+    side: a spread beyond what `margin` allows tells of underrated images that nobody has seen
+    yet. A constant offset has no spread; it costs its own size and no more.
     """
     finite = differences[np.isfinite(differences)]
-    if not len(finite) or (largest := float(finite.max())) <= margin:
+    if not len(finite):
         return margin
-    return largest + (SAFETY - 1) * (largest - float(np.median(finite)))
+    middle, largest = float(np.median(finite)), float(finite.max())
+    if float(np.abs(finite - middle).max()) > 2 * margin:
+        return max(margin, SAFETY * float(np.abs(finite).max()))
+    if largest > margin:
+        return largest + (SAFETY - 1) * (largest - middle)
+    return margin
 
 
 class Cascade:

@@ -87,6 +87,19 @@ def test_rerank_answers_in_json_and_as_a_table(edje, tiny_engine, tiny_store, tm
     assert table.out.count("img-") == 2
 
 
+def test_rerank_with_a_precise_engine_says_what_it_rescored(edje, tiny_engine, tiny_store):
+    common = ("rerank", tiny_engine, "--store", tiny_store, "--query", "a dog", "--top-k", 2)
+    cascade = (*common, "--rescore", tiny_engine, "--rescore-margin", 0.001)
+    result = edje(*cascade, "--json").json
+    alone = edje(*common, "--json").json
+    assert [hit["id"] for hit in result["hits"]] == [hit["id"] for hit in alone["hits"]]
+    assert alone["rescoring"] is None
+    assert result["rescoring"]["num_rescored"] == 12
+    assert "12 rescored on openvino fp32" in edje(*cascade).out
+    refused = edje(*common, "--rescore-margin", 0.001)
+    assert (refused.code, "without rescore" in refused.err) == (2, True)
+
+
 def test_candidates_come_from_stdin(edje, tiny_engine, tiny_store, monkeypatch):
     stdin = io.TextIOWrapper(io.BytesIO(b"img-5\nimg-4\n"))
     monkeypatch.setattr(sys, "stdin", stdin)

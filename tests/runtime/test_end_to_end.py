@@ -6,12 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from edje import EngineError, Reranker, StoreError, TokenStore
+from edje.engines.build import build_engine
 from edje.engines.manifest import MANIFEST
 from edje.runtime.results import EngineLabel
 
@@ -92,6 +94,40 @@ def test_open_takes_an_open_store_and_leaves_it_open(raw_text_engine, tiny_store
         with Reranker.open(raw_text_engine, store=store) as reranker:
             assert len(reranker.rank("a dog")) == NUM_IMAGES
         assert len(store.rows(IDS)) == NUM_IMAGES
+
+
+@pytest.fixture(scope="module")
+def precise_engine(tiny_bundle, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("precise") / "engine"
+    build_engine(tiny_bundle, folder, backend="onnxruntime", precision="fp32")
+    return folder
+
+
+def test_a_cascade_of_two_real_engines_returns_the_precise_top_k(
+    tiny_engine, precise_engine, tiny_store
+):
+    with (
+        Reranker.open(precise_engine, store=tiny_store) as alone,
+        Reranker.open(
+            tiny_engine, store=tiny_store, rescore=precise_engine, rescore_margin=1e-3
+        ) as cascade,
+    ):
+        expected = alone.rank("a dog", top_k=3)
+        result = cascade.rank("a dog", top_k=3)
+    assert [hit.id for hit in result] == [hit.id for hit in expected]
+    scores = [[hit.score for hit in hits] for hits in (result, expected)]
+    assert np.allclose(*scores, atol=1e-6)
+    assert result.engine == EngineLabel("openvino", "fp32", "host")
+    assert result.rescoring.engine == EngineLabel("onnxruntime", "fp32", "host")
+
+
+def test_open_refuses_a_cascade_without_a_margin_and_leaves_nothing_open(
+    tiny_engine, precise_engine, tiny_store
+):
+    threads = set(threading.enumerate())
+    with pytest.raises(EngineError, match="no margin can be learned"):
+        Reranker.open(tiny_engine, store=tiny_store, rescore=precise_engine)
+    assert set(threading.enumerate()) <= threads
 
 
 def test_open_closes_what_it_opened_when_a_part_does_not_fit(raw_text_engine, tmp_path):

@@ -1,0 +1,342 @@
+"""A cascade's top k is the precise engine's, whatever the fast one says within the margin."""
+
+from __future__ import annotations
+
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edje.engines.manifest import EngineManifest
+from edje.errors import EngineError, RequestError
+from edje.runtime.cascade import SAFETY, learned_margin, rescore_top
+from edje.runtime.reranker import Reranker
+from edje.runtime.results import EngineLabel
+from edje.runtime.store import TokenStore
+from toy_engine import FINGERPRINT, HIDDEN, NUM_TOKENS, ToyEngine, toy_manifest, toy_tokenizer
+
+NUM_IMAGES = 60
+REAL = {"random": False, "max_underrating": 2.0, "max_abs_diff": 3.0, "data": "real pairs"}
+EXACT = {"random": True, "max_underrating": 0.0, "max_abs_diff": 1e-6, "data": "random pairs"}
+
+grid = st.integers(-6, 6).map(lambda value: value / 4)  # coarse: ties are common
+odd = st.sampled_from([math.nan, math.inf, -math.inf])
+pair = st.tuples(st.one_of(grid, grid, grid, odd), st.one_of(grid, grid, grid, grid, odd))
+
+
+def best(scores: np.ndarray, k: int) -> list[tuple[int, float]]:
+    """Places and scores of the `k` best finite ones, ties in order."""
+    order = np.argsort(-scores, kind="stable")
+    return [(i, float(scores[i])) for i in order[np.isfinite(scores[order])][:k].tolist()]
+
+
+class Oracle:
+    """Hands out precise scores and remembers what it was asked."""
+
+    def __init__(self, scores: np.ndarray):
+        self.scores = scores
+        self.rounds: list[list[int]] = []
+
+    def __call__(self, places: np.ndarray) -> np.ndarray:
+        self.rounds.append(places.tolist())
+        return self.scores[places]
+
+    @property
+    def asked(self) -> list[int]:
+        return [place for places in self.rounds for place in places]
+
+
+def arrays(pairs: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray, float]:
+    """Fast scores, precise scores, and how far they differ at most."""
+    fast, precise = np.array(pairs, np.float32).reshape(-1, 2).T
+    both = np.isfinite(fast) & np.isfinite(precise)
+    difference = np.abs(precise[both].astype(np.float64) - fast[both])
+    return fast, precise, float(difference.max(initial=0.0))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(pair, max_size=60), st.integers(1, 70), st.integers(1, 20))
+def test_the_top_k_is_the_precise_one_and_no_round_too_much_is_scored(pairs, top_k, per_round):
+    fast, precise, margin = arrays(pairs)
+    oracle = Oracle(precise)
+    found = rescore_top(fast, oracle, top_k=top_k, margin=margin, pairs_per_round=per_round)
+    assert best(found.scores, top_k) == best(precise, top_k)
+    assert sorted(oracle.asked) == np.flatnonzero(found.rescored).tolist()
+    assert np.isnan(found.scores[~found.rescored]).all()
+    assert (found.margin, found.num_widened) == (margin, 0)
+    winners = best(precise, top_k)
+    threshold = winners[-1][1] if len(winners) == top_k else -math.inf
+    needed = np.count_nonzero(~np.isfinite(fast) | (fast + np.float64(margin) >= threshold))
+    assert needed <= len(oracle.asked) < needed + per_round
+    assert max(map(len, oracle.rounds), default=0) <= max(per_round, top_k)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(-30, 30, width=32), st.floats(-2, 2)), min_size=1, max_size=80),
+    st.integers(1, 12),
+)
+def test_scores_of_any_size_within_the_margin(pairs, top_k):
+    precise, noise = np.array(pairs).T
+    precise = precise.astype(np.float32)
+    fast = (precise + noise).astype(np.float32)
+    margin = float(np.abs(fast.astype(np.float64) - precise).max())
+    found = rescore_top(fast, Oracle(precise), top_k=top_k, margin=margin)
+    assert best(found.scores, top_k) == best(precise, top_k)
+
+
+def test_a_good_fast_engine_leaves_little_to_rescore():
+    precise = np.linspace(10, -10, 1000, dtype=np.float32)
+    fast = precise + np.random.default_rng(0).uniform(-0.1, 0.1, 1000).astype(np.float32)
+    found = rescore_top(fast, Oracle(precise), top_k=10, margin=0.1, pairs_per_round=8)
+    assert best(found.scores, 10) == best(precise, 10)
+    assert np.count_nonzero(found.rescored) <= 32
+
+
+def test_a_margin_that_is_too_small_is_widened_and_the_rest_is_rescored():
+    random = np.random.default_rng(1)
+    precise = np.sort(random.uniform(-5, 5, 400).astype(np.float32))
+    fast = precise + random.uniform(-1, 1, 400).astype(np.float32)
+    found = rescore_top(fast, Oracle(precise), top_k=10, margin=0.05)
+    assert found.num_widened >= 1
+    assert 1.0 <= found.margin <= 2.0  # although every difference in the first round is negative
+    assert best(found.scores, 10) == best(precise, 10)
+
+
+@pytest.mark.parametrize(("offset", "margin", "num_rescored"), [(-7, 7.0, 16), (7, 0.5, 17)])
+def test_a_constant_offset_costs_no_more_than_itself(offset, margin, num_rescored):
+    precise = np.arange(500, dtype=np.float32)
+    found = rescore_top(precise + offset, Oracle(precise), top_k=10, margin=0.5)
+    assert found.margin == margin
+    assert np.count_nonzero(found.rescored) == num_rescored
+    assert best(found.scores, 10) == best(precise, 10)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(pair, max_size=60), st.integers(1, 70))
+def test_a_one_sided_bound_is_enough_for_the_right_top_k(pairs, top_k):
+    fast, precise, _ = arrays(pairs)
+    both = np.isfinite(fast) & np.isfinite(precise)
+    margin = float((precise[both].astype(np.float64) - fast[both]).max(initial=0.0))
+    found = rescore_top(fast, Oracle(precise), top_k=top_k, margin=margin, pairs_per_round=4)
+    assert best(found.scores, top_k) == best(precise, top_k)
+
+
+class FastEngine(ToyEngine):
+    """Scores like `ToyEngine`, but wrong by up to `error`, and not at all where the score is 13."""
+
+    def __init__(self, manifest: EngineManifest, error: float = 1.5):
+        super().__init__(manifest)
+        self.error = error
+
+    def _infer(self, batch, scores):
+        super()._infer(batch, scores)
+        value = batch.visual_tokens[:, 0, 0].astype(np.float32)
+        scores += self.error * np.sin(value * 12.9898).astype(np.float32)
+        scores[value == 13] = np.nan
+
+
+def fast_manifest(**changed) -> EngineManifest:
+    return replace(toy_manifest(max_pairs=32), **{"precision": "int8", "fidelity": REAL, **changed})
+
+
+def precise_manifest(**changed) -> EngineManifest:
+    return replace(toy_manifest(), **{"fidelity": EXACT, **changed})
+
+
+@pytest.fixture
+def store(tmp_path):
+    sizes = {"num_tokens": NUM_TOKENS, "hidden": HIDDEN, "fingerprint_encoder": FINGERPRINT}
+    with TokenStore.create(tmp_path / "store", **sizes) as store:
+        values = [i * 37 % NUM_IMAGES // 2 for i in range(NUM_IMAGES)]  # every score twice
+        tokens = np.stack([np.full((NUM_TOKENS, HIDDEN), value, np.float16) for value in values])
+        store.append([f"img-{i}" for i in range(NUM_IMAGES)], tokens)
+    with TokenStore.open(tmp_path / "store") as store:
+        yield store
+
+
+@pytest.fixture
+def engines():
+    fast, precise = FastEngine(fast_manifest()), ToyEngine(precise_manifest())
+    precise.running = fast.running  # the engine asserts that nobody else computes
+    return fast, precise
+
+
+@pytest.fixture
+def cascade(tmp_path, engines, store):
+    fast, precise = engines
+    with Reranker(fast, toy_tokenizer(tmp_path), store, rescore=precise) as reranker:
+        yield reranker
+
+
+@pytest.fixture
+def alone(tmp_path, store):
+    with Reranker(ToyEngine(precise_manifest()), toy_tokenizer(tmp_path), store) as reranker:
+        yield reranker
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, NUM_IMAGES - 1), max_size=90), st.integers(1, 40))
+def test_rank_returns_the_precise_engines_hits(cascade_and_alone, numbers, top_k):
+    cascade, alone = cascade_and_alone
+    ids = [f"img-{number}" for number in numbers]
+    assert cascade.rank("red circle", ids, top_k).hits == alone.rank("red circle", ids, top_k).hits
+
+
+@pytest.fixture(scope="module")
+def cascade_and_alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cascade")
+    sizes = {"num_tokens": NUM_TOKENS, "hidden": HIDDEN, "fingerprint_encoder": FINGERPRINT}
+    with TokenStore.create(folder / "store", **sizes) as store:
+        values = np.arange(NUM_IMAGES) // 3
+        tokens = np.zeros((NUM_IMAGES, NUM_TOKENS, HIDDEN), np.float16) + values[:, None, None]
+        store.append([f"img-{i}" for i in range(NUM_IMAGES)], tokens.astype(np.float16))
+    tokenizer = toy_tokenizer(folder)
+    fast, precise = FastEngine(fast_manifest()), ToyEngine(precise_manifest())
+    with (
+        TokenStore.open(folder / "store") as store,
+        Reranker(fast, tokenizer, store, rescore=precise, rescore_margin=1.6) as cascade,
+        Reranker(ToyEngine(precise_manifest()), tokenizer, store) as alone,
+    ):
+        yield cascade, alone
+
+
+def test_the_result_names_both_engines_and_what_was_rescored(cascade, engines):
+    result = cascade.rank("red circle", top_k=3)
+    rescoring = result.rescoring
+    assert result.engine == EngineLabel("toy", "int8", "host")
+    assert rescoring.engine == EngineLabel("toy", "fp32", "host")
+    assert rescoring.num_rescored == sum(size for size, _ in engines[1].batches) < NUM_IMAGES
+    assert rescoring.margin == pytest.approx(SAFETY * 2.0, abs=1e-5)
+    assert rescoring.num_widened == 0
+    assert 0 < rescoring.total_ms < result.timings_ms.total
+    assert result.to_json()["rescoring"]["engine"]["precision"] == "fp32"
+
+
+def test_a_margin_that_proves_too_small_is_reported(tmp_path, engines, store):
+    fast, precise = engines
+    with Reranker(
+        fast, toy_tokenizer(tmp_path), store, rescore=precise, rescore_margin=0.01
+    ) as reranker:
+        rescoring = reranker.rank("red circle", top_k=3).rescoring
+    assert rescoring.num_widened >= 1
+    assert rescoring.margin > 0.01
+
+
+def test_a_candidate_that_the_fast_engine_cannot_score_is_ranked(cascade, alone):
+    ids = [f"img-{number}" for number in range(NUM_IMAGES)]
+    rows = [i for i in range(NUM_IMAGES) if i * 37 % NUM_IMAGES // 2 == 13]
+    some = [ids[i] for i in rows] + ids[:20]
+    assert cascade.rank("x", some, 5).hits == alone.rank("x", some, 5).hits
+    assert cascade.rank("x", some, 5).errors == ()
+
+
+@pytest.mark.parametrize("top_k", [None, NUM_IMAGES])
+def test_where_all_must_be_precise_the_precise_engine_works_alone(cascade, alone, engines, top_k):
+    result = cascade.rank("x", top_k=top_k)
+    assert result.hits == alone.rank("x", top_k=top_k).hits
+    assert (result.engine.precision, result.rescoring) == ("fp32", None)
+    assert engines[0].batches == []
+
+
+def test_predict_gives_the_precise_engines_scores(cascade, alone, engines):
+    pairs = [("red circle", "img-3"), ("x", "img-5")]
+    assert cascade.predict(pairs).tolist() == alone.predict(pairs).tolist()
+    assert engines[0].batches == []
+
+
+def test_a_damaged_record_is_an_error_entry_skipped_ones_are_not(cascade, store):
+    [segment] = sorted((store.path / "segments").iterdir())
+    stride = (segment.stat().st_size - 4096) // NUM_IMAGES
+    content = bytearray(segment.read_bytes())
+    content[4096 + 5 * stride + 1] ^= 1
+    segment.write_bytes(content)
+    result = cascade.rank("x", top_k=2)
+    assert [fault.id for fault in result.errors] == ["img-5"]
+    assert "damaged" in result.errors[0].reason
+    assert len(result) == 2
+
+
+def test_many_threads_get_the_precise_answer_and_engines_never_compute_at_once(cascade, alone):
+    def call(number: int) -> bool:
+        ids = [f"img-{(number * 7 + i) % NUM_IMAGES}" for i in range(20 + number % 40)]
+        return cascade.rank("red circle", ids, 5).hits == expected[number]
+
+    lists = [
+        [f"img-{(number * 7 + i) % NUM_IMAGES}" for i in range(20 + number % 40)]
+        for number in range(64)
+    ]
+    expected = [alone.rank("red circle", ids, 5).hits for ids in lists]
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(call, range(64)))
+
+
+def test_an_engine_failure_in_the_second_pass_reaches_the_caller(cascade, engines):
+    engines[1].before = lambda batch: 1 / 0
+    with pytest.raises(EngineError, match="division by zero"):
+        cascade.rank("x", top_k=3)
+    engines[1].before = None
+    assert len(cascade.rank("x", top_k=3)) == 3
+
+
+def test_close_closes_both_engines_and_ends_their_threads(tmp_path, engines, store):
+    threads = set(threading.enumerate())
+    reranker = Reranker(engines[0], toy_tokenizer(tmp_path), store, rescore=engines[1])
+    assert len(set(threading.enumerate()) - threads) == 1  # one stream for both
+    reranker.close()
+    assert all(engine.closed for engine in engines)
+    assert set(threading.enumerate()) <= threads
+
+
+def test_engines_of_two_models_are_refused_and_both_are_named(tmp_path, store):
+    fast = fast_manifest()
+    other = replace(fast.bundle, fingerprint_scorer="1" * 64)
+    precise = precise_manifest(bundle=other, token_dtype="int8")
+    with pytest.raises(EngineError, match="cannot rerank together") as caught:
+        Reranker(ToyEngine(fast), toy_tokenizer(tmp_path), store, rescore=ToyEngine(precise))
+    scorer, dtype = caught.value.faults
+    assert "0" * 64 in scorer
+    assert "1" * 64 in scorer
+    assert dtype == "token_dtype: the toy int8 engine has float16, the toy fp32 engine has int8"
+
+
+@pytest.mark.parametrize("margin", [-0.1, math.nan, math.inf])
+def test_a_margin_that_bounds_nothing_is_refused(tmp_path, engines, store, margin):
+    tokenizer = toy_tokenizer(tmp_path)
+    with pytest.raises(RequestError, match="rescore_margin is"):
+        Reranker(engines[0], tokenizer, store, rescore=engines[1], rescore_margin=margin)
+
+
+def test_a_margin_without_a_precise_engine_is_refused(tmp_path, engines, store):
+    with pytest.raises(RequestError, match="without rescore"):
+        Reranker(engines[0], toy_tokenizer(tmp_path), store, rescore_margin=1.0)
+
+
+def test_the_margin_is_learned_from_both_engines():
+    precise = precise_manifest(precision="fp16", fidelity={**REAL, "max_abs_diff": 0.5})
+    assert learned_margin(fast_manifest(), precise) == SAFETY * 2.5
+    overrating = fast_manifest(fidelity={**REAL, "max_underrating": -1.0})
+    assert learned_margin(overrating, precise) == SAFETY * 0.5
+
+
+@pytest.mark.parametrize(
+    ("fast", "precise"),
+    [
+        ({"fidelity": {}}, {}),
+        ({"fidelity": {"measured_on": "not measured on a device"}}, {}),
+        ({"fidelity": {**REAL, "random": True}}, {}),
+        ({"fidelity": {**REAL, "max_underrating": math.inf}}, {}),
+        ({}, {"precision": "fp16"}),  # random pairs say nothing about it
+        ({}, {"fidelity": {}}),
+    ],
+)
+def test_without_figures_of_real_pairs_no_margin_is_learned(fast, precise):
+    with pytest.raises(EngineError, match="no margin can be learned") as caught:
+        learned_margin(fast_manifest(**fast), precise_manifest(**precise))
+    assert "edje verify" in caught.value.hint
+    assert "rescore_margin" in caught.value.hint
