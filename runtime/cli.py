@@ -15,6 +15,7 @@ from .. import __version__
 from ..engines.manifest import DEFAULT_MAX_PAIRS, DEFAULT_TEXT_BUCKETS
 from ..errors import EdjeError, RequestError
 
+EXIT_BROKEN_LIMITS = 1
 EXIT_BAD_INPUT = 2
 
 app = typer.Typer(
@@ -33,7 +34,10 @@ Overwrite = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code: 0 well, 2 bad input (one clear sentence)."""
+    """Run the command line; return its exit code.
+
+    0 is well, 1 a measured limit that does not hold, 2 bad input (one clear sentence each).
+    """
     try:
         app(args=argv, prog_name="edje")
     except EdjeError as error:
@@ -225,6 +229,55 @@ def rerank(
         print_json({"query": query, **result.to_json()})
     else:
         print_ranking(result)
+
+
+@app.command()
+def verify(
+    engine: Annotated[Path, typer.Argument(help="Engine folder, written by `edje build`.")],
+    bundle: Annotated[Path, typer.Option(help="The bundle it was built from.")],
+    store: Annotated[
+        Path | None, typer.Option(help="Token store to score; default: random pairs.")
+    ] = None,
+    queries: Annotated[
+        Path | None,
+        typer.Option(help="A line `query` or `query<TAB>target id`; or .jsonl with candidates."),
+    ] = None,
+    num_candidates: Annotated[
+        int, typer.Option(help="Images drawn for a query that brings none.")
+    ] = 50,
+    max_queries: Annotated[int | None, typer.Option(help="Draw so many; default: all.")] = None,
+    min_kendall_tau: Annotated[
+        float | None, typer.Option(help="Exit with 1 below this rank agreement.")
+    ] = None,
+    max_top1_change: Annotated[
+        float | None, typer.Option(help="Exit with 1 if more first places change (a share).")
+    ] = None,
+    write: Annotated[bool, typer.Option("--write", help="Put the result in engine.json.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure how faithful an engine's scores and rankings are to the bundle in float32.
+
+    \b
+    Example:
+      edje verify engine --bundle bundle --store photos.store --queries captions.tsv --write
+    """
+    from ..engines.fidelity import FidelityLimits
+    from .cli_output import note, print_fidelity, print_json, progress_steps
+    from .samples import open_samples
+    from .verify import verify_engine
+
+    limits = FidelityLimits(min_kendall_tau, max_top1_change)
+    drawn = {"num_candidates": num_candidates, "max_queries": max_queries}
+    with open_samples(store, bundle, queries, **drawn) as samples, progress_steps("verify") as step:
+        fidelity = verify_engine(engine, bundle, samples, write=write, progress=step)
+    broken = limits.broken_by(fidelity)
+    if as_json:
+        print_json({"engine": str(engine), **fidelity.to_json(), "broken_limits": broken})
+    else:
+        print_fidelity(f"{engine} against its bundle in float32", fidelity.to_json())
+    if broken:
+        note(f"{engine} breaks its limits: {'; '.join(broken)}")
+        raise typer.Exit(EXIT_BROKEN_LIMITS)
 
 
 @store_app.command()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ..engines.fidelity import NOT_MEASURED, is_measured
 from .doctor import Diagnosis
 from .results import RankResult
 
@@ -83,6 +84,41 @@ def print_ranking(result: RankResult) -> None:
         note("the query was cut to the wordpieces that the model takes")
     for fault in result.errors:
         note(f"{fault.id!r} was not ranked: {fault.reason}")
+
+
+def print_fidelity(title: str, values: Mapping[str, Any]) -> None:
+    """Write a manifest's `fidelity`: what was measured, and what was only emulated beside it."""
+    if is_measured(values):
+        _print_table(title, ("measure", "value", "what it says"), _fidelity_rows(values))
+    else:
+        note(f"fidelity: {NOT_MEASURED}; `edje verify` measures it where the engine runs")
+    if "emulated" in values:
+        rows = _fidelity_rows(values["emulated"])
+        _print_table(f"{title}, emulated", ("measure", "value", "what it says"), rows)
+
+
+def _fidelity_rows(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    share, score = "{:.2%}".format, "{:.2g}".format
+    rows = [
+        ("same first place", share(values["top_1"]), "queries whose best image is float32's"),
+        ("same first ten", share(values["top_10"]), "of float32's ten best are among its ten"),
+        ("Kendall tau", f"{values['kendall_tau']:.4f}", "order of all candidates: 1 is the same"),
+        ("mean difference", score(values["mean_abs_diff"]), "of a pair's score (raw logit)"),
+        ("99.9 % differ by", score(values["p999_abs_diff"]), "or less"),
+        ("max difference", score(values["max_abs_diff"]), "of any pair"),
+    ]
+    for name, found in (values["recall"] or {}).items():
+        exact = share(values["reference_recall"][name])
+        says = f"of {values['num_targets']:,} targets found; float32 finds {exact}"
+        rows.append((name, share(found), says))
+    size = f"{values['num_queries']:,} queries, {values['num_pairs']:,} pairs"
+    warning = "; made-up data shows rounding, not how a ranking fares" if values["random"] else ""
+    return [
+        *rows,
+        ("scored", size, values["data"] + warning),
+        ("reference", "float32", values["reference"]),
+        ("ran on", "", values["measured_on"]),
+    ]
 
 
 def print_diagnosis(diagnosis: Diagnosis) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -176,6 +178,31 @@ class StoreSamples:
             f"{len(self._store)} images of {self._store.path.name}{how}"
             + (f"; {absent} targets are not among their candidates" if absent else "")
         )
+
+
+@contextmanager
+def open_samples(
+    store: Path | None, bundle: Path, queries: Path | None, **drawn: Any
+) -> Iterator[StoreSamples | None]:
+    """Yield the samples of a store and a queries file, None where neither is given.
+
+    Args:
+        drawn: as `StoreSamples.open` takes it: `num_candidates`, `max_queries`, `seed`.
+
+    Raises:
+        RequestError: one is given without the other; and all that `StoreSamples.open` raises.
+    """
+    if (store is None) != (queries is None):
+        given, missing = ("queries", "store") if store is None else ("store", "queries")
+        raise RequestError(
+            f"{given} was given without {missing}: real pairs need both",
+            hint=f"add --{missing}, or leave out --{given} to score random pairs",
+        )
+    if store is None or queries is None:
+        yield None
+        return
+    with StoreSamples.open(store, bundle, queries, **drawn) as samples:
+        yield samples
 
 
 class _Draw:
