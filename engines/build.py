@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
@@ -26,7 +25,7 @@ from .manifest import (
 )
 from .precision.emulate import scorer
 from .precision.graph import Graph
-from .precision.prepare import DEFAULT_LIMITS, Recipe, prepare_graph
+from .precision.prepare import DEFAULT_LIMITS, GraphCache, Recipe
 from .samples import RandomSamples, Samples
 
 TOKEN_DTYPES = ("float16", "int8")
@@ -48,24 +47,24 @@ def build_engine(
     overwrite: bool = False,
     options: BuildOptions | None = None,
     progress: Progress | None = None,
+    graphs: GraphCache | None = None,
+    recorded: Mapping[str, Any] | None = None,
 ) -> EngineManifest:
-    """Build the engine folder `out` from the bundle folder `bundle`, for this machine.
+    """Build the engine folder `out` from the bundle folder `bundle`; return its manifest.
 
     Args:
         backend: command-line name, as `openvino`.
         precision: what the matrix products run in, as `fp32`.
-        max_pairs: the most pairs of one batch.
-        text_buckets: numbers of text slots, CLS and SEP included; 64 holds the longest query.
+        max_pairs, text_buckets: the engine's `Profile`; 64 slots hold the longest query.
         token_dtype: of the stored tokens: `float16`, or `int8` with a scale a token.
-        calibration: pairs to choose the scales of int8 and fp8 by, and to measure fidelity on
-            in any precision; None measures on random pairs.
-        limits: what the ranking of int8 and fp8 must hold on these pairs; None: the defaults.
+        calibration: pairs to scale int8 and fp8 by, and to measure any precision on (None:
+            random ones); `limits`: what int8 and fp8 must hold on them, None: the defaults.
         image_encoder: also copy `image_encoder.onnx`, so that the folder can index images.
         overwrite: replace `out` if it is an engine folder.
         options: how the backend builds.
         progress: called with one short line before each step.
-
-    Returns what was written as `engine.json`.
+        graphs: prepared graphs to share with other builds from `bundle` and `calibration`.
+        recorded: more entries for `build_options`.
 
     Raises:
         CheckpointError: `bundle` is no model bundle.
@@ -81,15 +80,16 @@ def build_engine(
     _check_token_dtype(token_dtype)
     copied = [TOKENIZER, *([IMAGE_ENCODER] if image_encoder else [])]
     _check_files(bundle, [JOINT_ENCODER, *copied])
-    _check_target(out, overwrite)
+    check_target(out, overwrite)
     typed = (precision, module.compute_type(precision), token_dtype)
     recipe = Recipe(*typed, calibration, limits or DEFAULT_LIMITS)
     tell = progress or (lambda _: None)
-    build = _Build(bundle, source, backend, module, profile, recipe, options, tell)
+    graphs = graphs or GraphCache(None)
+    build = _Build(bundle, source, backend, module, profile, recipe, options, tell, graphs)
     with publish_folder(out, overwrite=overwrite) as folder:
         for name in copied:
             shutil.copyfile(bundle / name, folder / name)
-        draft = build.into(folder, {"image_encoder": image_encoder})
+        draft = build.into(folder, {"image_encoder": image_encoder, **(recorded or {})})
         manifest = replace(draft, build_seconds=round(perf_counter() - began, 3))
         manifest.write(folder)
     return manifest
@@ -107,13 +107,13 @@ class _Build:
     recipe: Recipe
     options: BuildOptions
     tell: Progress
+    graphs: GraphCache
 
     def into(self, folder: Path, flags: Mapping[str, Any]) -> EngineManifest:
         """Write the backend's files; return the manifest, but for the seconds it took."""
         recipe, source = self.recipe, self.bundle / JOINT_ENCODER
-        with TemporaryDirectory() as scratch:
-            graph = Path(scratch) / JOINT_ENCODER
-            plan = prepare_graph(source, graph, recipe, self.source, self.profile, self.tell)
+        with self.graphs.prepared(source, recipe, self.source, self.profile, self.tell) as found:
+            graph, plan = found
             self.tell(f"building {self.backend} {recipe.precision}")
             job = BuildJob(
                 graph,
@@ -207,7 +207,7 @@ def _check_files(bundle: Path, names: Sequence[str]) -> None:
         )
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
+def check_target(out: Path, overwrite: bool) -> None:
     """Refuse to replace anything but an engine: `--overwrite --out ~` must not empty a home."""
     if not (overwrite and out.exists()):
         return

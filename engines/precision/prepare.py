@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ...bundle import BundleManifest
@@ -77,6 +79,40 @@ def prepare_graph(
         graph = take_int8_tokens(graph)
     graph.write(out)
     return plan
+
+
+class GraphCache:
+    """Prepared graphs, so that builds which differ in the backend alone share one calibration."""
+
+    def __init__(self, folder: Path | None):
+        """Keep graphs in `folder` for as long as its owner does; None keeps none."""
+        self._folder = folder
+        self._plans: dict[tuple[str, str, str], Mapping[str, Any]] = {}
+
+    @contextmanager
+    def prepared(
+        self,
+        source: Path,
+        recipe: Recipe,
+        bundle: BundleManifest,
+        profile: Profile,
+        tell: Progress,
+    ) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+        """Yield graph and plan, made by `prepare_graph` where they are not there yet.
+
+        The same `source`, calibration and limits are the caller's to pass every time.
+        """
+        key = (recipe.precision, recipe.compute_type, recipe.token_dtype)
+        with TemporaryDirectory() as scratch:
+            folder = Path(scratch) if self._folder is None else self._folder
+            folder.mkdir(exist_ok=True)
+            graph = folder / f"{'-'.join(key)}.onnx"
+            plan = self._plans.get(key)
+            if plan is None:
+                plan = prepare_graph(source, graph, recipe, bundle, profile, tell)
+                if self._folder is not None:
+                    self._plans[key] = plan
+            yield graph, plan
 
 
 def _quantized(

@@ -1,0 +1,184 @@
+"""`--backend auto`: build what this machine runs, measure it, keep the fastest that is faithful."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from ..bundle import BundleManifest
+from ..errors import EngineError
+from .backends import probe_backends
+from .build import build_engine, check_target
+from .contract import Batch, Engine, Progress
+from .fidelity import Fidelity, FidelityLimits, engine_scorer
+from .manifest import DEFAULT_TEXT_BUCKETS, EngineManifest, Profile
+from .open import open_engine
+from .precision.prepare import DEFAULT_LIMITS, GraphCache
+from .precision.quantize import QUANTIZED
+from .samples import RandomSamples, RankingSample, Samples, int8_batch, sample_batches
+
+NUM_ROUNDS = 5
+BATCH_PAIRS = 64
+ENGINE_SIZES = ("token_dtype", "options")  # the trials keep the default profile
+NOTHING_TO_CALIBRATE = "needs real pairs to calibrate with, none were given"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What came of one backend and precision.
+
+    Attributes:
+        pairs_per_s: of the fastest of `NUM_ROUNDS` forwards; None where it was not timed.
+        kendall_tau, top_1: agreement with float32; None where it was not measured.
+        refused: why it was not taken, but for being slower; None where it could have been.
+    """
+
+    backend: str
+    precision: str
+    pairs_per_s: float | None = None
+    kendall_tau: float | None = None
+    top_1: float | None = None
+    refused: str | None = None
+
+
+def build_fastest(
+    bundle: Path,
+    out: Path,
+    *,
+    calibration: Samples | None = None,
+    limits: FidelityLimits | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **arguments: Any,
+) -> EngineManifest:
+    """Build `out` with the fastest faithful backend and precision that this machine has.
+
+    Everything that runs here is built in a scratch folder, those that hold `limits` are timed
+    interleaved on one batch, and the fastest is built into `out`; `build_options["auto"]` of its
+    manifest says what was tried and measured. int8 and fp8 are only tried with real pairs.
+
+    Args:
+        calibration: as `build_engine`; None leaves int8 and fp8 out.
+        limits: what every precision must hold; None: the defaults.
+        arguments: more of `build_engine`'s.
+
+    Raises:
+        EngineError: nothing can be built here, or nothing holds the limits (all reasons).
+        CheckpointError, EdjeError: as `build_engine`.
+    """
+    bundle, out, tell = Path(bundle), Path(out), progress or (lambda _: None)
+    source = BundleManifest.read(bundle)
+    check_target(out, overwrite)
+    with TemporaryDirectory() as scratch:
+        graphs = GraphCache(Path(scratch) / "graphs")
+        common = {"calibration": calibration, "limits": limits, "progress": tell, "graphs": graphs}
+        folders: dict[Path, Trial] = {}
+        for backend, precision in _candidates():
+            folder = Path(scratch) / f"{backend}-{precision}"
+            needs_pairs = precision in QUANTIZED and (calibration is None or calibration.random)
+            if needs_pairs:
+                folders[folder] = Trial(backend, precision, refused=NOTHING_TO_CALIBRATE)
+                continue
+            sizes = {name: arguments[name] for name in ENGINE_SIZES if name in arguments}
+            folders[folder] = _try(bundle, folder, backend, precision, limits, common | sizes)
+        tell("timing what was built")
+        samples = RandomSamples(source) if calibration is None else calibration
+        trials = _timed(folders, _batch(next(iter(samples)), source))
+        best = _fastest(trials)
+        return build_engine(
+            bundle,
+            out,
+            backend=best.backend,
+            precision=best.precision,
+            overwrite=overwrite,
+            recorded={"auto": [asdict(trial) for trial in trials]},
+            **(arguments | common),
+        )
+
+
+def _candidates() -> list[tuple[str, str]]:
+    """Return every backend and precision that this machine runs."""
+    return [(status.name, name) for status in probe_backends() for name in status.usable]
+
+
+def _try(
+    bundle: Path,
+    folder: Path,
+    backend: str,
+    precision: str,
+    limits: FidelityLimits | None,
+    arguments: Mapping[str, Any],
+) -> Trial:
+    """Build one engine and hold it against the limits."""
+    try:
+        manifest = build_engine(bundle, folder, backend=backend, precision=precision, **arguments)
+    except EngineError as error:
+        reasons = "; ".join(error.faults)
+        refused = f"{error.message}: {reasons}" if reasons else error.message
+        return Trial(backend, precision, refused=refused)
+    fidelity = Fidelity.from_json(manifest.fidelity)
+    if fidelity is None:
+        return Trial(backend, precision, refused="its fidelity could not be measured")
+    broken = (limits or DEFAULT_LIMITS).broken_by(fidelity)
+    return Trial(
+        backend,
+        precision,
+        kendall_tau=fidelity.kendall_tau,
+        top_1=fidelity.top_1,
+        refused="; ".join(broken) or None,
+    )
+
+
+def _timed(folders: Mapping[Path, Trial], batch: Batch) -> list[Trial]:
+    """Time the engines that were not refused, one forward each in turns."""
+    good = [folder for folder, trial in folders.items() if trial.refused is None]
+    best = dict.fromkeys(good, math.inf)
+    with ExitStack() as stack:
+        engines = {folder: stack.enter_context(closing(open_engine(folder))) for folder in good}
+        score = {
+            folder: partial(engine_scorer(engine), _as_read(engine, batch))
+            for folder, engine in engines.items()
+        }
+        for _ in range(1 + NUM_ROUNDS):  # the first also warms up
+            for folder in good:
+                began = perf_counter()
+                score[folder]()
+                best[folder] = min(best[folder], perf_counter() - began)
+    return [
+        replace(trial, pairs_per_s=round(len(batch) / best[folder], 1)) if folder in best else trial
+        for folder, trial in folders.items()
+    ]
+
+
+def _batch(sample: RankingSample, bundle: BundleManifest) -> Batch:
+    """Return the first `BATCH_PAIRS` pairs of one query, some of them twice where it has fewer."""
+    places = np.resize(np.arange(len(sample.tokens)), BATCH_PAIRS)
+    longer = replace(sample, tokens=sample.tokens[places])
+    text, buckets = bundle.text, DEFAULT_TEXT_BUCKETS
+    profile = Profile(BATCH_PAIRS, buckets)
+    (batch,) = sample_batches(longer, profile, pad_id=text.pad_id, sep_id=text.sep_id)
+    return batch
+
+
+def _as_read(engine: Engine, batch: Batch) -> Batch:
+    return int8_batch(batch) if engine.manifest.token_dtype == "int8" else batch
+
+
+def _fastest(trials: Sequence[Trial]) -> Trial:
+    timed = [trial for trial in trials if trial.pairs_per_s is not None]
+    if not timed:
+        raise EngineError(
+            "no backend of this machine gives a faithful engine",
+            faults=[f"{t.backend} {t.precision}: {t.refused}" for t in trials],
+            hint="`edje doctor` says what is missing; --min-kendall-tau lowers the limit",
+        )
+    return max(timed, key=lambda trial: trial.pairs_per_s or 0.0)
