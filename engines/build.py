@@ -83,9 +83,8 @@ def build_engine(
     check_target(out, overwrite)
     typed = (precision, module.compute_type(precision), token_dtype)
     recipe = Recipe(*typed, calibration, limits or DEFAULT_LIMITS)
-    tell = progress or (lambda _: None)
-    graphs = graphs or GraphCache(None)
-    build = _Build(bundle, source, backend, module, profile, recipe, options, tell, graphs)
+    parts = (bundle, source, backend, module, profile, recipe, options)
+    build = _Build(*parts, progress or (lambda _: None), graphs or GraphCache(None))
     with publish_folder(out, overwrite=overwrite) as folder:
         for name in copied:
             shutil.copyfile(bundle / name, folder / name)

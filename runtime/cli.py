@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..engines.manifest import DEFAULT_MAX_PAIRS, DEFAULT_TEXT_BUCKETS
 from ..errors import EdjeError, RequestError
+from .cli_build import build
 
 EXIT_BROKEN_LIMITS = 1
 EXIT_BAD_INPUT = 2
@@ -112,49 +112,7 @@ def export(
         print_facts("exported", {**facts, "scorer": manifest.fingerprint_scorer})
 
 
-@app.command()
-def build(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder, written by `edje export`.")],
-    out: Annotated[Path, typer.Option(help="Engine folder to write.")],
-    backend: Annotated[str, typer.Option(help="`edje doctor` lists them.")] = "openvino",
-    precision: Annotated[str, typer.Option(help="fp32, bf16, ...")] = "fp32",
-    max_pairs: Annotated[int, typer.Option(help="Largest batch.")] = DEFAULT_MAX_PAIRS,
-    text_buckets: Annotated[
-        str, typer.Option(help="Text lengths (CLS and SEP included) to build for.")
-    ] = ",".join(map(str, DEFAULT_TEXT_BUCKETS)),
-    image_encoder: Annotated[
-        bool, typer.Option("--image-encoder", help="Add the image encoder, to index with.")
-    ] = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Build an engine folder, all that a production machine needs, from a bundle.
-
-    \b
-    Example:
-      edje build bundle --backend openvino --precision bf16 --out engine
-    """
-    from ..engines.build import build_engine
-    from .cli_output import print_facts, print_json, progress_steps
-
-    with progress_steps("build") as progress:
-        manifest = build_engine(
-            bundle,
-            out,
-            backend=backend,
-            precision=precision,
-            max_pairs=max_pairs,
-            text_buckets=_whole_numbers(text_buckets, "--text-buckets"),
-            image_encoder=image_encoder,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    if as_json:
-        print_json({"engine": str(out), **manifest.to_json()})
-    else:
-        label = f"{manifest.backend} {manifest.backend_version} {manifest.precision}"
-        facts = {"engine": out, "runs on": label, "seconds": f"{manifest.build_seconds:.1f}"}
-        print_facts("built", {**facts, **manifest.fidelity})
+app.command()(build)
 
 
 @app.command()
@@ -347,15 +305,6 @@ def _require(extra: str, *modules: str) -> None:
             f"this verb needs {', '.join(missing)}, not installed here",
             hint=f"pip install 'edje-runtime[{extra}]'",
         )
-
-
-def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError as error:
-        raise RequestError(
-            f"{option} is {text!r}, expected whole numbers with commas between", hint="16,32,64"
-        ) from error
 
 
 def _read_ids(source: str) -> list[str]:
