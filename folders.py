@@ -21,11 +21,7 @@ def publish_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         EdjeError: `target` exists and `overwrite` is false, or its parent cannot be written.
     """
-    if target.exists() and not overwrite:
-        raise EdjeError(
-            f"{target} exists already and is left as it was",
-            hint="pass --overwrite to replace it, or choose another --out",
-        )
+    refuse_existing(target, overwrite)
     staging = _make_sibling(target)
     try:
         yield staging
@@ -33,6 +29,15 @@ def publish_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _swap(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def refuse_existing(target: Path, overwrite: bool) -> None:
+    """Raise EdjeError if `target` exists and must not be replaced."""
+    if target.exists() and not overwrite:
+        raise EdjeError(
+            f"{target} exists already and is left as it was",
+            hint="pass --overwrite to replace it, or choose another --out",
+        )
 
 
 def _make_sibling(target: Path) -> Path:

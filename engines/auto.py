@@ -16,6 +16,7 @@ import numpy as np
 
 from ..bundle import BundleManifest
 from ..errors import EngineError
+from ..folders import refuse_existing
 from .backends import probe_backends
 from .build import build_engine, check_target
 from .contract import Batch, Engine, Progress
@@ -77,6 +78,7 @@ def build_fastest(
     """
     bundle, out, tell = Path(bundle), Path(out), progress or (lambda _: None)
     source = BundleManifest.read(bundle)
+    refuse_existing(out, overwrite)
     check_target(out, overwrite)
     with TemporaryDirectory() as scratch:
         graphs = GraphCache(Path(scratch) / "graphs")

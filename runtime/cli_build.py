@@ -96,7 +96,7 @@ def build(
     """Build an engine folder, all that a production machine needs, from a bundle.
 
     \b
-    Examples:
+    Example:
       edje build bundle --calibration-store photos.store --calibration-queries q.txt --out engine
       edje build bundle --backend tensorrt-rtx --precision fp16 --out engine
     """

@@ -178,7 +178,10 @@ NOWHERE = "/nonexistent"
         ),
         (("build", NOWHERE, "--out", "OUT"), NOWHERE),
         (("build", "BUNDLE", "--out", "OUT", "--backend", "abacus"), "this machine can run"),
-        (("build", "BUNDLE", "--out", "OUT", "--precision", "fp3"), "'fp3'"),
+        (
+            ("build", "BUNDLE", "--out", "OUT", "--backend", "openvino", "--precision", "fp3"),
+            "'fp3'",
+        ),
         (("build", "BUNDLE", "--out", "OUT", "--text-buckets", "16,x"), "whole numbers"),
         (("build", "BUNDLE", "--out", "/proc/engine"), "/proc/engine"),
         (("index", "ENGINE", NOWHERE, "--store", "OUT"), NOWHERE),
