@@ -9,6 +9,7 @@ from typing import cast
 
 from ..errors import EngineError
 from .contract import Backend, BuildOptions
+from .manifest import PRECISIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ class BackendStatus:
 REGISTRY: Mapping[str, BackendEntry] = {
     "openvino": BackendEntry(".ov", "openvino", "cpu", ("fp32", "bf16")),
     "onnxruntime": BackendEntry(".ort", "onnxruntime", "cpu", ("fp32",)),
+    "tensorrt": BackendEntry(".tensorrt", "tensorrt", "gpu", PRECISIONS),
+    "tensorrt-rtx": BackendEntry(".tensorrt_rtx", "tensorrt_rtx", "rtx", PRECISIONS),
 }
 
 

@@ -8,6 +8,7 @@ every batch, `open_engine` checks every folder. What a backend cannot do it refu
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -46,11 +47,50 @@ class Stream(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceArray:
+    """A C-contiguous array in a GPU's memory, owned by whoever allocated it.
+
+    It stands where a NumPy array would in a `Batch` and for `scores`: an engine on a GPU takes
+    these only, an engine on the CPU never. Nothing here reads or writes the memory.
+
+    Attributes:
+        address: of the first element, in the device's address space.
+        shape: number of elements in each dimension.
+        dtype: NumPy's name of the element type.
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the memory."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __getitem__(self, rows: slice) -> DeviceArray:
+        """Return some of the rows as a view, as NumPy does; steps are not taken."""
+        start, stop, step = rows.indices(self.shape[0])
+        if step != 1:
+            raise IndexError(f"rows of a DeviceArray come one after the other, got step {step}")
+        shape = (max(stop - start, 0), *self.shape[1:])
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return DeviceArray(self.address + start * row_bytes, shape, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One forward: P pairs over Q queries.
 
-    Arrays live where the engine runs (host memory for CPU engines), are C-contiguous, belong to
-    the caller and must stay untouched until the stream has passed the engine's work.
+    Arrays live where the engine runs (host memory for CPU engines, `DeviceArray`s for engines on
+    a GPU), are C-contiguous, belong to the caller and must stay untouched until the stream has
+    passed the engine's work. A GPU engine cannot look at the values: the caller vouches for them.
+    `cuda_memory.score_host_batch(engine, batch)` scores a host batch on a GPU, for measuring.
 
     Attributes:
         text_ids: int32 [Q, T]: `[CLS] wordpieces [SEP]`, right-padded with 0; T is a bucket.
@@ -179,7 +219,13 @@ class Backend(Protocol):
 
 
 class Engine(ABC):
-    """A joint encoder ready to run. Subclasses implement `_enqueue` and `close`."""
+    """A joint encoder ready to run. Subclasses implement `_enqueue` and `close`.
+
+    Attributes:
+        on_device: whether it takes `DeviceArray`s; host arrays otherwise.
+    """
+
+    on_device = False
 
     def __init__(self, manifest: EngineManifest):
         self.manifest = manifest
@@ -193,7 +239,10 @@ class Engine(ABC):
         Raises:
             EngineError: shapes, dtypes or sizes outside the engine's profile (all at once).
         """
-        raise_faults(shape_faults(batch, scores, self.manifest))
+        raise_faults(
+            memory_faults(batch, scores, self.on_device)
+            or shape_faults(batch, scores, self.manifest)
+        )
         self._enqueue(batch, scores, stream)
 
     @abstractmethod
@@ -245,6 +294,22 @@ def raise_faults(faults: list[str]) -> None:
         raise EngineError("this batch does not fit the engine", faults=faults)
 
 
+def memory_faults(batch: Batch, scores: Float32, on_device: bool) -> list[str]:
+    """Return one sentence where arrays lie elsewhere than the engine runs."""
+    arrays = {name: getattr(batch, name) for name in (*INPUTS, "visual_scales")}
+    wrong = [
+        name
+        for name, array in {**arrays, OUTPUT: scores}.items()
+        if array is not None and isinstance(array, DeviceArray) != on_device
+    ]
+    places = ("host memory", "GPU memory (DeviceArray)")
+    return (
+        [f"{', '.join(wrong)}: in {places[not on_device]}, this engine takes {places[on_device]}"]
+        if wrong
+        else []
+    )
+
+
 def shape_faults(batch: Batch, scores: Float32, manifest: EngineManifest) -> list[str]:
     """Return one sentence for every dtype, shape or size that does not fit the profile."""
     sizes, profile = manifest.bundle.sizes, manifest.profile
@@ -263,7 +328,7 @@ def shape_faults(batch: Batch, scores: Float32, manifest: EngineManifest) -> lis
         *_scale_faults(batch, manifest.token_dtype),
         *_array_faults(OUTPUT, scores, "float32", (num_pairs,)),
     ]
-    if not scores.flags.writeable:
+    if not (isinstance(scores, DeviceArray) or scores.flags.writeable):
         faults.append(f"{OUTPUT}: got a read-only array")
     if not 1 <= num_pairs <= profile.max_pairs:
         faults.append(f"pairs: got {num_pairs}, expected 1 to {profile.max_pairs}")
@@ -290,9 +355,10 @@ def value_faults(batch: Batch, manifest: EngineManifest) -> list[str]:
 
 
 def _array_faults(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> list[str]:
-    if array.dtype == dtype and array.shape == shape and array.flags.c_contiguous:
+    contiguous = isinstance(array, DeviceArray) or array.flags.c_contiguous
+    if array.dtype == dtype and array.shape == shape and contiguous:
         return []
-    layout = "" if array.flags.c_contiguous else ", not C-contiguous"
+    layout = "" if contiguous else ", not C-contiguous"
     return [
         f"{name}: got {array.dtype} {list(array.shape)}{layout}, expected {dtype} {list(shape)}"
     ]

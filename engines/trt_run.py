@@ -1,0 +1,255 @@
+"""Plan -> scores, by TensorRT and TensorRT-RTX alike: a context a stream and profile.
+
+Opening deserialises, never builds. TensorRT-RTX compiles kernels on the user's GPU when it first
+needs them; what it compiled is kept beside the plan for the next opening.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from ..errors import EngineError
+from .contract import OUTPUT, Batch, Engine, Float32, OpenOptions, Stream, raise_faults
+from .manifest import EngineManifest
+from .trt_build import PLAN, write_atomically
+from .trt_library import TrtLibrary
+
+RUNTIME_CACHE = "runtime_cache"
+_CHOICES = {
+    "cuda_graph_strategy": ("disabled", "whole_graph_capture"),
+    "dynamic_shapes_kernel_specialization_strategy": ("lazy", "eager", "none"),
+}
+_CHOICE_CLASSES = {
+    "cuda_graph_strategy": "CudaGraphStrategy",
+    "dynamic_shapes_kernel_specialization_strategy": "DynamicShapesKernelSpecializationStrategy",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The backend's own settings at opening; TensorRT has none, TensorRT-RTX all.
+
+    Attributes:
+        choices: the runtime configuration's strategies, by their names in the library.
+        runtime_cache: file of compiled kernels, read and renewed; None keeps none.
+    """
+
+    choices: Mapping[str, str]
+    runtime_cache: Path | None
+
+
+def read_settings(
+    library: TrtLibrary, options: OpenOptions, runtime_cache: Path | None
+) -> Settings:
+    """Check the settings of an opening; `runtime_cache` is where kernels go by default.
+
+    `backend_settings` of TensorRT-RTX: `cuda_graph_strategy` (disabled, whole_graph_capture),
+    `dynamic_shapes_kernel_specialization_strategy` (lazy, eager, none), `runtime_cache` (a file,
+    or `none`).
+
+    Raises:
+        EngineError: settings that the library does not have, or CPU threads (all named).
+    """
+    given = dict(options.backend_settings)
+    known = (*_CHOICES, RUNTIME_CACHE) if library.is_rtx else ()
+    faults = [f"{name}: unknown setting" for name in given if name not in known]
+    faults += [
+        f"{name}: got {given[name]!r}, expected {' or '.join(choices)}"
+        for name, choices in _CHOICES.items()
+        if name in known and name in given and given[name] not in choices
+    ]
+    if options.num_threads is not None:
+        faults.append(f"num_threads: got {options.num_threads}, a GPU engine has no CPU threads")
+    if faults:
+        raise EngineError(f"{library.backend} cannot be opened so", faults=faults)
+    if RUNTIME_CACHE in given:
+        place = given.pop(RUNTIME_CACHE)
+        runtime_cache = None if place == "none" else Path(place)
+    return Settings(given, runtime_cache if library.is_rtx else None)
+
+
+def open_plan(
+    library: TrtLibrary, folder: Path, manifest: EngineManifest, settings: Settings
+) -> TrtEngine:
+    """Open the plan in `folder` on the current GPU.
+
+    Raises:
+        EngineError: the library says that the plan cannot run here, or cannot read it.
+    """
+    library.log.clear()
+    plan = (folder / PLAN).read_bytes()
+    runtime = library.module.Runtime(library.logger)
+    if manifest.build_options.get("version_compatible"):
+        runtime.engine_host_code_allowed = True  # such a plan carries its own lean runtime
+    _check_validity(library, runtime, plan, folder)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise EngineError(
+            f"{library.title} {library.version} cannot open {folder / PLAN}",
+            faults=library.log.errors(),
+            hint="build it on the GPU it shall run on",
+        )
+    return TrtEngine(library, manifest, runtime, engine, settings)
+
+
+class TrtEngine(Engine):
+    """Runs on the caller's stream; a stream is a lane and has contexts of its own.
+
+    A lane's contexts (one a text bucket) are made when the lane first uses the bucket, which
+    allocates and may compile: warm every bucket up before measuring or capturing. Two threads
+    may enqueue at once on two streams, never on one.
+    """
+
+    on_device = True
+
+    def __init__(
+        self,
+        library: TrtLibrary,
+        manifest: EngineManifest,
+        runtime: Any,
+        engine: Any,
+        settings: Settings,
+    ):
+        super().__init__(manifest)
+        self._library = library
+        self._runtime = runtime  # must outlive the engine
+        self._engine = engine
+        self._settings = settings
+        self._lanes: dict[tuple[int, int], Any] = {}
+        self._lock = Lock()
+        self._profiles = {t: index for index, t in enumerate(manifest.profile.text_buckets)}
+        self._runtime_config, self._kernel_cache = self._configured()
+
+    def _enqueue(self, batch: Batch, scores: Float32, stream: Stream) -> None:
+        num_queries, bucket = batch.text_ids.shape
+        most = self.manifest.profile.max_pairs
+        if num_queries > most:
+            raise_faults([f"queries: got {num_queries}, expected at most {most} (one a pair)"])
+        context = self.context(stream, bucket)
+        done = all(_bind(context, name, array) for name, array in _inputs(batch))
+        done = done and context.set_tensor_address(OUTPUT, _address(scores))
+        if not (done and context.execute_async_v3(stream.handle)):
+            raise EngineError(
+                f"{self._library.title} failed on a batch of {len(batch)}",
+                faults=self._library.log.errors(),
+            )
+
+    def context(self, stream: Stream, bucket: int) -> Any:
+        """Return the lane's execution context for a text bucket, made at its first use.
+
+        Raises:
+            EngineError: the engine is closed, or the GPU's memory is full.
+        """
+        lane = (stream.handle, self._profiles[bucket])
+        found = self._lanes.get(lane)
+        return found if found is not None else self._new_context(*lane)
+
+    @property
+    def cuda_graph_strategy(self) -> str:
+        """`whole_graph_capture` where the library captures CUDA graphs itself, else `disabled`."""
+        return self._settings.choices.get("cuda_graph_strategy", "disabled")
+
+    def is_stream_capturable(self, stream: Stream, bucket: int) -> bool:
+        """Return whether a forward on `stream` can be captured into a CUDA graph by the caller.
+
+        TensorRT can always be captured once it is warm; TensorRT-RTX is asked (it cannot while it
+        still compiles, or while it captures graphs itself).
+        """
+        context = self.context(stream, bucket)
+        if not hasattr(context, "is_stream_capturable"):
+            return True
+        return bool(context.is_stream_capturable(stream.handle))
+
+    def save_runtime_cache(self) -> bool:
+        """Write the kernels compiled so far to the runtime cache; False where nothing was written.
+
+        A folder that cannot be written is no fault: the next opening compiles again.
+        """
+        path, cache = self._settings.runtime_cache, self._kernel_cache
+        if path is None or cache is None:
+            return False
+        try:
+            write_atomically(path, bytes(cache.serialize()))
+        except OSError:
+            return False
+        return True
+
+    def close(self) -> None:
+        if self._engine is None:
+            return
+        if self._lanes:
+            self.save_runtime_cache()
+        self._lanes.clear()  # contexts, then engine, then runtime
+        self._runtime_config = self._kernel_cache = None
+        self._engine = None
+        self._runtime = None
+
+    def _configured(self) -> tuple[Any, Any]:
+        """Return TensorRT-RTX's runtime configuration and kernel cache; nothing for TensorRT."""
+        if not self._library.is_rtx:
+            return None, None
+        config = self._engine.create_runtime_config()
+        for name, choice in self._settings.choices.items():
+            kind = getattr(self._library.module, _CHOICE_CLASSES[name])
+            setattr(config, name, getattr(kind, choice.upper()))
+        cache, path = config.create_runtime_cache(), self._settings.runtime_cache
+        if path is not None and path.is_file():
+            cache.deserialize(path.read_bytes())  # another driver's kernels are left aside
+        config.set_runtime_cache(cache)
+        return config, cache
+
+    def _new_context(self, handle: int, profile: int) -> Any:
+        with self._lock:
+            if self._engine is None:
+                raise EngineError("the engine is closed")
+            lane = (handle, profile)
+            if lane not in self._lanes:
+                config = self._runtime_config
+                arguments = () if config is None else (config,)
+                context = self._engine.create_execution_context(*arguments)
+                if context is None or not context.set_optimization_profile_async(profile, handle):
+                    raise EngineError(
+                        f"{self._library.title} cannot make a context for another stream",
+                        faults=self._library.log.errors(),
+                        hint="use fewer streams, text buckets or --max-pairs",
+                    )
+                self._lanes[lane] = context
+            return self._lanes[lane]
+
+
+def _inputs(batch: Batch) -> Iterator[tuple[str, Any]]:
+    yield "text_ids", batch.text_ids
+    yield "text_length", batch.text_length
+    yield "query_of_pair", batch.query_of_pair
+    yield "visual_tokens", batch.visual_tokens
+    if batch.visual_scales is not None:
+        yield "visual_scales", batch.visual_scales
+
+
+def _bind(context: Any, name: str, array: Any) -> bool:
+    bound = context.set_input_shape(name, array.shape)
+    return bool(bound and context.set_tensor_address(name, array.address))
+
+
+def _address(scores: Any) -> int:
+    return int(scores.address)
+
+
+def _check_validity(library: TrtLibrary, runtime: Any, plan: bytes, folder: Path) -> None:
+    """Ask TensorRT-RTX whether the plan can run on this GPU, before reading all of it."""
+    if not hasattr(runtime, "get_engine_validity"):
+        return
+    validity, diagnostics = runtime.get_engine_validity(plan)
+    if validity != library.module.EngineValidity.INVALID:
+        return
+    kinds = library.module.EngineInvalidityDiagnostics.__members__
+    reasons = [name for name, bit in kinds.items() if int(diagnostics) & int(bit)]
+    raise EngineError(
+        f"{library.title} {library.version} says that {folder / PLAN} cannot run here: "
+        f"{', '.join(reasons) or 'it gives no reason'}",
+        hint="build it again with --compute-capability of this GPU, or another --precision",
+    )
