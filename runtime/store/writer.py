@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,6 +13,7 @@ import xxhash
 
 from ...errors import StoreError
 from ...folders import sync_folder
+from ...locks import open_lock, try_lock
 from .catalog import CatalogState, RecordBatch, UInt64, make_batch
 from .layout import (
     LOCK,
@@ -36,26 +36,20 @@ def lock_writer(folder: Path) -> int:
     Raises:
         StoreError: another writer holds it, or the folder cannot be written.
     """
-    path = folder / LOCK
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = open_lock(folder / LOCK)
     except OSError as error:
         raise StoreError(
             f"cannot write the store {folder}: {error.strerror}",
             hint='make the folder writable, or open the store with mode="r"',
         ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        owner = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
+    owner = try_lock(descriptor)
+    if owner is not None:
         os.close(descriptor)
         raise StoreError(
             f"the store {folder} has a writer already ({owner}); a store takes one at a time",
             hint="wait until it has finished; readers need not wait",
-        ) from error
-    with suppress(OSError):  # a courtesy to whoever finds the store locked
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        )
     return descriptor
 
 

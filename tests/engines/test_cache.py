@@ -1,0 +1,347 @@
+"""The engine cache: one build a key, whole or not at all, and every option in the key."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edje.bundle import BundleManifest
+from edje.engines import cache
+from edje.engines.build import build_engine
+from edje.engines.cache import cached_engine, default_root, entry_name, is_sound, key_parts
+from edje.engines.contract import BuildOptions
+from edje.engines.fidelity import FidelityLimits
+from edje.engines.manifest import EngineManifest
+from edje.engines.open import open_engine
+from edje.engines.samples import RandomSamples
+from edje.errors import CheckpointError, EngineError
+
+PLAIN = {"backend": "onnxruntime", "precision": "fp32"}
+
+# A builder in a process of its own. It says when it waits and when it builds, and goes on building
+# while `hold` exists.
+BUILDER = """
+import sys, time
+from pathlib import Path
+from edje.engines.cache import cached_engine
+bundle, root, hold, began = map(Path, sys.argv[1:])
+def tell(step):
+    if step.startswith("building"):
+        with began.open("a") as file:
+            file.write("built\\n")
+        while hold.exists():
+            time.sleep(0.01)
+print(cached_engine(bundle, root, backend="onnxruntime", precision="fp32", progress=tell))
+"""
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def start(tiny_bundle, tmp_path, root):
+    """Start a builder process; what it does is a line of `tmp_path/building` or `waiting`."""
+    running = []
+
+    def begin():
+        words = [sys.executable, "-c", BUILDER, str(tiny_bundle), str(root), str(tmp_path)]
+        running.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
+        return running[-1]
+
+    yield begin
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def builds(monkeypatch, tmp_path, built_engines):
+    """Builds by copying, counted: the list of engines that were built."""
+    done = []
+
+    def copy(bundle, out, *, progress=None, **arguments):
+        shutil.copytree(built_engines[arguments["backend"]], out)
+        done.append(out)
+
+    # `key_parts` binds to the signature of what builds.
+    copy.__signature__ = inspect.signature(build_engine)
+    monkeypatch.setattr(cache, "build_engine", copy)
+    return done
+
+
+def wait_for(path, num_lines, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not path.exists() or len(path.read_text().splitlines()) < num_lines:
+        assert time.monotonic() < end, f"{path} has not {num_lines} lines"
+        time.sleep(0.02)
+
+
+def visible(root):
+    return sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+
+
+def test_an_entry_is_an_engine_and_is_found_again(tiny_bundle, root):
+    steps = []
+    folder = cached_engine(tiny_bundle, root, **PLAIN, progress=steps.append)
+    assert folder.parent == root
+    assert folder.name.endswith("-onnxruntime-fp32")
+    assert len(folder.name) == 16 + len("-onnxruntime-fp32")
+    assert any(step.startswith("building onnxruntime") for step in steps)
+    open_engine(folder).close()
+    again = []
+    assert cached_engine(tiny_bundle, root, **PLAIN, progress=again.append) == folder
+    assert again == []
+
+
+def test_eight_processes_build_one_engine_once(start, tmp_path, root):
+    (tmp_path / "hold").touch()
+    processes = [start() for _ in range(8)]
+    wait_for(tmp_path / "waiting", 7)
+    (tmp_path / "hold").unlink()
+    folders = {process.communicate(timeout=120)[0].strip() for process in processes}
+    assert [process.returncode for process in processes] == [0] * 8
+    assert folders == {str(root / name) for name in visible(root)}
+    assert len(folders) == 1
+    assert (tmp_path / "building").read_text() == "building\n"
+    open_engine(folders.pop()).close()
+
+
+def test_a_killed_builder_leaves_no_engine_and_is_swept(start, tmp_path, root, tiny_bundle):
+    (tmp_path / "hold").touch()
+    process = start()
+    wait_for(tmp_path / "building", 1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert visible(root) == []
+    assert [path for path in root.iterdir() if path.is_dir()]  # its half-built folder
+    folder = cached_engine(tiny_bundle, root, **PLAIN)
+    assert visible(root) == [folder.name]
+    assert [path for path in root.iterdir() if path.is_dir()] == [folder]
+    open_engine(folder).close()
+
+
+def test_threads_build_once_and_different_engines_apart(tiny_bundle, root, builds):
+    waiting = threading.Barrier(8)
+
+    def ask(number):
+        waiting.wait()
+        return cached_engine(tiny_bundle, root, **PLAIN, max_pairs=1 + number % 2)
+
+    with ThreadPoolExecutor(8) as pool:
+        folders = set(pool.map(ask, range(8)))
+    assert len(folders) == 2
+    assert sorted(builds) == sorted(folders)
+
+
+def test_leftovers_of_other_keys_are_swept_unless_they_are_being_built(tiny_bundle, root, builds):
+    other = "0123456789abcdef-tensorrt-rtx-fp8"
+    left, unrelated = root / f".{other}.xyz", root / ".trash"
+    for folder in (left, unrelated):
+        (folder / "deep").mkdir(parents=True)
+    with cache._locked(root / other, lambda _: None):
+        cached_engine(tiny_bundle, root, **PLAIN)
+        assert left.exists()
+    cached_engine(tiny_bundle, root, **PLAIN, max_pairs=3)
+    assert not left.exists()
+    assert unrelated.exists()
+
+
+@pytest.mark.parametrize("damage", ["flip", "lose", "manifest", "foreign", "empty"])
+def test_a_damaged_entry_is_built_again(tiny_bundle, root, builds, built_engines, damage):
+    folder = cached_engine(tiny_bundle, root, **PLAIN)
+    model = folder / "joint_encoder.onnx"
+    if damage == "flip":
+        model.write_bytes(model.read_bytes()[:-1] + b"!")
+    elif damage == "lose":
+        model.unlink()
+    elif damage == "manifest":
+        (folder / "engine.json").write_text("{")
+    elif damage == "foreign":
+        shutil.rmtree(folder)
+        shutil.copytree(built_engines["openvino"], folder)
+    else:
+        shutil.rmtree(folder)
+        folder.mkdir()
+    assert cached_engine(tiny_bundle, root, **PLAIN) == folder
+    assert len(builds) == 2
+    assert is_sound(folder, key_parts(tiny_bundle, **PLAIN))
+
+
+def test_a_failed_build_leaves_nothing_and_the_next_one_runs(tiny_bundle, root, monkeypatch):
+    def fail(job):
+        (job.out / "half").touch()
+        raise EngineError("no luck")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("edje.engines.ort.build", fail)
+        with pytest.raises(EngineError, match="no luck"):
+            cached_engine(tiny_bundle, root, **PLAIN)
+    assert [path for path in root.iterdir() if path.is_dir()] == []
+    assert cached_engine(tiny_bundle, root, **PLAIN).is_dir()
+
+
+def test_a_bundle_that_changes_meanwhile_gives_no_entry(tiny_bundle, root, builds, tmp_path):
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    graph = bundle / "joint_encoder.onnx"
+    graph.write_bytes(graph.read_bytes() + b"!")  # the copied engine is of the graph before
+    with pytest.raises(EngineError, match="changed while"):
+        cached_engine(bundle, root, **PLAIN)
+    assert visible(root) == []
+
+
+def test_the_root_comes_from_the_environment_or_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("EDJE_CACHE", str(tmp_path / "there"))
+    assert default_root() == tmp_path / "there"
+    monkeypatch.delenv("EDJE_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_root() == tmp_path / ".cache" / "edje" / "engines"
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(tiny_bundle, root, tmp_path):
+    with pytest.raises(CheckpointError):
+        cached_engine(tmp_path / "nowhere", root, **PLAIN)
+    with pytest.raises(EngineError, match="unknown backend"):
+        cached_engine(tiny_bundle, root, backend="abacus", precision="fp32")
+    with pytest.raises(EngineError, match="no engine can have this profile"):
+        cached_engine(tiny_bundle, root, **PLAIN, max_pairs=0)
+    with pytest.raises(TypeError, match="max_pear"):
+        cached_engine(tiny_bundle, root, **PLAIN, max_pear=3)
+    assert not root.exists()
+    with pytest.raises(EngineError, match="EDJE_CACHE"):
+        cached_engine(tiny_bundle, Path("/proc/cache"), **PLAIN)
+
+
+# Another value for every argument of a build. `options` has its own list below.
+OTHERS = {
+    "backend": "openvino",
+    "max_pairs": 7,
+    "text_buckets": (16, 64),
+    "token_dtype": "int8",
+    "limits": FidelityLimits(min_kendall_tau=0.5),
+    "image_encoder": True,
+    "recorded": {"auto": 1},
+}
+OPTIONS = {
+    "workspace_bytes": 1,
+    "optimization_level": 3,
+    "compute_capabilities": ("8.9",),
+    "hardware_compatible": True,
+    "version_compatible": True,
+    "report": True,
+}
+NO_CHOICE_HERE = {"precision", "calibration", "options"}  # tested with values of their own
+
+
+@contextmanager
+def any_backend():
+    """A backend that takes every precision and option."""
+
+    class Anything:
+        version = staticmethod(lambda: "1")
+        device = staticmethod(lambda precision, options: {"kind": "cpu"})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "require_builder", lambda *_: Anything)
+        yield
+
+
+def name_of(bundle, **arguments):
+    return entry_name(key_parts(bundle, **{**PLAIN, **arguments}))
+
+
+def test_the_tables_know_every_argument_and_every_option():
+    arguments = set(inspect.signature(build_engine).parameters) - set(cache._NOT_IN_KEY)
+    assert arguments == OTHERS.keys() | NO_CHOICE_HERE
+    assert OPTIONS.keys() == {field.name for field in fields(BuildOptions)}
+
+
+def test_every_argument_changes_the_key(tiny_bundle):
+    bundle = BundleManifest.read(tiny_bundle)
+    changes = [{}, {"precision": "int8"}, *({name: value} for name, value in OTHERS.items())]
+    changes += [{"calibration": RandomSamples(bundle, count)} for count in (2, 3)]
+    changes += [
+        {"options": replace(BuildOptions(), **{name: value})} for name, value in OPTIONS.items()
+    ]
+    with any_backend():
+        keys = {name_of(tiny_bundle, **change)[:16] for change in changes}
+    assert len(keys) == len(changes)
+
+
+chosen = st.fixed_dictionaries(
+    {},
+    optional={
+        **{name: st.just(value) for name, value in OTHERS.items()},
+        "options": st.fixed_dictionaries(
+            {}, optional={name: st.just(value) for name, value in OPTIONS.items()}
+        ).map(lambda values: replace(BuildOptions(), **values)),
+    },
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(chosen, chosen)
+def test_keys_are_equal_exactly_where_the_builds_are(tiny_bundle, first, second):
+    def meant(arguments):
+        return {"options": BuildOptions(), **PLAIN, **arguments}
+
+    with any_backend():
+        same = name_of(tiny_bundle, **first) == name_of(tiny_bundle, **second)
+    assert same == (meant(first) == meant(second))
+
+
+def test_the_same_build_in_other_words_has_the_same_key(tiny_bundle):
+    plain = name_of(tiny_bundle)
+    defaults = {"text_buckets": [64, 16, 24, 32, 48, 16], "options": BuildOptions()}
+    quiet = {"progress": print, "overwrite": True}
+    assert name_of(tiny_bundle, **defaults, **quiet, max_pairs=256, limits=None) == plain
+
+
+def test_the_bundle_the_library_and_the_device_are_in_the_key(tiny_bundle, tmp_path, monkeypatch):
+    keys = [name_of(tiny_bundle)]
+    for name in ("joint_encoder.onnx", "tokenizer.json"):
+        bundle = Path(shutil.copytree(tiny_bundle, tmp_path / name))
+        (bundle / name).write_bytes((bundle / name).read_bytes() + b" ")
+        keys.append(name_of(bundle))
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "text"))
+    values = json.loads((bundle / "edje.json").read_text())
+    values["text"]["normalization"] = "none"
+    (bundle / "edje.json").write_text(json.dumps(values))
+    keys.append(name_of(bundle))
+    with monkeypatch.context() as patch:
+        patch.setattr("edje.engines.ort.version", lambda: "0.0")
+        keys.append(name_of(tiny_bundle))
+    with monkeypatch.context() as patch:
+        patch.setattr("edje.engines.ort.device", lambda *_: {"kind": "cpu", "model": "other"})
+        keys.append(name_of(tiny_bundle))
+    assert len(set(keys)) == len(keys)
+    values["provenance"] = {"made": "elsewhere"}
+    (bundle / "edje.json").write_text(json.dumps(values))
+    assert name_of(bundle) == keys[3]
+
+
+def test_what_no_key_can_hold_is_refused(tiny_bundle):
+    with pytest.raises(EngineError, match="recorded"):
+        name_of(tiny_bundle, recorded={"when": object()})
+
+
+def test_the_engine_of_an_entry_is_that_of_a_plain_build(tiny_bundle, root, built_engines):
+    folder = cached_engine(tiny_bundle, root, **PLAIN)
+    cached, plain = (EngineManifest.read(f) for f in (folder, built_engines["onnxruntime"]))
+    assert replace(cached, build_seconds=0.0) == replace(plain, build_seconds=0.0)
