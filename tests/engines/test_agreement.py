@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edje.engines.agreement import kendall_tau, rank_agreement, top_agreement
+from edje.engines.agreement import kendall_tau, rank_agreement, recall, top_agreement
 
 small = st.integers(-5, 5)
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -64,3 +64,42 @@ def test_a_known_difference_over_queries_of_different_length():
     assert agreement.top_1 == 0.5
     assert agreement.top_10 == 1.0
     assert agreement.kendall_tau == pytest.approx((1.0 + (1 - 2) / 3) / 2)
+
+
+def test_a_long_list_of_candidates_takes_no_time():
+    random = np.random.default_rng(0)
+    first = random.standard_normal(50_000)
+    second = first + 1e-3 * random.standard_normal(50_000)
+    assert 0.999 < kendall_tau(first, second) < 1.0
+    assert kendall_tau(np.round(first, 2), np.round(first, 2)) == pytest.approx(1.0)
+
+
+@unhurried
+@given(st.lists(st.tuples(small, small), min_size=1, max_size=30), st.data())
+def test_recall_is_the_place_in_the_stable_ranking(pairs, data):
+    scores = np.array([score for score, _ in pairs], np.float32)
+    target = data.draw(st.integers(0, len(scores) - 1))
+    rank = np.argsort(-scores, kind="stable").tolist().index(target)
+    found = recall([scores, scores], [target, None])
+    assert found == {f"R@{k}": float(rank < k) for k in (1, 5, 10)}
+    assert recall([scores], [None]) is None
+
+
+def test_scores_that_are_not_finite_rank_last_and_differ_by_infinity():
+    agreement = rank_agreement([np.array([3.0, 2.0, 1.0])], [np.array([np.nan, 2.0, 1.0])])
+    assert agreement.max_abs_diff == np.inf
+    assert agreement.top_1 == 0.0
+    assert agreement.kendall_tau == pytest.approx(-1 / 3)
+
+
+def test_the_underrating_is_signed():
+    expected = [np.array([1.0, 2.0])]
+    assert rank_agreement(expected, [expected[0] - [0.5, 0.25]]).max_underrating == 0.5
+    assert rank_agreement(expected, [expected[0] + [0.5, 0.25]]).max_underrating == -0.25
+
+
+def test_lists_that_do_not_belong_together_are_refused():
+    with pytest.raises(ValueError, match="scores of one query"):
+        rank_agreement([np.zeros(3)], [np.zeros(2)])
+    with pytest.raises(ValueError, match="shorter"):
+        rank_agreement([np.zeros(3)], [])

@@ -39,12 +39,13 @@ BUILDER = """
 import sys, time
 from pathlib import Path
 from edje.engines.cache import cached_engine
-bundle, root, hold, began = map(Path, sys.argv[1:])
+bundle, root, told = map(Path, sys.argv[1:])
 def tell(step):
-    if step.startswith("building"):
-        with began.open("a") as file:
-            file.write("built\\n")
-        while hold.exists():
+    word = step.split()[0]
+    with (told / word).open("a") as file:
+        file.write(word + "\\n")
+    if word == "building":
+        while (told / "hold").exists():
             time.sleep(0.01)
 print(cached_engine(bundle, root, backend="onnxruntime", precision="fp32", progress=tell))
 """
