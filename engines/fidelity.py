@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -209,8 +208,9 @@ def measure(
 def engine_scorer(engine: Engine) -> Scorer:
     """Return what scores host batches with an open engine, on the CPU or on a device."""
     if engine.manifest.device.get("kind") == "cuda":
-        cuda_memory = import_module(".cuda_memory", __package__)  # its libraries wait for a device
-        return lambda batch: cast(Float32, cuda_memory.score_host_batch(engine, batch))
+        from .cuda_memory import score_host_batch  # of no use where there is no device
+
+        return lambda batch: score_host_batch(engine, batch)
     stream = InlineStream()
 
     def score(batch: Batch) -> Float32:

@@ -251,7 +251,7 @@ def test_missing_libraries_name_the_extra(edje, monkeypatch, official_tiny, tmp_
 
 
 @pytest.mark.parametrize(
-    "verb", ["export", "build", "index", "rerank", "store stat", "doctor", "demo"]
+    "verb", ["export", "build", "index", "rerank", "verify", "store stat", "doctor", "demo"]
 )
 def test_every_verb_explains_itself_with_an_example(edje, verb):
     ran = edje(*verb.split(), "--help")
