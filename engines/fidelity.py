@@ -147,7 +147,7 @@ def measure_fidelity(
         bundle,
         samples,
         manifest.profile,
-        measured_on=f"{label} on {device_words(manifest.device)}",
+        measured_on=f"{label} on {_device_words(manifest.device)}",
         token_dtype=manifest.token_dtype,
         progress=progress,
     )
@@ -221,10 +221,13 @@ def engine_scorer(engine: Engine) -> Scorer:
     return score
 
 
-def device_words(device: Mapping[str, Any]) -> str:
-    """Return a manifest's `device` entry in a few words."""
-    names = ("model", "name", "architecture", "kind")
-    return next((str(device[name]) for name in names if device.get(name)), "an unnamed device")
+def _device_words(device: Mapping[str, Any]) -> str:
+    """Name what runs here an engine of this `device` entry: it may be built for many GPUs."""
+    if device.get("kind") == "cuda":
+        from .cuda_memory import current_gpu
+
+        return current_gpu().name
+    return str(device.get("model") or device.get("architecture") or "an unnamed CPU")
 
 
 def _check_finite(scores: Sequence[Float32], where: str, hint: str) -> None:

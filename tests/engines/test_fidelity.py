@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +15,6 @@ from edje.engines.fidelity import (
     NOT_MEASURED,
     Fidelity,
     FidelityLimits,
-    engine_scorer,
     is_measured,
     measure,
     measure_fidelity,
@@ -136,16 +135,33 @@ def test_an_engine_is_measured_on_random_pairs_or_on_given_ones(engine, tiny_bun
     assert own["measured_on"].startswith(f"{manifest.backend} {manifest.backend_version} fp32 on ")
 
 
-def test_a_device_engine_is_scored_through_device_memory(monkeypatch, engine):
+class OnDevice:
+    """Looks like an engine of a GPU; its scores come from the stand-in for device memory."""
+
+    def __init__(self, manifest):
+        device = {"kind": "cuda", "compute_capabilities": ["8.9", "12.0"]}
+        self.manifest = replace(manifest, backend="tensorrt-rtx", device=device)
+
+
+def test_a_device_engine_is_scored_through_device_memory_and_names_the_gpu(
+    monkeypatch, engine, tiny_bundle
+):
+    exact, asked = reference_scorer(tiny_bundle), []
+
+    def score_host_batch(engine, batch):
+        asked.append(engine)
+        return exact(batch)
+
     memory = ModuleType("edje.engines.cuda_memory")
-    memory.score_host_batch = lambda engine, batch: ("scored", engine, batch)
+    memory.score_host_batch = score_host_batch
+    memory.current_gpu = lambda: SimpleNamespace(name="NVIDIA Any")
     monkeypatch.setitem(sys.modules, "edje.engines.cuda_memory", memory)
-
-    class OnDevice:
-        manifest = replace(engine.manifest, device={"kind": "cuda", "name": "any"})
-
-    device = OnDevice()
-    assert engine_scorer(device)("batch") == ("scored", device, "batch")
+    device = OnDevice(engine.manifest)
+    found = measure_fidelity(device, tiny_bundle)
+    assert found["max_abs_diff"] == 0.0
+    assert set(asked) == {device}
+    assert found["measured_on"].startswith("tensorrt-rtx ")
+    assert found["measured_on"].endswith(" fp32 on NVIDIA Any")
 
 
 def test_a_fidelity_survives_its_json(tiny_bundle, bundle):
