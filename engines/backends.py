@@ -44,8 +44,8 @@ class BackendStatus:
 
 
 REGISTRY: Mapping[str, BackendEntry] = {
-    "openvino": BackendEntry(".ov", "openvino", "cpu", ("fp32", "bf16")),
-    "onnxruntime": BackendEntry(".ort", "onnxruntime", "cpu", ("fp32",)),
+    "openvino": BackendEntry(".ov", "openvino", "cpu", ("fp32", "bf16", "int8")),
+    "onnxruntime": BackendEntry(".ort", "onnxruntime", "cpu", ("fp32", "int8")),
     "tensorrt": BackendEntry(".tensorrt", "tensorrt", "gpu", PRECISIONS),
     "tensorrt-rtx": BackendEntry(".tensorrt_rtx", "tensorrt_rtx", "rtx", PRECISIONS),
 }

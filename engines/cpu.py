@@ -13,6 +13,7 @@ from typing import Any
 _FLOAT = ("avx2", "fma", "avx512f", "asimd", "sve")
 _BFLOAT16 = ("avx512_bf16", "amx_tile", "amx_bf16", "bf16", "svebf16")
 _INT8 = ("avx_vnni", "avx512_vnni", "amx_tile", "amx_int8", "asimddp", "i8mm")
+_VNNI = {"avx_vnni", "avx512_vnni", "amx_int8"}
 FEATURES_OF_PRECISION: Mapping[str, tuple[str, ...]] = {
     "fp32": _FLOAT,
     "bf16": _FLOAT + _BFLOAT16,
@@ -23,6 +24,22 @@ FEATURES_OF_PRECISION: Mapping[str, tuple[str, ...]] = {
 # share of the L3. CPU time a pair, full-size scorer, OpenVINO f32 on one core of a Xeon with 2 MB
 # L2: 27.0 ms at 8 pairs, 27.2 at 16, 27.9 at 32, 32.2 at 64, 35.4 at 128.
 PAIRS_PER_THREAD = 16
+
+
+def is_x86() -> bool:
+    """Return whether this is an x86-64 CPU."""
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def why_no_int8() -> str | None:
+    """Return why int8 products would be wrong on this CPU, None where they are right.
+
+    x86 without VNNI adds pairs of byte products in 16 bits, which overflow unnoticed. Others have
+    no such instruction; without a dot product they are only slow.
+    """
+    if not is_x86() or _VNNI & set(cpu_features("int8")):
+        return None
+    return "this CPU has neither AVX512_VNNI nor AVX_VNNI nor AMX_INT8: sums of int8 overflow"
 
 
 def pairs_per_forward(num_threads: int | None) -> int:

@@ -1,4 +1,4 @@
-"""The `onnxruntime` backend: float32 on every CPU. The bundle's graph as it is."""
+"""The `onnxruntime` backend: float32 and int8 on every CPU. The graph as it is."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from .contract import (
     HostEngine,
     OpenOptions,
 )
-from .cpu import describe_cpu, pairs_per_forward
+from .cpu import describe_cpu, pairs_per_forward, why_no_int8
 from .cpu import device_faults as cpu_faults
 from .manifest import EngineManifest
 
 MODEL = JOINT_ENCODER
 PROVIDER = "CPUExecutionProvider"
+PRECISIONS = ("fp32", "int8")
 _ERRORS_ONLY = 3  # ORT's severity scale; its warnings at open are not for our users
 
 
@@ -39,11 +40,11 @@ def version() -> str:
 
 def why_not(precision: str) -> str | None:
     """Return why this machine cannot run `precision`, None where it can."""
-    if precision != "fp32":
-        return "the CPU provider computes matrix products in float32 only"
+    if precision not in PRECISIONS:
+        return "the CPU provider computes matrix products in float32 and int8 only"
     if PROVIDER not in ort.get_available_providers():
         return f"this onnxruntime was built without {PROVIDER}"
-    return None
+    return why_no_int8() if precision == "int8" else None
 
 
 def why_not_build(precision: str, options: BuildOptions) -> str | None:
@@ -102,6 +103,8 @@ class OnnxRuntimeEngine(HostEngine):
         binding.bind_cpu_input("text_length", batch.text_length)
         binding.bind_cpu_input("query_of_pair", batch.query_of_pair)
         binding.bind_cpu_input("visual_tokens", batch.visual_tokens)
+        if batch.visual_scales is not None:
+            binding.bind_cpu_input("visual_scales", batch.visual_scales)
         binding.bind_output(OUTPUT, "cpu", 0, np.float32, scores.shape, scores.ctypes.data)
         try:
             session.run_with_iobinding(binding)

@@ -1,15 +1,16 @@
-"""The `openvino` backend: float32 and bfloat16 on x86 and ARM CPUs, from OpenVINO's own format."""
+"""The `openvino` backend: float32, bfloat16 and int8 on x86 and ARM CPUs, from its own format."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import openvino as ov
 
-from ..errors import EngineError
+from ..errors import EngineError, named
 from .contract import (
     OUTPUT,
     Array,
@@ -21,13 +22,17 @@ from .contract import (
     HostEngine,
     OpenOptions,
 )
-from .cpu import describe_cpu, pairs_per_forward
+from .cpu import describe_cpu, is_x86, pairs_per_forward, why_no_int8
 from .cpu import device_faults as cpu_faults
 from .manifest import EngineManifest
+from .ov_graph import fit_to_x86
 
 MODEL = "joint_encoder.xml"
 DEVICE = "CPU"
-ELEMENT_TYPES = {"fp32": "f32", "bf16": "bf16"}
+# Type of everything but int8 products. int8 engines keep it float32 on CPUs with bf16, too: that
+# saves little (attention is a fifth of the time) and bf16 would round what int8 was calibrated on.
+ELEMENT_TYPES = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
+INT8_TYPES = ("i8", "u8")
 PRECISION_KEY = "INFERENCE_PRECISION_HINT"
 # Nodes of the compiled model that hold the matrix products.
 PRODUCTS = ("FullyConnected", "MatMul", "ScaledDotProductAttention", "MHA", "Convolution")
@@ -56,7 +61,7 @@ def why_not(precision: str) -> str | None:
             "this CPU has neither AVX512_BF16 nor AMX_BF16 (nor ARM's BF16), "
             "OpenVINO would only emulate it, many times slower than fp32"
         )
-    return None
+    return why_no_int8() if precision == "int8" else None
 
 
 def why_not_build(precision: str, options: BuildOptions) -> str | None:
@@ -83,13 +88,16 @@ def device_faults(manifest: EngineManifest) -> list[str]:
 
 
 def build(job: BuildJob) -> Mapping[str, Any]:
-    """Convert the graph to OpenVINO's format; weights stay float32, opening casts them."""
+    """Convert the graph to OpenVINO's format; weights stay as they are, opening casts them."""
+    fitted = is_x86() and job.precision != "bf16"  # no machine with bf16 has measured it
     try:
         model = ov.Core().read_model(job.graph)
+        if fitted:
+            fit_to_x86(model)
         ov.save_model(model, job.out / MODEL, compress_to_fp16=False)
     except RuntimeError as error:
         raise EngineError(f"OpenVINO cannot convert {job.graph}: {error}") from error
-    return {"format": "OpenVINO IR"}
+    return {"format": "OpenVINO IR", "fitted_to_x86": fitted}
 
 
 def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine:
@@ -112,28 +120,54 @@ def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine
         compiled = ov.Core().compile_model(folder / MODEL, DEVICE, settings)
     except RuntimeError as error:
         raise EngineError(f"OpenVINO cannot open {folder / MODEL}: {error}") from error
-    check_precision(compiled, wanted)
+    check_precision(compiled, wanted, quantized_products(manifest.precision_plan))
     num_threads = int(compiled.get_property("INFERENCE_NUM_THREADS")) or None
     return OpenVinoEngine(manifest, compiled, pairs_per_forward(num_threads))
 
 
-def check_precision(compiled: ov.CompiledModel, wanted: str) -> None:
-    """Look into the compiled model: every matrix product must run in `wanted`.
+def quantized_products(plan: Mapping[str, Any]) -> frozenset[str]:
+    """Return the graph's names of the products that a `precision_plan` lists as quantised."""
+    places = [place.rsplit(".", 1) for place in plan.get("quantized", ())]
+    return frozenset(
+        f"/{layer}/{name}/MatMul"
+        for layer, kind in places
+        for name in (("query", "key", "value") if kind == "qkv" else (kind,))
+    )
+
+
+def check_precision(
+    compiled: ov.CompiledModel, wanted: str, quantized: frozenset[str] = frozenset()
+) -> None:
+    """Look into the compiled model: products `quantized` must run in int8, all others in `wanted`.
 
     Raises:
         EngineError: some run in another type (all types named with their counts).
     """
-    found: dict[str, int] = {}
+    types = Counter[str]()
+    in_int8: set[str] = set()
+    for names, kind in _products(compiled):
+        if kind in INT8_TYPES and names & quantized:
+            in_int8 |= names & quantized
+        else:
+            types[kind] += 1
+    missing = quantized - in_int8
+    if set(types) != {wanted} or missing:
+        asked = f"int8 for {len(quantized)} and {wanted} for the rest" if quantized else wanted
+        lost = f" and {named(sorted(missing), limit=5)} not as int8" if missing else ""
+        raise EngineError(
+            f"OpenVINO was asked for {asked} but compiled its matrix products as {dict(types)}"
+            + lost,
+            hint="build another --precision; `edje doctor` lists what this machine runs",
+        )
+
+
+def _products(compiled: ov.CompiledModel) -> Iterator[tuple[set[str], str]]:
+    """Go through the compiled matrix products: names of the graph's nodes in it, and its type."""
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()
         if str(info["layerType"].astype(str)) in PRODUCTS:
-            kind = str(info["runtimePrecision"].astype(str))
-            found[kind] = found.get(kind, 0) + 1
-    if set(found) != {wanted}:
-        raise EngineError(
-            f"OpenVINO was asked for {wanted} but compiled its matrix products as {found}",
-            hint="build another --precision; `edje doctor` lists what this machine runs",
-        )
+            names = str(info["originalLayersNames"].astype(str)).split(",")
+            yield set(names), str(info["runtimePrecision"].astype(str))
 
 
 class OpenVinoEngine(HostEngine):
@@ -157,6 +191,8 @@ class OpenVinoEngine(HostEngine):
             request.set_tensor("text_length", _wrap(batch.text_length))
             request.set_tensor("query_of_pair", _wrap(batch.query_of_pair))
             request.set_tensor("visual_tokens", _wrap(batch.visual_tokens))
+            if batch.visual_scales is not None:
+                request.set_tensor("visual_scales", _wrap(batch.visual_scales))
             request.set_tensor(OUTPUT, _wrap(scores))
             request.infer()
         except RuntimeError as error:
