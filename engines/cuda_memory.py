@@ -52,7 +52,7 @@ def gpu_fault() -> str | None:
         if int(_call(cudart, "cudaGetDeviceCount")) < 1:
             return "the NVIDIA driver sees no GPU"
     except EngineError as error:
-        return error.message
+        return error.message if error.hint is None else f"{error.message} ({error.hint})"
     return None
 
 

@@ -219,6 +219,7 @@ def _shown(tensor: tuple[str, tuple[int, ...]]) -> str:
 def _config(library: TrtLibrary, builder: Any, job: BuildJob, target: PlanTarget) -> Any:
     trt, options = library.module, job.options
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: fp32 would round to 10 bits
     if options.report:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.workspace_bytes is not None:

@@ -188,11 +188,17 @@ class TrtEngine(Engine):
         self._engine = None
         self._runtime = None
 
+    @property
+    def _allocation(self) -> Any:
+        """How contexts allocate: for their own profile only, not for the largest of all."""
+        return self._library.module.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+
     def _configured(self) -> tuple[Any, Any]:
         """Return TensorRT-RTX's runtime configuration and kernel cache; nothing for TensorRT."""
         if not self._library.is_rtx:
             return None, None
         config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(self._allocation)
         for name, choice in self._settings.choices.items():
             kind = getattr(self._library.module, _CHOICE_CLASSES[name])
             setattr(config, name, getattr(kind, choice.upper()))
@@ -209,8 +215,8 @@ class TrtEngine(Engine):
             lane = (handle, profile)
             if lane not in self._lanes:
                 config = self._runtime_config
-                arguments = () if config is None else (config,)
-                context = self._engine.create_execution_context(*arguments)
+                how = self._allocation if config is None else config
+                context = self._engine.create_execution_context(how)
                 if context is None or not context.set_optimization_profile_async(profile, handle):
                     raise EngineError(
                         f"{self._library.title} cannot make a context for another stream",

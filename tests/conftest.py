@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,17 @@ if TYPE_CHECKING:
     from official_checkpoint import CheckpointFolders
 
 DATA = Path(__file__).parent / "data"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip `gpu` tests with the reason where none can run; EDJE_REQUIRE_GPU=1 fails them."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    from edje.engines.cuda_memory import gpu_fault
+
+    reason = gpu_fault()
+    if reason is not None:
+        (pytest.fail if os.environ.get("EDJE_REQUIRE_GPU") == "1" else pytest.skip)(reason)
 
 
 @pytest.fixture(scope="session")

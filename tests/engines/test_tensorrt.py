@@ -1,0 +1,424 @@
+"""TensorRT's branches with a recording stand-in for its module; memory and scores are real."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from recording_trt import (
+    GPU_NAME,
+    PLAN_BYTES,
+    TIMINGS,
+    Recording,
+    make_cuda_runtime,
+    make_tensorrt,
+)
+from toy_engine import ToyEngine, toy_manifest
+
+from edje.engines import cuda_memory, trt_library
+from edje.engines.backends import load_backend, require_builder
+from edje.engines.contract import Batch, BuildJob, BuildOptions, DeviceArray, OpenOptions
+from edje.engines.fidelity import InlineStream
+from edje.engines.trt_build import PLAN
+from edje.engines.trt_library import MAX_MESSAGES, MessageLog
+from edje.errors import EngineError
+from edje.runtime.cli import main
+
+CACHED = (cuda_memory._cudart, cuda_memory._measuring_stream, cuda_memory.current_gpu)
+STREAM = SimpleNamespace(handle=1234, submit=None)
+
+
+def clear_caches():
+    for cached in (trt_library.load_trt, *CACHED):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def recording() -> Recording:
+    return Recording()
+
+
+@pytest.fixture
+def machine(recording, monkeypatch, tmp_path):
+    """A machine with a GPU and TensorRT; returns its CUDA runtime."""
+    cudart = make_cuda_runtime(recording)
+    monkeypatch.setitem(sys.modules, "tensorrt", make_tensorrt(recording))
+    monkeypatch.setitem(sys.modules, cuda_memory.RUNTIME, cudart)
+    monkeypatch.setattr(cuda_memory, "DRIVER", None)  # ctypes then opens this very program
+    monkeypatch.delitem(sys.modules, "edje.engines.tensorrt", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    clear_caches()
+    yield cudart
+    sys.modules.pop("edje.engines.tensorrt", None)
+    clear_caches()
+
+
+@pytest.fixture
+def tensorrt(machine):
+    return load_backend("tensorrt")
+
+
+@pytest.fixture
+def manifest(tensorrt):
+    return replace(
+        toy_manifest(),
+        backend="tensorrt",
+        backend_version=tensorrt.version(),
+        precision="fp16",
+        device=tensorrt.device("fp16", BuildOptions()),
+    )
+
+
+def job(tmp_path, **options) -> BuildJob:
+    out = tmp_path / "engine"
+    out.mkdir(exist_ok=True)
+    toy = toy_manifest()
+    options = BuildOptions(**options)
+    graph = tmp_path / "typed.onnx"
+    return BuildJob(graph, out, "fp16", "float16", toy.profile, toy.bundle, options, print)
+
+
+def batch(num_pairs: int = 3, bucket: int = 8) -> Batch:
+    tokens = np.zeros((num_pairs, 4, 8), np.float16)
+    tokens[:, 0, 0] = np.arange(num_pairs)
+    text_ids = np.array([[2, 5, 6, 3], [2, 7, 3, 0]], np.int32)
+    return Batch(
+        text_ids=np.pad(text_ids, ((0, 0), (0, bucket - 4))),
+        text_length=np.array([4, 3], np.int32),
+        query_of_pair=np.arange(num_pairs, dtype=np.int32) % 2,
+        visual_tokens=tokens,
+    )
+
+
+@pytest.fixture
+def engine(tensorrt, manifest, tmp_path):
+    (tmp_path / PLAN).write_bytes(PLAN_BYTES)
+    engine = tensorrt.load(tmp_path, manifest, OpenOptions())
+    yield engine
+    engine.close()
+
+
+def on_device(host: Batch) -> tuple[Batch, np.ndarray, DeviceArray]:
+    """Return the batch as the engine takes it, and its scores on both sides."""
+
+    def view(array):
+        return DeviceArray(array.ctypes.data, array.shape, array.dtype)
+
+    scores = np.full(len(host), np.nan, np.float32)
+    names = ("text_ids", "text_length", "query_of_pair", "visual_tokens")
+    return Batch(**{name: view(getattr(host, name)) for name in names}), scores, view(scores)
+
+
+def test_building_sets_what_was_asked_for(tensorrt, recording, tmp_path):
+    flags = tensorrt.build(
+        job(
+            tmp_path,
+            workspace_bytes=1 << 30,
+            optimization_level=5,
+            hardware_compatible=True,
+            version_compatible=True,
+        )
+    )
+    assert (tmp_path / "engine" / PLAN).read_bytes() == PLAN_BYTES
+    assert recording.named("create_network") == [(1 << 1,)]
+    assert recording.named("clear_flag", "set_flag") == [("TF32",), ("VERSION_COMPATIBLE",)]
+    assert recording.named("set_memory_pool_limit") == [("WORKSPACE", 1 << 30)]
+    assert recording.named("builder_optimization_level") == [(5,)]
+    assert recording.named("hardware_compatibility_level")[0][0].name == "AMPERE_PLUS"
+    assert flags["optimization_level"] == 5
+    assert flags["workspace_bytes"] == 1 << 30
+    assert "report" not in flags
+
+
+def test_every_bucket_has_a_profile(tensorrt, recording, tmp_path):
+    tensorrt.build(job(tmp_path))
+    assert len(recording.named("add_optimization_profile")) == 3
+    shapes = recording.named("set_shape")
+    assert [limits for name, limits in shapes if name == "text_ids"] == [
+        ((1, bucket), (1, bucket), (8, bucket)) for bucket in (8, 16, 64)
+    ]
+    assert ("visual_tokens", ((1, 4, 8), (8, 4, 8), (8, 4, 8))) in shapes
+    assert ("query_of_pair", ((1,), (8,), (8,))) in shapes
+
+
+def test_int8_tokens_bring_their_scales(tensorrt, recording, tmp_path):
+    recording.tensors |= {
+        "visual_tokens": ("INT8", (-1, 4, 8)),
+        "visual_scales": ("HALF", (-1, 4)),
+    }
+    tensorrt.build(replace(job(tmp_path), token_dtype="int8"))
+    assert ("visual_scales", ((1, 4), (8, 4), (8, 4))) in recording.named("set_shape")
+
+
+def test_a_second_build_reuses_the_timings(tensorrt, recording, tmp_path):
+    tensorrt.build(job(tmp_path))
+    path = tmp_path / "cache" / "edje" / "timings-NVIDIA-Stand-in-80GB-10.13.3.9.bin"
+    assert path.read_bytes() == TIMINGS
+    tensorrt.build(job(tmp_path))
+    assert recording.named("set_timing_cache") == [(b"", False), (TIMINGS, False)]
+    recording.refused.timing_cache = True
+    tensorrt.build(job(tmp_path))
+    assert recording.named("set_timing_cache")[2:] == [(TIMINGS, False), (b"", False)]
+    assert [path.name for path in path.parent.iterdir()] == [path.name]
+
+
+def test_every_parser_error_is_shown(tensorrt, recording, tmp_path):
+    recording.refused.parse = [("Gelu", "/a", "no\nsuch op"), ("Range", "/b", "wrong type")]
+    with pytest.raises(EngineError, match=r"TensorRT 10.13.3.9 cannot read the graph") as caught:
+        tensorrt.build(job(tmp_path))
+    assert caught.value.faults == (
+        "node 0 (Gelu /a): no such op",
+        "node 1 (Range /b): wrong type",
+    )
+
+
+def test_another_graph_is_refused(tensorrt, recording, tmp_path):
+    del recording.tensors["query_of_pair"]
+    recording.tensors["visual_tokens"] = ("FLOAT", (-1, 4, 8))
+    with pytest.raises(EngineError, match="not a joint encoder") as caught:
+        tensorrt.build(job(tmp_path))
+    assert caught.value.faults == (
+        "query_of_pair: missing",
+        "visual_tokens: got FLOAT [-1, 4, 8], expected HALF [-1, 4, 8]",
+    )
+
+
+def test_a_failed_build_says_what_the_library_logged(tensorrt, recording, tmp_path):
+    recording.refused.build = "out of  \n memory"
+    with pytest.raises(EngineError, match="cannot build this graph in fp16") as caught:
+        tensorrt.build(job(tmp_path))
+    assert caught.value.faults == ("out of memory",)
+    assert not (tmp_path / "engine" / PLAN).exists()
+
+
+def test_progress_comes_a_line_a_step(tensorrt, tmp_path):
+    lines = []
+    tensorrt.build(replace(job(tmp_path), progress=lines.append))
+    assert lines[:2] == ["Building engine: timing tactics", "Timing tactics, 1 of 4"]
+
+
+def test_what_progress_raises_ends_the_build(tensorrt, tmp_path):
+    def stop(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tensorrt.build(replace(job(tmp_path), progress=stop))
+    assert not (tmp_path / "engine" / PLAN).exists()
+
+
+def test_it_builds_for_this_gpu_only(tensorrt):
+    reason = tensorrt.why_not_build("fp16", BuildOptions(compute_capabilities=("8.9",)))
+    assert reason == "no compute_capabilities: it builds for the GPU of this machine"
+    assert tensorrt.why_not_build("fp8", BuildOptions()) is None
+
+
+@pytest.mark.parametrize(("precision", "least"), [("fp8", "8.9"), ("bf16", "8.0")])
+def test_an_older_gpu_lacks_a_precision(tensorrt, recording, monkeypatch, precision, least):
+    older = make_cuda_runtime(recording, "7.5")
+    monkeypatch.setitem(sys.modules, cuda_memory.RUNTIME, older)
+    clear_caches()
+    reason = tensorrt.why_not(precision)
+    assert reason == (f"{precision} needs compute capability {least} or later, {GPU_NAME} has 7.5")
+    assert tensorrt.why_not("int8") is None
+
+
+def test_an_old_library_is_refused(machine, recording, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", make_tensorrt(recording, "8.6.1"))
+    assert "8.6.1 is too old" in load_backend("tensorrt").why_not("fp16")
+
+
+def test_the_manifest_names_the_gpu(tensorrt, manifest, recording, monkeypatch):
+    assert manifest.device["name"] == GPU_NAME
+    assert manifest.device["cuda_version"] == "13.0"
+    assert tensorrt.device_faults(manifest) == []
+    monkeypatch.setitem(sys.modules, cuda_memory.RUNTIME, make_cuda_runtime(recording, "8.0"))
+    clear_caches()
+    assert tensorrt.device_faults(manifest) == [
+        "device compute capability: built on '9.0', this is '8.0'"
+    ]
+    portable = replace(manifest, device={**manifest.device, "hardware_compatible": True})
+    assert tensorrt.device_faults(portable) == []
+
+
+def test_shapes_and_addresses_come_before_the_run(engine, recording):
+    host = batch()
+    device, scores, device_scores = on_device(host)
+    engine.enqueue(device, device_scores, stream=STREAM)
+    names = recording.names()
+    run = names.index("execute_async_v3")
+    inputs = {"text_ids", "text_length", "query_of_pair", "visual_tokens"}
+    before = recording.calls[:run]
+    assert {call[1][0] for call in before if call[0] == "set_input_shape"} == inputs
+    addressed = {call[1][0] for call in before if call[0] == "set_tensor_address"}
+    assert addressed == {*inputs, "scores"}
+    assert recording.calls[run][1] == (1234, 0)
+    assert recording.named("set_optimization_profile_async") == [(0, 1234)]
+    expected = np.empty(3, np.float32)
+    ToyEngine().enqueue(host, expected, stream=InlineStream())
+    np.testing.assert_array_equal(scores, expected)
+
+
+def test_a_lane_has_one_context_a_bucket(engine, recording):
+    other = SimpleNamespace(handle=99, submit=None)
+    for stream, bucket in ((STREAM, 8), (STREAM, 8), (STREAM, 64), (other, 8), (STREAM, 64)):
+        device, _, scores = on_device(batch(bucket=bucket))
+        engine.enqueue(device, scores, stream=stream)
+    assert recording.named("set_optimization_profile_async") == [(0, 1234), (2, 1234), (0, 99)]
+    assert [profile for _, profile in recording.named("execute_async_v3")] == [0, 0, 2, 0, 2]
+    allocations = [how.name for (how,) in recording.named("create_execution_context")]
+    assert allocations == ["ON_PROFILE_CHANGE"] * 3
+
+
+def test_host_arrays_are_refused_and_device_arrays_by_host_engines(engine):
+    host = batch()
+    device, scores, device_scores = on_device(host)
+    with pytest.raises(EngineError, match="does not fit") as caught:
+        engine.enqueue(host, scores, stream=STREAM)
+    assert "in host memory, this engine takes GPU memory (DeviceArray)" in caught.value.faults[0]
+    with pytest.raises(EngineError) as caught:
+        ToyEngine().enqueue(device, device_scores, stream=InlineStream())
+    assert "in GPU memory (DeviceArray), this engine takes host memory" in caught.value.faults[0]
+
+
+def test_a_batch_outside_the_profile_is_refused(engine, recording):
+    device, _, scores = on_device(batch(9))
+    with pytest.raises(EngineError, match="does not fit") as caught:
+        engine.enqueue(device, scores, stream=STREAM)
+    assert caught.value.faults == ("pairs: got 9, expected 1 to 8",)
+    device, _, scores = on_device(batch())
+    queries = DeviceArray(device.text_ids.address, (9, 8), np.dtype("int32"))
+    lengths = DeviceArray(device.text_length.address, (9,), np.dtype("int32"))
+    many = replace(device, text_ids=queries, text_length=lengths)
+    with pytest.raises(EngineError) as caught:
+        engine.enqueue(many, scores, stream=STREAM)
+    assert caught.value.faults == ("queries: got 9, expected at most 8 (one a pair)",)
+    assert recording.named("execute_async_v3") == []
+
+
+def test_a_failed_run_and_a_closed_engine(engine, recording):
+    device, _, scores = on_device(batch())
+    recording.refused.execute = True
+    with pytest.raises(EngineError, match="TensorRT failed on a batch of 3"):
+        engine.enqueue(device, scores, stream=STREAM)
+    engine.close()
+    engine.close()
+    with pytest.raises(EngineError, match="the engine is closed"):
+        engine.enqueue(device, scores, stream=STREAM)
+
+
+def test_capture_is_the_callers(engine):
+    assert engine.is_stream_capturable(STREAM, 8)
+    assert engine.cuda_graph_strategy == "disabled"
+
+
+def test_a_host_batch_is_scored_on_the_device(engine, machine, recording):
+    host = batch(5)
+    expected = np.empty(5, np.float32)
+    ToyEngine().enqueue(host, expected, stream=InlineStream())
+    np.testing.assert_array_equal(cuda_memory.score_host_batch(engine, host), expected)
+    assert machine.memory == {}, "device memory was not freed"
+    assert {arguments[2] for arguments in recording.named("cudaMemcpyAsync")} == {77}
+    wrong = replace(host, query_of_pair=np.full(5, 2, np.int32))
+    with pytest.raises(EngineError, match="does not fit") as caught:
+        cuda_memory.score_host_batch(engine, wrong)
+    assert "query_of_pair: got values from 2 to 2" in caught.value.faults[0]
+
+
+def test_cuda_errors_are_one_sentence(machine):
+    with pytest.raises(EngineError, match="^CUDA failed in cudaFree: invalid argument$"):
+        cuda_memory._call(machine, "cudaFree", 42)
+
+
+def test_a_plan_that_does_not_open(tensorrt, manifest, recording, tmp_path):
+    (tmp_path / PLAN).write_bytes(PLAN_BYTES)
+    recording.refused.deserialize = "the plan was built by another version"
+    with pytest.raises(EngineError, match="cannot open") as caught:
+        tensorrt.load(tmp_path, manifest, OpenOptions())
+    assert caught.value.faults == ("the plan was built by another version",)
+    recording.refused.deserialize = None
+    portable = replace(manifest, build_options={"version_compatible": True})
+    tensorrt.load(tmp_path, portable, OpenOptions()).close()
+    assert recording.named("deserialize_cuda_engine")[-1] == (PLAN_BYTES, True)
+
+
+def test_unknown_settings_are_refused_together(tensorrt, manifest, tmp_path):
+    options = OpenOptions(num_threads=2, backend_settings={"runtime_cache": "x", "speed": "11"})
+    with pytest.raises(EngineError, match="tensorrt cannot be opened so") as caught:
+        tensorrt.load(tmp_path, manifest, options)
+    assert caught.value.faults == (
+        "runtime_cache: unknown setting",
+        "speed: unknown setting",
+        "num_threads: got 2, a GPU engine has no CPU threads",
+    )
+
+
+def test_without_the_library_one_sentence_names_the_extra(tiny_bundle, tmp_path, capsys):
+    if "tensorrt" in sys.modules or _is_installed("tensorrt"):
+        pytest.skip("TensorRT is installed here")
+    out = tmp_path / "engine"
+    words = ["build", str(tiny_bundle), "--backend", "tensorrt", "--precision", "fp16"]
+    assert main([*words, "--out", str(out)]) == 2
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert shown == [
+        "edje: the backend tensorrt cannot be loaded: TensorRT is not installed "
+        "(no module named tensorrt)",
+        "Hint: pip install 'edje-runtime[gpu]'",
+    ]
+    assert not out.exists()
+
+
+def _is_installed(name: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(name) is not None
+
+
+def test_a_library_that_does_not_load(monkeypatch):
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == "tensorrt":
+                raise ImportError("libnvinfer.so.10: cannot open\nshared object file")
+
+    clear_caches()
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(EngineError, match="TensorRT is installed but does not load: libnvinfer"):
+        require_builder("tensorrt", "fp16", BuildOptions())
+    clear_caches()
+
+
+def test_a_driver_is_asked_for_first(monkeypatch):
+    monkeypatch.setattr(cuda_memory, "DRIVER", "libno-such-driver.so.1")
+    assert cuda_memory.gpu_fault() == ("no NVIDIA driver here (libno-such-driver.so.1 is missing)")
+    clear_caches()
+    monkeypatch.setattr(cuda_memory, "DRIVER", None)
+    monkeypatch.setitem(sys.modules, cuda_memory.RUNTIME, None)
+    assert cuda_memory.gpu_fault() == (
+        "cuda.bindings.runtime is not installed here (pip install cuda-bindings)"
+    )
+    clear_caches()
+
+
+def test_the_log_keeps_the_latest_and_each_once():
+    log = MessageLog()
+    log.add("INFO", "not kept")
+    for number in range(MAX_MESSAGES):
+        log.add("ERROR", f"fault {number}")
+    log.add("WARNING", "beware")
+    log.add("INTERNAL_ERROR", "fault 63")
+    assert log.errors() == [f"fault {number}" for number in range(2, 64)]
+    assert log.warnings() == ["beware"]
+    log.clear()
+    assert log.errors() == []
+
+
+def test_device_arrays_slice_by_rows():
+    array = DeviceArray(1000, (4, 3), np.dtype("float16"))
+    assert array.nbytes == 24
+    assert array[1:3] == DeviceArray(1006, (2, 3), np.dtype("float16"))
+    assert array[3:1].shape == (0, 3)
+    with pytest.raises(IndexError, match="got step 2"):
+        array[::2]

@@ -1,0 +1,382 @@
+"""Real TensorRT-RTX plans, built with no GPU and no driver, and read back from the builder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from recording_trt import KERNELS, Recording, RtxEngine, make_cuda_runtime
+from toy_engine import toy_manifest
+
+from edje.bundle import JOINT_ENCODER, BundleManifest
+from edje.engines import cuda_memory
+from edje.engines.backends import load_backend, require_builder
+from edje.engines.build import build_engine
+from edje.engines.contract import BuildJob, BuildOptions, OpenOptions
+from edje.engines.fidelity import Fidelity, measure_fidelity
+from edje.engines.manifest import PRECISIONS, EngineManifest, Profile
+from edje.engines.open import open_engine
+from edje.engines.precision.graph import Graph
+from edje.engines.precision.lower import lower
+from edje.engines.precision.quantize import QUANTIZED, find_linears, quantize
+from edje.engines.precision.tokens import take_int8_tokens
+from edje.engines.samples import RandomSamples
+from edje.engines.trt_build import PLAN, parsed_network
+from edje.engines.trt_report import REPORT, PlanReport, read_report
+from edje.engines.trt_run import TrtEngine, open_plan, read_settings
+from edje.errors import EngineError
+
+pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra rtx")
+MAX_BUILD_SECONDS = 60
+CAPABILITIES = ("8.0", "8.9", "12.0")
+TAKEN = tuple(precision for precision in PRECISIONS if precision != "int8")
+
+
+@pytest.fixture(scope="module")
+def rtx():
+    return load_backend("tensorrt-rtx")
+
+
+def typed_graph(bundle: Path, out: Path, rtx, precision: str, token_dtype: str = "float16") -> Path:
+    """Write the bundle's graph in a precision; scales are guessed: they change no kernel."""
+    graph = Graph.read(bundle / JOINT_ENCODER)
+    if precision in QUANTIZED:
+        amax = {linear.value: 8.0 for linear in find_linears(graph)}
+        graph = quantize(graph, precision, amax, scale_type="float16")
+    if rtx.compute_type(precision) != "float32":
+        graph = lower(graph, rtx.compute_type(precision))
+    if token_dtype == "int8":
+        graph = take_int8_tokens(graph)
+    graph.write(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def full_size_graphs(full_size_bundle, rtx, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("graphs")
+    return {
+        precision: typed_graph(full_size_bundle, folder / f"{precision}.onnx", rtx, precision)
+        for precision in ("fp32", "fp16", "fp8")
+    }
+
+
+def make_job(graph: Path, out: Path, bundle: Path, precision: str, **changes) -> BuildJob:
+    out.mkdir(exist_ok=True)
+    options = BuildOptions(report=True, compute_capabilities=changes.pop("capabilities", ()))
+    profile = Profile(256, changes.pop("buckets", (24,)))
+    manifest = BundleManifest.read(bundle)
+    dtype = changes.pop("token_dtype", "float16")
+    return BuildJob(graph, out, precision, dtype, profile, manifest, options, lambda _: None)
+
+
+def tensors_of(folder: Path) -> dict[str, dict]:
+    values = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    return {tensor["name"]: tensor for tensor in values["tensors"]}
+
+
+def check_tensors(folder: Path, job: BuildJob) -> None:
+    """Check names, types, shapes and every profile's limits of a plan against the contract."""
+    sizes, buckets = job.bundle.sizes, job.profile.text_buckets
+    tokens = [sizes.num_tokens, sizes.hidden]
+    token_type = "Int8" if job.token_dtype == "int8" else "Half"
+    found = tensors_of(folder)
+    text_slots = buckets[0] if len(buckets) == 1 else -1
+    expected = {
+        "text_ids": ("Input", "Int32", [-1, text_slots]),
+        "text_length": ("Input", "Int32", [-1]),
+        "query_of_pair": ("Input", "Int32", [-1]),
+        "visual_tokens": ("Input", token_type, [-1, *tokens]),
+        "scores": ("Output", "Float", [-1]),
+    }
+    if job.token_dtype == "int8":
+        expected["visual_scales"] = ("Input", "Half", [-1, sizes.num_tokens])
+    described = {name: (t["mode"], t["dtype"], t["shape"]) for name, t in found.items()}
+    assert described == expected
+    assert found["text_ids"]["limits"] == [[[1, t], [1, t], [256, t]] for t in buckets]
+    assert found["query_of_pair"]["limits"] == [[[1], [256], [256]]] * len(buckets)
+    limits = [[[1, *tokens], [256, *tokens], [256, *tokens]]] * len(buckets)
+    assert found["visual_tokens"]["limits"] == limits
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability"),
+    [("fp32", "8.9")]
+    + [("fp16", capability) for capability in CAPABILITIES]
+    + [("fp8", capability) for capability in CAPABILITIES[1:]],
+)
+def test_full_size_builds_for_a_gpu_that_is_not_here(
+    rtx, full_size_bundle, full_size_graphs, tmp_path, precision, capability
+):
+    began = perf_counter()
+    job = make_job(
+        full_size_graphs[precision],
+        tmp_path / "engine",
+        full_size_bundle,
+        precision,
+        capabilities=(capability,),
+    )
+    flags = rtx.build(job)
+    assert perf_counter() - began < MAX_BUILD_SECONDS
+    check_tensors(job.out, job)
+    # One kernel for scores, softmax and context in 16 bit; float32 has one for the last layer's
+    # single row only.
+    assert flags["attention"] == {"layers": 12, "fused": 1 if precision == "fp32" else 12}
+    assert flags["compute_capabilities"] == [capability]
+    plan_bytes = (job.out / PLAN).stat().st_size
+    weight_bytes = {"fp32": 4, "fp16": 2, "fp8": 1}[precision] * 21_000_000
+    assert weight_bytes < plan_bytes < weight_bytes + 90_000_000
+    kernels = json.loads((job.out / REPORT).read_text(encoding="utf-8"))["layers"]
+    products = [layer for layer in kernels if layer["kind"] == "gemm"]
+    in_layers = [layer for layer in products if layer["nodes"] and "/layers.5/" in layer["name"]]
+    expected = {"fp32": "Float", "fp16": "Half", "fp8": "FP8"}[precision]
+    assert in_layers
+    assert all(expected in layer["types"] for layer in in_layers)
+
+
+@pytest.mark.slow
+def test_full_size_with_every_bucket_for_every_gpu(
+    rtx, full_size_bundle, full_size_graphs, tmp_path
+):
+    began = perf_counter()
+    buckets = (16, 24, 32, 48, 64)
+    where = (full_size_graphs["fp16"], tmp_path / "engine", full_size_bundle, "fp16")
+    job = make_job(*where, buckets=buckets)
+    flags = rtx.build(job)
+    assert perf_counter() - began < MAX_BUILD_SECONDS
+    check_tensors(job.out, job)
+    assert flags["attention"] == {"layers": 12, "fused": 12}
+    assert "compute_capabilities" not in flags
+    values = json.loads((job.out / REPORT).read_text(encoding="utf-8"))
+    assert {layer["profile"] for layer in values["layers"]} == set(range(len(buckets)))
+
+
+@pytest.mark.parametrize("precision", TAKEN)
+def test_the_tiny_model_becomes_an_engine_folder(tiny_bundle, tmp_path, precision):
+    lines = []
+    manifest = build_engine(
+        tiny_bundle,
+        tmp_path / "engine",
+        backend="tensorrt-rtx",
+        precision=precision,
+        max_pairs=32,
+        text_buckets=(16, 64),
+        calibration=RandomSamples(BundleManifest.read(tiny_bundle)),
+        options=BuildOptions(report=True, compute_capabilities=("12.0", "8.9")),
+        progress=lines.append,
+    )
+    assert set(manifest.files) == {PLAN, REPORT, "tokenizer.json"}
+    assert manifest.device == {
+        "kind": "cuda",
+        "compute_capabilities": ["8.9", "12.0"],
+        "least_compute_capability": "8.9",
+    }
+    assert manifest.backend_version.startswith("1.")
+    assert EngineManifest.read(tmp_path / "engine") == manifest
+    assert any("Optimizing graph" in line for line in lines)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_int8_tokens(rtx, tiny_bundle, tmp_path, precision):
+    graph = typed_graph(tiny_bundle, tmp_path / "typed.onnx", rtx, precision, "int8")
+    job = make_job(graph, tmp_path / "engine", tiny_bundle, precision, token_dtype="int8")
+    rtx.build(job)
+    check_tensors(job.out, job)
+
+
+def test_the_parsers_network_is_the_contract(rtx, tiny_bundle, tmp_path):
+    graph = typed_graph(tiny_bundle, tmp_path / "typed.onnx", rtx, "fp16")
+    builder = rtx.LIBRARY.module.Builder(rtx.LIBRARY.logger)
+    network, _parser = parsed_network(rtx.LIBRARY, builder, graph)
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    sizes = BundleManifest.read(tiny_bundle).sizes
+    assert {tensor.name: tuple(tensor.shape) for tensor in inputs} == {
+        "text_ids": (-1, -1),
+        "text_length": (-1,),
+        "query_of_pair": (-1,),
+        "visual_tokens": (-1, sizes.num_tokens, sizes.hidden),
+    }
+    assert network.get_output(0).name == "scores"
+    assert network.num_outputs == 1
+
+
+def test_a_damaged_graph_shows_the_parsers_error(rtx, tiny_bundle, tmp_path):
+    graph = Graph.read(tiny_bundle / JOINT_ENCODER)
+    for item in graph.nodes:
+        if item.op_type == "Gelu":
+            item.op_type = "NoSuchOperator"
+    graph.write(tmp_path / "damaged.onnx")
+    with pytest.raises(EngineError, match="cannot read the graph") as caught:
+        rtx.build(make_job(tmp_path / "damaged.onnx", tmp_path / "engine", tiny_bundle, "fp32"))
+    assert any("NoSuchOperator" in fault for fault in caught.value.faults)
+    assert all("\n" not in fault for fault in caught.value.faults)
+    assert not list((tmp_path / "engine").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "sentence"),
+    [
+        ("int8", {}, "TensorRT-RTX has no int8 activations; build fp8"),
+        ("fp8", {"compute_capabilities": ("8.0", "8.9")}, "fp8 needs compute capability 8.9, got"),
+        ("fp16", {"compute_capabilities": ("7.5",)}, "fp16 needs compute capability 8.0, got 7.5"),
+        ("fp16", {"compute_capabilities": ("9.0",)}, "compute capability 9.0 is none of its own"),
+        ("fp16", {"compute_capabilities": ("new",)}, "compute capability new is none of its own"),
+        ("fp16", {"hardware_compatible": True}, "no hardware_compatible"),
+        ("fp16", {"version_compatible": True}, "no version_compatible"),
+    ],
+)
+def test_what_it_refuses_is_said_in_one_sentence(precision, options, sentence):
+    with pytest.raises(EngineError, match=sentence) as caught:
+        require_builder("tensorrt-rtx", precision, BuildOptions(**options))
+    assert caught.value.message.startswith(f"tensorrt-rtx cannot build {precision} here: ")
+
+
+def test_without_a_driver_nothing_opens(tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_memory, "DRIVER", "libno-such-driver.so.1")
+    folder = tmp_path / "engine"
+    manifest = build_engine(
+        tiny_bundle, folder, backend="tensorrt-rtx", precision="fp32", text_buckets=(16,)
+    )
+    assert Fidelity.from_json(manifest.fidelity) is None
+    with pytest.raises(EngineError, match="cannot run here: .* no NVIDIA driver here"):
+        open_engine(folder)
+
+
+def test_a_plan_the_library_calls_invalid_is_not_opened(rtx, tmp_path):
+    if cuda_memory.gpu_fault() is None:
+        pytest.skip("a GPU is here")
+    (tmp_path / PLAN).write_bytes(b"no plan at all" * 1000)
+    settings = read_settings(rtx.LIBRARY, OpenOptions(), None)
+    with pytest.raises(EngineError, match="cannot run here"):
+        open_plan(rtx.LIBRARY, tmp_path, toy_manifest(), settings)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "fault"),
+    [
+        ({"compute_capabilities": ["8.9", "12.0"], "least_compute_capability": "8.9"}, "8.9", None),
+        (
+            {"compute_capabilities": ["8.9", "12.0"], "least_compute_capability": "8.9"},
+            "8.6",
+            "device: built for compute capability 8.9, 12.0, NVIDIA Stand-in 80GB has 8.6",
+        ),
+        ({"compute_capabilities": [], "least_compute_capability": "8.9"}, "12.0", None),
+        (
+            {"compute_capabilities": [], "least_compute_capability": "8.9"},
+            "8.6",
+            "device: built for compute capability 8.9 and later, NVIDIA Stand-in 80GB has 8.6",
+        ),
+    ],
+)
+def test_the_gpu_must_be_one_it_was_built_for(rtx, monkeypatch, device, capability, fault):
+    gpu = cuda_memory.Gpu("NVIDIA Stand-in 80GB", capability, "13.0")
+    monkeypatch.setattr(rtx, "gpu_fault", lambda: None)
+    monkeypatch.setattr(rtx, "current_gpu", lambda: gpu)
+    manifest = replace(toy_manifest(), device={"kind": "cuda", **device})
+    assert rtx.device_faults(manifest) == ([] if fault is None else [fault])
+
+
+def rtx_engine(rtx, folder: Path, recording: Recording, **settings) -> TrtEngine:
+    read = read_settings(
+        rtx.LIBRARY, OpenOptions(backend_settings=settings), folder / "runtime_cache.8.9.bin"
+    )
+    return TrtEngine(rtx.LIBRARY, toy_manifest(), None, RtxEngine(recording), read)
+
+
+def test_compiled_kernels_are_kept_beside_the_plan(rtx, tmp_path):
+    recording, stream = Recording(), SimpleNamespace(handle=5)
+    engine = rtx_engine(rtx, tmp_path, recording, cuda_graph_strategy="whole_graph_capture")
+    assert engine.cuda_graph_strategy == "whole_graph_capture"
+    engine.context(stream, 16)
+    engine.close()
+    kept = tmp_path / "runtime_cache.8.9.bin"
+    assert kept.read_bytes() == KERNELS
+    allocations = recording.named("set_execution_context_allocation_strategy")
+    assert allocations == [("ON_PROFILE_CHANGE",)]
+    (strategy,) = recording.named("cuda_graph_strategy")
+    assert strategy == (rtx.LIBRARY.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE,)
+    again = Recording()
+    rtx_engine(rtx, tmp_path, again, dynamic_shapes_kernel_specialization_strategy="eager").close()
+    assert again.named("cache.deserialize") == [(KERNELS,)]
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+
+
+def test_a_folder_that_cannot_be_written_is_no_fault(rtx, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("a file where the folder should be")
+    engine = rtx_engine(rtx, blocked, Recording())
+    engine.context(SimpleNamespace(handle=5), 8)
+    assert not engine.save_runtime_cache()
+    engine.close()
+    none = rtx_engine(rtx, tmp_path, Recording(), runtime_cache="none")
+    assert not none.save_runtime_cache()
+
+
+def test_a_wrong_strategy_lists_the_right_ones(rtx, tmp_path):
+    with pytest.raises(EngineError) as caught:
+        rtx_engine(rtx, tmp_path, Recording(), cuda_graph_strategy="always")
+    assert caught.value.faults == (
+        "cuda_graph_strategy: got 'always', expected disabled or whole_graph_capture",
+    )
+
+
+def test_a_report_of_another_form_is_empty():
+    report = read_report("Layer(Constant): something else\n")
+    assert report == PlanReport((), ())
+    assert report.to_json({})["attention"] == {"layers": 0, "fused": 0}
+
+
+def test_the_stand_in_has_no_call_that_the_library_lacks(rtx):
+    import recording_trt
+
+    real = rtx.LIBRARY.module
+    pairs = {
+        real.Builder: recording_trt.Builder,
+        real.INetworkDefinition: recording_trt.Network,
+        real.IBuilderConfig: recording_trt.Config,
+        real.Runtime: recording_trt.Runtime,
+        real.ICudaEngine: recording_trt.RtxEngine,
+        real.IExecutionContext: recording_trt.ExecutionContext,
+        real.OnnxParser: recording_trt.OnnxParser,
+    }
+    for kind, stand_in in pairs.items():
+        names = {name for name in vars(stand_in) if not name.startswith("_")} - {"recording"}
+        assert names <= set(dir(kind)), stand_in
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_a_gpu_ranks_as_float32_does(tiny_bundle, tmp_path, backend, precision):
+    try:
+        require_builder(backend, precision, BuildOptions())
+    except EngineError as error:
+        pytest.skip(str(error))
+    samples = RandomSamples(BundleManifest.read(tiny_bundle))
+    folder = tmp_path / "engine"
+    build_engine(
+        tiny_bundle,
+        folder,
+        backend=backend,
+        precision=precision,
+        text_buckets=(16, 64),
+        calibration=samples,
+    )
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    engine = open_engine(copy)
+    found = measure_fidelity(engine, tiny_bundle, samples)
+    engine.close()
+    assert found["kendall_tau"] > {"fp32": 0.99, "fp8": 0.8, "int8": 0.8}.get(precision, 0.95)
+    assert np.isfinite(found["max_abs_diff"])
+
+
+@pytest.mark.gpu
+def test_the_stand_in_answers_as_cuda_does():
+    real, stand_in = cuda_memory._cudart(), make_cuda_runtime(Recording())
+    names = [name for name in vars(stand_in) if name.startswith("cuda")]
+    assert [name for name in names if not hasattr(real, name)] == []
