@@ -8,15 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from recording_trt import (
-    GPU_NAME,
-    PLAN_BYTES,
-    TIMINGS,
-    Recording,
-    make_cuda_runtime,
-    make_tensorrt,
-)
-from toy_engine import ToyEngine, toy_manifest
 
 from edje.engines import cuda_memory, trt_library
 from edje.engines.backends import load_backend, require_builder
@@ -26,6 +17,15 @@ from edje.engines.trt_build import PLAN
 from edje.engines.trt_library import MAX_MESSAGES, MessageLog
 from edje.errors import EngineError
 from edje.runtime.cli import main
+from recording_trt import (
+    GPU_NAME,
+    PLAN_BYTES,
+    TIMINGS,
+    Recording,
+    make_cuda_runtime,
+    make_tensorrt,
+)
+from toy_engine import ToyEngine, toy_manifest
 
 CACHED = (cuda_memory._cudart, cuda_memory._measuring_stream, cuda_memory.current_gpu)
 STREAM = SimpleNamespace(handle=1234, submit=None)
@@ -328,7 +328,7 @@ def test_a_host_batch_is_scored_on_the_device(engine, machine, recording):
 
 
 def test_cuda_errors_are_one_sentence(machine):
-    with pytest.raises(EngineError, match="^CUDA failed in cudaFree: invalid argument$"):
+    with pytest.raises(EngineError, match=r"^CUDA failed in cudaFree: invalid argument$"):
         cuda_memory._call(machine, "cudaFree", 42)
 
 

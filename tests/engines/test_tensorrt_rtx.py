@@ -11,8 +11,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from recording_trt import KERNELS, Recording, RtxEngine, make_cuda_runtime
-from toy_engine import toy_manifest
 
 from edje.bundle import JOINT_ENCODER, BundleManifest
 from edje.engines import cuda_memory
@@ -31,6 +29,8 @@ from edje.engines.trt_build import PLAN, parsed_network
 from edje.engines.trt_report import REPORT, PlanReport, read_report
 from edje.engines.trt_run import TrtEngine, open_plan, read_settings
 from edje.errors import EngineError
+from recording_trt import KERNELS, Recording, RtxEngine, make_cuda_runtime
+from toy_engine import toy_manifest
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra rtx")
 MAX_BUILD_SECONDS = 60
@@ -243,7 +243,7 @@ def test_without_a_driver_nothing_opens(tiny_bundle, tmp_path, monkeypatch):
         tiny_bundle, folder, backend="tensorrt-rtx", precision="fp32", text_buckets=(16,)
     )
     assert Fidelity.from_json(manifest.fidelity) is None
-    with pytest.raises(EngineError, match="cannot run here: .* no NVIDIA driver here"):
+    with pytest.raises(EngineError, match=r"cannot run here: .* no NVIDIA driver here"):
         open_engine(folder)
 
 

@@ -124,12 +124,12 @@ class Builder:
         monitor = config.progress_monitor
         monitor.phase_start("Building engine", None, 2)
         monitor.phase_start("Timing tactics", "Building engine", 4)
-        going = all([monitor.step_complete("Timing tactics", step) for step in range(4)])
+        going = [monitor.step_complete("Timing tactics", step) for step in range(4)]
         monitor.phase_finish("Timing tactics")
         if self.recording.refused.build is not None:
             self.logger.log(ILogger.Severity.ERROR, self.recording.refused.build)
             return None
-        return PLAN_BYTES if going else None
+        return PLAN_BYTES if all(going) else None
 
 
 class Network:
