@@ -30,6 +30,7 @@ import numpy as np
 
 from ..bundle import BundleManifest
 from ..engines.build import build_engine
+from ..engines.fidelity import FidelityLimits
 from ..engines.manifest import EngineManifest
 from ..errors import EdjeError
 from ..runtime.reranker import Reranker
@@ -41,7 +42,7 @@ from .harness import conditions, write_result
 TOP_K = 10
 NUM_CANDIDATES = 1000
 NUM_WARM_UPS = 4
-CALIBRATION_QUERIES, CALIBRATION_CANDIDATES = 128, 50
+CALIBRATION_QUERIES, CALIBRATION_CANDIDATES = 64, 50
 EXPECTED_SPEEDUP = 1.5
 PRECISE, FAST, CASCADE = "precise alone", "fast alone", "cascade"
 
@@ -105,25 +106,53 @@ def _ids(result: RankResult) -> list[str]:
     return [hit.id for hit in result]
 
 
-def run_benchmark(demo: Path, num_queries: int | None, scratch: Path, tell: Tell) -> dict[str, Any]:
-    """Build both engines, rank, compare; return conditions and figures.
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is measured: a finished demo, how many test queries, engines where they exist."""
+
+    demo: Path
+    num_queries: int | None
+    precise: Path | None
+    fast: Path | None
+
+
+def run_benchmark(settings: Settings, scratch: Path, tell: Tell) -> dict[str, Any]:
+    """Rank with both engines (built into `scratch` where none are given), compare, count.
 
     Raises:
-        EdjeError: `demo` was not written by `edje demo`, or an engine cannot be built.
+        EdjeError: the demo was not written by `edje demo`, or an engine cannot be built.
     """
-    queries = test_queries(demo, num_queries, tell)
-    precise, fast = scratch / "precise", scratch / "fast"
-    build_engine(demo / "bundle", precise, backend="openvino", precision="fp32", progress=tell)
-    with calibration_pairs(demo, {query.text for query in queries}, scratch, tell) as samples:
+    demo = settings.demo
+    queries = test_queries(demo, settings.num_queries, tell)
+    precise = settings.precise or build_precise(demo, scratch / "precise", tell)
+    texts = {query.text for query in queries}
+    fast = settings.fast or build_fast(demo, texts, scratch, tell)
+    return measure(queries, demo / "scenes.store", precise, fast, tell)
+
+
+def build_precise(demo: Path, out: Path, tell: Tell) -> Path:
+    """Build the float32 engine; return its folder."""
+    build_engine(demo / "bundle", out, backend="openvino", precision="fp32", progress=tell)
+    return out
+
+
+def build_fast(demo: Path, without: set[str], scratch: Path, tell: Tell) -> Path:
+    """Build the int8 engine, calibrated on captions that are not in `without`.
+
+    With no limits on its ranking, nothing is kept in float32: the precise engine mends it.
+    """
+    out = scratch / "fast"
+    with calibration_pairs(demo, without, scratch, tell) as samples:
         build_engine(
             demo / "bundle",
-            fast,
+            out,
             backend="openvino",
             precision="int8",
             calibration=samples,
+            limits=FidelityLimits(),
             progress=tell,
         )
-    return measure(queries, demo / "scenes.store", precise, fast, tell)
+    return out
 
 
 def measure(
@@ -179,8 +208,9 @@ def test_queries(demo: Path, num_queries: int | None, tell: Tell) -> list[Query]
     from ..demo import scenes
 
     texts = _captions(scenes.SEEDS["test"], len(_store_ids(demo)))
-    step = len(texts) // min(num_queries or len(texts), len(texts))
-    return first_stage(demo, texts[::step], NUM_CANDIDATES, tell)
+    count = min(num_queries or len(texts), len(texts))
+    chosen = [texts[number * len(texts) // count] for number in range(count)]
+    return first_stage(demo, chosen, NUM_CANDIDATES, tell)
 
 
 def calibration_pairs(demo: Path, without: set[str], scratch: Path, tell: Tell) -> StoreSamples:
@@ -259,15 +289,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m edje.perf.bench_cascade", description=__doc__)
     parser.add_argument("demo", type=Path, help="folder that `edje demo --out` has written")
     parser.add_argument("--queries", type=int, default=None, help="only so many test queries")
+    parser.add_argument("--precise", type=Path, help="engine folder; default: float32, built")
+    parser.add_argument("--fast", type=Path, help="engine folder; default: int8, built")
     parser.add_argument("--name", default="cascade", help="file name under perf/results")
     options = parser.parse_args(arguments)
+    settings = Settings(options.demo, options.queries, options.precise, options.fast)
     try:
         with TemporaryDirectory() as scratch:
             result = run_benchmark(
-                options.demo,
-                options.queries,
-                Path(scratch),
-                lambda line: print(f"... {line}", flush=True),
+                settings, Path(scratch), lambda line: print(f"... {line}", flush=True)
             )
     except EdjeError as error:
         print(error, file=sys.stderr)
