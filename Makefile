@@ -47,6 +47,7 @@ sizes: $(INSTALLED)
 
 bench: $(INSTALLED) ## measure end to end against the bare engines (minutes)
 	$(BIN)/python -m edje.perf.bench_end_to_end
+	$(BIN)/python -m edje.perf.bench_precisions
 
 train: $(INSTALLED) ## train the demo's model again (hours on two cores, resumable)
 	$(BIN)/python -m edje.demo.training

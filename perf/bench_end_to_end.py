@@ -32,6 +32,7 @@ from ..engines.cpu import pairs_per_forward
 from ..engines.fidelity import InlineStream
 from ..engines.manifest import EngineManifest
 from ..engines.open import open_engine
+from ..engines.samples import RandomSamples
 from ..errors import EdjeError, EngineError
 from ..runtime.reranker import Reranker
 from ..runtime.store import TokenStore
@@ -115,8 +116,15 @@ def cached_engine(bundle: Path, backend: str, precision: str, tell: Callable[[st
     try:
         open_engine(folder).close()
     except EngineError:
+        random = RandomSamples(BundleManifest.read(bundle))
         build_engine(
-            bundle, folder, backend=backend, precision=precision, overwrite=True, progress=tell
+            bundle,
+            folder,
+            backend=backend,
+            precision=precision,
+            calibration=random,
+            overwrite=True,
+            progress=tell,
         )
     return folder
 

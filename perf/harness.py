@@ -24,7 +24,15 @@ from ..errors import EdjeError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-LIBRARIES = ("edje-runtime", "numpy", "onnxruntime", "openvino", "tokenizers")
+LIBRARIES = (
+    "edje-runtime",
+    "numpy",
+    "onnxruntime",
+    "openvino",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
 
 
 @dataclass(frozen=True, slots=True)
