@@ -49,7 +49,10 @@ def run_benchmark(settings: Settings, tell: Tell) -> dict[str, Any]:
     bundle = full_size_bundle()
     left_out = {name: reason for name in ENGINES if (reason := _why_not(name))}
     folders = {
-        name: cached_engine(bundle, *name.split(), tell) for name in ENGINES if name not in left_out
+        name: cached_engine(bundle, backend, precision, tell)
+        for name in ENGINES
+        if name not in left_out
+        for backend, precision in [name.split()]
     }
     pairs = make_batch(folders[FLOAT32], settings)
     official = official_scorer(settings.num_threads)
