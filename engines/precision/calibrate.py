@@ -93,26 +93,6 @@ def amax_by(method: str, seen: Mapping[str, Activations], precision: str) -> dic
     return {name: METHODS[method](values, precision) for name, values in seen.items()}
 
 
-def quantization_error(
-    activations: Activations, amax: float, weight: Array, precision: str
-) -> float:
-    """Return the relative error of one linear's output from quantising its input and weight.
-
-    The square root of (noise / signal), both summed over what was seen; the noise of activations
-    and weights is taken as independent.
-    """
-    used = np.flatnonzero(activations.counts)
-    centers, counts = _centers()[used], activations.counts[used].astype(np.float64)
-    signal = float(counts @ centers**2)
-    noise = float(counts @ (centers - _rounded(centers, amax, precision)) ** 2)
-    axis = 0 if precision == "int8" else None
-    scale = np.maximum(np.abs(weight).max(axis=axis) / LARGEST[precision], 1e-30)
-    stored = round_to(weight / scale, storage_type(precision), LARGEST[precision])
-    weight_noise = float(((stored.astype(np.float32) * scale - weight) ** 2).sum())
-    weight_signal = float((weight**2).sum())
-    return float(np.sqrt(noise / max(signal, 1e-30) + weight_noise / max(weight_signal, 1e-30)))
-
-
 def _rounded(values: Array, amax: float, precision: str) -> Array:
     scale = max(amax, 1e-30) / LARGEST[precision]
     rounded = round_to(values / scale, storage_type(precision), LARGEST[precision])

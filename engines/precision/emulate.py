@@ -6,8 +6,9 @@ tells what a precision does to the scores where no device is at hand; it tells n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -19,7 +20,12 @@ from .lower import ONNX_TYPES
 if TYPE_CHECKING:
     import onnx
 
-Run = Callable[[Batch], list[Array]]
+
+class Run(Protocol):
+    """Runs a batch, with more inputs where the graph has some."""
+
+    def __call__(self, batch: Batch, more: Mapping[str, Array] = ..., /) -> list[Array]: ...
+
 
 _FLOAT32 = ONNX_TYPES["float32"]
 _FLOAT8 = 17
@@ -75,10 +81,9 @@ def runner(graph: Graph, values: Sequence[str] = (OUTPUT,), num_threads: int = 0
         raise EngineError(f"ONNX Runtime cannot run the graph: {error}") from error
     names = [value.name for value in graph.inputs]
 
-    def run(batch: Batch) -> list[Array]:
-        outputs: list[Array] = session.run(
-            list(values), {name: getattr(batch, name) for name in names}
-        )
+    def run(batch: Batch, more: Mapping[str, Array] = MappingProxyType({}), /) -> list[Array]:
+        feed = {name: getattr(batch, name) for name in names if name not in more}
+        outputs: list[Array] = session.run(list(values), {**feed, **more})
         return outputs
 
     return run

@@ -126,11 +126,6 @@ def in_layers(item: onnx.NodeProto) -> bool:
     return _LAYER.match(item.name) is not None
 
 
-def layer_number(place: str) -> int:
-    """Return the number of the layer that the place `layers.N.kind` is in."""
-    return int(place.split(".")[1])
-
-
 def linears(graph: Graph) -> Iterator[onnx.NodeProto]:
     """Go through the layers' matrix products with weights: [..., K] x [K, N]."""
     return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,17 +12,20 @@ from ...errors import EngineError
 from ..agreement import Agreement, rank_agreement
 from ..contract import Batch, Float32, Progress
 from ..fidelity import FidelityLimits
-from .calibrate import METHODS, Activations, amax_by, observe, quantization_error
+from .calibrate import METHODS, Activations, amax_by, observe
 from .emulate import scorer
-from .graph import Graph, layer_number
+from .graph import Graph
 from .lower import lower
-from .quantize import find_linears, quantize
+from .quantize import quantize
 from .smooth import outlier_values, smooth
+from .switch import Switches
 
 Query = Sequence[Batch]  # one query's candidates, cut into batches
 
 # Enough to see every channel: 256 pairs are 20,000 token rows a linear.
 OBSERVED_PAIRS = 256
+# Enough to sort places by what they do; a full-size model has 48.
+EFFECT_PAIRS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +56,8 @@ def choose(
     """Quantise `graph` so that the ranking of `queries` holds `limits`.
 
     First the way to choose scales (and, where channels stand out, to smooth them) that agrees
-    best with float32; then, while a limit is broken, more places kept in `compute_type`: FFN2 by
-    its measured error, then whole layers from the last.
+    best with float32; then, while a limit is broken, more places kept in `compute_type`, those
+    first that move the scores most when quantised alone.
 
     Raises:
         EngineError: the limits do not hold even with only one place quantised.
@@ -93,6 +96,7 @@ class _Search:
     forms: dict[str, tuple[Graph, dict[str, Activations]]] = field(init=False)
     expected: list[Float32] = field(init=False)
     smoothed: dict[str, float] = field(init=False)
+    effects: dict[str, float] = field(default_factory=dict, init=False)
     tried: list[_Try] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -115,44 +119,53 @@ class _Search:
 
     def climb(self, best: _Try, tell: Progress) -> _Try:
         """Keep more and more places until the limits hold; then as few as they allow."""
-        order = self.order(best)
-        good: dict[int, _Try] = {}
+        graph, seen = self.forms[best.form]
+        switches = Switches(graph, self.precision, amax_by(best.method, seen, self.precision))
+        tell("measuring what each place does to the scores")
+        self.effects = self.measured_effects(switches)
+        order = sorted(self.effects, key=lambda place: -self.effects[place])
+        most = len(order) - 1
         low, high = 0, 1
-        while True:
-            tell(f"keeping {high} of {len(order)} places in {self.compute_type}")
-            found = self.attempt(best.form, best.method, tuple(order[:high]))
-            if self.holds(found):
-                good[high] = found
-                break
-            if high == len(order) - 1:
-                raise self._refusal(found)
-            low, high = high, min(2 * high, len(order) - 1)
+        while not self.holds(self.rung(best, switches, order[:high], tell)) and high < most:
+            low, high = high, min(2 * high, most)
         while high - low > 1:
             middle = (low + high) // 2
-            found = self.attempt(best.form, best.method, tuple(order[:middle]))
+            holds = self.holds(self.rung(best, switches, order[:middle], tell))
+            low, high = (low, middle) if holds else (middle, high)
+        while True:  # the switches leave the compute type out: the graph itself has the last word
+            found = self.attempt(best.form, best.method, tuple(order[:high]))
             if self.holds(found):
-                high, good[middle] = middle, found
-            else:
-                low = middle
-        return good[high]
+                return found
+            if high == most:
+                raise self._refusal(found)
+            high += 1
 
-    def order(self, best: _Try) -> list[str]:
-        """Return the places in the order in which the ladder keeps them."""
-        errors = self.errors(best)
-        ffn2 = sorted((p for p in errors if p.endswith(".ffn2")), key=lambda p: -errors[p])
-        rest = [place for place in errors if place not in ffn2]
-        return ffn2 + sorted(rest, key=lambda p: (-layer_number(p), -errors[p]))
+    def rung(self, best: _Try, switches: Switches, kept: Sequence[str], tell: Progress) -> _Try:
+        """Score with all but `kept` quantised and remember."""
+        tell(f"keeping {len(kept)} of {len(switches.places)} places in {self.compute_type}")
+        quantized = [place for place in switches.places if place not in kept]
+        found = score_queries(lambda batch: switches.score(batch, quantized), self.queries)
+        result = replace(best, kept=tuple(kept), agreement=rank_agreement(self.expected, found))
+        self.tried.append(result)
+        return result
 
-    def errors(self, best: _Try) -> dict[str, float]:
-        """Return the largest relative output error of every place's linears."""
-        graph, seen = self.forms[best.form]
-        amax = amax_by(best.method, seen, self.precision)
-        errors: dict[str, float] = {}
-        for linear in find_linears(graph):
-            value, weight = linear.value, graph.array(linear.weight)
-            error = quantization_error(seen[value], amax[value], weight, self.precision)
-            errors[linear.place] = max(error, errors.get(linear.place, 0.0))
-        return errors
+    def measured_effects(self, switches: Switches) -> dict[str, float]:
+        """Return the mean |score difference| that quantising each place alone makes."""
+        batches = _spread(self.queries, EFFECT_PAIRS)
+        exact = [switches.score(batch, ()) for batch in batches]
+        return {
+            place: float(
+                np.mean(
+                    np.concatenate(
+                        [
+                            np.abs(switches.score(batch, (place,)) - scores)
+                            for batch, scores in zip(batches, exact, strict=True)
+                        ]
+                    )
+                )
+            )
+            for place in switches.places
+        }
 
     def attempt(self, form: str, method: str, kept: tuple[str, ...]) -> _Try:
         """Quantise, score and remember."""
@@ -171,11 +184,11 @@ class _Search:
         return not self.limits.broken_by(found.agreement)
 
     def choice(self, chosen: _Try) -> Choice:
-        errors = self.errors(chosen)
+        effects = {place: {"mean_abs_diff": self.effects[place]} for place in chosen.kept}
         facts = {
             "method": chosen.method,
             "smoothed": self.smoothed if chosen.form == "smoothed" else {},
-            "kept": {place: {"relative_error": round(errors[place], 4)} for place in chosen.kept},
+            "kept": effects,
             "tried": [found.to_json() for found in self.tried],
         }
         graph = self.quantized(chosen.form, chosen.method, chosen.kept)
