@@ -26,18 +26,18 @@ import numpy.typing as npt
 
 from ..bundle import BundleManifest
 from ..engines.backends import load_backend
-from ..engines.build import build_engine
+from ..engines.cache import cached_engine
 from ..engines.contract import Batch, Engine, OpenOptions
 from ..engines.cpu import pairs_per_forward
 from ..engines.fidelity import InlineStream
 from ..engines.manifest import EngineManifest
 from ..engines.open import open_engine
 from ..engines.samples import RandomSamples
-from ..errors import EdjeError, EngineError
+from ..errors import EdjeError
 from ..runtime.reranker import Reranker
 from ..runtime.store import TokenStore
 from .harness import conditions, interleave, speedup, table, timings_json, write_result
-from .random_model import CACHE, full_size_bundle, query_of
+from .random_model import CACHE, full_size_bundle, query_of, source_hash
 
 Float32 = npt.NDArray[np.float32]
 Scorer = Callable[[], Float32]
@@ -88,10 +88,10 @@ def run_benchmark(settings: Settings, scratch: Path, tell: Callable[[str], None]
     """
     tell("exporting the full-size model (cached in .cache/)")
     bundle = full_size_bundle()
-    openvino = cached_engine(bundle, "openvino", "fp32", tell)
-    onnxruntime = cached_engine(bundle, "onnxruntime", "fp32", tell)
+    openvino = engine_of(bundle, "openvino", "fp32", tell)
+    onnxruntime = engine_of(bundle, "onnxruntime", "fp32", tell)
     why_no_bf16 = load_backend("openvino").why_not("bf16")
-    fast = openvino if why_no_bf16 else cached_engine(bundle, "openvino", "bf16", tell)
+    fast = openvino if why_no_bf16 else engine_of(bundle, "openvino", "bf16", tell)
     request = make_request(openvino, settings, scratch)
     tell("comparing Reranker.rank with the bare OpenVINO library")
     overhead = compare_with_bare(openvino, request, settings)
@@ -110,23 +110,16 @@ def run_benchmark(settings: Settings, scratch: Path, tell: Callable[[str], None]
     }
 
 
-def cached_engine(bundle: Path, backend: str, precision: str, tell: Callable[[str], None]) -> Path:
-    """Return the engine of the cached bundle; build it where there is none that opens."""
-    folder = CACHE / f"{bundle.name}-{backend}-{precision}"
-    try:
-        open_engine(folder).close()
-    except EngineError:
-        random = RandomSamples(BundleManifest.read(bundle))
-        build_engine(
-            bundle,
-            folder,
-            backend=backend,
-            precision=precision,
-            calibration=random,
-            overwrite=True,
-            progress=tell,
-        )
-    return folder
+def engine_of(bundle: Path, backend: str, precision: str, tell: Callable[[str], None]) -> Path:
+    """Return an engine of the cached bundle, built once for every state of the sources."""
+    return cached_engine(
+        bundle,
+        CACHE / f"engines-{source_hash('engines')}",
+        backend=backend,
+        precision=precision,
+        calibration=RandomSamples(BundleManifest.read(bundle)),
+        progress=tell,
+    )
 
 
 def make_request(engine: Path, settings: Settings, scratch: Path) -> Request:

@@ -24,7 +24,7 @@ from ..engines.contract import Batch, OpenOptions
 from ..engines.manifest import EngineManifest
 from ..engines.open import open_engine
 from ..errors import EdjeError
-from .bench_end_to_end import Scorer, Settings, cached_engine, engine_scorer, text_ids
+from .bench_end_to_end import Scorer, Settings, engine_of, engine_scorer, text_ids
 from .harness import Timing, conditions, interleave, speedup, table, timings_json, write_result
 from .official_scorer import official_scorer
 from .random_model import full_size_bundle
@@ -49,7 +49,7 @@ def run_benchmark(settings: Settings, tell: Tell) -> dict[str, Any]:
     bundle = full_size_bundle()
     left_out = {name: reason for name in ENGINES if (reason := _why_not(name))}
     folders = {
-        name: cached_engine(bundle, backend, precision, tell)
+        name: engine_of(bundle, backend, precision, tell)
         for name in ENGINES
         if name not in left_out
         for backend, precision in [name.split()]

@@ -26,7 +26,7 @@ CACHE = Path(__file__).parent.parent / ".cache" / "perf"
 
 def full_size_bundle(cache: Path = CACHE) -> Path:
     """Return the model bundle, exported once for every state of the export's source files."""
-    folder = cache / f"full-size-{_source_hash()}"
+    folder = cache / f"full-size-{source_hash('export')}"
     if not folder.exists():
         from ..export.export import export_bundle
 
@@ -119,8 +119,9 @@ def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def _source_hash() -> str:
+def source_hash(folder: str) -> str:
+    """Return a hash of this file and of every source below `folder` of the package."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    for source in sorted((Path(__file__).parent.parent / "export").glob("*.py")):
+    for source in sorted((Path(__file__).parent.parent / folder).rglob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:12]

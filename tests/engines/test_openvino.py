@@ -68,7 +68,7 @@ def test_bfloat16_stays_close_to_float32(tiny_bundle, tmp_path, official_pairs, 
     assert 0 < manifest.fidelity["max_abs_diff"] < BF16_TOLERANCE
     engine = open_engine(out)
     pairs = [(caption, image) for caption in range(5) for image in range(12)]
-    scores = run(engine, official_pairs.batch(pairs, 64))
+    scores = run(engine, official_pairs.batch(pairs, 63))
     engine.close()
     expected = official_pairs.expected(pairs)
     np.testing.assert_allclose(scores, expected, rtol=0, atol=BF16_TOLERANCE)

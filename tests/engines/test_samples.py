@@ -12,7 +12,7 @@ from edje.engines.samples import RandomSamples, RankingSample, int8_batch, sampl
 
 
 @pytest.mark.parametrize(
-    "profile", [Profile(256, (16, 24, 32, 48, 64)), Profile(5, (20,)), Profile(1, (3, 64))]
+    "profile", [Profile(256, (15, 23, 31, 47, 63)), Profile(5, (20,)), Profile(1, (3, 64))]
 )
 def test_random_samples_fit_every_profile_and_repeat(built_engines, profile):
     bundle = EngineManifest.read(built_engines["onnxruntime"]).bundle

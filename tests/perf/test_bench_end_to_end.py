@@ -37,7 +37,7 @@ def request_of_both(engines, tmp_path_factory):
     store.append(ids, tokens)
     store.close()
     queries = QueryTokenizer.open(engines / "openvino", bundle.text)([QUERY])
-    text_ids = np.zeros((1, 24), np.int32)
+    text_ids = np.zeros((1, 23), np.int32)
     text_ids[0, : queries.text_length[0]] = queries.text_ids[0, : queries.text_length[0]]
     return bench.Request(QUERY, ids, path, text_ids, tokens)
 

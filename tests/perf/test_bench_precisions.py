@@ -37,7 +37,7 @@ def small_model(monkeypatch, tmp_path):
 
 def batch_of(num_pairs: int) -> Batch:
     random = np.random.default_rng(0)
-    text_ids = np.zeros((1, 16), np.int32)
+    text_ids = np.zeros((1, 15), np.int32)
     text_ids[0, :9] = [2, *random.integers(5, 60, 7), 3]
     tokens = random.standard_normal((num_pairs, 64, 48)).astype(np.float16)
     length = np.array([9], np.int32)
