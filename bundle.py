@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from .errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: query, key and value are three products of the joint encoder
 MANIFEST = "edje.json"
 TOKENIZER = "tokenizer.json"
 JOINT_ENCODER = "joint_encoder.onnx"

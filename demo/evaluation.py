@@ -41,6 +41,7 @@ class DemoResult:
     pairs_per_s: float = 0.0
     bytes_per_image: int = 0
     engine: str = ""
+    trials: list[dict[str, Any]] = field(default_factory=list)
     conditions: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager

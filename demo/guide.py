@@ -17,8 +17,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..bundle import JOINT_ENCODER, PARITY, BundleManifest
-from ..engines.backends import probe_backends
-from ..engines.build import build_engine
+from ..engines.auto import build_fastest
 from ..engines.cpu import cpu_features, cpu_model, usable_cores
 from ..engines.manifest import EngineManifest
 from ..errors import EdjeError
@@ -28,7 +27,7 @@ from ..runtime.image_encoder import ImageEncoder
 from ..runtime.index import index_images
 from ..runtime.reranker import Reranker
 from ..runtime.store import TokenStore
-from . import scenes, weights
+from . import calibration, scenes, weights
 from .contact_sheet import draw_contact_sheet
 from .evaluation import DemoResult, QueryResult
 from .first_stage import FirstStage
@@ -53,9 +52,11 @@ def run_demo(out: Path, *, num_queries: int = NUM_QUERIES) -> DemoResult:
     out = _fresh_folder(out)
     result = DemoResult(num_candidates=min(NUM_CANDIDATES, num_queries), num_images=num_queries)
     pool = _render(result, out / "images", num_queries)
-    _export_and_build(result, out)
+    _export(result, out)
     _index(result, out)
+    _build(result, out)
     order = _retrieve(result, out, pool)
+    _write_queries(out / "queries.jsonl", pool, order)
     _rerank(result, out, pool, order)
     with result.step("page") as detail:
         write_page(result, out / "images", pool, out / "index.html")
@@ -95,7 +96,7 @@ def _render(result: DemoResult, folder: Path, count: int) -> dict[str, str]:
     return captions
 
 
-def _export_and_build(result: DemoResult, out: Path) -> None:
+def _export(result: DemoResult, out: Path) -> None:
     with result.step("export") as detail, progress_steps("Exporting") as tell:
         paths = weights.write_checkpoint(out / "checkpoint")
         export_bundle(
@@ -108,22 +109,19 @@ def _export_and_build(result: DemoResult, out: Path) -> None:
         parity = json.loads((out / "bundle" / PARITY).read_text())
         difference = parity[JOINT_ENCODER]["max_abs_difference"]
         detail.append(f"scores of the graph within {difference:.0e} of PyTorch's")
+
+
+def _build(result: DemoResult, out: Path) -> None:
+    """Build the fastest faithful engine, calibrated on drawings of their own."""
     with result.step("build engine") as detail, progress_steps("Building") as tell:
-        backend, precision = _choose_engine()
-        manifest = build_engine(
-            out / "bundle", out / "engine", backend=backend, precision=precision, progress=tell
-        )
+        with calibration.samples(out / "bundle", out / "calibration") as samples:
+            manifest = build_fastest(
+                out / "bundle", out / "engine", calibration=samples, progress=tell
+            )
         result.engine = f"{manifest.backend} {manifest.precision}"
         result.conditions = _conditions(manifest)
+        result.trials = list(manifest.build_options["auto"])
         detail.append(f"{manifest.backend} {manifest.backend_version}, {manifest.precision}")
-
-
-def _choose_engine() -> tuple[str, str]:
-    """Return the preferred CPU backend that this machine has: OpenVINO, else ONNX Runtime."""
-    for status in probe_backends(("openvino", "onnxruntime")):
-        if "fp32" in status.usable:
-            return status.name, "fp32"
-    raise EdjeError("no CPU backend is installed", hint="pip install 'edje-runtime[cpu]'")
 
 
 def _conditions(manifest: EngineManifest) -> dict[str, str]:
@@ -162,6 +160,15 @@ def _retrieve(result: DemoResult, out: Path, pool: dict[str, str]) -> npt.NDArra
         order = np.argsort(-(texts @ images.T), axis=1, kind="stable")
         detail.append(f"dual encoder, top {result.num_candidates} of {len(pool):,}")
     return order[:, : result.num_candidates]
+
+
+def _write_queries(path: Path, pool: dict[str, str], order: npt.NDArray[np.int64]) -> None:
+    """Write the queries with their candidates, as `edje verify --queries` reads them."""
+    names = list(pool)
+    with path.open("w", encoding="utf-8") as file:
+        for (name, caption), row in zip(pool.items(), order, strict=True):
+            entry = {"query": caption, "target": name, "candidates": [names[i] for i in row]}
+            file.write(json.dumps(entry) + "\n")
 
 
 def _rerank(
@@ -204,6 +211,9 @@ def print_table(result: DemoResult, out: Path) -> None:
         f"{result.pairs_per_s:,.0f} pairs/s with {result.engine}; "
         f"{result.bytes_per_image:,} bytes an image"
     )
+    for trial in result.trials:
+        found = trial["refused"] or f"{trial['pairs_per_s']:,.0f} pairs/s"
+        console.print(f"Tried {trial['backend']} {trial['precision']}: {found}", style="dim")
     steps = ", ".join(f"{step.name} {step.seconds:.1f} s" for step in result.steps)
     console.print(f"Steps: {steps}", style="dim")
     console.print(f"Page:  {out / 'index.html'}\nSheet: {out / 'contact-sheet.png'}")
