@@ -21,8 +21,9 @@ from .contract import (
     Float32,
     HostEngine,
     OpenOptions,
+    even_parts,
 )
-from .cpu import describe_cpu, is_x86, pairs_per_forward, why_no_int8
+from .cpu import describe_cpu, is_x86, pairs_per_forward, usable_cores, why_no_int8
 from .cpu import device_faults as cpu_faults
 from .manifest import EngineManifest
 from .ov_graph import fit_to_x86
@@ -110,7 +111,7 @@ def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine
     wanted = ELEMENT_TYPES[manifest.precision]
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,  # one forward uses every thread; batches come one after the other
+        "NUM_STREAMS": usable_cores(),  # OpenVINO cuts this down to its number of threads
         **options.backend_settings,
         PRECISION_KEY: wanted,
     }
@@ -171,37 +172,70 @@ def _products(compiled: ov.CompiledModel) -> Iterator[tuple[set[str], str]]:
 
 
 class OpenVinoEngine(HostEngine):
-    """Wraps the caller's arrays as tensors: nothing is copied in or out."""
+    """Wraps the caller's arrays as tensors: nothing is copied in or out.
+
+    Every thread scores pairs of its own (one stream a thread), instead of all threads sharing
+    each matrix product, where all wait for the slowest at every one. On two cores that others
+    used, too, 32 pairs took 179 instead of 217 ms in int8 and 550 instead of 827 in float32; one
+    pair alone took 11.3 instead of 10.0 ms in int8 (2026.4.1, full-size scorer, least times).
+    """
 
     def __init__(self, manifest: EngineManifest, compiled: ov.CompiledModel, most_pairs: int):
         super().__init__(manifest, pairs_per_forward=most_pairs)
         self._compiled: ov.CompiledModel | None = compiled
-        self._idle: list[ov.InferRequest] = []  # one request a thread that is inside _infer
+        self._num_streams = max(1, int(compiled.get_property("NUM_STREAMS")))
+        self._idle: list[ov.InferRequest] = []  # as many as were ever in use at once
 
     def _infer(self, batch: Batch, scores: Float32) -> None:
-        compiled = self._compiled
-        if compiled is None:
+        parts = even_parts(len(batch), -(-len(batch) // self._num_streams))
+        started: list[ov.InferRequest] = []
+        try:
+            for pairs in parts:
+                request = self._request()
+                _bind(request, batch.part(pairs), scores[pairs])
+                request.start_async()
+                started.append(request)
+        except RuntimeError as error:
+            raise _failed(batch, error) from error
+        finally:  # whatever happened, none may still read or write the caller's arrays
+            errors = [fault for request in started if (fault := _wait(request)) is not None]
+        if errors:
+            raise _failed(batch, errors[0]) from errors[0]
+        self._idle += started
+
+    def _request(self) -> ov.InferRequest:
+        if self._compiled is None:
             raise EngineError("the engine is closed")
         try:
-            request = self._idle.pop()
+            return self._idle.pop()
         except IndexError:
-            request = compiled.create_infer_request()
-        try:
-            request.set_tensor("text_ids", _wrap(batch.text_ids))
-            request.set_tensor("text_length", _wrap(batch.text_length))
-            request.set_tensor("query_of_pair", _wrap(batch.query_of_pair))
-            request.set_tensor("visual_tokens", _wrap(batch.visual_tokens))
-            if batch.visual_scales is not None:
-                request.set_tensor("visual_scales", _wrap(batch.visual_scales))
-            request.set_tensor(OUTPUT, _wrap(scores))
-            request.infer()
-        except RuntimeError as error:
-            raise EngineError(f"OpenVINO failed on a batch of {len(batch)}: {error}") from error
-        self._idle.append(request)
+            return self._compiled.create_infer_request()
 
     def close(self) -> None:
         self._idle.clear()
         self._compiled = None
+
+
+def _bind(request: ov.InferRequest, batch: Batch, scores: Float32) -> None:
+    request.set_tensor("text_ids", _wrap(batch.text_ids))
+    request.set_tensor("text_length", _wrap(batch.text_length))
+    request.set_tensor("query_of_pair", _wrap(batch.query_of_pair))
+    request.set_tensor("visual_tokens", _wrap(batch.visual_tokens))
+    if batch.visual_scales is not None:
+        request.set_tensor("visual_scales", _wrap(batch.visual_scales))
+    request.set_tensor(OUTPUT, _wrap(scores))
+
+
+def _wait(request: ov.InferRequest) -> RuntimeError | None:
+    try:
+        request.wait()
+    except RuntimeError as error:
+        return error
+    return None
+
+
+def _failed(batch: Batch, error: RuntimeError) -> EngineError:
+    return EngineError(f"OpenVINO failed on a batch of {len(batch)}: {error}")
 
 
 def _wrap(array: Array) -> ov.Tensor:

@@ -81,3 +81,38 @@ def test_bfloat16_is_refused_where_the_cpu_lacks_it(tiny_bundle, tmp_path):
     with pytest.raises(EngineError, match="cannot build bf16 here"):
         build_engine(tiny_bundle, tmp_path / "engine", backend="openvino", precision="bf16")
     assert not (tmp_path / "engine").exists()
+
+
+def test_every_thread_scores_pairs_of_its_own(built_engines, official_pairs, run, monkeypatch):
+    started = []
+    engine = open_engine(built_engines["openvino"])
+    bind = ov._bind
+    monkeypatch.setattr(ov, "_bind", lambda *args: started.append(len(args[1])) or bind(*args))
+    engine._num_streams = 3
+    pairs = [(caption, image) for caption in range(2) for image in range(5)]
+    scores = run(engine, official_pairs.batch(pairs, 63))
+    one = run(engine, official_pairs.batch(pairs[:1], 63))
+    engine.close()
+    assert started == [3, 3, 4, 1]
+    np.testing.assert_allclose(scores, official_pairs.expected(pairs), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(one, scores[:1], rtol=0, atol=1e-5)
+
+
+def test_a_failure_waits_for_all_that_was_started(built_engines, official_pairs, run, monkeypatch):
+    waited = []
+    engine = open_engine(built_engines["openvino"])
+    wait = ov._wait
+
+    def fail_second(request):
+        waited.append(request)
+        return wait(request) or (RuntimeError("broken") if len(waited) == 2 else None)
+
+    monkeypatch.setattr(ov, "_wait", fail_second)
+    engine._num_streams = 3
+    batch = official_pairs.batch([(0, image) for image in range(6)], 63)
+    with pytest.raises(EngineError, match="a batch of 6: broken"):
+        run(engine, batch)
+    assert len(waited) == 3
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        run(engine, batch)
