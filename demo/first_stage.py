@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import SiglipModel
 
-from ..bundle import ImageSpec
+from ..bundle import BundleManifest, ImageSpec
 from ..errors import EdjeError
 from ..runtime.images import Unreadable, decode_image
 from . import tiny_model
@@ -50,6 +50,16 @@ class FirstStage:
         out = self._model.text_model(input_ids=torch.tensor(ids))
         vectors: Float32 = F.normalize(out.pooler_output, dim=-1).numpy()
         return vectors
+
+    def candidates(
+        self, images: Sequence[Path], captions: Sequence[str], bundle: Path
+    ) -> npt.NDArray[np.int64]:
+        """Return every caption's images, best first: int64 [captions, images]."""
+        spec = BundleManifest.read(bundle).image
+        if spec is None:
+            raise EdjeError("the demo's bundle has no image encoder, expected one")
+        similarity = self.embed_captions(captions) @ self.embed_images(images, spec).T
+        return np.argsort(-similarity, axis=1, kind="stable")
 
 
 def _pixels(path: Path, spec: ImageSpec) -> Float32:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-from ..bundle import JOINT_ENCODER, PARITY, BundleManifest
+from ..bundle import JOINT_ENCODER, PARITY
 from ..engines.auto import build_fastest
 from ..engines.cpu import cpu_features, cpu_model, usable_cores
 from ..engines.manifest import EngineManifest
@@ -54,9 +54,12 @@ def run_demo(out: Path, *, num_queries: int = NUM_QUERIES) -> DemoResult:
     pool = _render(result, out / "images", num_queries)
     _export(result, out)
     _index(result, out)
-    _build(result, out)
-    order = _retrieve(result, out, pool)
-    _write_queries(out / "queries.jsonl", pool, order)
+    stage = FirstStage(weights.load())
+    _build(result, out, stage)
+    order = _retrieve(result, out, pool, stage)
+    names = list(pool)
+    candidates = ([names[i] for i in row] for row in order)
+    calibration.write_queries(out / "queries.jsonl", pool, candidates)
     _rerank(result, out, pool, order)
     with result.step("page") as detail:
         write_page(result, out / "images", pool, out / "index.html")
@@ -111,10 +114,10 @@ def _export(result: DemoResult, out: Path) -> None:
         detail.append(f"scores of the graph within {difference:.0e} of PyTorch's")
 
 
-def _build(result: DemoResult, out: Path) -> None:
+def _build(result: DemoResult, out: Path, stage: FirstStage) -> None:
     """Build the fastest faithful engine, calibrated on drawings of their own."""
     with result.step("build engine") as detail, progress_steps("Building") as tell:
-        with calibration.samples(out / "bundle", out / "calibration") as samples:
+        with calibration.samples(out / "bundle", out / "calibration", stage) as samples:
             manifest = build_fastest(
                 out / "bundle", out / "engine", calibration=samples, progress=tell
             )
@@ -148,27 +151,15 @@ def _index(result: DemoResult, out: Path) -> None:
         result.bytes_per_image = store.layout.record_bytes
 
 
-def _retrieve(result: DemoResult, out: Path, pool: dict[str, str]) -> npt.NDArray[np.int64]:
+def _retrieve(
+    result: DemoResult, out: Path, pool: dict[str, str], stage: FirstStage
+) -> npt.NDArray[np.int64]:
     """Candidates of every query by the first stage, best first: int64 [Q, k]."""
-    spec = BundleManifest.read(out / "bundle").image
-    if spec is None:
-        raise EdjeError("the demo's bundle has no image encoder, expected one")
     with result.step("first stage") as detail:
-        stage = FirstStage(weights.load())
-        images = stage.embed_images([out / "images" / name for name in pool], spec)
-        texts = stage.embed_captions(list(pool.values()))
-        order = np.argsort(-(texts @ images.T), axis=1, kind="stable")
+        images = [out / "images" / name for name in pool]
+        order = stage.candidates(images, list(pool.values()), out / "bundle")
         detail.append(f"dual encoder, top {result.num_candidates} of {len(pool):,}")
     return order[:, : result.num_candidates]
-
-
-def _write_queries(path: Path, pool: dict[str, str], order: npt.NDArray[np.int64]) -> None:
-    """Write the queries with their candidates, as `edje verify --queries` reads them."""
-    names = list(pool)
-    with path.open("w", encoding="utf-8") as file:
-        for (name, caption), row in zip(pool.items(), order, strict=True):
-            entry = {"query": caption, "target": name, "candidates": [names[i] for i in row]}
-            file.write(json.dumps(entry) + "\n")
 
 
 def _rerank(

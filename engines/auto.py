@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
@@ -14,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import BundleManifest
+from ..bundle import IMAGE_ENCODER, BundleManifest
 from ..errors import EngineError
-from ..folders import refuse_existing
+from ..files import sha256_of
+from ..folders import publish_folder, refuse_existing
 from .backends import probe_backends
-from .build import build_engine, check_target
+from .build import build_engine, check_files, check_target
 from .contract import Batch, Engine, Progress
 from .fidelity import Fidelity, FidelityLimits, engine_scorer
 from .manifest import DEFAULT_TEXT_BUCKETS, EngineManifest, Profile
@@ -29,7 +31,6 @@ from .samples import RandomSamples, RankingSample, Samples, int8_batch, sample_b
 
 NUM_ROUNDS = 5
 BATCH_PAIRS = 64
-ENGINE_SIZES = ("token_dtype", "options")  # the trials keep the default profile
 NOTHING_TO_CALIBRATE = "needs real pairs to calibrate with, none were given"
 
 
@@ -57,6 +58,7 @@ def build_fastest(
     *,
     calibration: Samples | None = None,
     limits: FidelityLimits | None = None,
+    image_encoder: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     **arguments: Any,
@@ -64,7 +66,7 @@ def build_fastest(
     """Build `out` with the fastest faithful backend and precision that this machine has.
 
     Everything that runs here is built in a scratch folder, those that hold `limits` are timed
-    interleaved on one batch, and the fastest is built into `out`; `build_options["auto"]` of its
+    interleaved on one batch, and the fastest becomes `out`; `build_options["auto"]` of its
     manifest says what was tried and measured. int8 and fp8 are only tried with real pairs.
 
     Args:
@@ -80,31 +82,27 @@ def build_fastest(
     source = BundleManifest.read(bundle)
     refuse_existing(out, overwrite)
     check_target(out, overwrite)
+    check_files(bundle, [IMAGE_ENCODER] if image_encoder else [])
     with TemporaryDirectory() as scratch:
-        graphs = GraphCache(Path(scratch) / "graphs")
-        common = {"calibration": calibration, "limits": limits, "progress": tell, "graphs": graphs}
-        folders: dict[Path, Trial] = {}
-        for backend, precision in _candidates():
-            folder = Path(scratch) / f"{backend}-{precision}"
-            needs_pairs = precision in QUANTIZED and (calibration is None or calibration.random)
-            if needs_pairs:
-                folders[folder] = Trial(backend, precision, refused=NOTHING_TO_CALIBRATE)
-                continue
-            sizes = {name: arguments[name] for name in ENGINE_SIZES if name in arguments}
-            folders[folder] = _try(bundle, folder, backend, precision, limits, common | sizes)
+        common = {
+            **arguments,
+            "calibration": calibration,
+            "limits": limits,
+            "progress": tell,
+            "graphs": GraphCache(Path(scratch) / "graphs"),
+        }
+        folders = {
+            Path(scratch) / f"{backend}-{precision}": _candidate(backend, precision, calibration)
+            for backend, precision in _candidates()
+        }
+        for folder, trial in folders.items():
+            if trial.refused is None:
+                folders[folder] = _try(bundle, folder, trial, limits, common)
         tell("timing what was built")
         samples = RandomSamples(source) if calibration is None else calibration
-        trials = _timed(folders, _batch(next(iter(samples)), source))
-        best = _fastest(trials)
-        return build_engine(
-            bundle,
-            out,
-            backend=best.backend,
-            precision=best.precision,
-            overwrite=overwrite,
-            recorded={"auto": [asdict(trial) for trial in trials]},
-            **(arguments | common),
-        )
+        folders = _timed(folders, _batch(next(iter(samples)), source))
+        best = _fastest(folders)
+        return _publish(best, bundle, out, image_encoder, overwrite, list(folders.values()))
 
 
 def _candidates() -> list[tuple[str, str]]:
@@ -112,15 +110,20 @@ def _candidates() -> list[tuple[str, str]]:
     return [(status.name, name) for status in probe_backends() for name in status.usable]
 
 
+def _candidate(backend: str, precision: str, calibration: Samples | None) -> Trial:
+    needs_pairs = precision in QUANTIZED and (calibration is None or calibration.random)
+    return Trial(backend, precision, refused=NOTHING_TO_CALIBRATE if needs_pairs else None)
+
+
 def _try(
     bundle: Path,
     folder: Path,
-    backend: str,
-    precision: str,
+    trial: Trial,
     limits: FidelityLimits | None,
     arguments: Mapping[str, Any],
 ) -> Trial:
     """Build one engine and hold it against the limits."""
+    backend, precision = trial.backend, trial.precision
     try:
         manifest = build_engine(bundle, folder, backend=backend, precision=precision, **arguments)
     except EngineError as error:
@@ -140,7 +143,7 @@ def _try(
     )
 
 
-def _timed(folders: Mapping[Path, Trial], batch: Batch) -> list[Trial]:
+def _timed(folders: Mapping[Path, Trial], batch: Batch) -> dict[Path, Trial]:
     """Time the engines that were not refused, one forward each in turns."""
     good = [folder for folder, trial in folders.items() if trial.refused is None]
     best = dict.fromkeys(good, math.inf)
@@ -155,10 +158,10 @@ def _timed(folders: Mapping[Path, Trial], batch: Batch) -> list[Trial]:
                 began = perf_counter()
                 score[folder]()
                 best[folder] = min(best[folder], perf_counter() - began)
-    return [
-        replace(trial, pairs_per_s=round(len(batch) / best[folder], 1)) if folder in best else trial
-        for folder, trial in folders.items()
-    ]
+    rates = {folder: round(len(batch) / seconds, 1) for folder, seconds in best.items()}
+    return {
+        folder: replace(trial, pairs_per_s=rates.get(folder)) for folder, trial in folders.items()
+    }
 
 
 def _batch(sample: RankingSample, bundle: BundleManifest) -> Batch:
@@ -175,12 +178,35 @@ def _as_read(engine: Engine, batch: Batch) -> Batch:
     return int8_batch(batch) if engine.manifest.token_dtype == "int8" else batch
 
 
-def _fastest(trials: Sequence[Trial]) -> Trial:
-    timed = [trial for trial in trials if trial.pairs_per_s is not None]
+def _fastest(folders: Mapping[Path, Trial]) -> Path:
+    timed = {folder: trial.pairs_per_s for folder, trial in folders.items() if trial.pairs_per_s}
     if not timed:
         raise EngineError(
             "no backend of this machine gives a faithful engine",
-            faults=[f"{t.backend} {t.precision}: {t.refused}" for t in trials],
+            faults=[f"{t.backend} {t.precision}: {t.refused}" for t in folders.values()],
             hint="`edje doctor` says what is missing; --min-kendall-tau lowers the limit",
         )
-    return max(timed, key=lambda trial: trial.pairs_per_s or 0.0)
+    return max(timed, key=lambda folder: timed[folder])
+
+
+def _publish(
+    engine: Path,
+    bundle: Path,
+    out: Path,
+    image_encoder: bool,
+    overwrite: bool,
+    trials: Sequence[Trial],
+) -> EngineManifest:
+    """Copy the engine that was timed to `out`; its manifest gets the trials."""
+    manifest = EngineManifest.read(engine)
+    options = {**manifest.build_options, "image_encoder": image_encoder}
+    options["auto"] = [asdict(trial) for trial in trials]
+    with publish_folder(out, overwrite=overwrite) as folder:
+        shutil.copytree(engine, folder, dirs_exist_ok=True)
+        files = dict(manifest.files)
+        if image_encoder:
+            shutil.copyfile(bundle / IMAGE_ENCODER, folder / IMAGE_ENCODER)
+            files[IMAGE_ENCODER] = sha256_of(folder / IMAGE_ENCODER)
+        manifest = replace(manifest, build_options=options, files=files)
+        manifest.write(folder)
+    return manifest

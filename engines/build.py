@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -48,7 +48,6 @@ def build_engine(
     options: BuildOptions | None = None,
     progress: Progress | None = None,
     graphs: GraphCache | None = None,
-    recorded: Mapping[str, Any] | None = None,
 ) -> EngineManifest:
     """Build the engine folder `out` from the bundle folder `bundle`; return its manifest.
 
@@ -64,7 +63,6 @@ def build_engine(
         options: how the backend builds.
         progress: called with one short line before each step.
         graphs: prepared graphs to share with other builds from `bundle` and `calibration`.
-        recorded: more entries for `build_options`.
 
     Raises:
         CheckpointError: `bundle` is no model bundle.
@@ -79,7 +77,7 @@ def build_engine(
     profile = checked_profile(max_pairs, text_buckets, source.text.max_wordpieces)
     _check_token_dtype(token_dtype)
     copied = [TOKENIZER, *([IMAGE_ENCODER] if image_encoder else [])]
-    _check_files(bundle, [JOINT_ENCODER, *copied])
+    check_files(bundle, [JOINT_ENCODER, *copied])
     check_target(out, overwrite)
     typed = (precision, module.compute_type(precision), token_dtype)
     recipe = Recipe(*typed, calibration, limits or DEFAULT_LIMITS)
@@ -88,7 +86,7 @@ def build_engine(
     with publish_folder(out, overwrite=overwrite) as folder:
         for name in copied:
             shutil.copyfile(bundle / name, folder / name)
-        draft = build.into(folder, {"image_encoder": image_encoder, **(recorded or {})})
+        draft = build.into(folder, {"image_encoder": image_encoder, **_asked(recipe)})
         manifest = replace(draft, build_seconds=round(perf_counter() - began, 3))
         manifest.write(folder)
     return manifest
@@ -196,7 +194,8 @@ def _check_token_dtype(token_dtype: str) -> None:
         raise EngineError(f"token_dtype is {token_dtype!r}, expected {' or '.join(TOKEN_DTYPES)}")
 
 
-def _check_files(bundle: Path, names: Sequence[str]) -> None:
+def check_files(bundle: Path, names: Sequence[str]) -> None:
+    """Raise EngineError if the bundle lacks some of the files `names` (all are named)."""
     missing = [f"{name}: missing" for name in names if not (bundle / name).is_file()]
     if missing:
         raise EngineError(
@@ -204,6 +203,16 @@ def _check_files(bundle: Path, names: Sequence[str]) -> None:
             faults=missing,
             hint="export it again (an image encoder needs `edje export ... --vision-model DIR`)",
         )
+
+
+def _asked(recipe: Recipe) -> dict[str, Any]:
+    """Return the entries of `build_options` that say how the graph was to be calibrated."""
+    asked = {**asdict(recipe.limits)} if recipe.limits != DEFAULT_LIMITS else {}
+    pairs = recipe.calibration
+    return {
+        **({} if pairs is None else pairs.build_options),
+        **{name: limit for name, limit in asked.items() if limit is not None},
+    }
 
 
 def check_target(out: Path, overwrite: bool) -> None:

@@ -147,9 +147,35 @@ def rebuild_command(values: Values, folder: Path) -> str:
     buckets = profile.get("text_buckets", DEFAULT_TEXT_BUCKETS)
     if isinstance(buckets, list | tuple) and tuple(buckets) != DEFAULT_TEXT_BUCKETS:
         words += ["--text-buckets", ",".join(str(bucket) for bucket in buckets)]
-    if options.get("image_encoder"):
-        words.append("--image-encoder")
+    if values.get("token_dtype", "float16") != "float16":
+        words += ["--tokens", str(values["token_dtype"])]
+    words += [word for name, value in options.items() for word in _option_words(name, value)]
     return shlex.join([*words, "--out", str(folder), "--overwrite"])
+
+
+# Entries of `build_options` that are options of `edje build`, too.
+_FLAGS = (
+    *("image_encoder", "calibration_random", "hardware_compatible"),
+    *("version_compatible", "report"),
+)
+_VALUES = (
+    *("calibration_store", "calibration_queries", "min_kendall_tau", "max_top1_change"),
+    "optimization_level",
+)
+
+
+def _option_words(name: str, value: Any) -> list[str]:
+    """Return how `edje build` spells an entry of `build_options`, if it does."""
+    option = "--" + name.replace("_", "-")
+    if name in _FLAGS:
+        return [option] if value else []
+    if name in _VALUES:
+        return [option, str(value)]
+    if name == "workspace_bytes" and isinstance(value, int):
+        return ["--workspace-mb", str(value // 2**20)]
+    if name == "compute_capabilities" and isinstance(value, list | tuple):
+        return [word for one in value for word in ("--compute-capability", str(one))]
+    return []
 
 
 def _why(folder: Path, error: OSError) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -37,6 +38,7 @@ class Samples(Protocol):
     Attributes:
         data: where they come from, in words for a manifest.
         random: made up; shows rounding, but says little about a ranking.
+        build_options: what `edje build` was told to get them, by the names of its options.
         fingerprint: SHA-256 over what an iteration yields, however it is named or stored.
     """
 
@@ -44,6 +46,8 @@ class Samples(Protocol):
     def data(self) -> str: ...
     @property
     def random(self) -> bool: ...
+    @property
+    def build_options(self) -> Mapping[str, str | bool]: ...
     @property
     def fingerprint(self) -> str: ...
     def __len__(self) -> int: ...
@@ -57,6 +61,7 @@ class RandomSamples:
     """
 
     random = True
+    build_options: Mapping[str, str | bool] = MappingProxyType({"calibration_random": True})
 
     def __init__(self, bundle: BundleManifest, num_queries: int = 4, num_candidates: int = 32):
         self.data = f"random wordpieces and random tokens, seed {SEED}"

@@ -44,7 +44,7 @@ CalibrationRandom = Annotated[
     bool, typer.Option("--calibration-random", help="Made-up pairs: for speed tests only.")
 ]
 MinKendallTau = Annotated[
-    float | None, typer.Option(help="Least rank agreement with float32; default: 0.97.")
+    float | None, typer.Option(help="Least rank agreement with float32; default: 0.975.")
 ]
 MaxTop1Change = Annotated[
     float | None, typer.Option(help="Largest share of changed first places; default: 0.02.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,6 +82,10 @@ class StoreSamples:
         self._targets = [entries[number].target for number in chosen]
         drawn = len(store) > num_candidates and any(e.candidates is None for e in entries)
         seeded = drawn or len(chosen) < len(entries)
+        self.build_options: Mapping[str, str | bool] = {
+            "calibration_store": str(store.path.absolute()),
+            "calibration_queries": str(queries.absolute()),
+        }
         self.data = self._words(queries, len(entries), f", seed {seed}" if seeded else "")
 
     @classmethod

@@ -22,7 +22,9 @@ from .lower import STAYS_FLOAT32, lower
 from .quantize import QUANTIZED, find_linears
 from .tokens import take_int8_tokens
 
-DEFAULT_LIMITS = FidelityLimits(min_kendall_tau=0.97, max_top1_change=0.02)
+# What calibration pairs must hold: 0.97 on other pairs, and 0.005 for what a thousand pairs miss
+# (seen on the demo: calibration 0.965, 49,152 other pairs 0.961).
+DEFAULT_LIMITS = FidelityLimits(min_kendall_tau=0.975, max_top1_change=0.02)
 
 
 @dataclass(frozen=True, slots=True)

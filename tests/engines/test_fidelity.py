@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +34,7 @@ class RaggedSamples:
     data = "ragged"
     random = False
     fingerprint = ""
+    build_options = MappingProxyType({})
 
     def __init__(self, bundle, targets=(1, None, 6)):
         self.targets = targets
