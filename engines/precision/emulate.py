@@ -34,14 +34,17 @@ _LOW = (ONNX_TYPES["float16"], ONNX_TYPES["bfloat16"])
 _MOVES = ("Reshape", "Transpose", "Gather", "Split", "Squeeze", "Unsqueeze", "Concat")
 
 
-def emulated(graph: Graph) -> Graph:
-    """Return a float32 graph that rounds every 16-bit and 8-bit value as `graph` does."""
+def emulated(graph: Graph, *, fold_int8: bool = False) -> Graph:
+    """Return a float32 graph that rounds every 16-bit and 8-bit value as `graph` does.
+
+    `fold_int8` also stores int8 weights in float32: for graphs whose products cannot run in int8.
+    """
     types = _value_types(graph)
     new = graph.replaced([])
     for item in graph.nodes:
         low = types.get(item.output[0], 0)
         plain = _in_float32(new, item)
-        if item.op_type == "DequantizeLinear" and _is_folded(graph, item):
+        if item.op_type == "DequantizeLinear" and _is_folded(graph, item, fold_int8):
             _fold(new, item)
         elif types.get(item.output[0]) == _FLOAT8:
             new.nodes += _round_to_float8(new, plain)
@@ -138,7 +141,7 @@ def _maybe_rounding(item: onnx.NodeProto, low: int) -> list[onnx.NodeProto]:
     ]
 
 
-def _is_folded(graph: Graph, item: onnx.NodeProto) -> bool:
+def _is_folded(graph: Graph, item: onnx.NodeProto, fold_int8: bool) -> bool:
     """Tell whether to dequantise a weight now: ONNX Runtime would at every run.
 
     Not int8 weights with float32 scales: it has integer kernels for those.
@@ -146,7 +149,7 @@ def _is_folded(graph: Graph, item: onnx.NodeProto) -> bool:
     stored, scale = (graph.weights.get(name) for name in item.input[:2])
     if stored is None or scale is None:
         return False
-    return bool(stored.data_type == _FLOAT8 or scale.data_type != _FLOAT32)
+    return bool(fold_int8 or stored.data_type == _FLOAT8 or scale.data_type != _FLOAT32)
 
 
 def _fold(graph: Graph, item: onnx.NodeProto) -> None:

@@ -24,6 +24,8 @@ Query = Sequence[Batch]  # one query's candidates, cut into batches
 
 # Enough to see every channel: 256 pairs are 20,000 token rows a linear.
 OBSERVED_PAIRS = 256
+# Where every way breaks the ranking, which one breaks it least is chance: the scores' error tells.
+TELLING_TAU = 0.5
 # Enough to sort places by what they do; a full-size model has 48.
 EFFECT_PAIRS = 16
 
@@ -115,7 +117,10 @@ class _Search:
             for method in METHODS:
                 tell(f"calibrating {self.precision}: {method}, {form}")
                 self.attempt(form, method, ())
-        return max(self.tried, key=lambda t: (t.agreement.kendall_tau, -t.agreement.mean_abs_diff))
+        best = max(self.tried, key=lambda t: (t.agreement.kendall_tau, -t.agreement.mean_abs_diff))
+        if best.agreement.kendall_tau >= TELLING_TAU:
+            return best
+        return min(self.tried, key=lambda t: t.agreement.mean_abs_diff)
 
     def climb(self, best: _Try, tell: Progress) -> _Try:
         """Keep more and more places until the limits hold; then as few as they allow."""

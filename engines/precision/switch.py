@@ -20,7 +20,7 @@ class Switches:
     def __init__(self, graph: Graph, precision: str, amax: Mapping[str, float]):
         """Open the graph; `amax` holds for every linear's input, as in `quantize`."""
         self.places = list(dict.fromkeys(linear.place for linear in find_linears(graph)))
-        self._run = runner(emulated(switched(graph, precision, amax, self.places)))
+        self._run = runner(emulated(switched(graph, precision, amax, self.places), fold_int8=True))
 
     def score(self, batch: Batch, quantized: Collection[str]) -> Float32:
         """Return the scores with the places `quantized` quantised: float32 [P]."""
