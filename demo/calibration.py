@@ -24,7 +24,9 @@ NUM_CANDIDATES = 32
 SEED = 0
 
 
-def samples(bundle: Path, out: Path, stage: FirstStage) -> StoreSamples:
+def samples(
+    bundle: Path, out: Path, stage: FirstStage, num_images: int = NUM_IMAGES
+) -> StoreSamples:
     """Draw, index and open the calibration pairs in the folder `out`.
 
     `out` gets `images`, `scenes.store` and `queries.jsonl`: what `edje build` takes as
@@ -35,7 +37,7 @@ def samples(bundle: Path, out: Path, stage: FirstStage) -> StoreSamples:
     (out / "images").mkdir(parents=True)
     pool = itertools.chain.from_iterable(scenes.groups(scenes.SEEDS["validation"]))
     captions = {}
-    for number, scene in enumerate(itertools.islice(pool, NUM_IMAGES)):
+    for number, scene in enumerate(itertools.islice(pool, num_images)):
         name = f"scene-{number:04}.png"
         scenes.render(scene).save(out / "images" / name)
         captions[name] = scene.caption

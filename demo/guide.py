@@ -117,7 +117,9 @@ def _export(result: DemoResult, out: Path) -> None:
 def _build(result: DemoResult, out: Path, stage: FirstStage) -> None:
     """Build the fastest faithful engine, calibrated on drawings of their own."""
     with result.step("build engine") as detail, progress_steps("Building") as tell:
-        with calibration.samples(out / "bundle", out / "calibration", stage) as samples:
+        num_images = min(calibration.NUM_IMAGES, max(64, result.num_images))
+        folder = out / "calibration"
+        with calibration.samples(out / "bundle", folder, stage, num_images) as samples:
             manifest = build_fastest(
                 out / "bundle", out / "engine", calibration=samples, progress=tell
             )

@@ -10,7 +10,11 @@ import pytest
 
 from edje.demo.evaluation import DemoResult
 from edje.demo.guide import run_demo
+from edje.engines.build import build_engine
+from edje.engines.fidelity import FidelityLimits
+from edje.engines.manifest import EngineManifest
 from edje.errors import EdjeError
+from edje.runtime.samples import StoreSamples
 
 README = Path(__file__).parents[2] / "README.md"
 NUM_QUERIES = 64
@@ -47,6 +51,40 @@ def test_the_folder_holds_what_the_guide_promises(result: DemoResult, folder: Pa
     assert values["recall"] == result.recalls()
     assert values["bytes_per_image"] == 64 * 128 * 2
     assert [step["name"] for step in values["steps"]][-1] == "page"
+
+
+def test_the_engine_is_the_fastest_that_ranks_as_float32_does(
+    result: DemoResult, folder: Path
+) -> None:
+    manifest = EngineManifest.read(folder / "engine")
+    trials = {(t["backend"], t["precision"]): t for t in manifest.build_options["auto"]}
+    best = max(trials, key=lambda name: trials[name]["pairs_per_s"] or 0)
+    assert (manifest.backend, manifest.precision) == best
+    assert trials[best]["kendall_tau"] >= 0.975
+    assert not manifest.fidelity["random"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
+def test_rtx_engines_of_the_demo_are_built_without_a_gpu(
+    result: DemoResult, folder: Path, tmp_path: Path, precision: str
+) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra rtx")
+    pairs = folder / "calibration"
+    with StoreSamples.open(
+        pairs / "scenes.store", folder / "bundle", pairs / "queries.jsonl", max_queries=4
+    ) as samples:
+        manifest = build_engine(
+            folder / "bundle",
+            tmp_path / "engine",
+            backend="tensorrt-rtx",
+            precision=precision,
+            text_buckets=[15],
+            calibration=samples,
+            limits=FidelityLimits(),
+        )
+    assert manifest.fidelity["measured_on"] == "not measured on a device"
+    assert manifest.fidelity["emulated"]["kendall_tau"] > 0.9
+    assert manifest.fidelity["emulated"]["recall"]["R@1"] == 1.0
 
 
 def test_the_demo_spares_folders_it_did_not_write(
