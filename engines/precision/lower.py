@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     import onnx
 
 ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
+# The table of word embeddings, half of a full-size graph: its rows are gathered once a query, so
+# float16 takes no time and saves 23 MB. bfloat16 would round them eight times as much.
+WORD_GATHER = "/embeddings/word/Gather"
 STAYS_FLOAT32 = {
-    "embeddings": "raw visual tokens may exceed float16 before their norm",
+    "embeddings": "raw visual tokens may exceed float16 before their norm (words: a float16 table)",
     "attention_scores/Add": "the mask's -1e4 and the scores would round",
     "attention/Softmax": "its sums would round",
     "LayerNormalization statistics": "variances overflow float16; epsilon 1e-12 vanishes in it",
@@ -37,6 +40,9 @@ def lower(graph: Graph, element: str) -> Graph:
     new = graph.replaced([])
     caster = _Caster(new, element)
     for item in graph.nodes:
+        if element == "float16" and item.name == WORD_GATHER:
+            new.nodes += caster.gather_low(item)
+            continue
         low = in_layers(item) and not _stays(item)
         inputs = [caster.take(name, low) for name in item.input]
         new.nodes.append(with_inputs(item, inputs))
@@ -82,6 +88,14 @@ class _Caster:
             self._graph.nodes.append(node("Cast", [name], key, path, to=ONNX_TYPES[element]))
             self._cast[key] = key
         return key
+
+    def gather_low(self, item: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """Return the gather from the table in the low type, and the cast back to float32."""
+        output = item.output[0]
+        low = with_inputs(item, [self._weight(item.input[0]), *item.input[1:]])
+        low.output[0] = f"{output}.{self._element}"
+        back = f"{item.name}/to_float32/Cast"
+        return [low, node("Cast", [low.output[0]], output, back, to=ONNX_TYPES["float32"])]
 
     def _weight(self, name: str) -> str:
         """Return the weight in the low type; what is not float32 stays as it is."""

@@ -45,12 +45,12 @@ def test_every_node_of_the_layers_is_low_but_for_mask_and_softmax(graph, element
 def test_embeddings_pooler_and_head_stay_float32(graph, element):
     lowered = lower(graph, element)
     types = types_of(lowered)
-    for node in lowered.nodes:
-        if (
-            node.name.startswith(("/embeddings", "/pooler", "/classifier"))
-            and node.output[0] in types
-        ):
-            assert types[node.output[0]] not in (ONNX_TYPES["float16"], ONNX_TYPES["bfloat16"])
+    outside = [n for n in lowered.nodes if n.name.startswith(("/embeddings", "/pooler", "/class"))]
+    narrow = (ONNX_TYPES["float16"], ONNX_TYPES["bfloat16"])
+    low = {n.name for n in outside if types.get(n.output[0]) in narrow}
+    # The table of words is stored in float16, where that rounds to 11 bits.
+    assert low == ({"/embeddings/word/Gather"} if element == "float16" else set())
+    assert len(outside) > 15
     assert {v.name: v.type for v in lowered.inputs} == {v.name: v.type for v in graph.inputs}
 
 
