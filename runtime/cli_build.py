@@ -133,12 +133,13 @@ def build(
 
 
 def _show(out: Path, manifest: EngineManifest, as_json: bool) -> None:
-    from .cli_output import print_facts, print_json
+    from .cli_output import print_facts, print_fidelity, print_json
 
     if as_json:
         print_json({"engine": str(out), **manifest.to_json()})
     else:
         print_facts("built", {"engine": out, **_facts(manifest)})
+        print_fidelity("fidelity", manifest.fidelity)
 
 
 def _build(
@@ -238,16 +239,7 @@ def _facts(manifest: EngineManifest) -> Mapping[str, Any]:
             trial["refused"] or f"{trial['pairs_per_s']} pairs/s, tau {trial['kendall_tau']:.4f}"
         )
         facts[f"{trial['backend']} {trial['precision']}"] = found
-    return {**facts, **_fidelity(manifest.fidelity)}
-
-
-def _fidelity(fidelity: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the lines about fidelity; an emulated one says so on every line."""
-    shown = fidelity.get("emulated", fidelity)
-    prefix = "fidelity" if shown is fidelity else "fidelity, emulated"
-    names = ("data", "max_abs_diff", "kendall_tau", "top_1", "top_10")
-    lines = {f"{prefix}: {name}": shown[name] for name in names if name in shown}
-    return lines if shown is fidelity else {"fidelity": fidelity["measured_on"], **lines}
+    return facts
 
 
 def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
