@@ -52,8 +52,8 @@ def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
 
 
 def test_another_version_names_both(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="format version 2, this edje reads 1"):
-        BundleManifest.read(written(tmp_path, format_version=2))
+    with pytest.raises(CheckpointError, match="format version 3, this edje reads 2"):
+        BundleManifest.read(written(tmp_path, format_version=3))
 
 
 @given(content=st.binary(max_size=60))
