@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from .contract import BuildOptions
+from .manifest import EngineManifest
 
 # Names as Linux spells them in /proc/cpuinfo (x86-64 `flags`, AArch64 `Features`).
 _FLOAT = ("avx2", "fma", "avx512f", "asimd", "sve")
@@ -79,9 +83,25 @@ def describe_cpu(precision: str) -> dict[str, Any]:
     }
 
 
-def device_faults(built_for: Mapping[str, Any], precision: str) -> list[str]:
+def compute_type(precision: str) -> str:
+    """Return `float32`: the CPU's kernels start from float32 graphs in every precision."""
+    return "float32"
+
+
+def device(precision: str, options: BuildOptions) -> dict[str, Any]:
+    """Return this CPU as the manifest's `device` entry."""
+    return describe_cpu(precision)
+
+
+def option_fault(options: BuildOptions) -> str | None:
+    """Return which build options were set: CPU backends have none of them."""
+    unknown = [field.name for field in fields(options) if getattr(options, field.name)]
+    return f"this backend has no {', '.join(unknown)}" if unknown else None
+
+
+def device_faults(manifest: EngineManifest) -> list[str]:
     """Compare the CPU an engine was built for with this one. More features are welcome."""
-    here = describe_cpu(precision)
+    built_for, here = manifest.device, describe_cpu(manifest.precision)
     faults = [
         f"device {key}: built for {built_for.get(key)!r}, this is {here[key]!r}"
         for key in ("kind", "architecture")

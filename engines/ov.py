@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,10 @@ from .contract import (
     OpenOptions,
     even_parts,
 )
-from .cpu import describe_cpu, is_x86, pairs_per_forward, usable_cores, why_no_int8
-from .cpu import device_faults as cpu_faults
+from .cpu import compute_type as compute_type  # these three are the backend's own
+from .cpu import device as device
+from .cpu import device_faults as device_faults
+from .cpu import is_x86, option_fault, pairs_per_forward, usable_cores, why_no_int8
 from .manifest import EngineManifest
 from .ov_graph import fit_to_x86
 
@@ -67,25 +68,7 @@ def why_not(precision: str) -> str | None:
 
 def why_not_build(precision: str, options: BuildOptions) -> str | None:
     """Return why this machine cannot build `precision`: it must be able to run it."""
-    unknown = [field.name for field in fields(options) if getattr(options, field.name)]
-    if unknown:
-        return f"this backend has no {', '.join(unknown)}"
-    return why_not(precision)
-
-
-def compute_type(precision: str) -> str:
-    """Return `float32`: the CPU's kernels start from float32 graphs in every precision."""
-    return "float32"
-
-
-def device(precision: str, options: BuildOptions) -> dict[str, Any]:
-    """Return this CPU as the manifest's `device` entry."""
-    return describe_cpu(precision)
-
-
-def device_faults(manifest: EngineManifest) -> list[str]:
-    """Return what this CPU lacks."""
-    return cpu_faults(manifest.device, manifest.precision)
+    return option_fault(options) or why_not(precision)
 
 
 def build(job: BuildJob) -> Mapping[str, Any]:

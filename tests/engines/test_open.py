@@ -12,6 +12,7 @@ from edje.engines.cpu import device_faults
 from edje.engines.manifest import EngineManifest
 from edje.engines.open import open_engine
 from edje.errors import EngineError
+from toy_engine import toy_manifest
 
 
 def rewrite(folder, **changes):
@@ -120,7 +121,8 @@ def test_device_faults(built_for, num_faults, monkeypatch):
     flags = frozenset({"avx2", "avx512f"})
     monkeypatch.setattr("edje.engines.cpu._cpu_info", lambda: ("A CPU", flags))
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    assert len(device_faults(built_for, "bf16")) == num_faults
+    manifest = replace(toy_manifest(), device=built_for, precision="bf16")
+    assert len(device_faults(manifest)) == num_faults
 
 
 def test_the_folder_may_be_moved(engine_folder, tmp_path, official_pairs, run):
