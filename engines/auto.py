@@ -23,7 +23,7 @@ from .backends import probe_backends
 from .build import build_engine, check_files, check_target
 from .contract import Batch, Engine, Progress
 from .fidelity import Fidelity, FidelityLimits, engine_scorer
-from .manifest import DEFAULT_TEXT_BUCKETS, EngineManifest, Profile
+from .manifest import EngineManifest
 from .open import open_engine
 from .precision.prepare import DEFAULT_LIMITS, GraphCache
 from .precision.quantize import QUANTIZED
@@ -100,7 +100,7 @@ def build_fastest(
                 folders[folder] = _try(bundle, folder, trial, limits, common)
         tell("timing what was built")
         samples = RandomSamples(source) if calibration is None else calibration
-        folders = _timed(folders, _batch(next(iter(samples)), source))
+        folders = _timed(folders, next(iter(samples)))
         best = _fastest(folders)
         return _publish(best, bundle, out, image_encoder, overwrite, list(folders.values()))
 
@@ -143,14 +143,15 @@ def _try(
     )
 
 
-def _timed(folders: Mapping[Path, Trial], batch: Batch) -> dict[Path, Trial]:
+def _timed(folders: Mapping[Path, Trial], sample: RankingSample) -> dict[Path, Trial]:
     """Time the engines that were not refused, one forward each in turns."""
     good = [folder for folder, trial in folders.items() if trial.refused is None]
     best = dict.fromkeys(good, math.inf)
     with ExitStack() as stack:
         engines = {folder: stack.enter_context(closing(open_engine(folder))) for folder in good}
+        batches = {folder: _batch(sample, engine) for folder, engine in engines.items()}
         score = {
-            folder: partial(engine_scorer(engine), _as_read(engine, batch))
+            folder: partial(engine_scorer(engine), batches[folder])
             for folder, engine in engines.items()
         }
         for _ in range(1 + NUM_ROUNDS):  # the first also warms up
@@ -158,24 +159,21 @@ def _timed(folders: Mapping[Path, Trial], batch: Batch) -> dict[Path, Trial]:
                 began = perf_counter()
                 score[folder]()
                 best[folder] = min(best[folder], perf_counter() - began)
-    rates = {folder: round(len(batch) / seconds, 1) for folder, seconds in best.items()}
+    rates = {folder: round(len(batches[folder]) / seconds, 1) for folder, seconds in best.items()}
     return {
         folder: replace(trial, pairs_per_s=rates.get(folder)) for folder, trial in folders.items()
     }
 
 
-def _batch(sample: RankingSample, bundle: BundleManifest) -> Batch:
-    """Return the first `BATCH_PAIRS` pairs of one query, some of them twice where it has fewer."""
-    places = np.resize(np.arange(len(sample.tokens)), BATCH_PAIRS)
+def _batch(sample: RankingSample, engine: Engine) -> Batch:
+    """Return pairs of one query as `engine` reads them, some twice where it has too few."""
+    manifest = engine.manifest
+    num_pairs = min(BATCH_PAIRS, manifest.profile.max_pairs)
+    places = np.resize(np.arange(len(sample.tokens)), num_pairs)
     longer = replace(sample, tokens=sample.tokens[places])
-    text, buckets = bundle.text, DEFAULT_TEXT_BUCKETS
-    profile = Profile(BATCH_PAIRS, buckets)
-    (batch,) = sample_batches(longer, profile, pad_id=text.pad_id, sep_id=text.sep_id)
-    return batch
-
-
-def _as_read(engine: Engine, batch: Batch) -> Batch:
-    return int8_batch(batch) if engine.manifest.token_dtype == "int8" else batch
+    text = manifest.bundle.text
+    (batch,) = sample_batches(longer, manifest.profile, pad_id=text.pad_id, sep_id=text.sep_id)
+    return int8_batch(batch) if manifest.token_dtype == "int8" else batch
 
 
 def _fastest(folders: Mapping[Path, Trial]) -> Path:

@@ -57,7 +57,7 @@ def emulated(graph: Graph, *, fold_int8: bool = False) -> Graph:
     return new
 
 
-def runner(graph: Graph, values: Sequence[str] = (OUTPUT,), num_threads: int = 0) -> Run:
+def runner(graph: Graph, values: Sequence[str] = (OUTPUT,)) -> Run:
     """Open an emulated or float32 graph in ONNX Runtime; return what runs a batch.
 
     What it returns gives `values` (float32 values of the graph) of one batch, in their order.
@@ -74,7 +74,6 @@ def runner(graph: Graph, values: Sequence[str] = (OUTPUT,), num_threads: int = 0
         ) from error
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = num_threads
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     extra = [value for value in values if value not in graph.outputs]
     content = graph.model(extra).SerializeToString()

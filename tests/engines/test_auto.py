@@ -1,0 +1,47 @@
+"""`build_fastest`: what it tries, what it keeps, and what it refuses before it works."""
+
+import pytest
+
+from edje.engines.auto import NOTHING_TO_CALIBRATE, build_fastest
+from edje.engines.fidelity import FidelityLimits
+from edje.engines.manifest import EngineManifest, Profile
+from edje.engines.open import open_engine
+from edje.errors import EdjeError, EngineError
+
+
+def test_a_profile_of_ones_own_is_timed_and_kept(tiny_bundle, tmp_path):
+    out = tmp_path / "engine"
+    manifest = build_fastest(
+        tiny_bundle, out, max_pairs=5, text_buckets=[20, 63], image_encoder=True
+    )
+    assert manifest == EngineManifest.read(out)
+    assert manifest.profile == Profile(5, (20, 63))
+    trials = {(t["backend"], t["precision"]): t for t in manifest.build_options["auto"]}
+    rates = {name: trial["pairs_per_s"] for name, trial in trials.items() if trial["pairs_per_s"]}
+    assert set(rates) >= {("openvino", "fp32"), ("onnxruntime", "fp32")}
+    assert (manifest.backend, manifest.precision) == max(rates, key=rates.get)
+    for (_, precision), trial in trials.items():
+        if precision in ("int8", "fp8"):
+            assert trial["refused"] == NOTHING_TO_CALIBRATE
+    assert (out / "image_encoder.onnx").is_file()
+    open_engine(out).close()
+
+
+def test_int8_tokens_are_timed_as_int8(tiny_bundle, tmp_path):
+    manifest = build_fastest(tiny_bundle, tmp_path / "engine", token_dtype="int8")
+    assert manifest.token_dtype == "int8"
+
+
+def test_an_existing_engine_is_left_before_anything_is_built(tiny_bundle, built_engines):
+    told = []
+    with pytest.raises(EdjeError, match="exists already"):
+        build_fastest(tiny_bundle, built_engines["openvino"], progress=told.append)
+    assert told == []
+
+
+def test_where_nothing_is_faithful_every_reason_is_told(tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(FidelityLimits, "broken_by", lambda *_: ["too far off"])
+    with pytest.raises(EngineError, match="no backend of this machine") as caught:
+        build_fastest(tiny_bundle, tmp_path / "engine")
+    assert "openvino fp32: too far off" in caught.value.faults
+    assert list(tmp_path.iterdir()) == []
