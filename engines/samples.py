@@ -12,6 +12,7 @@ import numpy as np
 
 from ..bundle import BundleManifest
 from .contract import Array, Batch, Float16, Int32
+from .int8_tokens import quantize_tokens
 from .manifest import Profile
 
 SEED = 0
@@ -101,18 +102,8 @@ def fingerprint_of(arrays: list[Array]) -> str:
 
 
 def int8_batch(batch: Batch) -> Batch:
-    """Return `batch` with its float16 tokens as int8 [P, m, H] and float16 scales [P, m].
-
-    A token is its int8 values times its scale: its largest value over 127, rounded up in float16
-    so that no value leaves int8. Zeros get the scale 1.
-    """
-    tokens = batch.visual_tokens.astype(np.float32)
-    exact = np.abs(tokens).max(axis=2) / 127
-    scales = exact.astype(np.float16)
-    short = scales.astype(np.float32) < exact
-    scales[short] = np.nextafter(scales[short], np.float16(np.inf))
-    scales[scales == 0] = 1
-    values = np.rint(tokens / scales.astype(np.float32)[:, :, None]).astype(np.int8)
+    """Return `batch` with its float16 tokens as int8 [P, m, H] and float16 scales [P, m]."""
+    values, scales = quantize_tokens(batch.visual_tokens)
     return replace(batch, visual_tokens=values, visual_scales=scales)
 
 

@@ -2,13 +2,9 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
-from edje.engines.contract import Batch
 from edje.engines.manifest import EngineManifest, Profile
-from edje.engines.samples import RandomSamples, RankingSample, int8_batch, sample_batches
+from edje.engines.samples import RandomSamples, RankingSample, sample_batches
 
 
 @pytest.mark.parametrize(
@@ -47,16 +43,3 @@ def test_fingerprints_tell_samples_apart(built_engines):
     made = [RandomSamples(bundle), RandomSamples(bundle, 3), RandomSamples(bundle, 4, 31)]
     assert len({samples.fingerprint for samples in made}) == 3
     assert RandomSamples(bundle).fingerprint == made[0].fingerprint
-
-
-@settings(max_examples=50, deadline=None)
-@given(arrays(np.float16, (2, 3, 5), elements=st.floats(-65504, 65504, width=16)))
-def test_int8_tokens_lie_within_half_a_step_of_the_float16_ones(tokens):
-    batch = Batch(np.zeros((1, 4), np.int32), *np.zeros((2, 1), np.int32), tokens)
-    found = int8_batch(batch)
-    assert (found.visual_tokens.dtype, found.visual_scales.dtype) == (np.int8, np.float16)
-    assert found.visual_scales.shape == (2, 3)
-    assert (found.visual_scales > 0).all()
-    scales = found.visual_scales.astype(np.float32)[:, :, None]
-    error = np.abs(found.visual_tokens * scales - tokens.astype(np.float32))
-    assert (error <= scales * 0.5001).all()
