@@ -12,8 +12,9 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..errors import EdjeError, RequestError
+from ..errors import EdjeError
 from .cli_build import build
+from .cli_store import store_app
 
 EXIT_BROKEN_LIMITS = 1
 EXIT_BAD_INPUT = 2
@@ -26,7 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-store_app = typer.Typer(help="Look after token stores.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
@@ -172,9 +172,10 @@ def rerank(
       edje rerank engine --store photos.store --query "a dog in the snow" --top-k 10
     """
     from .cli_output import print_json, print_ranking
+    from .id_list import read_ids
     from .reranker import Reranker
 
-    ids = None if candidates is None else _read_ids(candidates)
+    ids = None if candidates is None else read_ids(candidates, what="candidates")
     with Reranker.open(
         engine,
         store=store,
@@ -238,27 +239,6 @@ def verify(
         raise typer.Exit(EXIT_BROKEN_LIMITS)
 
 
-@store_app.command()
-def stat(
-    store: Annotated[Path, typer.Argument(help="Token store.")], as_json: Json = False
-) -> None:
-    """Show what a token store holds and what it takes on disk.
-
-    \b
-    Example:
-      edje store stat photos.store
-    """
-    from .cli_output import print_facts, print_json
-    from .store import TokenStore
-
-    with TokenStore.open(store) as opened:
-        facts = asdict(opened.stat())
-    if as_json:
-        print_json(facts)
-    else:
-        print_facts("token store", facts)
-
-
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Show what this machine can run, and why not the rest.
@@ -305,15 +285,3 @@ def _require(extra: str, *modules: str) -> None:
             f"this verb needs {', '.join(missing)}, not installed here",
             hint=f"pip install 'edje-runtime[{extra}]'",
         )
-
-
-def _read_ids(source: str) -> list[str]:
-    """Read one id a line from a file, or from stdin for `-`; blank lines do not count."""
-    try:
-        content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        lines = content.decode("utf-8").split("\n")
-    except OSError as error:
-        raise RequestError(f"cannot read the candidates {source}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"the candidates {source} are not UTF-8 text: {error}") from error
-    return [line.rstrip("\r") for line in lines if line.strip()]
