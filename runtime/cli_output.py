@@ -72,6 +72,8 @@ def print_ranking(result: RankResult) -> None:
     rows = [(str(n), f"{hit.score:.4f}", hit.id) for n, hit in enumerate(result, 1)]
     times, engine, rescoring = result.timings_ms, result.engine, result.rescoring
     ran = f"{engine.backend} {engine.precision}"
+    if engine.tokens != "float16":
+        ran += f" from {engine.tokens} tokens"
     if rescoring is not None:
         precise = rescoring.engine
         ran += f", {rescoring.num_rescored} rescored on {precise.backend} {precise.precision}"

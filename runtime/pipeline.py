@@ -10,32 +10,26 @@ import threading
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from time import perf_counter
-from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ..engines.contract import Engine
+from ..engines.int8_tokens import not_finite
+from ..engines.precision.quantize import QUANTIZED
 from ..errors import EdjeError, EngineError
 from .batcher import PlannedBatch, plan_batches
 from .device.protocol import Device, Stream
 from .staging import Slot, SlotRing
 from .store import BadRecord
 from .text import TokenizedQueries
+from .token_source import TokenSource
 
 # One batch computes, one waits in the stream, one is being gathered.
 NUM_SLOTS = 3
-
-
-class TokenSource(Protocol):
-    """What the pipeline asks of a `TokenStore`."""
-
-    def read(
-        self, rows: npt.NDArray[np.int64], out: npt.NDArray[Any], *, bad: Literal["mark"]
-    ) -> list[BadRecord]:
-        """Fill `out` [P, m, H] with the records of `rows`; return those that are damaged."""
-        ...
+_NONE: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +52,7 @@ class Scored:
     """What came out, in the order of the request's pairs.
 
     Attributes:
-        scores: float32 [N]: raw logits; NaN where the stored record is damaged.
+        scores: float32 [N]: raw logits; NaN where the stored record is damaged or not finite.
         damaged: why a pair's stored record could not be used, by the pair's place.
         gather_ms: time the calling thread spent filling slots.
         compute_ms: time the engine spent on this request's batches.
@@ -74,11 +68,16 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """A batch on its way: its slot comes back when it is collected."""
+    """A batch on its way: its slot comes back when it is collected.
+
+    Attributes:
+        not_finite: int64: which of its pairs' tokens hold NaN or infinity.
+    """
 
     slot: Slot
     planned: PlannedBatch
     damaged: list[BadRecord]
+    not_finite: npt.NDArray[np.int64]
     gather_ms: float
 
 
@@ -102,6 +101,10 @@ class Pipeline:
         """
         self._engine = engine
         self._source = source
+        # Rounding to int8 or fp8 turns NaN into a number, and the score into a wrong one.
+        self._hides_nan = (
+            engine.manifest.precision in QUANTIZED or engine.manifest.token_dtype == "int8"
+        )
         self._stream: Stream = device.stream() if beside is None else beside._stream
         lock = threading.Lock() if beside is None else beside._submitting
         self._submitting: threading.Lock = lock  # keeps one batch's work together in the stream
@@ -121,7 +124,10 @@ class Pipeline:
         flights: deque[Flight] = deque()
         try:
             lengths = request.queries.text_length
-            for planned in plan_batches(lengths, request.query_of_pair, profile):
+            batches = plan_batches(lengths, request.query_of_pair, profile)
+            for planned, following in zip_longest(batches, batches[1:]):
+                if following is not None:
+                    self._source.prefetch(request.rows[following.pairs])
                 slot = self._take_slot(flights, result)
                 flights.append(self.step(request, planned, slot))
             while flights:
@@ -137,8 +143,7 @@ class Pipeline:
         began = perf_counter()
         try:
             slot.fill_text(request.queries, planned)
-            rows = request.rows[planned.pairs]
-            damaged = self._source.read(rows, slot.host_tokens(num_pairs), bad="mark")
+            damaged, broken = self._gather(request.rows[planned.pairs], slot)
             gather_ms = (perf_counter() - began) * 1e3
             with self._submitting:
                 slot.upload(stream, planned)
@@ -152,7 +157,7 @@ class Pipeline:
                 stream.record(slot.finished)
             self._settle(slot)
             raise
-        return Flight(slot, planned, damaged, gather_ms)
+        return Flight(slot, planned, damaged, broken, gather_ms)
 
     def collect(self, flight: Flight, result: Scored) -> None:
         """Wait for one batch and put its scores where its pairs stand in the request."""
@@ -164,6 +169,7 @@ class Pipeline:
         except Exception as error:
             raise EngineError(f"the engine failed on a batch: {error}") from error
         result.scores[pairs] = slot.host_scores(len(pairs))
+        result.scores[pairs[flight.not_finite]] = np.nan
         for record in flight.damaged:
             place = int(pairs[record.position])
             result.scores[place] = np.nan
@@ -174,6 +180,14 @@ class Pipeline:
     def close(self) -> None:
         """Refuse further batches; those on their way still finish. May be called twice."""
         self._ring.close()
+
+    def _gather(
+        self, rows: npt.NDArray[np.int64], slot: Slot
+    ) -> tuple[list[BadRecord], npt.NDArray[np.int64]]:
+        """Fill the slot's tokens; return the damaged records, and which are not finite."""
+        tokens, scales = slot.host_tokens(len(rows)), slot.host_scales(len(rows))
+        damaged = self._source.read(rows, tokens, scales, bad="mark")
+        return damaged, not_finite(tokens, scales) if self._hides_nan else _NONE
 
     def _take_slot(self, flights: deque[Flight], result: Scored) -> Slot:
         """Take a slot; while none is free, collect this request's oldest batch first."""

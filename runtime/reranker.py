@@ -21,6 +21,7 @@ from .pipeline import Pipeline, Request, Scored
 from .results import EngineLabel, Fault, Hit, RankResult, Rescoring, StageTimes
 from .store import TokenStore
 from .text import QueryTokenizer
+from .token_source import TokenSource, float16_tokens
 
 StrPath = str | os.PathLike[str]
 
@@ -56,12 +57,12 @@ class Reranker:
         self._store = store
         self._owns_store = False
         self._device = HostDevice()
-        fast = Pipeline(engine, store, self._device)
+        fast = Pipeline(engine, _source(engine, store), self._device)
         self._pipelines = [fast]
-        self._labels = [_label(each, self._device.name) for each in self._engines]
+        self._labels = [_label(each, store, self._device.name) for each in self._engines]
         self._cascade: Cascade | None = None
         if rescore is not None:
-            precise = Pipeline(rescore, store, self._device, beside=fast)
+            precise = Pipeline(rescore, _source(rescore, store), self._device, beside=fast)
             self._pipelines.append(precise)
             self._cascade = Cascade(fast, precise, self._labels[-1], margin)
         self._idle = threading.Condition()
@@ -235,31 +236,42 @@ class Reranker:
 def check_store(engine: Engine, store: TokenStore) -> None:
     """Check that `store` holds what `engine` was trained to read.
 
+    An engine that takes float16 tokens reads an int8 store as well (see `Float16Tokens`).
+
     Raises:
-        StoreError: another encoder made the tokens (both fingerprints named), or their shape or
-            dtype differs.
+        StoreError: another encoder made the tokens (both fingerprints named), their shape
+            differs, or the engine takes int8 tokens and the store holds none.
     """
     bundle, layout = engine.manifest.bundle, store.layout
-    expected = f"{engine.manifest.token_dtype} [{bundle.sizes.num_tokens}, {bundle.sizes.hidden}]"
-    got = f"{layout.dtype} [{layout.num_tokens}, {layout.hidden}]"
     faults = []
     if layout.fingerprint_encoder != bundle.fingerprint_encoder:
         faults.append(
             f"encoder: the store's is {layout.fingerprint_encoder}, "
             f"the engine's is {bundle.fingerprint_encoder}"
         )
+    got, expected = store.record_shape, (bundle.sizes.num_tokens, bundle.sizes.hidden)
     if got != expected:
-        faults.append(f"tokens: the store holds {got}, the engine reads {expected}")
+        faults.append(
+            f"tokens: the store holds {list(got)} an image, the engine reads {list(expected)}"
+        )
+    hint = "index the images again: edje index ENGINE_OR_BUNDLE IMAGES --store NEW_STORE"
+    if engine.manifest.token_dtype == "int8" and layout.dtype != "int8":
+        faults.append(f"dtype: the store holds {layout.dtype} tokens, the engine reads int8 ones")
+        hint += " --dtype int8; or build an engine without --tokens int8, which reads both"
     if faults:
         raise StoreError(
-            f"the store {store.path} was not made for this engine",
-            faults=faults,
-            hint="index the images again: edje index ENGINE_OR_BUNDLE IMAGES --store NEW_STORE",
+            f"the store {store.path} was not made for this engine", faults=faults, hint=hint
         )
 
 
-def _label(engine: Engine, device: str) -> EngineLabel:
-    return EngineLabel(engine.manifest.backend, engine.manifest.precision, device)
+def _source(engine: Engine, store: TokenStore) -> TokenSource:
+    """Return what reads the store's tokens as the engine takes them."""
+    return store if engine.manifest.token_dtype == "int8" else float16_tokens(store)
+
+
+def _label(engine: Engine, store: TokenStore, device: str) -> EngineLabel:
+    manifest = engine.manifest
+    return EngineLabel(manifest.backend, manifest.precision, device, store.layout.dtype)
 
 
 def _margin(engine: Engine, rescore: Engine | None, given: float | None) -> float:

@@ -27,11 +27,16 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class EngineLabel:
-    """What computed the scores."""
+    """What computed the scores.
+
+    Attributes:
+        tokens: dtype of the stored tokens; float16 engines read int8 ones dequantised.
+    """
 
     backend: str
     precision: str
     device: str
+    tokens: str = "float16"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from ..engines.samples import SEED, RankingSample, fingerprint_of
 from ..errors import RequestError, StoreError, named
 from .store import TokenStore
 from .text import QueryTokenizer
+from .token_source import float16_tokens
 
 DEFAULT_NUM_CANDIDATES = 50
 MAX_FAULTS = 20
@@ -44,6 +45,8 @@ class QueryEntry:
 
 class StoreSamples:
     """Queries of a file, each with its candidates of a store; tokens are read when iterated.
+
+    The tokens of an int8 store are dequantised, so that an engine is measured on what it will read.
 
     A query without candidates of its own gets `num_candidates` ids drawn from the store with a
     seed, its target among them, or the whole store where that holds no more.
@@ -77,6 +80,7 @@ class StoreSamples:
         chosen = sorted(order.tolist())
         draw = _Draw(store.ids(), num_candidates, seed)
         self._store = store
+        self._source = float16_tokens(store)
         self._text_ids = [text_ids[number] for number in chosen]
         self._candidates = [draw(number, entries[number]) for number in chosen]
         self._targets = [entries[number].target for number in chosen]
@@ -143,7 +147,7 @@ class StoreSamples:
         """
         for text_ids, ids, target in self._parts():
             tokens = np.empty((len(ids), *self._store.record_shape), np.float16)
-            self._store.read(self._store.rows(ids), tokens)
+            self._source.read(self._store.rows(ids), tokens)
             yield RankingSample(text_ids, tokens, target)
 
     def close(self) -> None:
@@ -171,6 +175,8 @@ class StoreSamples:
         """Say what is scored, for a manifest."""
         of = "" if len(self) == num_entries else f" of {num_entries}"
         sizes = {len(ids) for ids in self._candidates}
+        dtype = self._store.layout.dtype
+        tokens = "" if dtype == "float16" else f" ({dtype} tokens)"
         span = "{}" if len(sizes) == 1 else "{} to {}"
         each = span.format(*sorted({min(sizes), max(sizes)}))
         absent = sum(
@@ -179,7 +185,7 @@ class StoreSamples:
         )
         return (
             f"{len(self)}{of} queries of {queries.name}, {each} candidates each of the "
-            f"{len(self._store)} images of {self._store.path.name}{how}"
+            f"{len(self._store)} images of {self._store.path.name}{tokens}{how}"
             + (f"; {absent} targets are not among their candidates" if absent else "")
         )
 
@@ -339,9 +345,9 @@ def _check_encoder(store: TokenStore, manifest: BundleManifest) -> None:
             f"encoder: the store's is {store.fingerprint_encoder}, "
             f"the bundle's is {manifest.fingerprint_encoder}"
         )
-    if store.record_shape != sizes or store.layout.dtype != "float16":
-        got = f"{store.layout.dtype} {list(store.record_shape)}"
-        faults.append(f"tokens: the store holds {got}, expected float16 {list(sizes)}")
+    if store.record_shape != sizes:
+        got = list(store.record_shape)
+        faults.append(f"tokens: the store holds {got} an image, expected {list(sizes)}")
     if faults:
         raise StoreError(
             f"the store {store.path} was not made for this bundle",

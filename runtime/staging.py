@@ -57,6 +57,11 @@ class Slot:
         self._query_of_pair = Staged(device, max_pairs, "int32")
         num_values = max_pairs * sizes.num_tokens * sizes.hidden
         self._tokens = Staged(device, num_values, manifest.token_dtype)
+        self._scales = (
+            Staged(device, max_pairs * sizes.num_tokens, "float16")
+            if manifest.token_dtype == "int8"
+            else None
+        )
         self._scores = Staged(device, max_pairs, "float32")
         self.started = device.event()
         self.finished = device.event()
@@ -75,6 +80,10 @@ class Slot:
         """Return where the store writes: [P, m, H] of the engine's token dtype, pinned."""
         return self._tokens.host(num_pairs, *self._token_shape)
 
+    def host_scales(self, num_pairs: int) -> Array | None:
+        """Return where the store writes the scales: float16 [P, m], pinned; None without int8."""
+        return None if self._scales is None else self._scales.host(num_pairs, self._token_shape[0])
+
     def host_scores(self, num_pairs: int) -> Array:
         """Return float32 [P], to be read once `finished` was passed."""
         return self._scores.host(num_pairs)
@@ -82,11 +91,15 @@ class Slot:
     def engine_batch(self, planned: PlannedBatch) -> Batch:
         """Return the batch as the engine sees it; views, no copy."""
         num_queries, num_pairs = len(planned.queries), len(planned.pairs)
+        scales = self._scales
         return Batch(
             text_ids=self._text_ids.engine(num_queries, planned.bucket),
             text_length=self._text_length.engine(num_queries),
             query_of_pair=self._query_of_pair.engine(num_pairs),
             visual_tokens=self._tokens.engine(num_pairs, *self._token_shape),
+            visual_scales=(
+                None if scales is None else scales.engine(num_pairs, self._token_shape[0])
+            ),
         )
 
     def engine_scores(self, num_pairs: int) -> Array:
@@ -99,7 +112,10 @@ class Slot:
         self._text_ids.upload(stream, num_queries * planned.bucket)
         self._text_length.upload(stream, num_queries)
         self._query_of_pair.upload(stream, num_pairs)
-        self._tokens.upload(stream, num_pairs * self._token_shape[0] * self._token_shape[1])
+        num_tokens, hidden = self._token_shape
+        self._tokens.upload(stream, num_pairs * num_tokens * hidden)
+        if self._scales is not None:
+            self._scales.upload(stream, num_pairs * num_tokens)
 
     def download(self, stream: Stream, num_pairs: int) -> None:
         """Copy the scores back to the host, in the order of `stream`."""

@@ -7,11 +7,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from edje.engines.contract import Batch
-from edje.engines.int8_tokens import dequantize_tokens, quantize_tokens
+from edje.engines.int8_tokens import dequantize_tokens, not_finite, quantize_tokens
 from edje.engines.samples import int8_batch
 
 FLOAT16_MAX = 65504
 finite = arrays(np.float16, (2, 3, 5), elements=st.floats(-FLOAT16_MAX, FLOAT16_MAX, width=16))
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float16)
 
 
 @settings(max_examples=200, deadline=None)
@@ -40,9 +44,41 @@ def test_dequantising_is_the_product_rounded_to_float16(values, scales):
     np.testing.assert_array_equal(found, expected)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    arrays(np.int8, (2, 3, 5), elements=st.integers(-127, 127)),
+    arrays(np.float16, (2, 3), elements=st.floats(2**-13, 515.5, width=16)),
+)
+def test_tokens_that_were_int8_become_the_same_values_again(values, scales):
+    values[:, :, 2] = 127  # as every token but zeros has after quantising
+    again, scales_again = quantize_tokens(dequantize_tokens(values, scales))
+    np.testing.assert_array_equal(again, values)
+    np.testing.assert_allclose(scales_again, scales, rtol=2**-10)
+
+
+def test_values_may_lie_in_the_last_half_of_what_is_written():
+    values, scales = quantize_tokens(normal(11, 3, 5))
+    out = np.empty(values.shape, np.float16)
+    last_half = out.reshape(-1).view(np.int8)[out.size :].reshape(out.shape)
+    last_half[:] = values
+    dequantize_tokens(last_half, scales, out)
+    np.testing.assert_array_equal(out, dequantize_tokens(values, scales))
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_records_that_are_not_finite_are_found(value):
+    tokens = normal(20, 3, 5)
+    tokens[0, 0, 0], tokens[1, 0, 0] = 65504, -65504
+    assert not_finite(tokens).tolist() == []
+    tokens[3, 2, 4] = tokens[19, 0, 0] = value
+    assert not_finite(tokens).tolist() == [3, 19]
+    assert not_finite(*quantize_tokens(tokens)).tolist() == [3, 19]
+    assert not_finite(tokens[:0]).tolist() == []
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_token_that_is_not_finite_comes_back_as_nan_and_no_other_does(value):
-    tokens = np.random.default_rng(0).standard_normal((20, 3, 5)).astype(np.float16)
+    tokens = normal(20, 3, 5)
     tokens[17, 1, 4] = value
     found = dequantize_tokens(*quantize_tokens(tokens))
     assert np.isnan(found[17, 1]).all()
@@ -51,7 +87,7 @@ def test_a_token_that_is_not_finite_comes_back_as_nan_and_no_other_does(value):
 
 
 def test_each_record_is_quantised_by_itself_and_zeros_stay_zeros():
-    tokens = np.random.default_rng(1).standard_normal((37, 4, 6)).astype(np.float16)
+    tokens = normal(37, 4, 6)
     tokens[30] = 0
     values, scales = quantize_tokens(tokens)
     for place in (0, 7, 8, 36):
@@ -66,7 +102,7 @@ def test_each_record_is_quantised_by_itself_and_zeros_stay_zeros():
 
 
 def test_dequantising_writes_into_the_callers_array():
-    tokens = np.random.default_rng(2).standard_normal((9, 4, 6)).astype(np.float16)
+    tokens = normal(9, 4, 6)
     values, scales = quantize_tokens(tokens)
     out = np.full(tokens.shape, np.nan, np.float16)
     assert dequantize_tokens(values, scales, out) is out
@@ -74,7 +110,7 @@ def test_dequantising_writes_into_the_callers_array():
 
 
 def test_a_batch_becomes_int8_with_its_scales():
-    tokens = np.random.default_rng(3).standard_normal((2, 3, 5)).astype(np.float16)
+    tokens = normal(2, 3, 5)
     batch = Batch(np.zeros((1, 4), np.int32), *np.zeros((2, 1), np.int32), tokens)
     found = int8_batch(batch)
     values, scales = quantize_tokens(tokens)

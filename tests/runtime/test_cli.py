@@ -78,7 +78,8 @@ def test_rerank_answers_in_json_and_as_a_table(edje, tiny_engine, tiny_store, tm
     assert result["query"] == "a dog"
     assert {hit["id"] for hit in result["hits"]} == {"img-1", "img-3"}
     assert len(result["hits"]) == 3
-    assert result["engine"] == {"backend": "openvino", "precision": "fp32", "device": "host"}
+    engine = {"backend": "openvino", "precision": "fp32", "device": "host"}
+    assert result["engine"] == {**engine, "tokens": "float16"}
     assert set(result["timings_ms"]) == {"tokenize", "resolve", "gather", "compute", "total"}
     assert (result["truncated"], result["errors"]) == (False, [])
     table = edje(*common, "--top-k", 2)

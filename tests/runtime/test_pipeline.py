@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,8 +92,8 @@ def test_the_next_batch_is_gathered_while_one_computes():
     source = ToySource()
     read = source.read
 
-    def counting_read(rows, out, *, bad):
-        bad_records = read(rows, out, bad=bad)
+    def counting_read(rows, out, scales, *, bad):
+        bad_records = read(rows, out, scales, bad=bad)
         if len(source.buffers) == 2:
             gathered_two.set()
         return bad_records
@@ -115,6 +116,41 @@ def test_damaged_records_are_nan_and_named():
         sound = np.setdiff1d(np.arange(20), [3, 17])
         assert np.isnan(result.scores[[3, 17]]).all()
         assert np.array_equal(result.scores[sound], expected_scores(request)[sound])
+
+
+def test_each_batch_is_announced_before_the_one_ahead_of_it_is_gathered():
+    with Rig() as rig:
+        rig.check(make_request([5], np.zeros(24), np.arange(24)))
+        first, second, third = (list(range(start, start + 8)) for start in (0, 8, 16))
+        assert rig.source.calls == [
+            ("prefetch", second),
+            ("read", first),
+            ("prefetch", third),
+            ("read", second),
+            ("read", third),
+        ]
+
+
+INT8_TOKENS = {"precision": "fp32", "token_dtype": "int8"}
+
+
+def test_int8_tokens_reach_the_engine_with_their_scales():
+    with Rig(ToyEngine(replace(toy_manifest(), **INT8_TOKENS))) as rig:
+        rows = np.array([7, 107, 205, 599, 0] * 5)
+        request = make_request([5, 9], np.arange(25) % 2, rows)
+        expected = expected_scores(replace(request, rows=rows % 100 * (rows // 100 + 1)))
+        assert np.array_equal(rig.pipeline.run(request).scores, expected)
+
+
+@pytest.mark.parametrize("changed", [{"precision": "int8"}, {"precision": "fp8"}, INT8_TOKENS])
+def test_tokens_that_are_not_finite_give_no_score_where_the_engine_would_hide_them(changed):
+    """Quantised linears turn NaN into numbers; the toy engine never looks at the last token."""
+    engine = ToyEngine(replace(toy_manifest(), **changed))
+    with Rig(engine, ToySource(broken=[3, 17])) as rig:
+        request = make_request([5], np.zeros(20), np.arange(20))
+        result = rig.pipeline.run(request)
+        assert np.flatnonzero(np.isnan(result.scores)).tolist() == [3, 17]
+        assert result.damaged == {}
 
 
 def test_times_of_the_stages_are_measured():

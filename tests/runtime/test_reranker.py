@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -169,10 +170,13 @@ def test_predict_of_nothing_is_empty(reranker):
 
 def flip_a_byte_of(store: TokenStore, number: int) -> None:
     """Damage the record of image `number`; every record holds one value throughout."""
+    flip_a_byte_at(store, store.layout.offset(number) + 5)
+
+
+def flip_a_byte_at(store: TokenStore, offset: int) -> None:
     [segment] = sorted((store.path / "segments").iterdir())
-    stride = (segment.stat().st_size - 4096) // NUM_IMAGES
     content = bytearray(segment.read_bytes())
-    content[4096 + number * stride + 5] ^= 1
+    content[offset] ^= 1
     segment.write_bytes(content)
 
 
@@ -196,6 +200,32 @@ def test_a_score_that_is_not_finite_is_an_error_entry(tmp_path, value):
         assert [hit.id for hit in result] == ids_of(2, 0)
         assert [fault.id for fault in result.errors] == ids_of(1)
         assert str(value) in result.errors[0].reason
+
+
+def test_an_int8_store_is_ranked_and_named_and_damage_and_nan_are_found(tmp_path):
+    values = [3, np.nan, 1, 7, 2]
+    with make_store(tmp_path / "int8", values, dtype="int8") as store:
+        flip_a_byte_at(store, store.layout.offset(3) + 5)
+        flip_a_byte_at(store, store.layout.scales_offset(4) + 1)
+        for token_dtype in ("float16", "int8"):
+            engine = ToyEngine(replace(toy_manifest(), token_dtype=token_dtype))
+            with Reranker(engine, toy_tokenizer(tmp_path), store) as reranker:
+                result = reranker.rank("x")
+                assert [hit.id for hit in result] == ids_of(0, 2)
+                assert abs(result[0].score - result[1].score - 2) < 0.01
+                assert [fault.id for fault in result.errors] == ids_of(1, 3, 4)
+                assert result.engine == EngineLabel("toy", "fp32", "host", "int8")
+
+
+def test_an_int8_engine_refuses_a_float16_store_and_says_both_ways_out(tmp_path, store):
+    engine = ToyEngine(replace(toy_manifest(), token_dtype="int8"))
+    with pytest.raises(StoreError, match="was not made for this engine") as caught:
+        Reranker(engine, toy_tokenizer(tmp_path), store)
+    assert caught.value.faults == (
+        "dtype: the store holds float16 tokens, the engine reads int8 ones",
+    )
+    assert "--dtype int8" in caught.value.hint
+    assert "without --tokens int8" in caught.value.hint
 
 
 def test_a_store_of_another_encoder_is_refused_with_both_fingerprints(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edje.engines.int8_tokens import dequantize_tokens, quantize_tokens
 from edje.errors import RequestError, StoreError
 from edje.runtime.samples import StoreSamples
 from edje.runtime.store import TokenStore
@@ -66,6 +67,21 @@ def test_a_line_is_a_query_and_perhaps_its_target(sampled):
     assert samples.data == (
         "2 queries of queries.txt, 5 candidates each of the 30 images of a.store, seed 0"
     )
+
+
+def test_an_int8_store_is_read_dequantised_and_named(tmp_path):
+    sizes = {"num_tokens": NUM_TOKENS, "hidden": HIDDEN, "fingerprint_encoder": FINGERPRINT}
+    tokens = np.random.default_rng(0).standard_normal((4, NUM_TOKENS, HIDDEN)).astype(np.float16)
+    queries = tmp_path / "queries.txt"
+    queries.write_text("red\timg-2\n")
+    ids = [f"img-{i}" for i in range(4)]
+    with TokenStore.create(tmp_path / "int8.store", dtype="int8", **sizes) as store:
+        store.append(ids, tokens)
+        samples = StoreSamples(store, toy_tokenizer(tmp_path), queries)
+        (sample,) = samples
+    np.testing.assert_array_equal(sample.tokens, dequantize_tokens(*quantize_tokens(tokens)))
+    assert sample.target == 2
+    assert "4 images of int8.store (int8 tokens)" in samples.data
 
 
 def test_a_small_store_is_ranked_whole(sampled):

@@ -50,7 +50,7 @@ def toy_manifest(
 
 
 class ToyEngine(HostEngine):
-    """score = first token value of the image + (sum of the query's ids) / 1024.
+    """score = first token value of the image (times its scale) + (sum of the query's ids) / 1024.
 
     `before` runs on the stream's worker ahead of every batch: tests block or fail there.
     """
@@ -72,7 +72,8 @@ class ToyEngine(HostEngine):
             self.batches.append((len(batch), batch.text_ids.shape[1]))
             inside = np.arange(batch.text_ids.shape[1]) < batch.text_length[:, None]
             text = (batch.text_ids * inside).sum(1) / 1024
-            scores[:] = batch.visual_tokens[:, 0, 0] + text[batch.query_of_pair]
+            scales = 1 if batch.visual_scales is None else batch.visual_scales[:, 0]
+            scores[:] = batch.visual_tokens[:, 0, 0] * scales + text[batch.query_of_pair]
         finally:
             self.running.release()
 
@@ -81,20 +82,43 @@ class ToyEngine(HostEngine):
 
 
 class ToySource:
-    """Record `row` holds the value row everywhere; rows in `bad` are damaged."""
+    """Record `row` holds the value row everywhere (as int8: row % 100, scaled by row // 100 + 1).
 
-    def __init__(self, bad: Sequence[int] = (), fail: Mapping[int, Exception] | None = None):
+    Rows in `bad` are damaged, those in `broken` hold a NaN in their last token.
+    """
+
+    def __init__(
+        self,
+        bad: Sequence[int] = (),
+        fail: Mapping[int, Exception] | None = None,
+        broken: Sequence[int] = (),
+    ):
         self.bad = set(bad)
+        self.broken = broken
         self.fail = dict(fail or {})
         self.buffers: set[int] = set()
+        self.calls: list[tuple[str, list[int]]] = []
 
-    def read(self, rows: np.ndarray, out: np.ndarray, *, bad: str) -> list[BadRecord]:
+    def prefetch(self, rows: np.ndarray) -> None:
+        self.calls.append(("prefetch", rows.tolist()))
+
+    def read(
+        self, rows: np.ndarray, out: np.ndarray, scales: np.ndarray | None = None, *, bad: str
+    ) -> list[BadRecord]:
         assert bad == "mark"
         for row in rows.tolist():
             if row in self.fail:
                 raise self.fail[row]
         self.buffers.add(out.ctypes.data)
-        out[:] = rows[:, None, None]
+        self.calls.append(("read", rows.tolist()))
+        broken = np.isin(rows, self.broken)
+        if scales is None:
+            out[:] = rows[:, None, None]
+            out[broken, -1, -1] = np.nan
+        else:
+            out[:] = (rows % 100)[:, None, None]
+            scales[:] = (rows // 100 + 1)[:, None]
+            scales[broken, -1] = np.nan
         return [
             BadRecord(place, str(row), 0, row, "flipped")
             for place, row in enumerate(rows.tolist())
