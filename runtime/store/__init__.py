@@ -1,6 +1,21 @@
 """The token store: one folder, one writer, many readers, every record verified on reading."""
 
+from .compaction import CompactReport
+from .folder import StoreStat
+from .incoming import CommitReport
+from .layout import StoreLayout
 from .reader import BadRecord
-from .store import StoreStat, TokenStore
+from .segment import SegmentWriter, incoming_name
+from .store import TokenBatch, TokenStore
 
-__all__ = ["BadRecord", "StoreStat", "TokenStore"]
+__all__ = [
+    "BadRecord",
+    "CommitReport",
+    "CompactReport",
+    "SegmentWriter",
+    "StoreLayout",
+    "StoreStat",
+    "TokenBatch",
+    "TokenStore",
+    "incoming_name",
+]

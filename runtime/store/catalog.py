@@ -1,92 +1,89 @@
 """`catalog.sqlite`: which records exist, where they lie, what their bytes must hash to.
 
-One row of `batches` holds the records of one append in one segment, as packed arrays: a million
-records load in a fraction of a second, and `self_check` tells damage at opening.
+One row of `batches` holds the records of one append in one segment, packed: a million records load
+in a fraction of a second. When a segment is sealed its batches are joined to 1,024 records a row.
+Every row carries a check of its own, and stands in two tables: what is damaged in one is read from
+the other.
 """
 
 from __future__ import annotations
 
-import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-import xxhash
 
 from ...errors import StoreError
-from .layout import CATALOG, id_hash
-
-Int64 = npt.NDArray[np.int64]
-UInt64 = npt.NDArray[np.uint64]
+from .layout import CATALOG, ROW_BITS, ROW_MASK, Int64
+from .records import Records
+from .tables import CheckedTables, schema
 
 APPLICATION_ID = 0x45444A45  # "EDJE"
-SCHEMA_VERSION = 1
-ROW_BITS = 32
-
-# location: segment << 32 | row. num_rows of a segment counts committed rows: what a file holds
-# beyond them was never acknowledged and is overwritten by the next append.
-SCHEMA = """
-CREATE TABLE state (
-    generation INTEGER NOT NULL,    -- grows by one with every commit
-    next_segment INTEGER NOT NULL   -- a segment number is never used twice
-);
-CREATE TABLE segments (
-    segment INTEGER PRIMARY KEY,
-    num_rows INTEGER NOT NULL,
-    sealed INTEGER NOT NULL         -- 1: never written again
-);
-CREATE TABLE batches (
-    location INTEGER PRIMARY KEY,   -- of the first record; the others follow row by row
-    num_rows INTEGER NOT NULL,
-    ids TEXT NOT NULL,              -- JSON array of num_rows strings
-    id_hashes BLOB NOT NULL,        -- u64[num_rows]: xxh3-64 of each id, the seed of its checksum
-    checksums BLOB NOT NULL,        -- u64[num_rows]: xxh3-64 of each record
-    self_check INTEGER NOT NULL     -- xxh3-64 of the row, as a signed number
-);
-CREATE TABLE deletions (
-    location INTEGER PRIMARY KEY,
-    generation INTEGER NOT NULL     -- the commit that took the record away
-);
-INSERT INTO state VALUES (0, 0);
-"""
+SCHEMA_VERSION = 2
+ROWS_A_BATCH = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class RecordBatch:
-    """Records that lie one after the other in one segment.
-
-    `id_hashes` and `checksums` are uint64 [n], `ids` has n strings.
-    """
+class RecordBatch(NamedTuple):
+    """Records that lie one after the other in one segment."""
 
     segment: int
     first_row: int
-    ids: tuple[str, ...]
-    id_hashes: UInt64
-    checksums: UInt64
+    records: Records
 
     @property
-    def locations(self) -> Int64:
-        """int64 [n]: the row handles of the records."""
-        first = (self.segment << ROW_BITS) | self.first_row
-        return np.arange(first, first + len(self.ids), dtype=np.int64)
+    def first_location(self) -> int:
+        """The row handle of the first record; the others follow one by one."""
+        return self.segment << ROW_BITS | self.first_row
+
+    @property
+    def stop_row(self) -> int:
+        """The row behind the last record."""
+        return self.first_row + len(self.records)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One segment file: its committed rows, whether it is sealed, and its key (u64)."""
+
+    num_rows: int
+    sealed: bool
+    key: int
 
 
 @dataclass(frozen=True, slots=True)
 class CatalogState:
-    """One generation of the store.
-
-    `segments` maps a segment to its committed rows; `active` is the one that takes appends.
-    """
+    """One generation of the store, without its records."""
 
     generation: int
     next_segment: int
-    segments: dict[int, int]
-    active: int | None
+    store_json: bytes
+    segments: dict[int, Segment]
+    deleted: Int64
+    retired: dict[int, int]
+
+
+@dataclass(slots=True)
+class Change:
+    """What one commit does, all of it or nothing.
+
+    Attributes:
+        added: new records; they stand behind the rows their segments had.
+        segments: segments that are new, or whose rows or seal change.
+        deleted: int64 [n]: locations of records that go.
+        dropped: segments that go with all their records.
+        rebatched: segments whose batches are replaced by others of the same records.
+    """
+
+    added: Sequence[RecordBatch] = ()
+    segments: dict[int, Segment] = field(default_factory=dict)
+    deleted: Int64 = field(default_factory=lambda: np.empty(0, np.int64))
+    dropped: Sequence[int] = ()
+    rebatched: dict[int, list[RecordBatch]] = field(default_factory=dict)
 
 
 class Catalog:
@@ -95,17 +92,24 @@ class Catalog:
     def __init__(self, folder: Path, connection: sqlite3.Connection):
         self._folder = folder
         self._connection = connection
+        self._tables = CheckedTables(connection)
+
+    @property
+    def faults(self) -> list[str]:
+        """What reading has found damaged, in words."""
+        return self._tables.faults
 
     @classmethod
-    def create(cls, folder: Path) -> None:
+    def create(cls, folder: Path, store_json: bytes, *, name: str = CATALOG) -> None:
         """Write an empty catalog into `folder`; the caller makes it durable (fsync)."""
-        connection = sqlite3.connect(folder / CATALOG, isolation_level=None)
+        connection = sqlite3.connect(folder / name, isolation_level=None)
         try:
             connection.execute("PRAGMA synchronous = OFF")  # the caller syncs the whole folder
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            connection.executescript(f"BEGIN; {SCHEMA} COMMIT;")
+            connection.executescript(f"BEGIN; {schema()} COMMIT;")
+            CheckedTables(connection).insert("state", [(0, 1, 0, 0, store_json)])
         finally:
             connection.close()
 
@@ -116,7 +120,7 @@ class Catalog:
         Raises:
             StoreError: missing, damaged, or of another schema version.
         """
-        with _sqlite_errors(folder):
+        with sqlite_errors(folder):
             connection = _connect(folder, writable=writable)
             try:
                 _check_identity(folder, connection)
@@ -126,98 +130,145 @@ class Catalog:
                 raise
         return cls(folder, connection)
 
-    def load(self) -> tuple[CatalogState, list[RecordBatch], set[int]]:
-        """Return one consistent generation: state, batches by location, deleted locations.
+    @contextmanager
+    def snapshot(self) -> Iterator[CatalogState]:
+        """Hold one generation while the block runs, so that `batches` belongs to the state.
 
         Raises:
-            StoreError: a row of the catalog is damaged; it names the segment and the ids.
+            StoreError: the state cannot be read.
         """
-        with _sqlite_errors(self._folder), self._transaction("BEGIN"):
-            select = self._connection.execute
-            batches = [self._batch(*row) for row in select("SELECT * FROM batches ORDER BY 1")]
-            deleted = {row[0] for row in select("SELECT location FROM deletions")}
-            segments = select("SELECT * FROM segments").fetchall()
-            state = select("SELECT * FROM state").fetchall()
-        if len(state) != 1:
-            raise _damaged(self._folder, f"its state has {len(state)} rows, expected 1")
-        unsealed = [segment for segment, _, sealed in segments if not sealed]
-        committed = {segment: num_rows for segment, num_rows, _ in segments}
-        active = max(unsealed, default=None)
-        generation, next_segment = state[0]
-        return CatalogState(generation, next_segment, committed, active), batches, deleted
+        with sqlite_errors(self._folder), self._tables.transaction("BEGIN"):
+            yield self._state()
 
-    def commit(self, batches: list[RecordBatch], *, max_rows: int) -> None:
-        """Add records in one transaction that is on disk when this returns.
+    def batches(self, segment: int, num_rows: int) -> list[RecordBatch]:
+        """Return the batches of a segment with `num_rows` records, by row.
 
-        A segment that holds `max_rows` becomes sealed.
+        What neither table holds whole is left out, and named in `faults`.
+        """
+        where = _within(segment)
+        found = _batches(self._tables.rows("batches", where), num_rows)
+        if _gaps(found, num_rows):
+            found = _batches(self._tables.merged_rows("batches", where), num_rows)
+        for start, stop in _gaps(found, num_rows):
+            rows = f"rows {start} to {stop - 1}" if stop > start + 1 else f"row {start}"
+            self._tables.note(f"segment {segment}, {rows}: the catalog's entry is lost, twice")
+        return found
+
+    def commit(self, change: Change) -> int:
+        """Make one change in one transaction that is on disk when this returns the generation.
 
         Raises:
-            StoreError: the catalog cannot be written; then nothing was added.
+            StoreError: the catalog cannot be written; then nothing has changed.
         """
-        rows = [(*_packed(batch), _self_check(*_packed(batch))) for batch in batches]
-        counts = [(batch.segment, batch.first_row + len(batch.ids)) for batch in batches]
-        with _sqlite_errors(self._folder), self._transaction("BEGIN IMMEDIATE"):
-            self._connection.executemany("INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?)", rows)
-            self._connection.executemany(
-                "INSERT OR REPLACE INTO segments VALUES (?, ?, ?)",
-                [(segment, num_rows, int(num_rows >= max_rows)) for segment, num_rows in counts],
-            )
-            self._connection.execute(
-                "UPDATE state SET generation = generation + 1, next_segment = max(next_segment, ?)",
-                (1 + max(segment for segment, _ in counts),),
-            )
+        tables = self._tables
+        with sqlite_errors(self._folder), tables.transaction("BEGIN IMMEDIATE"):
+            generation, next_segment, num_segments, num_deleted, store_json = self._head()
+            generation += 1
+            for segment in change.dropped:
+                num_segments -= tables.delete("segments", f"segment = {segment}")
+                tables.insert("retired", [(segment, generation)])
+            for segment in {*change.dropped, *change.rebatched}:
+                tables.delete("batches", _within(segment))
+            added = [*change.added, *(one for many in change.rebatched.values() for one in many)]
+            tables.insert("batches", [_packed(batch) for batch in added])
+            for segment, info in change.segments.items():
+                num_segments -= tables.delete("segments", f"segment = {segment}")
+                tables.insert("segments", [_segment_row(segment, info)])
+                num_segments += 1
+                next_segment = max(next_segment, segment + 1)
+            num_deleted += self._write_deletions(change, generation)
+            tables.delete("state")
+            head = (generation, next_segment, num_segments, num_deleted, store_json)
+            tables.insert("state", [head])
+        return int(generation)
+
+    def forget_retired(self, segments: Sequence[int]) -> None:
+        """Note that the files of these retired segments are gone.
+
+        Raises:
+            StoreError: the catalog cannot be written.
+        """
+        with sqlite_errors(self._folder), self._tables.transaction("BEGIN IMMEDIATE"):
+            for segment in segments:
+                self._tables.delete("retired", f"segment = {segment}")
 
     def close(self) -> None:
         """Close the connection. Calling it twice is allowed."""
         self._connection.close()
 
-    @contextmanager
-    def _transaction(self, begin: str) -> Iterator[None]:
-        self._connection.execute(begin)
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            raise
+    def _head(self) -> tuple[Any, ...]:
+        rows = self._tables.rows("state")
+        if len(rows) != 1:
+            raise damaged(self._folder, f"its state has {len(rows)} whole rows, expected 1")
+        return rows[0]
 
-    def _batch(
-        self, location: int, num_rows: int, ids: str, hashes: bytes, sums: bytes, check: int
-    ) -> RecordBatch:
-        """Unpack one row of `batches` after its self check."""
-        segment, first_row = location >> ROW_BITS, location & ((1 << ROW_BITS) - 1)
-        if check != _self_check(location, num_rows, ids, hashes, sums):
-            where = f"segment {segment}, rows {first_row} to {first_row + num_rows - 1}"
-            raise _damaged(self._folder, f"the entry of {where} fails its check, ids {ids[:200]}")
-        names = tuple(json.loads(ids))
-        id_hashes, checksums = np.frombuffer(hashes, "<u8"), np.frombuffer(sums, "<u8")
-        if not num_rows == len(names) == len(id_hashes) == len(checksums):
-            raise _damaged(self._folder, f"an entry of segment {segment} has columns unlike long")
-        return RecordBatch(segment, first_row, names, id_hashes, checksums)
+    def _state(self) -> CatalogState:
+        generation, next_segment, num_segments, num_deleted, store_json = self._head()
+        segments = self._tables.rows("segments")
+        deleted = _locations(self._tables.rows("deletions"))
+        if len(segments) != num_segments:
+            segments = self._tables.merged_rows("segments")
+        if len(deleted) != num_deleted:
+            deleted = _locations(self._tables.merged_rows("deletions"))
+        if (len(segments), len(deleted)) != (num_segments, num_deleted):
+            got = f"{len(segments)} of {num_segments} segments"
+            got += f" and {len(deleted)} of {num_deleted} deletions"
+            raise damaged(self._folder, f"{got} can be read, from both copies")
+        known = {row[0]: Segment(row[1], bool(row[2]), row[3] % (1 << 64)) for row in segments}
+        retired = dict(self._tables.rows("retired"))
+        return CatalogState(generation, next_segment, store_json, known, deleted, retired)
 
-
-def make_batch(segment: int, first_row: int, ids: tuple[str, ...], sums: UInt64) -> RecordBatch:
-    """Return the batch of `ids`, whose records have the checksums `sums` uint64 [n]."""
-    hashes = np.fromiter(map(id_hash, ids), dtype=np.uint64, count=len(ids))
-    return RecordBatch(segment, first_row, ids, hashes, sums)
-
-
-def _packed(batch: RecordBatch) -> tuple[int, int, str, bytes, bytes]:
-    return (
-        (batch.segment << ROW_BITS) | batch.first_row,
-        len(batch.ids),
-        json.dumps(batch.ids, ensure_ascii=False, separators=(",", ":")),
-        batch.id_hashes.astype("<u8").tobytes(),
-        batch.checksums.astype("<u8").tobytes(),
-    )
+    def _write_deletions(self, change: Change, generation: int) -> int:
+        """Add the deleted locations, forget those in dropped segments; return how many more."""
+        new, before = change.deleted, 0
+        if change.dropped:
+            deleted = _locations(self._tables.rows("deletions"))
+            kept = deleted[~np.isin(deleted >> ROW_BITS, np.array(change.dropped))]
+            new, before = np.concatenate([kept, change.deleted]), len(deleted)
+            self._tables.delete("deletions")
+        if len(new):
+            self._tables.insert("deletions", [(generation, new.astype("<i8").tobytes())])
+        return len(new) - before
 
 
-def _self_check(location: int, num_rows: int, ids: str, hashes: bytes, sums: bytes) -> int:
-    state = xxhash.xxh3_64(f"{location} {num_rows} {ids}".encode())
-    state.update(hashes)
-    state.update(sums)
-    return int.from_bytes(state.digest(), "big", signed=True)  # SQLite numbers are signed
+def _batches(rows: Sequence[tuple[Any, ...]], num_rows: int) -> list[RecordBatch]:
+    """Unpack rows of `batches`; one whose columns do not fit each other or the segment is none."""
+    found = []
+    for location, ids, digests, checksums in rows:
+        row, records = location & ROW_MASK, Records(ids, digests, checksums)
+        if records.is_sound() and row + len(records) <= num_rows:
+            found.append(RecordBatch(location >> ROW_BITS, row, records))
+    return found
+
+
+def _within(segment: int) -> str:
+    """Return the SQL condition for the locations in a segment."""
+    return f"location BETWEEN {segment << ROW_BITS} AND {((segment + 1) << ROW_BITS) - 1}"
+
+
+def _segment_row(segment: int, info: Segment) -> tuple[int, ...]:
+    key = info.key - (1 << 64) if info.key >> 63 else info.key  # SQLite's numbers are signed
+    return (segment, info.num_rows, int(info.sealed), key)
+
+
+def _packed(batch: RecordBatch) -> tuple[Any, ...]:
+    records = batch.records
+    return (batch.first_location, records.packed_ids, records.digests, records.checksums)
+
+
+def _gaps(batches: Sequence[RecordBatch], num_rows: int) -> list[tuple[int, int]]:
+    """Return the [start, stop) of rows that no batch covers."""
+    gaps, at = [], 0
+    for batch in batches:
+        if batch.first_row > at:
+            gaps.append((at, batch.first_row))
+        at = max(at, batch.stop_row)
+    return [*gaps, (at, num_rows)] if at < num_rows else gaps
+
+
+def _locations(rows: Sequence[tuple[Any, ...]]) -> Int64:
+    parts = [np.frombuffer(blob, "<i8") for _, blob in rows]
+    return np.concatenate([np.empty(0, np.int64), *parts])
 
 
 def _connect(folder: Path, *, writable: bool) -> sqlite3.Connection:
@@ -242,7 +293,7 @@ def _check_identity(folder: Path, connection: sqlite3.Connection) -> None:
     application = connection.execute("PRAGMA application_id").fetchone()[0]
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if application != APPLICATION_ID:
-        raise _damaged(folder, f"it is no catalog of a token store (application id {application})")
+        raise damaged(folder, f"it is no catalog of a token store (application id {application})")
     if version != SCHEMA_VERSION:
         raise StoreError(
             f"{folder / CATALOG} has schema version {version}, this edje reads {SCHEMA_VERSION}",
@@ -251,18 +302,18 @@ def _check_identity(folder: Path, connection: sqlite3.Connection) -> None:
 
 
 @contextmanager
-def _sqlite_errors(folder: Path) -> Iterator[None]:
+def sqlite_errors(folder: Path) -> Iterator[None]:
     """Turn what SQLite and the unpacking of its values raise into a `StoreError`."""
     try:
         yield
     except sqlite3.OperationalError as error:
         raise StoreError(f"cannot use {folder / CATALOG}: {error}") from error
     except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
-        raise _damaged(folder, str(error)) from error
+        raise damaged(folder, str(error)) from error
 
 
-def _damaged(folder: Path, reason: str) -> StoreError:
+def damaged(folder: Path, reason: str) -> StoreError:
     return StoreError(
         f"{folder / CATALOG} is damaged: {reason}",
-        hint=f"restore {CATALOG} from a copy, or index the images into a new store",
+        hint=f"`edje store verify --repair {folder}` rebuilds it from what the segments know",
     )

@@ -1,53 +1,185 @@
-"""The records of a store in memory: id -> row handle -> what the record must hash to."""
+"""The records of a store in memory: id -> row handle -> what the record must hash to.
+
+About 40 bytes a record. An id is known by its xxh3-128 digest: the low half is looked up in a
+sorted table, through buckets of its leading bits, the high half confirms it. Two ids with one
+digest are refused when the second is appended.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
+import xxhash
 
-from ...errors import RequestError
-from .catalog import ROW_BITS, Int64, RecordBatch, UInt64
+from ...errors import RequestError, StoreError
+from .catalog import RecordBatch
+from .layout import ROW_BITS, ROW_MASK, Int64, UInt64
 from .reader import BadRecord, ReadPlan
+from .records import Records
+
+# Records appended since the last merge are found through a dict; past this they are merged.
+MAX_FRESH = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
-class _Columns:
-    """One value a record, sorted by location: int64 [N], uint64 [N], uint64 [N]."""
+class _Ids(NamedTuple):
+    """The packed ids of `num_rows` records from `location` on."""
 
-    locations: Int64
-    seeds: UInt64
-    checksums: UInt64
+    location: int
+    num_rows: int
+    packed: bytes
+
+
+class _Table:
+    """Columns of all committed rows, one place a row, segment after segment.
+
+    `starts` int64 [S + 1]: place of each segment's first row, by segment number; `stops` likewise.
+    """
+
+    def __init__(self, num_rows: Mapping[int, int]):
+        size = max(num_rows, default=0) + 1
+        self.starts = np.zeros(size, np.int64)
+        self.stops = np.zeros(size, np.int64)
+        total = 0
+        for segment in sorted(num_rows):
+            self.starts[segment] = total
+            total += num_rows[segment]
+            self.stops[segment] = total
+        self.lows = np.zeros(total, np.uint64)
+        self.highs = np.zeros(total, np.uint64)
+        self.checksums = np.zeros(total, np.uint64)
+        self.live = np.zeros(total, np.bool_)
+        self.ids: list[_Ids] = []
+
+    def fill(self, batch: RecordBatch) -> None:
+        """Put in the records of one batch, alive."""
+        start = int(self.starts[batch.segment]) + batch.first_row
+        places = slice(start, start + len(batch.records))
+        digests = batch.records.digest_array()
+        self.highs[places], self.lows[places] = digests[:, 0], digests[:, 1]
+        self.checksums[places] = batch.records.checksum_array()
+        self.live[places] = True
+        packed = batch.records.packed_ids
+        self.ids.append(_Ids(batch.first_location, len(batch.records), packed))
+
+    def copy_from(self, old: _Table) -> None:
+        """Take over every row of `old`, whose segments are all here and no longer."""
+        for segment in np.flatnonzero(old.stops > old.starts).tolist():
+            there = slice(int(old.starts[segment]), int(old.stops[segment]))
+            start = int(self.starts[segment])
+            here = slice(start, start + there.stop - there.start)
+            for name in ("lows", "highs", "checksums", "live"):
+                getattr(self, name)[here] = getattr(old, name)[there]
+        self.ids += old.ids
+
+    def kill(self, locations: Int64) -> None:
+        """Mark records as deleted."""
+        places = self.places(locations)
+        self.live[places[places >= 0]] = False
+
+    def places(self, locations: Int64) -> Int64:
+        """Return int64 [N] places of row handles; -1 for what was never given out."""
+        segments, rows = locations >> ROW_BITS, locations & ROW_MASK
+        inside = (segments >= 0) & (segments < len(self.starts))
+        segments = np.where(inside, segments, 0)
+        places = self.starts[segments] + rows
+        return np.where(inside & (places < self.stops[segments]), places, -1)
+
+    def locations(self, places: Int64) -> Int64:
+        """Return int64 [N] row handles of places."""
+        used = np.flatnonzero(self.stops > self.starts)
+        segments = used[np.searchsorted(self.stops[used], places, side="right")]
+        return (segments << ROW_BITS) | (places - self.starts[segments])
+
+    def sort(self) -> None:
+        """Make the lookup table of the live records; the order of ids becomes that of rows."""
+        self.ids.sort()
+        self.num_live = int(np.count_nonzero(self.live))
+        order = np.argsort(self.lows).astype(np.uint32 if len(self.live) < 1 << 32 else np.int64)
+        self.order = order[self.live[order]]
+        # One more than any digest is likely to be: where a search that finds nothing ends.
+        self.keys = np.append(self.lows[self.order], np.uint64(2**64 - 1))
+        self.shift = np.uint64(64 - max(1, min(24, self.num_live.bit_length())))
+        leading = np.arange((1 << (64 - int(self.shift))) + 1, dtype=np.uint64)
+        edges = np.searchsorted(self.keys[:-1], leading[:-1] << self.shift)
+        self.buckets = np.append(edges, self.num_live).astype(np.int64)
+
+    def find(self, digests: UInt64) -> Int64:
+        """Return int64 [N] places of the live records with these digests [N, 2]; -1 for none."""
+        highs, lows = digests[:, 0].astype(np.uint64), digests[:, 1].astype(np.uint64)
+        at = self.buckets[(lows >> self.shift).astype(np.int64)]
+        found = np.full(len(lows), -1, np.int64)
+        todo = np.arange(len(lows))
+        while len(todo):
+            here, low = at[todo], lows[todo]
+            inside = here < self.num_live
+            places = (
+                self.order[np.where(inside, here, 0)].astype(np.int64) if self.num_live else here
+            )
+            hit = inside & (self.keys[here] == low)
+            hit[hit] = (self.highs[places[hit]] == highs[todo[hit]]) & self.live[places[hit]]
+            found[todo[hit]] = places[hit]
+            onward = ~hit & inside & (self.keys[here] <= low)
+            todo = todo[onward]
+            at[todo] += 1
+        return found
 
 
 class RecordIndex:
     """Live records of one generation; grows by appends. Safe to read from several threads."""
 
-    def __init__(self, batches: Sequence[RecordBatch], deleted: set[int]):
-        self._location_of: dict[str, int] = {}
-        self._columns = _Columns(
-            np.empty(0, np.int64), np.empty(0, np.uint64), np.empty(0, np.uint64)
-        )
+    def __init__(self, num_rows: Mapping[int, int], batches: Iterable[RecordBatch], deleted: Int64):
+        """Index `batches`, which lie in segments of `num_rows` rows, without the `deleted`."""
+        self._num_rows = dict(num_rows)
+        self._table = _Table(self._num_rows)
+        for batch in batches:
+            self._table.fill(batch)
+        self._table.kill(deleted)
+        self._table.sort()
         self._fresh: list[RecordBatch] = []
+        self._fresh_rows: dict[str, int] = {}
+        self._dead: list[Int64] = []
+        self._num_dead = 0
         self._lock = Lock()
-        self.add(batches)
-        for image_id in [i for i, location in self._location_of.items() if location in deleted]:
-            del self._location_of[image_id]
 
-    def add(self, batches: Sequence[RecordBatch]) -> None:
-        """Add records that lie behind all others."""
+    def add(self, batches: Sequence[RecordBatch], ids: Sequence[str]) -> None:
+        """Add records, whose ids are `ids` in this order, behind those of their segments."""
         with self._lock:
+            left = iter(ids)
             for batch in batches:
-                self._location_of.update(zip(batch.ids, batch.locations.tolist(), strict=True))
+                locations = range(batch.first_location, batch.first_location + len(batch.records))
+                # The locations come first: zip would take one id too many.
+                self._fresh_rows.update((i, at) for at, i in zip(locations, left, strict=False))
+                self._num_rows[batch.segment] = batch.stop_row
             self._fresh += batches
+        if len(self._fresh_rows) > MAX_FRESH:
+            self._merged()
+
+    def remove(self, ids: Sequence[str], locations: Int64) -> None:
+        """Take out records, whose row handles are `locations` int64 [N]."""
+        with self._lock:
+            for image_id in ids:
+                self._fresh_rows.pop(image_id, None)
+            places = self._table.places(locations)
+            self._table.live[places[places >= 0]] = False
+            self._num_dead += int(np.count_nonzero(places >= 0))
+            self._dead.append(locations)
 
     def rows(self, ids: Sequence[str]) -> tuple[Int64, list[str]]:
-        """Return int64 [N] locations, and the ids that are unknown."""
-        found = [self._location_of.get(image_id, -1) for image_id in ids]
-        unknown = [i for i, location in zip(ids, found, strict=True) if location < 0]
-        return np.array(found, dtype=np.int64), unknown
+        """Return int64 [N] row handles, and the ids that are unknown."""
+        table = self._table
+        places = table.find(_digests(ids))
+        found = np.full(len(ids), -1, np.int64)
+        known = places >= 0
+        found[known] = table.locations(places[known])
+        if self._fresh_rows:
+            fresh = self._fresh_rows.get
+            newer = np.fromiter((fresh(i, -1) for i in ids), np.int64, len(ids))
+            found = np.where(newer >= 0, newer, found)
+        return found, [ids[at] for at in np.flatnonzero(found < 0).tolist()]
 
     def plan(self, rows: Int64) -> ReadPlan:
         """Return how to read `rows` int64 [N] in the order they lie on disk.
@@ -55,44 +187,105 @@ class RecordIndex:
         Raises:
             RequestError: rows that were never given out.
         """
-        columns = self._merged()
+        table = self._merged()
         positions = np.argsort(rows, kind="stable")
         locations = rows[positions]
-        at = np.searchsorted(columns.locations, locations)
-        known = at < len(columns.locations)
-        known[known] = columns.locations[at[known]] == locations[known]
-        if not known.all():
-            foreign = locations[~known][:20].tolist()
-            count = int((~known).sum())
-            raise RequestError(f"{count} rows are not of this store: {foreign}")
-        return ReadPlan(positions, locations, columns.seeds[at], columns.checksums[at])
+        places = table.places(locations)
+        if (places < 0).any():
+            foreign = locations[places < 0]
+            shown = foreign[:20].tolist()
+            raise RequestError(f"{len(foreign)} rows are not of this store: {shown}")
+        return ReadPlan(positions, locations, table.lows[places], table.checksums[places])
 
-    def bad_record(self, plan: ReadPlan, place: int, reason: str) -> BadRecord:
-        """Name the record at `place` of `plan` (slow: only for messages)."""
-        location = int(plan.locations[place])
-        items = list(self._location_of.items())
-        image_id = next((i for i, at in items if at == location), "(deleted)")
-        segment, row = location >> ROW_BITS, location & ((1 << ROW_BITS) - 1)
-        return BadRecord(int(plan.positions[place]), image_id, segment, row, reason)
+    def live_rows(self, segment: int | None = None) -> Int64:
+        """Return int64 [N] row handles of all live records, or of those in one segment."""
+        table = self._merged()
+        start, stop = 0, len(table.live)
+        if segment is not None:
+            start, stop = int(table.starts[segment]), int(table.stops[segment])
+        places = np.flatnonzero(table.live[start:stop]) + start
+        return table.locations(places)
 
     def ids(self) -> list[str]:
-        """Return the ids in the order they were appended."""
-        return list(self._location_of)
+        """Return the ids of the live records in the order these lie in the store."""
+        table = self._merged()
+        return [name for entry in table.ids for name in _live_ids(table, entry)]
+
+    def ids_of(self, rows: Int64) -> list[str]:
+        """Return the ids of row handles int64 [N], unpacking no more than these need."""
+        table = self._merged()
+        firsts = [entry.location for entry in table.ids]
+        unpacked: dict[int, list[str]] = {}
+        names = []
+        for row in rows.tolist():
+            at = bisect_right(firsts, row) - 1
+            if at not in unpacked:
+                unpacked[at] = _unpacked(table, table.ids[at])
+            names.append(unpacked[at][row - firsts[at]])
+        return names
+
+    def bad_record(self, plan: ReadPlan, place: int, reason: str) -> BadRecord:
+        """Name the record at `place` of `plan`."""
+        location = int(plan.locations[place])
+        (image_id,) = self.ids_of(plan.locations[place : place + 1])
+        position = int(plan.positions[place])
+        return BadRecord(position, image_id, location >> ROW_BITS, location & ROW_MASK, reason)
+
+    @property
+    def num_rows(self) -> int:
+        """Committed rows, with those of deleted records."""
+        return sum(self._num_rows.values())
+
+    @property
+    def num_segments(self) -> int:
+        """Segments with committed rows."""
+        return len(self._num_rows)
 
     def __len__(self) -> int:
-        return len(self._location_of)
+        with self._lock:
+            return self._table.num_live - self._num_dead + len(self._fresh_rows)
 
     def __contains__(self, image_id: object) -> bool:
-        return image_id in self._location_of
+        return isinstance(image_id, str) and not self.rows([image_id])[1]
 
-    def _merged(self) -> _Columns:
-        """Return the columns with everything that was added since the last call."""
+    def _merged(self) -> _Table:
+        """Return the table with everything that was added since the last call."""
         with self._lock:
             if self._fresh:
-                old, fresh, self._fresh = self._columns, self._fresh, []
-                self._columns = _Columns(
-                    np.concatenate([old.locations, *(batch.locations for batch in fresh)]),
-                    np.concatenate([old.seeds, *(batch.id_hashes for batch in fresh)]),
-                    np.concatenate([old.checksums, *(batch.checksums for batch in fresh)]),
-                )
-            return self._columns
+                table = _Table(self._num_rows)
+                table.copy_from(self._table)
+                for batch in self._fresh:
+                    table.fill(batch)
+                for locations in self._dead:
+                    table.kill(locations)
+                table.sort()
+                self._table, self._fresh, self._fresh_rows = table, [], {}
+                self._dead, self._num_dead = [], 0
+            return self._table
+
+
+def _digests(ids: Sequence[str]) -> UInt64:
+    """Return the digests of `ids` as uint64 [N, 2], high half first."""
+    try:
+        joined = b"".join(map(xxhash.xxh3_128_digest, map(str.encode, ids)))
+    except UnicodeEncodeError:  # no id of a store has a lone surrogate: what it gives is unknown
+        encoded = (image_id.encode("utf-8", "surrogatepass") for image_id in ids)
+        joined = b"".join(map(xxhash.xxh3_128_digest, encoded))
+    return np.frombuffer(joined, ">u8").reshape(-1, 2)
+
+
+def _unpacked(table: _Table, entry: _Ids) -> list[str]:
+    """Return the ids of an entry; where they are damaged, what else names its records."""
+    try:
+        return Records(entry.packed, bytes(16 * entry.num_rows), b"").ids()
+    except StoreError:
+        places = table.places(np.arange(entry.num_rows) + entry.location)
+        return [f"(id with digest ...{low:016x})" for low in table.lows[places].tolist()]
+
+
+def _live_ids(table: _Table, entry: _Ids) -> list[str]:
+    live = table.live[table.places(np.arange(entry.num_rows) + entry.location)]
+    if not live.any():
+        return []
+    names = _unpacked(table, entry)
+    return names if live.all() else [names[at] for at in np.flatnonzero(live).tolist()]

@@ -3,71 +3,61 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import EdjeError, RequestError, StoreError, named
-from ...folders import publish_folder
-from .catalog import Catalog, Int64, UInt64
+from ...errors import RequestError, StoreError, named
+from .catalog import Catalog, CatalogState
+from .changes import StoreWriter
+from .compaction import CompactReport, Progress, compact
+from .folder import StoreStat, folder_bytes, package_version, publish_store
+from .incoming import CommitReport, commit_segments
 from .index import RecordIndex
-from .layout import (
-    DEFAULT_SEGMENT_BYTES,
-    LOCK,
-    SEGMENTS,
-    STORE_JSON,
-    StoreLayout,
-    is_id,
-)
+from .layout import DEFAULT_SEGMENT_BYTES, Int64, StoreLayout, UInt64
+from .pins import Pin
+from .quantized import record_bytes_of
 from .reader import BadRecord, SegmentReader
-from .writer import SegmentWriter, lock_writer
 
 Float16 = npt.NDArray[np.float16]
+Tokens = npt.NDArray[Any]
+Access = Literal["cached", "direct", "resident"]
 
 
-@dataclass(frozen=True, slots=True)
-class StoreStat:
-    """What a store holds. `total_bytes` counts every file of the folder."""
+class TokenBatch(NamedTuple):
+    """Records in the order of the store: N ids, tokens [N, m, H] of its dtype, scales for int8."""
 
-    path: str
-    num_records: int
-    num_segments: int
-    total_bytes: int
-    record_bytes: int
-    num_tokens: int
-    hidden: int
-    dtype: str
-    fingerprint_encoder: str
-    generation: int
-    format_version: int
-    created_by: str
+    ids: tuple[str, ...]
+    tokens: Tokens
+    scales: Float16 | None
+    bad: tuple[BadRecord, ...]
 
 
 class TokenStore:
     """A folder of token records. Made by `create` or `open`; use it as a context manager.
 
-    One process writes at a time, any number read; a reader sees the records that were
-    acknowledged before it opened. All methods may be called from several threads.
+    One process writes at a time, any number read; a reader keeps the generation that it opened,
+    whatever a writer appends, deletes or compacts. All methods may be called from several threads.
     """
 
-    def __init__(self, path: Path, layout: StoreLayout, *, writable: bool):
+    def __init__(self, path: Path, layout: StoreLayout, *, writable: bool, access: Access):
         self.path = path
         self.layout = layout
+        self.access = access
         self._mutex = RLock()
         self._closed = False
-        self._lock = lock_writer(path) if writable else None
-        self._catalog: Catalog | None = None
-        self._writer: SegmentWriter | None = None
-        self._reader = SegmentReader(path, layout)
+        self._pin = Pin(None)
+        self._reader: SegmentReader | None = None
+        self._writer = StoreWriter(path, layout) if writable else None
         try:
-            self._load(writable)
+            if self._writer is None:
+                self._pin = Pin.take(path)
+            self._load()
         except BaseException:
             self.close()
             raise
@@ -90,14 +80,14 @@ class TokenStore:
             num_tokens: m, visual tokens an image.
             hidden: H, values a token.
             fingerprint_encoder: names the encoder; an engine of another one refuses the store.
-            dtype: `float16`.
-            segment_bytes: a segment file grows no larger (1 GiB).
+            dtype: `float16`, or `int8` with a float16 scale a token: half the bytes.
+            segment_bytes: a segment's records take no more (1 GiB).
 
         Raises:
             StoreError: `path` exists or cannot be written, or sizes that no store can have.
         """
         folder = Path(path)
-        created_by = f"edje-runtime {_package_version()}"
+        created_by = f"edje-runtime {package_version()}"
         layout = StoreLayout(
             num_tokens, hidden, dtype, fingerprint_encoder, segment_bytes, created_by
         )
@@ -109,47 +99,118 @@ class TokenStore:
                 f"{folder} exists already and is left as it was",
                 hint='choose another folder, or open the store there with mode="a"',
             )
-        _publish(folder, layout)
-        return cls(folder, layout, writable=True)
+        publish_store(folder, layout)
+        return cls(folder, layout, writable=True, access="cached")
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, mode: Literal["r", "a"] = "r") -> TokenStore:
-        """Open the store at `path`: `"r"` to read, `"a"` to append as well.
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        mode: Literal["r", "a"] = "r",
+        access: Access = "cached",
+    ) -> TokenStore:
+        """Open the store at `path`.
+
+        Args:
+            mode: `"r"` reads; `"a"` changes the store as well.
+            access: `"cached"` reads through the system's page cache; `"direct"` past it, for a
+                store larger than the memory; `"resident"` loads all records once, verified, and
+                reads from memory (only with `"r"`).
 
         Raises:
             StoreError: no store there, damaged, of another version, or (`"a"`) another writer.
         """
         if mode not in ("r", "a"):
             raise StoreError(f'mode is {mode!r}, expected "r" or "a"')
+        if access not in ("cached", "direct", "resident"):
+            raise StoreError(f'access is {access!r}, expected "cached", "direct" or "resident"')
+        if mode == "a" and access == "resident":
+            raise StoreError('access "resident" is for reading, expected mode "r"')
         folder = Path(path)
-        return cls(folder, StoreLayout.read(folder), writable=mode == "a")
+        return cls(folder, StoreLayout.read(folder), writable=mode == "a", access=access)
 
-    def append(self, ids: Sequence[str], tokens: Float16) -> None:
+    def append(self, ids: Sequence[str], tokens: Tokens, scales: Float16 | None = None) -> None:
         """Add records; durable when it returns, all of them or none.
 
         Args:
             ids: N ids, each new to the store.
-            tokens: float16 [N, m, H], host, the caller's; copied before this returns.
+            tokens: float16 [N, m, H] (an int8 store quantises them), or int8 [N, m, H]; host, the
+                caller's, copied before this returns.
+            scales: float16 [N, m] with int8 tokens.
 
         Raises:
-            StoreError: opened for reading; ids twice, present or no text; wrong dtype or shape
+            StoreError: opened for reading; ids twice, present or no ids; wrong dtype or shape
                 (all named); the disk is full. Then nothing was added.
         """
         with self._mutex:
-            if self._writer is None or self._catalog is None:
-                raise StoreError(
-                    f"the store {self.path} is not open for appending",
-                    hint='open it (again) with TokenStore.open(path, mode="a")',
-                )
-            self._check_append(ids, tokens)
-            if len(ids) == 0:
-                return
-            self._append(tuple(ids), tokens, self._writer, self._catalog)
+            records = record_bytes_of(self.layout, len(ids), tokens, scales)
+            writer = self._writing()
+            if len(ids):
+                writer.append(self._index, ids, records)
+
+    def replace(self, ids: Sequence[str], tokens: Tokens, scales: Float16 | None = None) -> None:
+        """Put new records in the place of present ones, all or none; arguments as in `append`.
+
+        Raises:
+            StoreError: as `append`; or ids that the store does not hold.
+        """
+        with self._mutex:
+            records = record_bytes_of(self.layout, len(ids), tokens, scales)
+            writer = self._writing()
+            if len(ids):
+                writer.replace(self._index, ids, records)
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Take records away, all or none; durable when it returns. `compact` frees their space.
+
+        Raises:
+            StoreError: opened for reading; ids twice or not present (named); the disk is full.
+        """
+        with self._mutex:
+            writer = self._writing()
+            if len(ids):
+                writer.delete(self._index, ids)
+
+    def commit_segments(self, paths: Sequence[str | os.PathLike[str]]) -> CommitReport:
+        """Add segments that `SegmentWriter` wrote, and remove their files.
+
+        Ids that the store holds already are left out, so a task that ran twice does no harm, nor
+        does committing one file twice.
+
+        Raises:
+            StoreError: opened for reading; a file that is no whole segment of this store's layout
+                (it was not added, those before it were).
+        """
+        with self._mutex:
+            return commit_segments(self._writing(), self._index, [Path(path) for path in paths])
+
+    def compact(
+        self, max_dead_share: float = 0.0, *, progress: Progress | None = None
+    ) -> CompactReport:
+        """Give back the space of deleted records; join segments less than half full.
+
+        Row handles of this object are out of date afterwards; other readers keep theirs.
+
+        Args:
+            max_dead_share: segments with a larger share of deleted records are written anew.
+            progress: called with (done, total) segments.
+
+        Raises:
+            StoreError: opened for reading; no room for one segment more; then nothing is lost.
+        """
+        with self._mutex:
+            writer = self._writing()
+            try:
+                return compact(writer, self._index, self._open_reader(), max_dead_share, progress)
+            finally:
+                if not self._closed and writer.is_open:
+                    self._load()
 
     def rows(self, ids: Sequence[str]) -> Int64:
         """Return the row handles of `ids`: int64 [N], the caller's; the same id may come twice.
 
-        A handle stays valid as long as this store is open.
+        A handle stays valid as long as this store is open (and not compacted by this object).
 
         Raises:
             RequestError: ids that the store does not hold (up to 20 named, with the count).
@@ -164,31 +225,40 @@ class TokenStore:
         return rows
 
     def read(
-        self, rows: Int64, out: Float16, *, bad: Literal["raise", "mark"] = "raise"
+        self,
+        rows: Int64,
+        out: Tokens,
+        scales: Float16 | None = None,
+        *,
+        bad: Literal["raise", "mark"] = "raise",
+        verify: bool = True,
     ) -> list[BadRecord]:
         """Copy records into `out` and verify each against its checksum.
 
         Args:
             rows: int64 [N] from `rows`, in any order, repeats allowed.
-            out: float16 [N, m, H], C-contiguous, host or pinned, the caller's; record i goes to
-                `out[i]`. A bad record leaves zeros there.
+            out: the store's dtype [N, m, H], C-contiguous, host or pinned, the caller's; record i
+                goes to `out[i]`. A bad record leaves zeros there.
+            scales: float16 [N, m], C-contiguous, the caller's: int8 stores only.
             bad: `"raise"` on a bad record, or `"mark"` it in the returned list.
+            verify: False trusts the bytes; only a record that cannot be read is bad then.
 
         Returns:
             The bad records by position: empty when all is well.
 
         Raises:
             StoreError: (`"raise"`) damaged records, each with id, segment, row and reason.
-            RequestError: `out` does not fit, or rows that this store did not give out.
+            RequestError: buffers that do not fit, or rows that this store did not give out.
         """
         rows = np.asarray(rows)
-        self._check_read(rows, out)
+        self._check_read(rows, out, scales)
         if len(rows) == 0:
             return []
         plan = self._index.plan(rows)
-        # A view of numbers, since memoryview cannot cast every dtype to bytes.
+        # Views of numbers, since memoryview cannot cast every dtype to bytes.
+        scale_bytes = None if scales is None else scales.reshape(-1).view(np.uint8).data
         buffer = out.reshape(-1).view(np.uint8).data
-        reasons = self._reader.gather(plan, buffer)
+        reasons = self._open_reader().gather(plan, buffer, scale_bytes, verify=verify)
         if not reasons:
             return []
         found = [self._index.bad_record(plan, place, why) for place, why in reasons.items()]
@@ -198,8 +268,32 @@ class TokenStore:
         raise StoreError(
             f"{len(found)} of {len(rows)} records of the store {self.path} are damaged",
             faults=[str(record) for record in found[:20]],
-            hint='index these images again, or read with bad="mark" to use the others',
+            hint=f"`edje store verify --repair {self.path}` takes them out; then index these "
+            'images again. read(..., bad="mark") serves the others meanwhile',
         )
+
+    def prefetch(self, rows: Int64) -> None:
+        """Ask the system to fetch records that will be read soon; returns at once."""
+        if len(rows) and not self._closed:
+            self._open_reader().prefetch(rows)
+
+    def iterate(
+        self, batch_size: int = 256, *, bad: Literal["raise", "mark"] = "raise"
+    ) -> Iterator[TokenBatch]:
+        """Yield all records in the order they lie in the store; the arrays are the caller's.
+
+        Raises:
+            StoreError: (`"raise"`) a damaged record.
+        """
+        rows = self._index.live_rows()
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            self.prefetch(rows[start + batch_size : start + 2 * batch_size])
+            out = np.empty((len(part), *self.record_shape), self.layout.dtype)
+            scaled = self.layout.dtype == "int8"
+            scales = np.empty((len(part), self.layout.num_tokens), np.float16) if scaled else None
+            found = self.read(part, out, scales, bad=bad)
+            yield TokenBatch(tuple(self._index.ids_of(part)), out, scales, tuple(found))
 
     def checksums(self, rows: Int64) -> UInt64:
         """Return the catalog's checksums of `rows`: uint64 [N], the caller's; reads no record.
@@ -213,7 +307,7 @@ class TokenStore:
         return sums
 
     def ids(self) -> list[str]:
-        """Return all ids in the order they were appended; a new list, the caller's."""
+        """Return all ids in the order of the records; a new list, the caller's."""
         return self._index.ids()
 
     def __len__(self) -> int:
@@ -234,27 +328,35 @@ class TokenStore:
 
     def stat(self) -> StoreStat:
         """Return what the store holds and what it takes on disk."""
+        layout = self.layout
         return StoreStat(
             path=str(self.path),
             num_records=len(self),
-            num_segments=self._num_segments,
-            total_bytes=_folder_bytes(self.path),
-            record_bytes=self.layout.record_bytes,
-            num_tokens=self.layout.num_tokens,
-            hidden=self.layout.hidden,
-            dtype=self.layout.dtype,
-            fingerprint_encoder=self.layout.fingerprint_encoder,
-            generation=self._generation,
-            format_version=self.layout.format_version,
-            created_by=self.layout.created_by,
+            num_deleted=self._index.num_rows - len(self),
+            num_segments=self._index.num_segments,
+            num_retired=len(self._state.retired),
+            total_bytes=folder_bytes(self.path),
+            record_bytes=layout.record_bytes,
+            scale_bytes=layout.scale_bytes,
+            num_tokens=layout.num_tokens,
+            hidden=layout.hidden,
+            dtype=layout.dtype,
+            fingerprint_encoder=layout.fingerprint_encoder,
+            generation=self._state.generation,
+            format_version=layout.format_version,
+            created_by=layout.created_by,
+            faults=tuple(self._faults),
         )
 
     def close(self) -> None:
         """Close all files and release the writer's lock. Calling it twice is allowed."""
         with self._mutex:
             self._closed = True
-            self._stop_writing()
-            self._reader.close()
+            if self._writer is not None:
+                self._writer.close()
+            if self._reader is not None:
+                self._reader.close()
+            self._pin.close()
 
     def __enter__(self) -> TokenStore:
         return self
@@ -267,114 +369,73 @@ class TokenStore:
     ) -> None:
         self.close()
 
-    def _load(self, writable: bool) -> None:
-        catalog = Catalog.open(self.path, writable=writable)
+    def _load(self) -> None:
+        """Read the catalog: a reader once, a writer again after it has moved records."""
+        catalog = self._writer.catalog if self._writer else Catalog.open(self.path, writable=False)
         try:
-            state, batches, deleted = catalog.load()
-        except BaseException:
-            catalog.close()
-            raise
-        self._index = RecordIndex(batches, deleted)
-        self._generation = state.generation
-        self._num_segments = len(state.segments)
-        if writable:
-            self._catalog = catalog
-            self._writer = SegmentWriter(self.path, self.layout, state)
-        else:
-            catalog.close()  # a reader's snapshot is in memory
-
-    def _append(
-        self, ids: tuple[str, ...], tokens: Float16, writer: SegmentWriter, catalog: Catalog
-    ) -> None:
-        """Bytes on disk first, then the commit that makes them records, then memory."""
-        records = np.ascontiguousarray(tokens).reshape(len(ids), -1).view(np.uint8)
-        try:
-            batches = writer.write(ids, records)
-        except OSError as error:
-            raise StoreError(
-                f"cannot append to the store {self.path}, nothing was added: {error.strerror}"
-            ) from error
-        try:
-            catalog.commit(batches, max_rows=self.layout.max_rows)
-            self._index.add(batches)
-        except BaseException:
-            # Whether the commit reached the disk is not known here, and its rows must not be
-            # written over if it did: opening the store again reads the truth.
-            self._stop_writing()
-            raise
-        self._generation += 1
-        self._num_segments += sum(batch.first_row == 0 for batch in batches)
-
-    def _stop_writing(self) -> None:
+            with catalog.snapshot() as state:
+                self._pin.keep(state.generation)
+                counts = {segment: info.num_rows for segment, info in state.segments.items()}
+                batches = (
+                    batch
+                    for segment, num_rows in counts.items()
+                    for batch in catalog.batches(segment, num_rows)
+                )
+                self._index = RecordIndex(counts, batches, state.deleted)
+            self._faults = list(catalog.faults)
+        finally:
+            if self._writer is None:
+                catalog.close()  # a reader's snapshot is in memory
+        self._state: CatalogState = state
         if self._writer is not None:
-            self._writer.close()
-        if self._catalog is not None:
-            self._catalog.close()
-        self._writer = self._catalog = None
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            self._writer.start(state)
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = self._make_reader(state)
 
-    def _check_append(self, ids: Sequence[str], tokens: Float16) -> None:
-        shape = (len(ids), *self.record_shape)
-        faults = []
-        if tokens.dtype != np.float16 or tokens.shape != shape:
-            got = f"{tokens.dtype} {list(tokens.shape)}"
-            faults.append(f"tokens: got {got}, expected float16 {list(shape)}")
-        no_ids = [repr(image_id) for image_id in ids if not is_id(image_id)]
-        if no_ids:
-            faults.append(f"{len(no_ids)} ids are empty or no text: {named(no_ids)}")
-        else:
-            seen: set[str] = set()
-            twice = [i for i in ids if i in seen or seen.add(i)]  # type: ignore[func-returns-value]
-            present = [image_id for image_id in ids if image_id in self._index]
-            faults += [f"{len(twice)} ids come twice: {named(twice)}"] if twice else []
-            if present:
-                faults.append(f"{len(present)} ids are in the store already: {named(present)}")
-        if faults:
-            what = f"cannot append to the store {self.path}, nothing was added"
-            raise StoreError(what, faults=faults)
+    def _make_reader(self, state: CatalogState) -> SegmentReader:
+        access: Literal["cached", "direct"] = "direct" if self.access == "direct" else "cached"
+        return SegmentReader(self.path, self.layout, key_of=self._key_of, access=access)
 
-    def _check_read(self, rows: Int64, out: Float16) -> None:
-        if self._closed:
+    def _key_of(self, segment: int) -> int | None:
+        if self._writer is not None:
+            return self._writer.keys.get(segment)
+        info = self._state.segments.get(segment)
+        return None if info is None else info.key
+
+    def _writing(self) -> StoreWriter:
+        """Return the writer, if this store is open for changes."""
+        if self._writer is None or not self._writer.is_open:
+            raise StoreError(
+                f"the store {self.path} is not open for changes",
+                hint='open it (again) with TokenStore.open(path, mode="a")',
+            )
+        return self._writer
+
+    def _open_reader(self) -> SegmentReader:
+        if self._closed or self._reader is None:
             raise StoreError(f"the store {self.path} is closed")
+        return self._reader
+
+    def _check_read(self, rows: Int64, out: Tokens, scales: Float16 | None) -> None:
+        self._open_reader()
         if rows.dtype != np.int64 or rows.ndim != 1:
             raise RequestError(f"rows is {rows.dtype} {list(rows.shape)}, expected int64 [N]")
         shape = (len(rows), *self.record_shape)
-        usable = out.flags.c_contiguous and out.flags.writeable
-        if out.dtype != np.float16 or out.shape != shape or not usable:
-            got = f"{out.dtype} {list(out.shape)}, C-contiguous and writeable: {usable}"
-            raise RequestError(f"out is {got}; expected float16 {list(shape)}, True")
+        faults = _buffer_faults("out", out, self.layout.dtype, shape)
+        if self.layout.dtype == "int8" and scales is None:
+            faults.append("scales: got none, an int8 store needs float16 [N, m]")
+        elif self.layout.dtype != "int8" and scales is not None:
+            faults.append(f"scales: got an array, a {self.layout.dtype} store has none")
+        elif scales is not None:
+            faults += _buffer_faults("scales", scales, "float16", shape[:2])
+        if faults:
+            raise RequestError("cannot read into these buffers", faults=faults)
 
 
-def _folder_bytes(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # SQLite removes its log when the writer closes
-            total += path.stat().st_size if path.is_file() else 0
-    return total
-
-
-def _publish(folder: Path, layout: StoreLayout) -> None:
-    """Write the files of an empty store, whole or not at all."""
-    try:
-        with publish_folder(folder) as staging:
-            (staging / STORE_JSON).write_bytes(layout.to_bytes())
-            (staging / SEGMENTS).mkdir()
-            (staging / LOCK).touch()
-            Catalog.create(staging)
-    except StoreError:
-        raise
-    except EdjeError as error:
-        raise StoreError(error.message, hint="choose another folder for the store") from error
-    except OSError as error:
-        raise StoreError(f"cannot make a token store at {folder}: {error.strerror}") from error
-
-
-def _package_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("edje-runtime")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "(not installed)"
+def _buffer_faults(name: str, array: Tokens, dtype: str, shape: Sequence[int]) -> list[str]:
+    usable = array.flags.c_contiguous and array.flags.writeable
+    if array.dtype == dtype and array.shape == tuple(shape) and usable:
+        return []
+    got = f"{array.dtype} {list(array.shape)}, C-contiguous and writeable: {usable}"
+    return [f"{name}: got {got}; expected {dtype} {list(shape)}, True"]

@@ -1,33 +1,20 @@
-"""Writing records: the lock of the one writer, and segment files made durable."""
+"""Records behind the committed rows of the active segment, or in new ones, durable."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
-import xxhash
+from typing import NamedTuple
 
 from ...errors import StoreError
-from ...folders import sync_folder
 from ...locks import open_lock, try_lock
-from .catalog import CatalogState, RecordBatch, UInt64, make_batch
-from .layout import (
-    LOCK,
-    PAGE_BYTES,
-    SEGMENTS,
-    StoreLayout,
-    header_fault,
-    header_page,
-    id_hash,
-    segment_name,
-)
-
-# Linux takes at most 1,024 pieces a call; a padded record is two.
-MAX_RECORDS_A_WRITE = 512
+from . import disk
+from .catalog import ROWS_A_BATCH, Catalog, CatalogState, Change, RecordBatch, Segment
+from .layout import LOCK, SEGMENTS, StoreLayout, segment_name
+from .records import DIGEST_BYTES, Records
+from .segment_file import RecordBytes, SegmentFile
 
 
 def lock_writer(folder: Path) -> int:
@@ -53,117 +40,133 @@ def lock_writer(folder: Path) -> int:
     return descriptor
 
 
-class SegmentWriter:
-    """Puts records behind the committed rows of the active segment, or into new ones.
+class Mark(NamedTuple):
+    """Where the next record goes: a place to come back to when a change fails."""
 
-    Nothing it writes exists before the catalog says so: after a failed or killed append the
-    next one overwrites what was left.
+    segment: int | None
+    num_rows: int
+    next_segment: int
+
+
+class Appender:
+    """Puts records behind the committed rows of the active segment, or into new segments.
+
+    Nothing it writes exists before the catalog says so: after a failed or killed append the next
+    one overwrites what was left.
     """
 
     def __init__(self, folder: Path, layout: StoreLayout, state: CatalogState):
         self._folder = folder / SEGMENTS
         self._layout = layout
-        self._segment = state.next_segment - 1 if state.active is None else state.active
+        self._keys = {segment: info.key for segment, info in state.segments.items()}
+        room = [
+            segment
+            for segment, info in state.segments.items()
+            if not info.sealed and info.num_rows < layout.max_rows
+        ]
+        self._segment = max(room, default=None)
+        self._num_rows = state.segments[self._segment].num_rows if self._segment else 0
         self._next_segment = state.next_segment
-        full = state.active is None
-        self._num_rows = layout.max_rows if full else state.segments[self._segment]
-        self._descriptor: int | None = None
+        self._file: SegmentFile | None = None
 
-    def write(self, ids: tuple[str, ...], records: npt.NDArray[np.uint8]) -> list[RecordBatch]:
-        """Write uint8 [N, record_bytes] and return when the bytes are on disk (fdatasync).
+    @property
+    def active(self) -> int | None:
+        """The segment that takes the next record, if there is one with room."""
+        return self._segment
 
-        The returned batches become records when the catalog has committed them.
+    def mark(self) -> Mark:
+        """Return where the next record goes."""
+        return Mark(self._segment, self._num_rows, self._next_segment)
+
+    def rollback(self, mark: Mark) -> None:
+        """Go back to `mark`, and give a full disk its space back."""
+        self.close()
+        with suppress(OSError):  # only space: the next append overwrites what stays
+            for made in range(mark.next_segment, self._next_segment):
+                disk.unlink(self._folder / segment_name(made))
+            if mark.segment is not None:
+                path = self._folder / segment_name(mark.segment)
+                disk.truncate(path, self._layout.end(mark.num_rows))
+        self._segment, self._num_rows, self._next_segment = mark
+
+    def write(self, ids: Sequence[str], digests: bytes, records: RecordBytes) -> list[RecordBatch]:
+        """Write N records and return when their bytes are on disk (fdatasync).
+
+        The returned batches become records when the catalog has committed them; until then the
+        caller may `rollback` to the mark it took before.
 
         Raises:
-            OSError: the bytes cannot be written; the rows are free for the next call.
+            OSError: the bytes cannot be written.
             StoreError: the active segment is damaged.
         """
-        before = (self._segment, self._num_rows, self._next_segment)
-        sums = np.fromiter(map(_checksum, records, ids), dtype=np.uint64, count=len(ids))
-        try:
-            return list(self._write_segments(ids, records, sums))
-        except BaseException:
-            self._forget(*before)
-            raise
+        sums = records.checksums(digests)
+        batches, start = [], 0
+        while start < len(ids):
+            file = self._open_active()
+            stop = start + min(len(ids) - start, self._layout.max_rows - self._num_rows)
+            file.put(self._num_rows, records.cut(start, stop))
+            file.sync()
+            part = digests[start * DIGEST_BYTES : stop * DIGEST_BYTES]
+            packed = Records.pack(ids[start:stop], part, sums[start:stop])
+            batches.append(RecordBatch(self._segment or 0, self._num_rows, packed))
+            self._num_rows += stop - start
+            start = stop
+        return batches
+
+    def segments_of(self, batches: Sequence[RecordBatch]) -> dict[int, Segment]:
+        """Return the segments that `batches` were written to, as they are with them."""
+        return {
+            batch.segment: Segment(batch.stop_row, False, self._keys[batch.segment])
+            for batch in batches
+        }
+
+    def start_anew(self) -> None:
+        """Let the next record begin a new segment."""
+        self.close()
+        self._segment = None
+
+    def take_number(self) -> int:
+        """Return the number of a new segment, which somebody else will fill."""
+        self._next_segment += 1
+        return self._next_segment - 1
 
     def close(self) -> None:
         """Close the open segment file. Calling it twice is allowed."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
-    def _forget(self, segment: int, num_rows: int, next_segment: int) -> None:
-        """Go back to where a failed write began, and give a full disk its space back."""
-        self.close()
-        with suppress(OSError):  # only space: the next append overwrites what stays
-            for made in range(next_segment, self._next_segment):
-                (self._folder / segment_name(made)).unlink()
-            if num_rows < self._layout.max_rows:
-                os.truncate(self._folder / segment_name(segment), self._layout.offset(num_rows))
-        self._segment, self._num_rows, self._next_segment = segment, num_rows, next_segment
-
-    def _write_segments(
-        self, ids: tuple[str, ...], records: npt.NDArray[np.uint8], sums: UInt64
-    ) -> Iterator[RecordBatch]:
-        start = 0
-        while start < len(ids):
-            if self._num_rows >= self._layout.max_rows:
-                self._start_segment()
-            stop = start + min(len(ids) - start, self._layout.max_rows - self._num_rows)
-            descriptor = self._open_active()
-            _write_records(descriptor, self._layout, self._num_rows, records[start:stop])
-            os.fdatasync(descriptor)
-            yield make_batch(self._segment, self._num_rows, ids[start:stop], sums[start:stop])
-            self._num_rows += stop - start
-            start = stop
-
-    def _start_segment(self) -> None:
-        """Make the next segment file with its header page, durable with its name."""
-        self.close()
-        path = self._folder / segment_name(self._next_segment)
-        # A file of this number can only be left over from an append that was never acknowledged.
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        self._descriptor = os.open(path, flags, 0o666)
-        self._segment, self._num_rows = self._next_segment, 0
-        self._next_segment += 1
-        _write_all(self._descriptor, [header_page(self._layout, self._segment)], 0)
-        os.fdatasync(self._descriptor)
-        sync_folder(self._folder)
-
-    def _open_active(self) -> int:
-        if self._descriptor is None:
+    def _open_active(self) -> SegmentFile:
+        """Return the file of the active segment; start the next when it is full."""
+        if self._segment is None or self._num_rows >= self._layout.max_rows:
+            self.close()
+            path = self._folder / segment_name(self._next_segment)
+            self._file = SegmentFile.create(path, self._layout)
+            self._segment, self._num_rows = self._next_segment, 0
+            self._keys[self._segment] = self._file.key
+            self._next_segment += 1
+        elif self._file is None:
             path = self._folder / segment_name(self._segment)
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            fault = header_fault(os.pread(descriptor, PAGE_BYTES, 0), self._layout, self._segment)
-            if fault:
-                os.close(descriptor)
-                raise StoreError(f"cannot append to {path}: {fault}")
-            self._descriptor = descriptor
-        return self._descriptor
+            self._file = SegmentFile.open(path, self._layout, self._keys[self._segment])
+        return self._file
 
 
-def _checksum(record: npt.NDArray[np.uint8], image_id: str) -> int:
-    return int(xxhash.xxh3_64_intdigest(record.data, id_hash(image_id)))
+def seal(folder: Path, layout: StoreLayout, catalog: Catalog, segment: int, info: Segment) -> None:
+    """Write the footer of a full segment and tell the catalog that it will not change any more.
 
-
-def _write_records(
-    descriptor: int, layout: StoreLayout, first_row: int, records: npt.NDArray[np.uint8]
-) -> None:
-    padding = bytes(layout.stride - layout.record_bytes)
-    for start in range(0, len(records), MAX_RECORDS_A_WRITE):
-        block = records[start : start + MAX_RECORDS_A_WRITE]
-        pieces: list[memoryview | bytes] = [record.data for record in block]
-        if padding:
-            pieces = [part for record in pieces for part in (record, padding)]
-        _write_all(descriptor, pieces, layout.offset(first_row + start))
-
-
-def _write_all(descriptor: int, pieces: list[memoryview | bytes], offset: int) -> None:
-    """Write `pieces` one after the other from `offset` on, however short each call falls."""
-    written = os.pwritev(descriptor, pieces, offset)
-    total = sum(map(len, pieces))
-    if written == total:
-        return
-    rest = memoryview(b"".join(pieces))
-    while written < total:
-        written += os.pwrite(descriptor, rest[written:], offset + written)
+    Raises:
+        OSError: the footer cannot be written. StoreError: the catalog, or it lacks records.
+    """
+    batches = catalog.batches(segment, info.num_rows)
+    records = Records.join([batch.records for batch in batches])
+    if len(records) != info.num_rows:
+        raise StoreError(f"the catalog names {len(records)} of {info.num_rows} records")
+    file = SegmentFile.open(folder / SEGMENTS / segment_name(segment), layout, info.key)
+    try:
+        file.seal(records)
+    finally:
+        file.close()
+    parts = records.split(ROWS_A_BATCH)
+    rebatched = [RecordBatch(segment, at * ROWS_A_BATCH, part) for at, part in enumerate(parts)]
+    sealed = Segment(info.num_rows, True, info.key)
+    catalog.commit(Change(segments={segment: sealed}, rebatched={segment: rebatched}))
