@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import EdjeError, StoreError
 from ...folders import publish_folder
-from .catalog import Catalog
+from .catalog import Catalog, CatalogState
 from .layout import INCOMING, LOCK, READERS, SEGMENTS, STORE_JSON, StoreLayout
 
 
@@ -41,8 +42,7 @@ class StoreStat:
     faults: tuple[str, ...]
 
 
-def folder_bytes(folder: Path) -> int:
-    """Return what the files and folders below `folder` take on disk."""
+def _disk_bytes(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
         with suppress(FileNotFoundError):  # SQLite removes its log when the writer closes
@@ -50,8 +50,20 @@ def folder_bytes(folder: Path) -> int:
     return total
 
 
-def publish_store(folder: Path, layout: StoreLayout) -> None:
-    """Write the files of an empty store, whole or not at all."""
+def create_folder(folder: Path, layout: StoreLayout) -> None:
+    """Write the files of an empty store, whole or not at all.
+
+    Raises:
+        StoreError: sizes that no store can have; `folder` exists, or cannot be written.
+    """
+    faults = layout.faults()
+    if faults:
+        raise StoreError(f"cannot make a token store at {folder}", faults=faults)
+    if folder.exists() or folder.is_symlink():
+        raise StoreError(
+            f"{folder} exists already and is left as it was",
+            hint='choose another folder, or open the store there with mode="a"',
+        )
     try:
         with publish_folder(folder) as staging:
             (staging / STORE_JSON).write_bytes(layout.to_bytes())
@@ -66,6 +78,31 @@ def publish_store(folder: Path, layout: StoreLayout) -> None:
         raise StoreError(error.message, hint="choose another folder for the store") from error
     except OSError as error:
         raise StoreError(f"cannot make a token store at {folder}: {error.strerror}") from error
+
+
+def stat_of(
+    folder: Path, layout: StoreLayout, state: CatalogState, faults: Sequence[str]
+) -> StoreStat:
+    """Return what the store at `folder` holds."""
+    num_rows = sum(info.num_rows for info in state.segments.values())
+    return StoreStat(
+        path=str(folder),
+        num_records=num_rows - len(state.deleted),
+        num_deleted=len(state.deleted),
+        num_segments=len(state.segments),
+        num_retired=len(state.retired),
+        total_bytes=_disk_bytes(folder),
+        record_bytes=layout.record_bytes,
+        scale_bytes=layout.scale_bytes,
+        num_tokens=layout.num_tokens,
+        hidden=layout.hidden,
+        dtype=layout.dtype,
+        fingerprint_encoder=layout.fingerprint_encoder,
+        generation=state.generation,
+        format_version=layout.format_version,
+        created_by=layout.created_by,
+        faults=tuple(faults),
+    )
 
 
 def package_version() -> str:

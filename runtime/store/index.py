@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from threading import Lock
 from typing import NamedTuple
 
@@ -95,36 +96,58 @@ class _Table:
         return (segments << ROW_BITS) | (places - self.starts[segments])
 
     def sort(self) -> None:
-        """Make the lookup table of the live records; the order of ids becomes that of rows."""
-        self.ids.sort()
+        """Make the lookup table of the live records; the order of ids becomes that of rows.
+
+        Part by part: large arrays that live for a moment would stay with the process (malloc).
+        """
+        self.ids.sort(key=lambda entry: entry.location)
         self.num_live = int(np.count_nonzero(self.live))
-        order = np.argsort(self.lows).astype(np.uint32 if len(self.live) < 1 << 32 else np.int64)
-        self.order = order[self.live[order]]
-        # One more than any digest is likely to be: where a search that finds nothing ends.
-        self.keys = np.append(self.lows[self.order], np.uint64(2**64 - 1))
-        self.shift = np.uint64(64 - max(1, min(24, self.num_live.bit_length())))
-        leading = np.arange((1 << (64 - int(self.shift))) + 1, dtype=np.uint64)
-        edges = np.searchsorted(self.keys[:-1], leading[:-1] << self.shift)
-        self.buckets = np.append(edges, self.num_live).astype(np.int64)
+        bits = max(1, min(24, self.num_live.bit_length()))
+        self.shift = np.uint64(64 - bits)
+        places = np.uint32 if len(self.live) < 1 << 32 else np.int64
+        self.order = np.empty(self.num_live, places)
+        # One more, larger than any: where a search that finds nothing ends.
+        self.keys = np.full(self.num_live + 1, 2**64 - 1, np.uint64)
+        self.buckets = np.empty((1 << bits) + 1, places)
+        parts = min(1 << bits, max(1, self.num_live >> 16))
+        edges = [(1 << bits) * part // parts for part in range(parts + 1)]
+        done = 0
+        for first, stop in pairwise(edges):
+            done = self._sort_part(first, stop, done)
+        self.buckets[-1] = self.num_live
+
+    def _sort_part(self, first: int, stop: int, done: int) -> int:
+        """Sort in the records of buckets [first, stop) behind `done` others; return all so far."""
+        top = self.lows >= np.uint64(first) << self.shift
+        if stop < len(self.buckets) - 1:
+            top &= self.lows < np.uint64(stop) << self.shift
+        top &= self.live
+        places = np.flatnonzero(top)
+        lows = self.lows[places]
+        order = np.argsort(lows)
+        keys = lows[order]
+        self.order[done : done + len(keys)] = places[order]
+        self.keys[done : done + len(keys)] = keys
+        leading = np.arange(first, stop, dtype=np.uint64) << self.shift
+        self.buckets[first:stop] = np.searchsorted(keys, leading) + done
+        return done + len(keys)
 
     def find(self, digests: UInt64) -> Int64:
         """Return int64 [N] places of the live records with these digests [N, 2]; -1 for none."""
         highs, lows = digests[:, 0].astype(np.uint64), digests[:, 1].astype(np.uint64)
-        at = self.buckets[(lows >> self.shift).astype(np.int64)]
         found = np.full(len(lows), -1, np.int64)
+        if not self.num_live:
+            return found
+        at = self.buckets[lows >> self.shift].astype(np.int64)
         todo = np.arange(len(lows))
         while len(todo):
-            here, low = at[todo], lows[todo]
-            inside = here < self.num_live
-            places = (
-                self.order[np.where(inside, here, 0)].astype(np.int64) if self.num_live else here
-            )
-            hit = inside & (self.keys[here] == low)
-            hit[hit] = (self.highs[places[hit]] == highs[todo[hit]]) & self.live[places[hit]]
+            keys = self.keys[at]
+            # The order's last place stands in for the one behind it, whose key fits nothing live.
+            places = self.order[np.minimum(at, self.num_live - 1)].astype(np.int64)
+            hit = (keys == lows) & (self.highs[places] == highs) & self.live[places]
             found[todo[hit]] = places[hit]
-            onward = ~hit & inside & (self.keys[here] <= low)
-            todo = todo[onward]
-            at[todo] += 1
+            onward = ~hit & (keys <= lows) & (at < self.num_live)
+            todo, lows, highs, at = todo[onward], lows[onward], highs[onward], at[onward] + 1
         return found
 
 
@@ -230,16 +253,6 @@ class RecordIndex:
         (image_id,) = self.ids_of(plan.locations[place : place + 1])
         position = int(plan.positions[place])
         return BadRecord(position, image_id, location >> ROW_BITS, location & ROW_MASK, reason)
-
-    @property
-    def num_rows(self) -> int:
-        """Committed rows, with those of deleted records."""
-        return sum(self._num_rows.values())
-
-    @property
-    def num_segments(self) -> int:
-        """Segments with committed rows."""
-        return len(self._num_rows)
 
     def __len__(self) -> int:
         with self._lock:

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from ...errors import StoreError, named
 from . import disk
+from .arrays import record_bytes_of
 from .layout import StoreLayout, id_fault
-from .quantized import record_bytes_of
 from .records import Records, digests_of
 from .segment_file import SegmentFile
 

@@ -13,15 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import RequestError, StoreError, named
+from .arrays import check_buffers, record_bytes_of
 from .catalog import Catalog, CatalogState
 from .changes import StoreWriter
 from .compaction import CompactReport, Progress, compact
-from .folder import StoreStat, folder_bytes, package_version, publish_store
+from .folder import StoreStat, create_folder, package_version, stat_of
 from .incoming import CommitReport, commit_segments
 from .index import RecordIndex
 from .layout import DEFAULT_SEGMENT_BYTES, Int64, StoreLayout, UInt64
 from .pins import Pin
-from .quantized import record_bytes_of
 from .reader import BadRecord, SegmentReader
 
 Float16 = npt.NDArray[np.float16]
@@ -91,15 +91,7 @@ class TokenStore:
         layout = StoreLayout(
             num_tokens, hidden, dtype, fingerprint_encoder, segment_bytes, created_by
         )
-        faults = layout.faults()
-        if faults:
-            raise StoreError(f"cannot make a token store at {folder}", faults=faults)
-        if folder.exists() or folder.is_symlink():
-            raise StoreError(
-                f"{folder} exists already and is left as it was",
-                hint='choose another folder, or open the store there with mode="a"',
-            )
-        publish_store(folder, layout)
+        create_folder(folder, layout)
         return cls(folder, layout, writable=True, access="cached")
 
     @classmethod
@@ -250,15 +242,15 @@ class TokenStore:
             StoreError: (`"raise"`) damaged records, each with id, segment, row and reason.
             RequestError: buffers that do not fit, or rows that this store did not give out.
         """
-        rows = np.asarray(rows)
-        self._check_read(rows, out, scales)
+        rows, reader = np.asarray(rows), self._open_reader()
+        check_buffers(self.layout, rows, out, scales)
         if len(rows) == 0:
             return []
         plan = self._index.plan(rows)
         # Views of numbers, since memoryview cannot cast every dtype to bytes.
         scale_bytes = None if scales is None else scales.reshape(-1).view(np.uint8).data
         buffer = out.reshape(-1).view(np.uint8).data
-        reasons = self._open_reader().gather(plan, buffer, scale_bytes, verify=verify)
+        reasons = reader.gather(plan, buffer, scale_bytes, verify=verify)
         if not reasons:
             return []
         found = [self._index.bad_record(plan, place, why) for place, why in reasons.items()]
@@ -328,25 +320,11 @@ class TokenStore:
 
     def stat(self) -> StoreStat:
         """Return what the store holds and what it takes on disk."""
-        layout = self.layout
-        return StoreStat(
-            path=str(self.path),
-            num_records=len(self),
-            num_deleted=self._index.num_rows - len(self),
-            num_segments=self._index.num_segments,
-            num_retired=len(self._state.retired),
-            total_bytes=folder_bytes(self.path),
-            record_bytes=layout.record_bytes,
-            scale_bytes=layout.scale_bytes,
-            num_tokens=layout.num_tokens,
-            hidden=layout.hidden,
-            dtype=layout.dtype,
-            fingerprint_encoder=layout.fingerprint_encoder,
-            generation=self._state.generation,
-            format_version=layout.format_version,
-            created_by=layout.created_by,
-            faults=tuple(self._faults),
-        )
+        state = self._state
+        if self._writer is not None and self._writer.is_open:
+            with self._mutex, self._writer.catalog.snapshot() as state:
+                pass
+        return stat_of(self.path, self.layout, state, self._faults)
 
     def close(self) -> None:
         """Close all files and release the writer's lock. Calling it twice is allowed."""
@@ -416,26 +394,3 @@ class TokenStore:
         if self._closed or self._reader is None:
             raise StoreError(f"the store {self.path} is closed")
         return self._reader
-
-    def _check_read(self, rows: Int64, out: Tokens, scales: Float16 | None) -> None:
-        self._open_reader()
-        if rows.dtype != np.int64 or rows.ndim != 1:
-            raise RequestError(f"rows is {rows.dtype} {list(rows.shape)}, expected int64 [N]")
-        shape = (len(rows), *self.record_shape)
-        faults = _buffer_faults("out", out, self.layout.dtype, shape)
-        if self.layout.dtype == "int8" and scales is None:
-            faults.append("scales: got none, an int8 store needs float16 [N, m]")
-        elif self.layout.dtype != "int8" and scales is not None:
-            faults.append(f"scales: got an array, a {self.layout.dtype} store has none")
-        elif scales is not None:
-            faults += _buffer_faults("scales", scales, "float16", shape[:2])
-        if faults:
-            raise RequestError("cannot read into these buffers", faults=faults)
-
-
-def _buffer_faults(name: str, array: Tokens, dtype: str, shape: Sequence[int]) -> list[str]:
-    usable = array.flags.c_contiguous and array.flags.writeable
-    if array.dtype == dtype and array.shape == tuple(shape) and usable:
-        return []
-    got = f"{array.dtype} {list(array.shape)}, C-contiguous and writeable: {usable}"
-    return [f"{name}: got {got}; expected {dtype} {list(shape)}, True"]

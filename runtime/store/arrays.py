@@ -1,15 +1,16 @@
-"""The caller's tokens -> the bytes that a store of this layout keeps."""
+"""The caller's arrays: tokens into record bytes, and buffers to read into."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ...engines.int8_tokens import quantize_tokens
-from ...errors import StoreError
-from .layout import StoreLayout
+from ...errors import RequestError, StoreError
+from .layout import Int64, StoreLayout
 from .segment_file import RecordBytes
 
 
@@ -54,3 +55,38 @@ def _rows(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     if not flat.size:
         return np.empty((len(values), flat.shape[-1] * values.itemsize), np.uint8)
     return flat.view(np.uint8)
+
+
+def check_buffers(
+    layout: StoreLayout,
+    rows: Int64,
+    out: npt.NDArray[Any],
+    scales: npt.NDArray[np.float16] | None,
+) -> None:
+    """Check what `rows` are to be read into.
+
+    Raises:
+        RequestError: another dtype, shape or kind of array (all faults named).
+    """
+    if rows.dtype != np.int64 or rows.ndim != 1:
+        raise RequestError(f"rows is {rows.dtype} {list(rows.shape)}, expected int64 [N]")
+    shape = (len(rows), layout.num_tokens, layout.hidden)
+    faults = _buffer_faults("out", out, layout.dtype, shape)
+    if layout.dtype == "int8" and scales is None:
+        faults.append("scales: got none, an int8 store needs float16 [N, m]")
+    elif layout.dtype != "int8" and scales is not None:
+        faults.append(f"scales: got an array, a {layout.dtype} store has none")
+    elif scales is not None:
+        faults += _buffer_faults("scales", scales, "float16", shape[:2])
+    if faults:
+        raise RequestError("cannot read into these buffers", faults=faults)
+
+
+def _buffer_faults(
+    name: str, array: npt.NDArray[Any], dtype: str, shape: Sequence[int]
+) -> list[str]:
+    usable = array.flags.c_contiguous and array.flags.writeable
+    if array.dtype == dtype and array.shape == tuple(shape) and usable:
+        return []
+    got = f"{array.dtype} {list(array.shape)}, C-contiguous and writeable: {usable}"
+    return [f"{name}: got {got}; expected {dtype} {list(shape)}, True"]
