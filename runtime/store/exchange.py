@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from ...errors import RequestError, StoreError
 from ...folders import publish_folder
-from .layout import DEFAULT_SEGMENT_BYTES, StoreLayout
+from .batch_buffers import BatchBuffers
+from .layout import DEFAULT_SEGMENT_BYTES, Int64, StoreLayout
 from .shard_header import FORMAT, FORMAT_VERSION, ShardError, ShardHeader, read_header
 from .shards import ShardReader, ShardWriter
 from .store import TokenStore
@@ -28,13 +28,9 @@ from .store import TokenStore
 INDEX_JSON = "index.json"
 MAX_INDEX_BYTES = 64 << 20  # a line of 400 bytes for every GiB: 160 TB of tokens
 DEFAULT_SHARD_BYTES = 1 << 30
-MAX_BATCH_BYTES = 32 << 20
 MAX_FAULTS = 20
 
 Progress = Callable[[int, int], None]
-Int64 = npt.NDArray[np.int64]
-Float16 = npt.NDArray[np.float16]
-Tokens = npt.NDArray[Any]  # float16 or int8
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,27 +145,11 @@ def import_store(
     return ImportReport(str(store), added, total - added, len(headers), seconds)
 
 
-class _Buffers:
-    """Memory for one batch of records, used again and again."""
-
-    def __init__(self, layout: StoreLayout, num_records: int):
-        record_bytes = layout.record_bytes + layout.scale_bytes
-        self.size = max(1, min(num_records, MAX_BATCH_BYTES // record_bytes))
-        shape = (self.size, layout.num_tokens, layout.hidden)
-        self._tokens = np.empty(shape, layout.dtype)
-        self._scales = np.empty(shape[:2], np.float16) if layout.scale_bytes else None
-
-    def views(self, num_records: int) -> tuple[Tokens, Float16 | None]:
-        """Return [num_records, m, H] tokens, and [num_records, m] scales or None."""
-        scales = self._scales
-        return self._tokens[:num_records], None if scales is None else scales[:num_records]
-
-
 def _write_shard(
     store: TokenStore, path: Path, ids: list[str], rows: Int64, progress: Progress
 ) -> dict[str, Any]:
     """Write one shard; return its entry of the index."""
-    buffers = _Buffers(store.layout, len(ids))
+    buffers = BatchBuffers(store.layout, len(ids))
     try:
         with ShardWriter(path, store.layout, ids) as shard:
             for start in range(0, len(rows), buffers.size):
@@ -190,7 +170,7 @@ def _add_shard(
 ) -> int:
     """Add what the store lacks of one shard; return how many records."""
     added = 0
-    buffers = _Buffers(_layout_of(header, store.fingerprint_encoder), header.num_records)
+    buffers = BatchBuffers(_layout_of(header, store.fingerprint_encoder), header.num_records)
     with ShardReader(header) as shard:
         if hashes is not None:
             shard.verify(hashes)
