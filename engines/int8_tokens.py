@@ -81,7 +81,7 @@ def _scales(tokens: Float16) -> Float16:
     # Bits of magnitudes order as the floats do, and integers compare ten times as fast.
     bits: npt.NDArray[np.uint16] = (tokens.view(np.uint16) & 0x7FFF).max(axis=-1)
     largest = bits.view(np.float16).astype(np.float32)
-    scales = np.minimum(largest / MAX_VALUE, MAX_SCALE).astype(np.float16)
+    scales: Float16 = np.minimum(largest / MAX_VALUE, MAX_SCALE).astype(np.float16)
     short = largest > scales.astype(np.float32) * (MAX_VALUE + 0.5)
     scales[short] = np.nextafter(scales[short], np.float16(np.inf))
     scales[scales == 0] = 1

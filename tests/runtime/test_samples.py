@@ -160,7 +160,7 @@ def test_tokens_are_read_when_iterated_and_verified(parts, tmp_path):
     store = make_store(tmp_path / "store", range(4))
     (tmp_path / "q.txt").write_text("red\n")
     samples = StoreSamples(store, parts[1], tmp_path / "q.txt")
-    segment = tmp_path / "store" / "segments" / "000000.tokens"
+    [segment] = (tmp_path / "store" / "segments").iterdir()
     content = bytearray(segment.read_bytes())
     content[4096] ^= 1
     segment.write_bytes(content)
