@@ -14,6 +14,7 @@ import typer
 from .. import __version__
 from ..errors import EdjeError
 from .cli_build import build
+from .cli_index import index
 from .cli_store import store_app
 
 EXIT_BROKEN_LIMITS = 1
@@ -113,37 +114,7 @@ def export(
 
 
 app.command()(build)
-
-
-@app.command()
-def index(
-    model: Annotated[Path, typer.Argument(help="Bundle, or engine with image encoder.")],
-    images: Annotated[Path, typer.Argument(help="Folder, or list file of `id<TAB>path` lines.")],
-    store: Annotated[Path, typer.Option(help="Token store, made if there is none.")],
-    batch_size: Annotated[int, typer.Option(help="Images a forward.")] = 32,
-    as_json: Json = False,
-) -> None:
-    """Turn images into tokens of a store. An id is the path below IMAGES; run again to continue.
-
-    \b
-    Example:
-      edje index bundle photos --store photos.store
-    """
-    _require("index", "PIL")
-    from .cli_output import note, print_facts, print_json, progress_bar
-    from .image_encoder import ImageEncoder
-    from .index import index_images
-
-    encoder = ImageEncoder.open(model)
-    with progress_bar("index") as progress:
-        report = index_images(encoder, images, store, batch_size=batch_size, progress=progress)
-    for skipped in report.skipped:
-        note(f"{skipped.id!r} was skipped: {skipped.reason}")
-    facts = {"store": str(store), **asdict(report)}
-    if as_json:
-        print_json({**facts, "skipped": [entry._asdict() for entry in report.skipped]})
-    else:
-        print_facts("indexed", {**facts, "skipped": len(report.skipped)})
+app.command()(index)
 
 
 @app.command()

@@ -1,0 +1,193 @@
+"""`edje index`: its options are many, so they live beside the other verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import EdjeError, RequestError
+
+if TYPE_CHECKING:
+    from .index import IndexReport
+    from .sources import SkippedImage
+
+MAX_NOTES = 20  # skipped images that the terminal names; `skipped.jsonl` names all
+
+Model = Annotated[
+    Path, typer.Argument(help="Bundle, or engine with image encoder; bundle for --features.")
+]
+Images = Annotated[
+    list[str] | None,
+    typer.Argument(help="Folder, list file of `id<TAB>path` lines, or tars ('{000..099}.tar')."),
+]
+Store = Annotated[
+    Path, typer.Option("--store", "--into", help="Token store, made if there is none.")
+]
+FeaturesPath = Annotated[
+    Path | None,
+    typer.Option(help="Patch features in place of images: .npy, .safetensors, or a folder."),
+]
+Ids = Annotated[
+    Path | None, typer.Option(help="Ids of a --features .npy, one a line; default: ids.txt.")
+]
+Only = Annotated[
+    str | None,
+    typer.Option("--only", "--from", help="Index only the ids listed here, one a line; - stdin."),
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="Of a new store: float16 (default), or int8: half the size.")
+]
+DeviceName = Annotated[
+    str, typer.Option(help="cpu, cuda, or auto: CUDA where ONNX Runtime runs on it.")
+]
+Workers = Annotated[
+    int | None, typer.Option(help="Decoder processes; default: the usable cores but one.")
+]
+BatchSize = Annotated[int, typer.Option(help="Images a forward.")]
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
+
+
+def index(
+    model: Model,
+    store: Store,
+    images: Images = None,
+    features: FeaturesPath = None,
+    ids: Ids = None,
+    only: Only = None,
+    dtype: Dtype = None,
+    device: DeviceName = "auto",
+    workers: Workers = None,
+    batch_size: BatchSize = 32,
+    as_json: Json = False,
+) -> None:
+    """Turn images, or patch features, into tokens of a store. Run again to continue.
+
+    An id is the path below the folder, the name in the list, or the tar's member. What gives no
+    record is listed in STORE/skipped.jsonl.
+
+    \b
+    Example:
+      edje index bundle photos --store photos.store
+      edje index bundle 'shards/{000..099}.tar' --store photos.store
+      edje index bundle --features features.npy --ids ids.txt --store photos.store
+      edje index bundle photos --into new.store --from ids-to-redo.txt
+    """
+    from .cli_output import print_facts, print_json
+    from .id_list import read_ids
+
+    _check(images, features, ids, workers)
+    common: dict[str, Any] = {
+        "only": None if only is None else set(read_ids(only)),
+        "dtype": dtype,
+        "batch_size": batch_size,
+    }
+    with _watched("index") as (progress, on_skip):
+        common |= {"progress": progress, "on_skip": on_skip}
+        if features is None:
+            report = _index_images(model, images, store, device, workers, common)
+        else:
+            report = _index_features(model, features, store, device, ids, common)
+    _note_skipped(report, store)
+    facts = {"store": str(store), **asdict(report)}
+    if as_json:
+        print_json({**facts, "skipped": [entry._asdict() for entry in report.skipped]})
+    else:
+        del facts["skipped"]
+        print_facts("indexed", facts)
+
+
+def _check(
+    images: list[str] | None, features: Path | None, ids: Path | None, workers: int | None
+) -> None:
+    """Refuse options that contradict each other, and a missing Pillow before anything loads."""
+    faults = []
+    if bool(images) == (features is not None):
+        faults.append("IMAGES and --features: expected one of them")
+    if features is None and ids is not None:
+        faults.append("--ids: it names the rows of --features")
+    if features is not None and workers is not None:
+        faults.append("--workers: features need no decoding")
+    if faults:
+        raise RequestError("these options do not go together", faults=faults)
+    if features is None and find_spec("PIL") is None:
+        raise EdjeError(
+            "this verb needs PIL, not installed here", hint="pip install 'edje-runtime[index]'"
+        )
+
+
+def _index_images(
+    model: Path,
+    images: list[str] | None,
+    store: Path,
+    device: str,
+    workers: int | None,
+    common: dict[str, Any],
+) -> IndexReport:
+    from .image_encoder import ImageEncoder
+    from .index import index_images
+
+    encoder = ImageEncoder.open(model, device=device)
+    return index_images(encoder, images or [], store, workers=workers, **common)
+
+
+def _index_features(
+    model: Path, features: Path, store: Path, device: str, ids: Path | None, common: dict[str, Any]
+) -> IndexReport:
+    from .image_encoder import FeatureEncoder
+    from .index import index_features
+
+    return index_features(
+        FeatureEncoder.open(model, device=device), features, store, ids=ids, **common
+    )
+
+
+def _note_skipped(report: IndexReport, store: Path) -> None:
+    from .cli_output import note
+    from .skipped import SKIPPED
+
+    for skipped in report.skipped[:MAX_NOTES]:
+        note(f"{skipped.id!r} was skipped: {skipped.reason}")
+    rest = report.num_skipped - min(MAX_NOTES, len(report.skipped))
+    if rest > 0:
+        note(f"{rest:,} more were skipped: {store / SKIPPED} names all")
+
+
+@contextmanager
+def _watched(
+    description: str,
+) -> Iterator[tuple[Callable[[int, int], None], Callable[[SkippedImage], None]]]:
+    """Yield `progress` and `on_skip`, shown as a bar with images/s, ETA and skips on stderr."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}, {task.fields[skipped]} skipped"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=None, rate="", skipped=0)
+        skipped = count(1)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            bar.update(task, rate=f"{bar.tasks[0].speed or 0:,.0f} images/s")
+
+        yield progress, lambda _: bar.update(task, skipped=next(skipped))
