@@ -1,24 +1,35 @@
-"""Reading records: rows -> `preadv` into the caller's buffer, every record verified."""
+"""Reading records: rows -> the caller's buffer, by a few threads, every record verified."""
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from threading import Lock
+from typing import Literal
 
 import numpy as np
-import xxhash
 
-from ...errors import StoreError
-from .catalog import ROW_BITS, Int64, UInt64
-from .layout import PAGE_BYTES, SEGMENTS, StoreLayout, header_fault, segment_name
+from ...engines.cpu import usable_cores
+from .descriptors import SegmentFiles
+from .gather import Buffers, Files, Gather, ReadPlan, Worker, run_starts
+from .layout import PAGE_BYTES, ROW_BITS, ROW_MASK, Int64, StoreLayout
 
-# Linux takes at most 1,024 pieces a call; a padded record is two.
-MAX_RECORDS_A_READ = 512
+__all__ = ["Access", "BadRecord", "ReadPlan", "SegmentReader"]
+
+Access = Literal["cached", "direct"]
+
+# Two threads share one memory bus well, four saturate it; more only wait for one another.
+MAX_THREADS = 4
+# Waking a thread takes as long as copying this much.
+BYTES_A_THREAD = 1 << 20
+# So that the description of a huge read stays small beside the read itself.
+MAX_RECORDS_A_GATHER = 1 << 14
+# One piece of advice covers at most this many records of a run.
+MAX_RECORDS_AN_ADVICE = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,126 +46,187 @@ class BadRecord:
         return f"id {self.id!r} (segment {self.segment}, row {self.row}): {self.reason}"
 
 
-@dataclass(frozen=True, slots=True)
-class ReadPlan:
-    """What to read, sorted by location, each [N]: where to, from where, and what it must hash to.
+class _Process:
+    """What a forked child must not share with its parent: files in use, queues, threads."""
 
-    `positions` int64: rows of the caller's buffer; `locations` int64; `seeds`, `checksums` uint64.
-    """
+    def __init__(self, make_files: Callable[[], Files]):
+        self.files = make_files()
+        self.num_threads = min(usable_cores(), MAX_THREADS)
+        # It starts its threads one by one as they are needed.
+        self.pool = ThreadPoolExecutor(max(1, self.num_threads - 1), "edje-read")
+        self._idle: list[Worker] = []
+        self._closed = False
 
-    positions: Int64
-    locations: Int64
-    seeds: UInt64
-    checksums: UInt64
+    @contextmanager
+    def worker(self) -> Iterator[Worker]:
+        """Lend a worker that nobody else uses meanwhile."""
+        try:
+            worker = self._idle.pop()  # in one step, so that two threads never get the same
+        except IndexError:
+            worker = Worker()
+        try:
+            yield worker
+        except BaseException:
+            worker.queue.close()
+            raise
+        self._idle.append(worker)
+        if self._closed:
+            self._close_idle()
+
+    def carry_out(self, gather: Gather, num_bytes: int) -> None:
+        """Read all chunks, by the calling thread and, if it pays, by others beside it."""
+        chunks = iter(range(gather.num_chunks))
+
+        def serve() -> None:
+            with self.worker() as worker:
+                for chunk in chunks:  # every thread takes the next that none has taken
+                    gather.read(chunk, worker, self.files.cached)
+
+        num_threads = min(self.num_threads, gather.num_chunks, num_bytes // BYTES_A_THREAD)
+        helpers: list[Future[None]] = []
+        with suppress(RuntimeError):  # the system or a closing interpreter gives no threads
+            helpers += [self.pool.submit(serve) for _ in range(num_threads - 1)]
+        try:
+            serve()
+        finally:  # nobody may write into the caller's buffers after this
+            errors = [None if helper.cancel() else helper.exception() for helper in helpers]
+        for error in errors:
+            if error is not None:
+                raise error
+
+    def close(self) -> None:
+        """Close everything; what is in use is closed as it is given back."""
+        self._closed = True
+        self.pool.shutdown(wait=False)
+        self.files.close()
+        self._close_idle()
+
+    def _close_idle(self) -> None:
+        with suppress(IndexError):
+            while True:
+                self._idle.pop().queue.close()
 
 
 class SegmentReader:
-    """Open segment files of one store; safe to use from several threads."""
+    """Reads records of one store; safe to use from several threads, and in a forked child.
 
-    def __init__(self, folder: Path, layout: StoreLayout):
-        self._folder = folder / SEGMENTS
-        self._layout = layout
-        self._descriptors: dict[int, int] = {}
-        self._lock = Lock()
-        self._padding = memoryview(bytearray(layout.stride - layout.record_bytes))
+    Args:
+        folder: the store's.
+        layout: the store's.
+        key_of: returns the key that a segment's header page must hold, None for no segment.
+        access: `"cached"` reads through the system's page cache; `"direct"` past it (O_DIRECT),
+            for a store much larger than memory.
+    """
 
-    def gather(self, plan: ReadPlan, out: memoryview) -> dict[int, str]:
-        """Read and verify every record of `plan` into `out`; return the reason of each bad one.
+    def __init__(
+        self,
+        folder: Path,
+        layout: StoreLayout,
+        *,
+        key_of: Callable[[int], int | None],
+        access: Access = "cached",
+    ):
+        self._folder, self._layout, self._key_of = folder, layout, key_of
+        self._direct = access == "direct"
+        self._processes: dict[int, _Process] = {}
 
-        `out` holds bytes [N * record_bytes]; keys are places in the plan. The bytes of a bad
-        record are set to zero, so that nothing unverified leaves this function.
+    @property
+    def way(self) -> str:
+        """How reads reach the system: `"kernel AIO"`, or `"preadv"` where that is not offered."""
+        with self._process().worker() as worker:
+            return worker.queue.way
+
+    def gather(
+        self,
+        plan: ReadPlan,
+        tokens: memoryview,
+        scales: memoryview | None = None,
+        *,
+        verify: bool = True,
+    ) -> dict[int, str]:
+        """Read every record of `plan` into the caller's buffers.
+
+        Args:
+            plan: which records, and where to.
+            tokens: bytes [N * record_bytes], writable; with `"direct"` best at a page's start.
+            scales: bytes [N * scale_bytes] (int8), or None when they are not wanted.
+            verify: compare each record with its checksum.
+
+        Returns:
+            The reason of each bad record by its place in the plan, in no certain order. Its bytes
+            and scales are zero, so that nothing damaged leaves this function.
+
+        Raises:
+            StoreError: too many open files, no O_DIRECT there, or the reader is closed.
         """
-        size = self._layout.record_bytes
-        slices = [out[at * size : (at + 1) * size] for at in plan.positions.tolist()]
-        seeds, checksums = plan.seeds.tolist(), plan.checksums.tolist()
+        process = self._process()
+        buffers = Buffers(self._layout, tokens, scales)
         bad: dict[int, str] = {}
-        for start, stop in _runs(plan.locations):
-            bad |= self._read_run(plan, slices, start, stop)
-            for at in range(start, stop):
-                if at in bad:
-                    continue
-                if xxhash.xxh3_64_intdigest(slices[at], seeds[at]) != checksums[at]:
-                    bad[at] = "its bytes do not fit its checksum"
-        for at in bad:
-            slices[at][:] = bytes(size)
+        for part in _parts(plan, process.files.cached.max_open // 4):
+            gather = Gather(
+                plan.part(part), self._layout, buffers, direct=self._direct, verify=verify
+            )
+            with gather.opened(process.files):
+                process.carry_out(gather, (part.stop - part.start) * self._layout.stride)
+            bad |= {part.start + place: reason for place, reason in gather.bad.items()}
         return bad
+
+    def prefetch(self, locations: Int64) -> None:
+        """Ask the system to read records into its page cache in the background; a hint.
+
+        `locations`: int64 [N], sorted. Does nothing with `"direct"`.
+        """
+        if self._direct or not len(locations) or not hasattr(os, "posix_fadvise"):
+            return
+        layout = self._layout
+        starts = run_starts(locations, layout, MAX_RECORDS_AN_ADVICE)
+        rows = locations[starts] & ROW_MASK
+        counts = [*(starts[1:] - starts[:-1]).tolist(), len(locations) - int(starts[-1])]
+        segments = (locations[starts] >> ROW_BITS).tolist()
+        spans = list(zip(segments, layout.offset(rows).tolist(), counts, strict=True))
+        with self._process().files.cached.use(dict.fromkeys(segments)) as found:
+            for segment, offset, count in spans:
+                self._advise(found[segment], offset, count * layout.stride)
+            if layout.scale_bytes:
+                for segment, offset in zip(
+                    segments, layout.scales_offset(rows).tolist(), strict=True
+                ):
+                    self._advise(found[segment], offset, PAGE_BYTES)
 
     def close(self) -> None:
         """Close all files. Calling it twice is allowed."""
-        with self._lock:
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+        self._process().close()
 
-    def _read_run(
-        self, plan: ReadPlan, slices: list[memoryview], start: int, stop: int
-    ) -> dict[int, str]:
-        """Read consecutive rows in one call; after a failure, one by one to find the bad ones."""
-        location = int(plan.locations[start])
-        segment, row = location >> ROW_BITS, location & ((1 << ROW_BITS) - 1)
-        descriptor = self._open(segment)
-        if isinstance(descriptor, str):
-            return dict.fromkeys(range(start, stop), descriptor)
-        reason = self._preadv(descriptor, slices[start:stop], self._layout.offset(row))
-        if reason is None:
-            return {}
-        if stop - start == 1:
-            return {start: reason}
-        found: dict[int, str] = {}
-        for at in range(start, stop):
-            found |= self._read_run(plan, slices, at, at + 1)
-        return found
+    @staticmethod
+    def _advise(descriptor: int | str, offset: int, num_bytes: int) -> None:
+        if isinstance(descriptor, int):  # a segment that cannot be opened is named when read
+            with suppress(OSError):
+                os.posix_fadvise(descriptor, offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
-    def _preadv(self, descriptor: int, records: list[memoryview], offset: int) -> str | None:
-        """Fill `records` from `offset` on; return None, or why they could not be filled."""
-        buffers = records
-        if len(self._padding):
-            buffers = [piece for record in records for piece in (record, self._padding)][:-1]
-        expected = sum(map(len, buffers))
-        try:
-            got = os.preadv(descriptor, buffers, offset)
-        except OSError as error:
-            return f"cannot be read ({error.strerror})"
-        return None if got == expected else f"its segment file ends {expected - got} bytes early"
+    def _process(self) -> _Process:
+        """Return what this process reads with: after a fork the child makes its own."""
+        pid = os.getpid()
+        process = self._processes.get(pid)
+        if process is None:
+            process = self._processes.setdefault(pid, _Process(self._open_files))
+            for other in self._processes.keys() - {pid}:
+                inherited = self._processes.pop(other, None)
+                if inherited is not None:
+                    inherited.files.abandon()
+        return process
 
-    def _open(self, segment: int) -> int | str:
-        """Return the descriptor of a segment, or why its file cannot be used."""
-        descriptor = self._descriptors.get(segment)
-        if descriptor is not None:
-            return descriptor
-        with self._lock:
-            if segment not in self._descriptors:
-                opened = _open_segment(self._folder, self._layout, segment)
-                if isinstance(opened, str):
-                    return opened
-                self._descriptors[segment] = opened
-            return self._descriptors[segment]
+    def _open_files(self) -> Files:
+        cached = SegmentFiles(self._folder, self._layout, self._key_of)
+        if not self._direct:
+            return Files(cached, cached)
+        return Files(SegmentFiles(self._folder, self._layout, self._key_of, direct=True), cached)
 
 
-def _open_segment(folder: Path, layout: StoreLayout, segment: int) -> int | str:
-    path = folder / segment_name(segment)
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):  # no fault of the store
-            raise StoreError(
-                f"cannot open {path}: {error.strerror}",
-                hint="raise the limit of open files (`ulimit -n`)",
-            ) from error
-        return f"its file {path.name} cannot be opened ({error.strerror})"
-    try:
-        fault = header_fault(os.pread(descriptor, PAGE_BYTES, 0), layout, segment)
-    except OSError as error:
-        fault = f"its header page cannot be read ({error.strerror})"
-    if fault:
-        os.close(descriptor)
-        return f"its file {path.name} cannot be used: {fault}"
-    return descriptor
-
-
-def _runs(locations: Int64) -> Iterator[tuple[int, int]]:
-    """Yield [start, stop) of consecutive rows, none longer than one call takes."""
-    breaks = np.flatnonzero(np.diff(locations) != 1) + 1
-    edges = [0, *breaks.tolist(), len(locations)]
-    for start, stop in pairwise(edges):
-        for first in range(start, stop, MAX_RECORDS_A_READ):
-            yield first, min(first + MAX_RECORDS_A_READ, stop)
+def _parts(plan: ReadPlan, max_segments: int) -> Iterator[slice]:
+    """Cut a plan where it goes on to more segments than should be open at once, or grows long."""
+    begins = np.diff(plan.locations >> ROW_BITS, prepend=-1) != 0
+    limit = (np.cumsum(begins) - 1) // max(1, max_segments)
+    cuts = np.flatnonzero(np.diff(limit)) + 1
+    edges = np.union1d(cuts, np.arange(0, len(limit), MAX_RECORDS_A_GATHER)).tolist()
+    for start, stop in pairwise([*edges, len(limit)]):
+        yield slice(start, stop)

@@ -1,0 +1,301 @@
+"""One gather: its records cut into chunks, merged into reads, carried out, verified.
+
+A chunk is what one thread reads and then hashes while the bytes are still in its cache. Records
+of one chunk that follow one another in a file are one read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from mmap import mmap
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from .descriptors import SegmentFiles
+from .kernel_aio import PIECE, QUEUE_DEPTH, ReadBatch, address, open_queue
+from .layout import PAGE_BYTES, ROW_BITS, ROW_MASK, Int64, StoreLayout, UInt64
+
+UInt8 = npt.NDArray[np.uint8]
+
+# Through the page cache: source and copy stay in a core's second-level cache until hashed.
+CACHED_CHUNK_BYTES = 768 << 10
+# Past it the device should have much to do at once.
+DIRECT_CHUNK_BYTES = 4 << 20
+
+MISFIT = "its bytes do not fit its checksum"
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """What to read, sorted by location, each [N]: where to, from where, and what it must hash to.
+
+    `positions` int64: rows of the caller's buffer; `locations` int64; `seeds`, `checksums` uint64.
+    """
+
+    positions: Int64
+    locations: Int64
+    seeds: UInt64
+    checksums: UInt64
+
+    def part(self, places: slice | npt.NDArray[np.bool_]) -> ReadPlan:
+        """Return the plan of some of its places."""
+        return ReadPlan(
+            self.positions[places],
+            self.locations[places],
+            self.seeds[places],
+            self.checksums[places],
+        )
+
+
+class Buffers:
+    """The caller's memory, a row a record: `tokens` uint8 [N, record bytes], `scales` too."""
+
+    def __init__(self, layout: StoreLayout, tokens: memoryview, scales: memoryview | None):
+        self.tokens = np.frombuffer(tokens, np.uint8).reshape(-1, layout.record_bytes)
+        self.scales: UInt8 | None = None
+        if layout.scale_bytes:  # without them nothing can be verified
+            room = bytearray(len(self.tokens) * layout.scale_bytes) if scales is None else scales
+            self.scales = np.frombuffer(room, np.uint8).reshape(-1, layout.scale_bytes)
+
+    @property
+    def are_aligned(self) -> bool:
+        """Whether every record's place starts a page, as O_DIRECT wants it."""
+        return address(self.tokens) % PAGE_BYTES == 0 and self.tokens.shape[1] % PAGE_BYTES == 0
+
+    def records(self, positions: Int64) -> tuple[list[memoryview], list[memoryview] | None]:
+        """Return the places of the tokens and of the scales of each record."""
+        tokens = _slices(self.tokens, positions)
+        return tokens, None if self.scales is None else _slices(self.scales, positions)
+
+    def clear(self, position: int) -> None:
+        """Set one record's place to zero: nothing damaged leaves the store."""
+        self.tokens[position] = 0
+        if self.scales is not None:
+            self.scales[position] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Where records are read from: `tokens` past the page cache with access "direct"."""
+
+    tokens: SegmentFiles
+    cached: SegmentFiles
+
+    def close(self) -> None:
+        """Close all files; those in use as soon as they are given back."""
+        self.tokens.close()
+        self.cached.close()
+
+    def abandon(self) -> None:
+        """Close what a forked child has inherited."""
+        self.tokens.abandon()
+        self.cached.abandon()
+
+
+class Worker:
+    """What one thread reads with: a queue, and aligned memory where the caller's is not."""
+
+    def __init__(self) -> None:
+        self.queue = open_queue()
+        self._aligned: mmap | None = None
+
+    def aligned(self, num_bytes: int) -> UInt8:
+        """Return uint8 [num_bytes] from a page's start on: the worker's, until the next call."""
+        if self._aligned is None or len(self._aligned) < num_bytes:
+            self._aligned = mmap(-1, num_bytes)
+        return np.frombuffer(self._aligned, np.uint8, num_bytes)
+
+
+class Checks:
+    """What records in the caller's buffers must hash to, by place in the plan."""
+
+    def __init__(self, plan: ReadPlan, buffers: Buffers):
+        self._seeds: list[int] = plan.seeds.tolist()
+        self._checksums: list[int] = plan.checksums.tolist()
+        self._tokens, self._scales = buffers.records(plan.positions)
+
+    def failed(self, first: int, last: int) -> list[int]:
+        """Return those of the places [first, last) whose records do not fit their checksums."""
+        digest, part = xxhash.xxh3_64_intdigest, slice(first, last)
+        seeds = self._seeds[part]
+        if self._scales is not None:
+            seeds = list(map(digest, self._scales[part], seeds))
+        found, wanted = list(map(digest, self._tokens[part], seeds)), self._checksums[part]
+        if found == wanted:
+            return []
+        return [first + at for at in range(len(found)) if found[at] != wanted[at]]
+
+
+class Gather:
+    """The reads of one `ReadPlan`, of one record or more, into the caller's buffers.
+
+    Attributes:
+        bad: place in the plan -> reason; complete when every chunk was read.
+        num_chunks: chunks to be read once each, by any thread, in any order.
+    """
+
+    def __init__(
+        self, plan: ReadPlan, layout: StoreLayout, buffers: Buffers, *, direct: bool, verify: bool
+    ):
+        self.bad: dict[int, str] = {}
+        self._plan, self._layout, self._buffers = plan, layout, buffers
+        self._rows = plan.locations & ROW_MASK
+        self._max_records = records_a_chunk(layout, direct=direct)
+        self._starts = run_starts(plan.locations, layout, self._max_records)
+        self._stops = np.append(self._starts[1:], len(self._rows))
+        self._segments = plan.locations[self._starts] >> ROW_BITS
+        edges = np.arange(0, len(self._rows) + self._max_records, self._max_records)
+        self._edges: list[int] = np.searchsorted(self._starts, edges).tolist()
+        self.num_chunks = len(edges) - 1
+        self._bounces = direct and not buffers.are_aligned
+        self._padding = np.empty(layout.stride - layout.record_bytes, np.uint8)
+        self._num_columns = 2 if layout.scale_bytes else 1
+        self._batch = self._make_batch()
+        self._checks = Checks(plan, buffers) if verify else None
+
+    def read(self, chunk: int, worker: Worker, files: SegmentFiles) -> None:
+        """Read one chunk into the caller's buffers; note what is bad, with zeros in its place.
+
+        What goes wrong is read again one by one, from `files`.
+        """
+        start, stop = self._edges[chunk : chunk + 2]
+        first = chunk * self._max_records
+        last = min(first + self._max_records, len(self._rows))
+        bounce = self._aim_at_bounce(first, last, worker) if self._bounces else None
+        width = self._num_columns
+        failed = worker.queue.read(self._batch, start * width, stop * width)
+        if bounce is not None:
+            records = bounce[:, : self._layout.record_bytes]
+            self._buffers.tokens[self._plan.positions[first:last]] = records
+        bad: dict[int, str] = {}
+        for run in {at // width for at in failed}:
+            bad |= self._read_one_by_one(run, files)
+        if self._checks is not None:
+            bad = dict.fromkeys(self._checks.failed(first, last), MISFIT) | bad
+        for place in bad:
+            self._buffers.clear(int(self._plan.positions[place]))
+        self.bad |= bad
+
+    @contextmanager
+    def opened(self, files: Files) -> Iterator[None]:
+        """Keep the files open that the reads need; a file that cannot be opened fails its reads."""
+        reads = self._batch.reads.reshape(-1, self._num_columns)
+        with ExitStack() as stack:
+            lent = stack.enter_context(files.tokens.lend(self._segments))
+            reads["descriptor"][:, 0] = lent
+            if self._num_columns > 1:
+                both = files.cached is files.tokens
+                if not both:
+                    lent = stack.enter_context(files.cached.lend(self._segments))
+                reads["descriptor"][:, 1] = lent
+            yield
+
+    def _aim_at_bounce(self, first: int, last: int, worker: Worker) -> UInt8:
+        """Let the chunk's records be read into aligned memory: uint8 [n, stride]."""
+        stride = self._layout.stride
+        bounce = worker.aligned((last - first) * stride).reshape(-1, stride)
+        aims = address(bounce) + np.arange(last - first) * stride
+        self._batch.pieces["address"][first:last] = aims
+        return bounce
+
+    def _read_one_by_one(self, run: int, files: SegmentFiles) -> dict[int, str]:
+        """Read the records of a run that went wrong each by itself; return the bad ones."""
+        places = range(int(self._starts[run]), int(self._stops[run]))
+        segment = int(self._segments[run])
+        with files.use([segment]) as found:
+            descriptor = found[segment]
+            if isinstance(descriptor, str):
+                return dict.fromkeys(places, descriptor)
+            reasons = {place: self._read_record(place, descriptor) for place in places}
+        return {place: reason for place, reason in reasons.items() if reason is not None}
+
+    def _read_record(self, place: int, descriptor: int) -> str | None:
+        row = int(self._rows[place])
+        tokens, scales = self._buffers.records(self._plan.positions[place : place + 1])
+        reason = _read_whole(descriptor, tokens[0], self._layout.offset(row))
+        if reason is None and scales is not None:
+            return _read_whole(descriptor, scales[0], self._layout.scales_offset(row))
+        return reason
+
+    def _make_batch(self) -> ReadBatch:
+        """Describe all reads: a run's tokens, then (int8) its scales."""
+        layout, num_records = self._layout, len(self._rows)
+        padding = 0 if self._bounces else len(self._padding)
+        a_record = 2 if padding else 1
+        num_pieces = num_records * (a_record + self._num_columns - 1)
+        batch = ReadBatch(len(self._starts) * self._num_columns, num_pieces)
+        reads = batch.reads.reshape(-1, self._num_columns)
+        counts, rows = self._stops - self._starts, self._rows[self._starts]
+        tokens = reads[:, 0]
+        tokens["pieces"] = address(batch.pieces) + self._starts * (PIECE.itemsize * a_record)
+        tokens["num_pieces"] = counts * a_record - (a_record - 1)
+        tokens["offset"] = layout.offset(rows)
+        tokens["num_bytes"] = counts * layout.stride - padding
+        self._describe_tokens(batch.pieces[: num_records * a_record].reshape(-1, a_record))
+        if self._buffers.scales is not None:
+            pieces, scales = batch.pieces[num_records * a_record :], reads[:, 1]
+            _describe(pieces, self._buffers.scales, self._plan.positions)
+            scales["pieces"] = address(pieces) + self._starts * PIECE.itemsize
+            scales["num_pieces"] = counts
+            scales["offset"] = layout.scales_offset(rows)
+            scales["num_bytes"] = counts * layout.scale_bytes
+        return batch
+
+    def _describe_tokens(self, pieces: npt.NDArray[np.void]) -> None:
+        """Fill `PIECE` [N, 1], or [N, 2] where padding is read to nowhere."""
+        _describe(pieces[:, 0], self._buffers.tokens, self._plan.positions)
+        if self._bounces:
+            pieces["num_bytes"] = self._layout.stride
+        elif len(self._padding):
+            pieces["address"][:, 1] = address(self._padding)
+            pieces["num_bytes"][:, 1] = len(self._padding)
+
+
+def records_a_chunk(layout: StoreLayout, *, direct: bool) -> int:
+    """Return how many records are read at once; their reads always fit a queue."""
+    num_bytes = DIRECT_CHUNK_BYTES if direct else CACHED_CHUNK_BYTES
+    most = QUEUE_DEPTH // (2 if layout.scale_bytes else 1)
+    return max(1, min(num_bytes // layout.stride, most))
+
+
+def run_starts(locations: Int64, layout: StoreLayout, max_records: int) -> Int64:
+    """Return where runs of records that lie behind one another begin; `locations` is not empty.
+
+    A run also ends at a group's border (int8) and with every `max_records` records.
+    """
+    offsets = layout.offset(locations & ROW_MASK)
+    begins = np.ones(len(locations), np.bool_)
+    begins[1:] = (np.diff(locations) != 1) | (np.diff(offsets) != layout.stride)
+    begins[::max_records] = True
+    return np.flatnonzero(begins)
+
+
+def _describe(pieces: npt.NDArray[np.void], rows: UInt8, positions: Int64) -> None:
+    """Let `PIECE` [N] point to the rows at `positions`."""
+    pieces["address"] = address(rows) + positions * rows.shape[1]
+    pieces["num_bytes"] = rows.shape[1]
+
+
+def _slices(rows: UInt8, positions: Int64) -> list[memoryview]:
+    """Return the bytes of the rows at `positions`."""
+    content, size = rows.reshape(-1).data, rows.shape[1]
+    return [content[at : at + size] for at in (positions * size).tolist()]
+
+
+def _read_whole(descriptor: int, buffer: memoryview, offset: int) -> str | None:
+    """Fill `buffer` from `offset` on; return None, or why it could not be filled."""
+    done = 0
+    while done < len(buffer):
+        try:
+            got = os.preadv(descriptor, [buffer[done:]], offset + done)
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        if not got:
+            return f"its segment file ends {len(buffer) - done} bytes early"
+        done += got
+    return None
