@@ -25,7 +25,7 @@ import numpy as np
 
 from ..engines.agreement import rank_agreement, recall
 from ..engines.build import build_engine
-from ..engines.contract import Float16, Float32
+from ..engines.contract import Array, Float16, Float32
 from ..engines.int8_tokens import dequantize_tokens, quantize_tokens
 from ..errors import EdjeError
 from ..runtime.reranker import Reranker
@@ -251,8 +251,8 @@ def _time_gathers(
         way()
     timings = interleave(ways, pairs=len(asked), num_rounds=num_rounds)
     expected = quantize_tokens(tokens)
-    read = (plain, values, scales, found)
-    written = (tokens, *expected, dequantize_tokens(*expected))
+    read: tuple[Array, ...] = (plain, values, scales, found)
+    written: tuple[Array, ...] = (tokens, *expected, dequantize_tokens(*expected))
     if not all(np.array_equal(got, put) for got, put in zip(read, written, strict=True)):
         raise EdjeError("the gathers read something else than was written")
     return timings
