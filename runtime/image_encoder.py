@@ -54,7 +54,7 @@ class ImageEncoder:
                 no CUDA where it was asked for.
             CheckpointError: a damaged bundle manifest.
         """
-        manifest = _read_manifest(Path(folder))
+        manifest = read_manifest(Path(folder))
         model = Path(folder) / IMAGE_ENCODER
         if manifest.image is None or not model.is_file():
             raise EngineError(
@@ -109,7 +109,7 @@ class FeatureEncoder:
                 where it was asked for.
             CheckpointError: a damaged bundle manifest.
         """
-        manifest = _read_manifest(Path(folder))
+        manifest = read_manifest(Path(folder))
         model = Path(folder) / ADAPTER
         if not model.is_file():
             raise EngineError(
@@ -145,7 +145,7 @@ def _checked(
     return np.asarray(tokens, dtype=np.float16)
 
 
-def _read_manifest(folder: Path) -> BundleManifest:
+def read_manifest(folder: Path) -> BundleManifest:
     """Return the bundle manifest of a bundle, or the one that an engine folder carries."""
     path = folder / ENGINE_MANIFEST
     if not path.is_file():

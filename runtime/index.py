@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +12,17 @@ from typing import Any
 
 from ..bundle import BundleManifest
 from ..errors import RequestError, StoreError, named
+from .cluster import adopt_leftovers
 from .decoders import DecoderPool, default_workers
 from .features import FeatureSource
 from .image_encoder import FeatureEncoder, ImageEncoder
 from .images import import_pillow
 from .index_flow import (
-    Batch,
-    Encode,
+    DEFAULT_BATCH_SIZE,
     Flow,
     OnSkip,
     Progress,
+    Run,
     Selection,
     Tally,
     decoded_batches,
@@ -29,10 +30,9 @@ from .index_flow import (
     groups,
 )
 from .skipped import SkippedLog
-from .sources import Paths, SkippedImage, Source, Wanted, open_source
+from .sources import Paths, SkippedImage, Source, open_source
 from .store import TokenStore
 
-DEFAULT_BATCH_SIZE = 32
 DEFAULT_DTYPE = "float16"
 
 
@@ -62,8 +62,8 @@ class IndexReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Options:
-    """What images and features have in common."""
+class IndexOptions:
+    """What runs of every kind have in common; see `index_images`."""
 
     dtype: str | None
     only: Collection[str] | None
@@ -117,13 +117,15 @@ def index_images(
     _check_batch_size(batch_size)
     source = open_source(images, leave_out=Path(store))
     num_workers = default_workers() if workers is None else workers
-    options = _Options(dtype, only, progress, on_skip)
+    options = IndexOptions(dtype, only, progress, on_skip)
     with DecoderPool(encoder.image, num_workers) as pool:
 
-        def batches(wanted: Wanted) -> Iterator[Batch]:
-            return decoded_batches(pool, groups(source.entries(wanted), batch_size))
+        def work(run: Run) -> str:
+            files = groups(source.entries(run.selection), batch_size)
+            Flow(run, encoder.encode_rgb).take(decoded_batches(pool, files))
+            return encoder.name
 
-        return _index(encoder, encoder.encode_rgb, source, batches, Path(store), options)
+        return run_index(encoder.manifest, source, Path(store), options, work)
 
 
 def index_features(
@@ -158,12 +160,14 @@ def index_features(
     _check_batch_size(batch_size)
     listed = None if ids is None else Path(ids)
     source = FeatureSource(Path(features), encoder.manifest.sizes, ids=listed)
-    options = _Options(dtype, only, progress, on_skip)
+    options = IndexOptions(dtype, only, progress, on_skip)
 
-    def batches(wanted: Wanted) -> Iterator[Batch]:
-        return feature_batches(groups(source.entries(wanted), batch_size))
+    def work(run: Run) -> str:
+        entries = groups(source.entries(run.selection), batch_size)
+        Flow(run, encoder.encode).take(feature_batches(entries))
+        return encoder.name
 
-    return _index(encoder, encoder.encode, source, batches, Path(store), options)
+    return run_index(encoder.manifest, source, Path(store), options, work)
 
 
 def _check_batch_size(batch_size: int) -> None:
@@ -171,15 +175,19 @@ def _check_batch_size(batch_size: int) -> None:
         raise RequestError(f"batch_size is {batch_size}, expected at least 1")
 
 
-def _index(
-    encoder: ImageEncoder | FeatureEncoder,
-    encode: Encode,
+def run_index(
+    manifest: BundleManifest,
     source: Source[Any],
-    batches: Callable[[Wanted], Iterator[Batch]],
     folder: Path,
-    options: _Options,
+    options: IndexOptions,
+    work: Callable[[Run], str],
 ) -> IndexReport:
-    """Index what `batches` gives of the ids that a run wants."""
+    """Index a source: `work` takes what its run selects to the store, and names the encoder.
+
+    Raises:
+        RequestError: nothing to index, or ids of `options.only` that the source lacks.
+        StoreError: a store of another encoder or dtype, or one that cannot be written.
+    """
     started = time.perf_counter()
     _check_only(source, options.only)
     tally = Tally()
@@ -190,18 +198,18 @@ def _index(
             options.progress(tally.done, max(tally.done, expected))
 
     with ExitStack() as stack:
-        store = stack.enter_context(_open_store(folder, encoder.manifest, options.dtype))
+        store = stack.enter_context(_open_store(folder, manifest, options.dtype))
+        adopt_leftovers(store)
         log = stack.enter_context(SkippedLog(folder))
         selection = Selection(store, options.only, tally)
         selection.survey(source)
         report()
-        flow = Flow(store, encode, log, tally, report, options.on_skip)
-        flow.run(batches(selection))
+        encoder = work(Run(store, selection, log, tally, report, options.on_skip))
         whole = options.only is None
         log.settle(lambda old: selection.has(old.id) or (whole and old.source in source.names))
     if tally.done == 0:
         raise RequestError(f"{' '.join(source.names)} holds no images to index")
-    return _report(tally, source, encoder.name, time.perf_counter() - started)
+    return _report(tally, source, encoder, time.perf_counter() - started)
 
 
 def _report(tally: Tally, source: Source[Any], encoder: str, seconds: float) -> IndexReport:

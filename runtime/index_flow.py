@@ -25,6 +25,7 @@ Encode = Callable[[npt.NDArray[Any]], Float16]
 Progress = Callable[[int, int], None]
 OnSkip = Callable[[SkippedImage], None]
 
+DEFAULT_BATCH_SIZE = 32  # images a forward
 MAX_NAMED = 1000  # skipped entries that a run remembers; the log has them all
 MAX_GROUP_BYTES = 1 << 26  # of compressed tars' members, which travel to the decoders
 NUM_AHEAD = 2  # batches read and decoded that wait for the encoder
@@ -203,31 +204,54 @@ def read_ahead(items: Iterator[Item], depth: int) -> Generator[Item, None, None]
             reader.shutdown(cancel_futures=True)
 
 
-class Flow:
-    """Encodes batches, has a thread append them, and keeps the counts.
+class Run:
+    """The store that an index run fills, and its books.
 
     Args:
         store: open to append.
-        encode: inputs -> tokens.
+        selection: which ids the run takes.
         log: gets every skipped entry.
-        tally: of the run.
-        report: called when a batch is durable, and on_skip with every skipped entry.
+        tally: its counts.
+        report: called when something is durable, and on_skip with every skipped entry.
     """
 
     def __init__(
         self,
         store: TokenStore,
-        encode: Encode,
+        selection: Selection,
         log: SkippedLog,
         tally: Tally,
         report: Callable[[], None],
         on_skip: OnSkip | None,
     ):
-        self._store, self._encode, self._log = store, encode, log
-        self._tally, self._report, self._on_skip = tally, report, on_skip
+        self.store, self.selection = store, selection
+        self._log, self._tally, self._report, self._on_skip = log, tally, report, on_skip
+
+    def settle(self, num_records: int, skipped: Sequence[SkippedImage]) -> None:
+        """Count records that are durable now, and note what gave none."""
+        self._tally.indexed += num_records
+        self._tally.num_skipped += len(skipped)
+        self._tally.skipped += skipped[: MAX_NAMED - len(self._tally.skipped)]
+        for entry in skipped:
+            self._log.add(entry)
+            if self._on_skip:
+                self._on_skip(entry)
+        self._report()
+
+
+class Flow:
+    """Encodes batches and has a thread append them.
+
+    Args:
+        run: where they go.
+        encode: inputs -> tokens.
+    """
+
+    def __init__(self, run: Run, encode: Encode):
+        self._run, self._encode = run, encode
         self._appends: deque[tuple[Future[None], int, list[SkippedImage]]] = deque()
 
-    def run(self, batches: Iterator[Batch]) -> None:
+    def take(self, batches: Iterator[Batch]) -> None:
         """Take every batch to the store. When it raises, what was appended is durable."""
         with (
             ThreadPoolExecutor(1, thread_name_prefix="edje-append") as appender,
@@ -244,17 +268,10 @@ class Flow:
 
     def _append(self, ids: list[str], tokens: Float16 | None) -> None:
         if tokens is not None and ids:
-            self._store.append(ids, tokens)
+            self._run.store.append(ids, tokens)
 
     def _settle(self) -> None:
         """Wait until the oldest batch is durable, and count it."""
         future, num_records, skipped = self._appends.popleft()
         future.result()
-        self._tally.indexed += num_records
-        self._tally.num_skipped += len(skipped)
-        self._tally.skipped += skipped[: MAX_NAMED - len(self._tally.skipped)]
-        for entry in skipped:
-            self._log.add(entry)
-            if self._on_skip:
-                self._on_skip(entry)
-        self._report()
+        self._run.settle(num_records, skipped)
