@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,10 +52,8 @@ def record_bytes_of(
 
 def _rows(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """Return the values as bytes, one row a record."""
-    flat = np.ascontiguousarray(values).reshape(len(values), -1)
-    if not flat.size:
-        return np.empty((len(values), flat.shape[-1] * values.itemsize), np.uint8)
-    return flat.view(np.uint8)
+    width = math.prod(values.shape[1:])  # reshape cannot tell it from no records
+    return np.ascontiguousarray(values).reshape(len(values), width).view(np.uint8)
 
 
 def check_buffers(
