@@ -229,6 +229,7 @@ class Run:
 
     def settle(self, num_records: int, skipped: Sequence[SkippedImage]) -> None:
         """Count records that are durable now, and note what gave none."""
+        skipped = [entry.as_text() for entry in skipped]
         self._tally.indexed += num_records
         self._tally.num_skipped += len(skipped)
         self._tally.skipped += skipped[: MAX_NAMED - len(self._tally.skipped)]

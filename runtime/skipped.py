@@ -30,8 +30,8 @@ class SkippedLog:
 
     def add(self, skipped: SkippedImage) -> None:
         """Append one line."""
-        shown = {name: _text(value) for name, value in skipped._asdict().items()}
-        self._file.write(json.dumps(shown, ensure_ascii=False).encode() + b"\n")
+        line = json.dumps(skipped.as_text()._asdict(), ensure_ascii=False)
+        self._file.write(line.encode() + b"\n")
         self._file.flush()
         self.count += 1
 
@@ -107,8 +107,3 @@ def _parsed(line: bytes) -> SkippedImage | None:
         return SkippedImage(values["id"], values["reason"], values["source"])
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _text(value: str) -> str:
-    """Return a name as text: the operating system allows any bytes in one."""
-    return value.encode(errors="backslashreplace").decode()

@@ -33,6 +33,11 @@ class SkippedImage(NamedTuple):
     reason: str
     source: str
 
+    def as_text(self) -> SkippedImage:
+        """Return the entry as any file can hold it: a name on disk may be no UTF-8."""
+        shown = (value.encode(errors="backslashreplace").decode() for value in self)
+        return SkippedImage(*shown)
+
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
@@ -191,10 +196,7 @@ class FolderSource:
     def _walk(self, folder: Path, prefix: str) -> Iterator[str | SkippedImage]:
         try:
             with os.scandir(folder) as found:
-                # With `/` behind a folder's name the order is that of the whole paths.
-                names = sorted(
-                    f"{entry.name}/" if _is_folder(entry) else entry.name for entry in found
-                )
+                names = sorted(name for entry in found if (name := _sort_name(entry)))
         except OSError as error:
             (source,) = self.names
             yield SkippedImage(prefix, f"cannot be listed: {error.strerror}", source)
@@ -206,9 +208,14 @@ class FolderSource:
                 yield from self._walk(folder / name, prefix + name)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether to go in; a link to a folder is passed by, since it may lead back up."""
-    return entry.is_dir(follow_symlinks=False)
+def _sort_name(entry: os.DirEntry[str]) -> str | None:
+    """Return the name, with `/` behind a folder's: so sorted, the whole paths are in order.
+
+    None for a link to a folder: it may lead back up.
+    """
+    if entry.is_dir(follow_symlinks=False):
+        return f"{entry.name}/"
+    return None if entry.is_symlink() and entry.is_dir() else entry.name
 
 
 class ListSource:

@@ -92,7 +92,7 @@ def test_unreadable_files_give_a_reason(tmp_path: Path) -> None:
     }
     assert reasons == {
         "text.jpg": Unreadable("not an image of a known format"),
-        "empty.png": Unreadable("not an image of a known format"),
+        "empty.png": Unreadable("is empty"),
         "cut.png": Unreadable("cannot be decoded: image file is truncated"),
         "folder.png": Unreadable("is not a file"),
         "pipe.png": Unreadable("is not a file"),
