@@ -202,10 +202,15 @@ class StoreLayout:
             ) from error
         except OSError as error:
             raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
-        return cls._parse(content, path)
+        return cls.parse(content, path)
 
     @classmethod
-    def _parse(cls, content: bytes, path: Path) -> StoreLayout:
+    def parse(cls, content: bytes, path: Path) -> StoreLayout:
+        """Return what the bytes of a `store.json` say; `path` is named in errors.
+
+        Raises:
+            StoreError: another format version, or one damaged byte.
+        """
         damaged = StoreError(
             f"{path} is damaged: its {len(content)} bytes do not fit their own checksum",
             hint=f"`edje store verify --repair {path.parent}` restores it from the catalog",

@@ -29,7 +29,7 @@ def write_contents(folder: Path, contents: Contents) -> None:
         Catalog.create(folder, contents.store_json, name=REBUILT)
         with closing(sqlite3.connect(folder / REBUILT, isolation_level=None)) as connection:
             _fill(folder, connection, contents)
-            replaced = not contents.unreadable and _copy_over(connection, folder / CATALOG)
+            replaced = _copy_over(connection, folder / CATALOG)
         if not replaced:
             _put_in_place(folder)
         _remove(folder / REBUILT)
@@ -54,6 +54,8 @@ def _fill(folder: Path, connection: sqlite3.Connection, contents: Contents) -> N
 
 def _copy_over(source: sqlite3.Connection, path: Path) -> bool:
     """Replace what is in the catalog in one transaction; return whether it could be done."""
+    if not path.is_file():
+        return False
     try:
         with closing(sqlite3.connect(path, isolation_level=None)) as target:
             target.execute("PRAGMA synchronous = FULL")
@@ -66,19 +68,21 @@ def _copy_over(source: sqlite3.Connection, path: Path) -> bool:
 
 
 def _put_in_place(folder: Path) -> None:
-    """Rename the rebuilt catalog over one that SQLite cannot open, and that has no readers so."""
+    """Rename the rebuilt catalog to where one was that SQLite cannot open; keep that one aside."""
     descriptor = os.open(folder / REBUILT, os.O_RDWR | os.O_CLOEXEC)
     try:
         disk.sync(descriptor)
     finally:
         os.close(descriptor)
-    _remove(folder / CATALOG, keep="")
-    disk.rename(folder / REBUILT, folder / CATALOG)
+    path = folder / CATALOG
+    if path.exists():
+        disk.rename(path, path.with_name(CATALOG + ".damaged"))
+    _remove(path)
+    disk.rename(folder / REBUILT, path)
     disk.sync_folder(folder)
 
 
-def _remove(path: Path, keep: str | None = None) -> None:
-    """Remove a catalog and SQLite's files beside it, but for the one with the suffix `keep`."""
+def _remove(path: Path) -> None:
+    """Remove a catalog and SQLite's files beside it."""
     for suffix in ("-wal", "-shm", ""):
-        if suffix != keep:
-            disk.unlink(path.with_name(path.name + suffix))
+        disk.unlink(path.with_name(path.name + suffix))

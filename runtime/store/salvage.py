@@ -20,6 +20,7 @@ import numpy as np
 from ...errors import StoreError
 from .catalog import (
     APPLICATION_ID,
+    ROWS_A_BATCH,
     SCHEMA_VERSION,
     RecordBatch,
     Segment,
@@ -56,7 +57,7 @@ class Contents:
         generation: 0 where it is lost.
         faults: damage of the catalog, in words.
         lost: what no copy has any more, in words.
-        unreadable: SQLite cannot open the file at all.
+        lost_segments: whether segments may be missing here.
     """
 
     store_json: bytes = b""
@@ -68,12 +69,20 @@ class Contents:
     retired: dict[int, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
-    unreadable: bool = False
+    lost_segments: bool = False
 
     @property
     def is_damaged(self) -> bool:
         """Whether the catalog must be written anew."""
-        return bool(self.faults or self.lost or self.unreadable)
+        return bool(self.faults or self.lost)
+
+    def lose_all(self, fault: str) -> None:
+        """Note that nothing of the catalog can be read."""
+        self.faults.append(fault)
+        self.lost.append("deletions: records that were deleted may be back")
+        self.lost_segments = True
+        # Larger than any number of commits, so that readers of older generations are told apart.
+        self.generation = int(time.time())
 
     def live_locations(self) -> Int64:
         """Return int64 [N]: the row handles of the records that are not deleted."""
@@ -85,18 +94,18 @@ class Contents:
         found = np.concatenate([np.empty(0, np.int64), *spans])
         return found[~np.isin(found, self.deleted)]
 
-    def drop(self, segment: int) -> list[str]:
-        """Forget a segment; return the ids of its live records."""
+    def drop(self, segment: int) -> list[tuple[int, str]]:
+        """Forget a segment; return row and id of its live records."""
         dead = set(self.deleted[self.deleted >> ROW_BITS == segment].tolist())
-        ids = [
-            image_id
+        found = [
+            (batch.first_row + place, image_id)
             for batch in self.batches.pop(segment, [])
             for place, image_id in enumerate(batch.records.ids())
             if batch.first_location + place not in dead
         ]
         del self.segments[segment]
         self.deleted = self.deleted[self.deleted >> ROW_BITS != segment]
-        return ids
+        return found
 
 
 def read_contents(folder: Path) -> Contents:
@@ -108,8 +117,7 @@ def read_contents(folder: Path) -> Contents:
     contents = Contents()
     path = folder / CATALOG
     if not path.is_file():
-        contents.unreadable = True
-        contents.faults.append(f"{CATALOG} is missing")
+        contents.lose_all(f"{CATALOG} is missing")
         return contents
     try:
         with closing(_connect(path)) as connection:
@@ -117,8 +125,8 @@ def read_contents(folder: Path) -> Contents:
     except sqlite3.DatabaseError as error:
         if is_busy(error):
             raise StoreError(f"cannot read {path}: {error}") from error
-        contents.unreadable = True
-        contents.faults.append(f"{CATALOG}: {error}")
+        contents = Contents()
+        contents.lose_all(f"{CATALOG}: {error}")
     return contents
 
 
@@ -138,26 +146,32 @@ def layout_of(folder: Path, contents: Contents) -> tuple[StoreLayout, str | None
     return layout, None
 
 
-def add_sealed_segments(folder: Path, layout: StoreLayout, contents: Contents) -> None:
-    """Add every segment whose footer is whole and that the catalog has lost."""
+def add_sealed_segments(folder: Path, layout: StoreLayout, contents: Contents) -> list[Path]:
+    """Add every segment that the catalog has lost and whose footer is whole; return the others."""
+    left = []
     for segment, path in segment_files(folder):
+        contents.next_segment = max(contents.next_segment, segment + 1)
         if segment in contents.segments or segment in contents.retired:
             continue
         found = footer_of(path, layout)
         if isinstance(found, str):
-            size = path.stat().st_size - PAGE_BYTES
-            most = max(0, size // layout.stride)
+            left.append(path)
+            most = max(0, (path.stat().st_size - PAGE_BYTES) // layout.stride)
             contents.lost.append(
-                f"segment {segment}: only the catalog knew the ids of its records "
-                f"({most} at most), which were not sealed yet"
+                f"the ids of the records of segment {segment} ({most} at most): it was not sealed, "
+                f"so only the catalog knew them"
             )
             continue
         key, records = found
         contents.segments[segment] = Segment(len(records), True, key)
-        contents.batches[segment] = [RecordBatch(segment, 0, records)]
-    contents.next_segment = max(
-        [contents.next_segment, *(number + 1 for number, _ in segment_files(folder))]
-    )
+        contents.batches[segment] = batches_of(segment, records)
+    return left
+
+
+def batches_of(segment: int, records: Records) -> list[RecordBatch]:
+    """Return all records of a sealed segment as the catalog keeps them."""
+    parts = records.split(ROWS_A_BATCH)
+    return [RecordBatch(segment, at * ROWS_A_BATCH, part) for at, part in enumerate(parts)]
 
 
 def keep_newest(contents: Contents) -> int:
@@ -237,7 +251,7 @@ def _read_tables(connection: sqlite3.Connection, contents: Contents) -> None:
         batch = RecordBatch(
             location >> ROW_BITS, location & ROW_MASK, Records(ids, digests, checksums)
         )
-        if batch.segment in contents.segments:
+        if batch.segment in contents.segments and batch.records.is_sound():
             contents.batches.setdefault(batch.segment, []).append(batch)
     _take_head(contents, head)
 
@@ -246,12 +260,13 @@ def _take_head(contents: Contents, head: Sequence[tuple[int, int, int, int, byte
     """Compare what was found with what the state counts."""
     if len(head) != 1:
         contents.lost.append(f"the state of the catalog ({len(head)} whole rows, expected 1)")
-        # Larger than any number of commits, so that readers of older generations are told apart.
+        contents.lost_segments = True
         contents.generation = int(time.time())
         return
     contents.generation, contents.next_segment, num_segments, num_deleted, store_json = head[0]
     contents.store_json = store_json
     if len(contents.segments) < num_segments:
+        contents.lost_segments = True
         contents.lost.append(f"{num_segments - len(contents.segments)} segments of the catalog")
     if len(contents.deleted) < num_deleted:
         gone = num_deleted - len(contents.deleted)

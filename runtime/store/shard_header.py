@@ -210,14 +210,16 @@ def _token_faults(tensors: Mapping[str, Tensor]) -> list[str]:
         return [f"visual_tokens: got {got}, expected F16 or I8 [n, m, H]"]
     num_records, num_tokens, _ = tokens.shape
     faults = [] if num_records else ["visual_tokens: holds no record"]
-    expected = [("visual_scales", "F16", (num_records, num_tokens))] * (tokens.dtype == "I8")
-    ids = tensors.get("ids")
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+    if tokens.dtype == "I8":
+        expected["visual_scales"] = ("F16", (num_records, num_tokens))
     if "id_ends" in tensors:
-        expected.append(("id_ends", "I64", (num_records,)))  # type: ignore[arg-type]
-    for name, dtype, shape in expected:
-        got = tensors.get(name)
-        if got is None or (got.dtype, got.shape) != (dtype, shape):
-            faults.append(f"{name}: got {got or 'nothing'}, expected {dtype} {list(shape)}")
+        expected["id_ends"] = ("I64", (num_records,))
+    for name, (dtype, shape) in expected.items():
+        found = tensors.get(name)
+        if found is None or (found.dtype, found.shape) != (dtype, shape):
+            faults.append(f"{name}: got {found or 'nothing'}, expected {dtype} {list(shape)}")
+    ids = tensors.get("ids")
     dims = 1 if "id_ends" in tensors else 2
     usable = ids is not None and ids.dtype == "U8" and len(ids.shape) == dims
     if ids is None or not usable or (dims == 2 and ids.shape[0] != num_records):
