@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -43,6 +44,8 @@ from .store.layout import INCOMING
 PLAN = "plan.jsonl"
 RUN_PREFIX = "run-"
 SEGMENTS = "*.tokens"
+UNSEALED = ".*.tokens.*.partial"
+STALE_S = 86_400
 
 # A task whose worker died so often is given up: an image that kills workers must not kill them all.
 MAX_TRIES = 4
@@ -198,8 +201,8 @@ def adopt_leftovers(store: TokenStore) -> int:
     """Commit the segments that wait in `incoming/`, remove what dead runs left; count the records.
 
     A store has one writer, and the caller is it: a run folder found here has lost its leader, so
-    an attempt that is still being written there leads nowhere. Unsealed files outside run folders
-    belong to processes that may be alive, and stay.
+    an attempt that is still being written there leads nowhere. An unsealed file outside run folders
+    may belong to a process that is alive: it goes when nothing was written to it for a day.
 
     Raises:
         StoreError: a segment outside run folders cannot be committed (the file stays).
@@ -211,6 +214,10 @@ def adopt_leftovers(store: TokenStore) -> int:
             with suppress(StoreError):  # its images are not in the store, so they come again
                 added += store.commit_segments([segment]).num_added
         shutil.rmtree(folder, ignore_errors=True)  # a worker that is alive may still write there
+    for unsealed in incoming.glob(UNSEALED):
+        with suppress(FileNotFoundError):  # it may be sealed at this moment
+            if time.time() - unsealed.stat().st_mtime > STALE_S:
+                unsealed.unlink()
     waiting = sorted(incoming.glob(SEGMENTS))
     return added + store.commit_segments(waiting).num_added if waiting else added
 
