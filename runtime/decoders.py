@@ -122,7 +122,7 @@ class _Decoder:
         )
         theirs.close()
         try:
-            self._pipe.send(spec)
+            self._pipe.send((spec, MAX_DECODE_S))
             started = self._pipe.poll(START_S) and self._pipe.recv() == READY
         except (EOFError, OSError):
             started = False
@@ -139,12 +139,12 @@ class _Decoder:
         try:
             self._pipe.send(files)
             for _ in files:
-                if not self._pipe.poll(MAX_DECODE_S):
-                    return f"decoding took longer than {MAX_DECODE_S:.0f} s"
                 decoded.append(self._pipe.recv())
         except (EOFError, OSError):
-            self._process.wait()
-            return f"its decoder process died ({_cause(self._process.returncode)})"
+            code = self._process.wait()
+            if code == -signal.SIGALRM:
+                return f"decoding took longer than {MAX_DECODE_S:.0f} s"
+            return f"its decoder process died ({_cause(code)})"
         return None
 
     def kill(self) -> None:
@@ -173,14 +173,17 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group
     pipe = Connection(int(sys.argv[1]))
     try:
-        spec: ImageSpec = pipe.recv()
+        spec, max_decode_s = pipe.recv()
         import_pillow().preinit()
         _silence()
         pipe.send(READY)
         while True:
             files: Sequence[ImageFile] = pipe.recv()
             for file in files:
-                pipe.send(decode_entry(file, spec))
+                signal.setitimer(signal.ITIMER_REAL, max_decode_s)  # its end ends the process
+                result = decode_entry(file, spec)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                pipe.send(result)
     except (EOFError, OSError):
         pass  # the other end is gone, and so is the reason to work
 
