@@ -16,7 +16,7 @@ import numpy as np
 from ...engines.cpu import usable_cores
 from .descriptors import SegmentFiles
 from .gather import Buffers, Files, Gather, ReadPlan, Worker, run_starts
-from .layout import PAGE_BYTES, ROW_BITS, ROW_MASK, Int64, StoreLayout
+from .layout import ROW_BITS, ROW_MASK, Int64, StoreLayout
 
 __all__ = ["Access", "BadRecord", "ReadPlan", "SegmentReader"]
 
@@ -28,8 +28,6 @@ MAX_THREADS = 4
 BYTES_A_THREAD = 1 << 20
 # So that the description of a huge read stays small beside the read itself.
 MAX_RECORDS_A_GATHER = 1 << 14
-# One piece of advice covers at most this many records of a run.
-MAX_RECORDS_AN_ADVICE = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +160,7 @@ class SegmentReader:
         process = self._process()
         buffers = Buffers(self._layout, tokens, scales)
         bad: dict[int, str] = {}
-        for part in _parts(plan, process.files.cached.max_open // 4):
+        for part in _parts(plan.locations, process.files.cached.max_open // 4):
             gather = Gather(
                 plan.part(part), self._layout, buffers, direct=self._direct, verify=verify
             )
@@ -174,34 +172,26 @@ class SegmentReader:
     def prefetch(self, locations: Int64) -> None:
         """Ask the system to read records into its page cache in the background; a hint.
 
-        `locations`: int64 [N], sorted. Does nothing with `"direct"`.
+        `locations`: int64 [N], in any order. Does nothing with `"direct"`.
         """
         if self._direct or not len(locations) or not hasattr(os, "posix_fadvise"):
             return
-        layout = self._layout
-        starts = run_starts(locations, layout, MAX_RECORDS_AN_ADVICE)
-        rows = locations[starts] & ROW_MASK
-        counts = [*(starts[1:] - starts[:-1]).tolist(), len(locations) - int(starts[-1])]
-        segments = (locations[starts] >> ROW_BITS).tolist()
-        spans = list(zip(segments, layout.offset(rows).tolist(), counts, strict=True))
-        with self._process().files.cached.use(dict.fromkeys(segments)) as found:
-            for segment, offset, count in spans:
-                self._advise(found[segment], offset, count * layout.stride)
-            if layout.scale_bytes:
-                for segment, offset in zip(
-                    segments, layout.scales_offset(rows).tolist(), strict=True
-                ):
-                    self._advise(found[segment], offset, PAGE_BYTES)
+        files, ordered = self._process().files.cached, np.sort(locations)
+        for part in _parts(ordered, files.max_open // 4):
+            self._advise(files, ordered[part])
 
     def close(self) -> None:
         """Close all files. Calling it twice is allowed."""
         self._process().close()
 
-    @staticmethod
-    def _advise(descriptor: int | str, offset: int, num_bytes: int) -> None:
-        if isinstance(descriptor, int):  # a segment that cannot be opened is named when read
-            with suppress(OSError):
-                os.posix_fadvise(descriptor, offset, num_bytes, os.POSIX_FADV_WILLNEED)
+    def _advise(self, files: SegmentFiles, locations: Int64) -> None:
+        """Advise to read runs of records, and their scales."""
+        layout, starts = self._layout, run_starts(locations, self._layout, len(locations))
+        rows, counts = locations[starts] & ROW_MASK, np.diff(starts, append=len(locations))
+        with files.lend(locations[starts] >> ROW_BITS) as lent, suppress(OSError):
+            _will_need(lent, layout.offset(rows), counts * layout.stride)
+            if layout.scale_bytes:
+                _will_need(lent, layout.scales_offset(rows), counts * layout.scale_bytes)
 
     def _process(self) -> _Process:
         """Return what this process reads with: after a fork the child makes its own."""
@@ -222,11 +212,18 @@ class SegmentReader:
         return Files(SegmentFiles(self._folder, self._layout, self._key_of, direct=True), cached)
 
 
-def _parts(plan: ReadPlan, max_segments: int) -> Iterator[slice]:
-    """Cut a plan where it goes on to more segments than should be open at once, or grows long."""
-    begins = np.diff(plan.locations >> ROW_BITS, prepend=-1) != 0
+def _parts(locations: Int64, max_segments: int) -> Iterator[slice]:
+    """Cut sorted locations where they need more segments than should be open, or grow long."""
+    begins = np.diff(locations >> ROW_BITS, prepend=-1) != 0
     limit = (np.cumsum(begins) - 1) // max(1, max_segments)
     cuts = np.flatnonzero(np.diff(limit)) + 1
     edges = np.union1d(cuts, np.arange(0, len(limit), MAX_RECORDS_A_GATHER)).tolist()
     for start, stop in pairwise([*edges, len(limit)]):
         yield slice(start, stop)
+
+
+def _will_need(descriptors: Int64, offsets: Int64, num_bytes: Int64) -> None:
+    spans = zip(descriptors.tolist(), offsets.tolist(), num_bytes.tolist(), strict=True)
+    for descriptor, offset, size in spans:
+        if descriptor >= 0:  # a file that cannot be opened is named when it is read
+            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
