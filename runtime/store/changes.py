@@ -164,8 +164,7 @@ class StoreWriter:
             batches = appender.write(ids, digests, records)
         segments = appender.segments_of(batches)
         self.commit(Change(batches, segments, replaced))
-        index.remove(ids if len(replaced) else (), replaced)
-        index.add(batches, ids)
+        index.add(batches, ids, replaced)
         if any(info.num_rows >= self.layout.max_rows for info in segments.values()):
             self.seal_full()
 

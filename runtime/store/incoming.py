@@ -80,8 +80,7 @@ def _commit(
     locations = np.flatnonzero(old) + (segment << ROW_BITS)
     info = Segment(len(records), True, key)
     writer.commit(Change(batches, {segment: info}, locations))
-    index.add(batches, ids)
-    index.remove([], locations)
+    index.add(batches, ids, locations)
     return segment
 
 

@@ -168,16 +168,21 @@ class RecordIndex:
         self._num_dead = 0
         self._lock = Lock()
 
-    def add(self, batches: Sequence[RecordBatch], ids: Sequence[str]) -> None:
-        """Add records, whose ids are `ids` in this order, behind those of their segments."""
+    def add(self, batches: Sequence[RecordBatch], ids: Sequence[str], dead: Int64) -> None:
+        """Add records, whose ids are `ids` in this order, behind those of their segments.
+
+        The records at `dead` int64 [N] go in the same step: those replaced, or some of the new.
+        """
         with self._lock:
-            left = iter(ids)
+            left, gone = iter(ids), set(dead.tolist())
             for batch in batches:
                 locations = range(batch.first_location, batch.first_location + len(batch.records))
                 # The locations come first: zip would take one id too many.
-                self._fresh_rows.update((i, at) for at, i in zip(locations, left, strict=False))
+                pairs = zip(locations, left, strict=False)
+                self._fresh_rows.update((i, at) for at, i in pairs if at not in gone)
                 self._num_rows[batch.segment] = batch.stop_row
             self._fresh += batches
+            self._kill(dead)  # last: who looks an id up meanwhile finds the old one or the new
         if len(self._fresh_rows) > MAX_FRESH:
             self._merged()
 
@@ -186,21 +191,18 @@ class RecordIndex:
         with self._lock:
             for image_id in ids:
                 self._fresh_rows.pop(image_id, None)
-            places = self._table.places(locations)
-            self._table.live[places[places >= 0]] = False
-            self._num_dead += int(np.count_nonzero(places >= 0))
-            self._dead.append(locations)
+            self._kill(locations)
 
     def rows(self, ids: Sequence[str]) -> tuple[Int64, list[str]]:
         """Return int64 [N] row handles, and the ids that are unknown."""
-        table = self._table
+        with self._lock:
+            table, fresh_rows = self._table, self._fresh_rows
         places = table.find(_digests(ids))
         found = np.full(len(ids), -1, np.int64)
         known = places >= 0
         found[known] = table.locations(places[known])
-        if self._fresh_rows:
-            fresh = self._fresh_rows.get
-            newer = np.fromiter((fresh(i, -1) for i in ids), np.int64, len(ids))
+        if fresh_rows:
+            newer = np.fromiter((fresh_rows.get(i, -1) for i in ids), np.int64, len(ids))
             found = np.where(newer >= 0, newer, found)
         return found, [ids[at] for at in np.flatnonzero(found < 0).tolist()]
 
@@ -260,6 +262,12 @@ class RecordIndex:
 
     def __contains__(self, image_id: object) -> bool:
         return isinstance(image_id, str) and not self.rows([image_id])[1]
+
+    def _kill(self, locations: Int64) -> None:
+        places = self._table.places(locations)
+        self._table.live[places[places >= 0]] = False
+        self._num_dead += int(np.count_nonzero(places >= 0))
+        self._dead.append(locations)
 
     def _merged(self) -> _Table:
         """Return the table with everything that was added since the last call."""
