@@ -224,6 +224,7 @@ def measure_gathers(scratch: Path, num_rounds: int) -> dict[str, Any]:
         timings = _time_gathers(stores, asked, tokens[places], num_rounds)
     extra = timings[_DEQUANTISED].min_ms - timings[_AS_STORED].min_ms
     return {
+        "one_run": f"{GATHERED} random records of {NUM_RECORDS}, {NUM_TOKENS} x {HIDDEN}, verified",
         "timings": timings,
         "records": timings_json(timings),
         "dequantise_us_a_record": round(extra * 1e3 / GATHERED, 1),
