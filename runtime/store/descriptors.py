@@ -79,7 +79,8 @@ class SegmentFiles:
         Raises:
             StoreError: as `use`.
         """
-        begins = np.diff(segments, prepend=-1) != 0
+        begins = np.ones(len(segments), np.bool_)
+        begins[1:] = segments[1:] != segments[:-1]
         with self.use(segments[begins].tolist()) as found:
             descriptors = [-1 if isinstance(file, str) else file for file in found.values()]
             yield np.array(descriptors, np.int64)[np.cumsum(begins) - 1]

@@ -17,7 +17,15 @@ import numpy.typing as npt
 import xxhash
 
 from .descriptors import SegmentFiles
-from .kernel_aio import PIECE, QUEUE_DEPTH, ReadBatch, address, open_queue
+from .kernel_aio import (
+    PIECE,
+    QUEUE_DEPTH,
+    PreadvQueue,
+    ReadBatch,
+    ReadQueue,
+    address,
+    open_queue,
+)
 from .layout import PAGE_BYTES, ROW_BITS, ROW_MASK, Int64, StoreLayout, UInt64
 
 UInt8 = npt.NDArray[np.uint8]
@@ -26,6 +34,8 @@ UInt8 = npt.NDArray[np.uint8]
 CACHED_CHUNK_BYTES = 1152 << 10
 # Past it the device should have much to do at once.
 DIRECT_CHUNK_BYTES = 4 << 20
+# As many reads one by one take no longer than together.
+FEW_READS = 4
 
 MISFIT = "its bytes do not fit its checksum"
 
@@ -98,11 +108,27 @@ class Files:
 
 
 class Worker:
-    """What one thread reads with: a queue, and aligned memory where the caller's is not."""
+    """What one thread reads with: queues, and aligned memory where the caller's is not."""
 
     def __init__(self) -> None:
-        self.queue = open_queue()
+        self._queue: ReadQueue | None = None
+        self._preadv = PreadvQueue()
         self._aligned: mmap | None = None
+
+    def queue(self, num_reads: int = QUEUE_DEPTH, *, direct: bool = False) -> ReadQueue:
+        """Return the queue for so many reads at once."""
+        # The kernel takes 40 ms to close its queue: one that only ever reads a little has none.
+        if num_reads <= (1 if direct else FEW_READS):
+            return self._preadv
+        if self._queue is None:
+            self._queue = open_queue()
+        return self._queue
+
+    def close(self) -> None:
+        """Wait until no read is under way, and give the queue back. Can be called twice."""
+        if self._queue is not None:
+            self._queue.close()
+            self._queue = None
 
     def aligned(self, num_bytes: int) -> UInt8:
         """Return uint8 [num_bytes] from a page's start on: the worker's, until the next call."""
@@ -152,6 +178,7 @@ class Gather:
         edges = np.arange(0, len(self._rows) + self._max_records, self._max_records)
         self._edges: list[int] = np.searchsorted(self._starts, edges).tolist()
         self.num_chunks = len(edges) - 1
+        self._direct = direct
         self._bounces = direct and not buffers.are_aligned
         self._padding = np.empty(layout.stride - layout.record_bytes, np.uint8)
         self._num_columns = 2 if layout.scale_bytes else 1
@@ -168,7 +195,8 @@ class Gather:
         last = min(first + self._max_records, len(self._rows))
         bounce = self._aim_at_bounce(first, last, worker) if self._bounces else None
         width = self._num_columns
-        failed = worker.queue.read(self._batch, start * width, stop * width)
+        queue = worker.queue(stop - start, direct=self._direct)
+        failed = queue.read(self._batch, start * width, stop * width)
         if bounce is not None:
             records = bounce[:, : self._layout.record_bytes]
             self._buffers.tokens[self._plan.positions[first:last]] = records
@@ -232,15 +260,15 @@ class Gather:
         reads = batch.reads.reshape(-1, self._num_columns)
         counts, rows = self._stops - self._starts, self._rows[self._starts]
         tokens = reads[:, 0]
-        tokens["pieces"] = address(batch.pieces) + self._starts * (PIECE.itemsize * a_record)
+        tokens["pieces"] = batch.pieces_address + self._starts * (PIECE.itemsize * a_record)
         tokens["num_pieces"] = counts * a_record - (a_record - 1)
         tokens["offset"] = layout.offset(rows)
         tokens["num_bytes"] = counts * layout.stride - padding
         self._describe_tokens(batch.pieces[: num_records * a_record].reshape(-1, a_record))
         if self._buffers.scales is not None:
-            pieces, scales = batch.pieces[num_records * a_record :], reads[:, 1]
-            _describe(pieces, self._buffers.scales, self._plan.positions)
-            scales["pieces"] = address(pieces) + self._starts * PIECE.itemsize
+            first, scales = num_records * a_record, reads[:, 1]
+            _describe(batch.pieces[first:], self._buffers.scales, self._plan.positions)
+            scales["pieces"] = batch.pieces_address + (first + self._starts) * PIECE.itemsize
             scales["num_pieces"] = counts
             scales["offset"] = layout.scales_offset(rows)
             scales["num_bytes"] = counts * layout.scale_bytes
@@ -270,7 +298,8 @@ def run_starts(locations: Int64, layout: StoreLayout, max_records: int) -> Int64
     """
     offsets = layout.offset(locations & ROW_MASK)
     begins = np.ones(len(locations), np.bool_)
-    begins[1:] = (np.diff(locations) != 1) | (np.diff(offsets) != layout.stride)
+    begins[1:] = locations[1:] != locations[:-1] + 1
+    begins[1:] |= offsets[1:] != offsets[:-1] + layout.stride
     begins[::max_records] = True
     return np.flatnonzero(begins)
 

@@ -58,17 +58,18 @@ class ReadBatch:
     Attributes:
         reads: `READ` [N]: `num_bytes` is what a read must give, `pieces` points into `pieces`.
         pieces: `PIECE` [M]: address and length of every part of every destination.
+        address, pieces_address: where they lie.
         pointers: the address of N addresses, one a read.
     """
 
     def __init__(self, num_reads: int, num_pieces: int):
-        self.reads = np.zeros(num_reads, READ)
-        self.pieces = np.zeros(num_pieces, PIECE)
+        reads = np.zeros(num_reads * READ.itemsize, np.uint8)
+        pieces = np.zeros(num_pieces * PIECE.itemsize, np.uint8)
+        self.reads, self.pieces = reads.view(READ), pieces.view(PIECE)
+        self.address, self.pieces_address = address(reads), address(pieces)
         self.reads["opcode"] = OPCODE_PREADV
-        self.address = address(self.reads)
-        self._addresses = np.arange(num_reads, dtype=np.uint64)
-        self._addresses *= READ.itemsize
-        self._addresses += self.address
+        stop = self.address + reads.nbytes
+        self._addresses = np.arange(self.address, stop, READ.itemsize, dtype=np.int64)
         self.pointers = address(self._addresses)
 
 
@@ -105,11 +106,10 @@ class KernelQueue:
         if self._calls.setup(depth, ctypes.addressof(context)) < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         self._context = context.value
-        events = np.zeros(depth, EVENT)
-        self._wanted, self._results, self._reads = (
-            events[name] for name in ("wanted", "result", "read")
-        )
-        self._events = address(events)
+        memory = np.zeros(depth * EVENT.itemsize, np.uint8)
+        events = memory.view(EVENT)
+        self._wanted, self._results = events["wanted"], events["result"]
+        self._reads, self._events = events["read"], address(memory)
 
     def read(self, batch: ReadBatch, start: int, stop: int) -> list[int]:
         """See `ReadQueue.read`."""
@@ -187,7 +187,7 @@ def open_queue() -> ReadQueue:
 
 
 def address(array: npt.NDArray[Any]) -> int:
-    """Return where the array's first value lies."""
+    """Return where the first value lies; quick only for plain numbers."""
     return int(array.__array_interface__["data"][0])
 
 

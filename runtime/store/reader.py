@@ -65,7 +65,7 @@ class _Process:
         try:
             yield worker
         except BaseException:
-            worker.queue.close()
+            worker.close()
             raise
         self._idle.append(worker)
         if self._closed:
@@ -102,7 +102,7 @@ class _Process:
     def _close_idle(self) -> None:
         with suppress(IndexError):
             while True:
-                self._idle.pop().queue.close()
+                self._idle.pop().close()
 
 
 class SegmentReader:
@@ -132,7 +132,7 @@ class SegmentReader:
     def way(self) -> str:
         """How reads reach the system: `"kernel AIO"`, or `"preadv"` where that is not offered."""
         with self._process().worker() as worker:
-            return worker.queue.way
+            return worker.queue().way
 
     def gather(
         self,
@@ -214,6 +214,12 @@ class SegmentReader:
 
 def _parts(locations: Int64, max_segments: int) -> Iterator[slice]:
     """Cut sorted locations where they need more segments than should be open, or grow long."""
+    if not len(locations):
+        return
+    num_segments = int(locations[-1] >> ROW_BITS) - int(locations[0] >> ROW_BITS) + 1
+    if num_segments <= max_segments and len(locations) <= MAX_RECORDS_A_GATHER:
+        yield slice(0, len(locations))  # as nearly always
+        return
     begins = np.diff(locations >> ROW_BITS, prepend=-1) != 0
     limit = (np.cumsum(begins) - 1) // max(1, max_segments)
     cuts = np.flatnonzero(np.diff(limit)) + 1

@@ -50,6 +50,7 @@ def many_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several threads and several chunks for a handful of records."""
     monkeypatch.setattr(gather, "CACHED_CHUNK_BYTES", 5 * PAGE)
     monkeypatch.setattr(gather, "DIRECT_CHUNK_BYTES", 7 * PAGE)
+    monkeypatch.setattr(gather, "FEW_READS", 0)
     monkeypatch.setattr(reader, "BYTES_A_THREAD", PAGE)
     monkeypatch.setattr(reader, "usable_cores", lambda: 3)
 
@@ -320,6 +321,21 @@ def test_without_kernel_aio_preadv_is_used_and_named(
     source = all_files["float16"].reader()
     assert source.way == "preadv"
     check_others(all_files["float16"], source, {})
+    source.close()
+
+
+def test_a_little_is_read_without_a_queue_of_the_kernel(
+    all_files: dict[str, RecordFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gather, "FEW_READS", 4)
+    monkeypatch.setattr(gather, "open_queue", RefusingQueue)
+    files, source, tried = all_files["float16"], all_files["float16"].reader(), []
+    monkeypatch.setattr(RefusingQueue, "read", lambda self, batch, *span: tried.append(span) or [])
+    tokens, _, bad = read(files, source, [1, 3, 5, 7])
+    assert (bad, tried) == ({}, [])
+    assert np.array_equal(tokens, files.tokens[[1, 3, 5, 7]])
+    read(files, source, [1, 3, 5, 7, 9])
+    assert tried == [(0, 5)]
     source.close()
 
 
