@@ -5,8 +5,9 @@ from .folder import StoreStat
 from .incoming import CommitReport
 from .layout import StoreLayout
 from .reader import BadRecord
+from .reading import TokenBatch
 from .segment import SegmentWriter, incoming_name
-from .store import TokenBatch, TokenStore
+from .store import TokenStore
 
 __all__ = [
     "BadRecord",

@@ -12,8 +12,8 @@ from .catalog import CatalogState, Change, RecordBatch, Segment
 from .changes import StoreWriter
 from .index import RecordIndex
 from .layout import Int64, StoreLayout
-from .reader import SegmentReader
 from .records import digests_of
+from .resident import Reader
 from .segment_file import RecordBytes
 
 Progress = Callable[[int, int], None]
@@ -41,7 +41,7 @@ class CompactReport:
 def compact(
     writer: StoreWriter,
     index: RecordIndex,
-    reader: SegmentReader,
+    reader: Reader,
     max_dead_share: float,
     progress: Progress | None = None,
 ) -> CompactReport:
@@ -86,7 +86,11 @@ def _victims(
 
 
 def _move(
-    writer: StoreWriter, index: RecordIndex, reader: SegmentReader, segment: int, rows: Int64
+    writer: StoreWriter,
+    index: RecordIndex,
+    reader: Reader,
+    segment: int,
+    rows: Int64,
 ) -> list[str]:
     """Write the live records of a segment anew and drop it; return why it cannot go."""
     ids = index.ids_of(rows)
@@ -106,7 +110,7 @@ def _move(
 
 
 def _read(
-    layout: StoreLayout, index: RecordIndex, reader: SegmentReader, rows: Int64
+    layout: StoreLayout, index: RecordIndex, reader: Reader, rows: Int64
 ) -> Iterator[tuple[int, RecordBytes | str]]:
     """Yield (first place, records) of `rows`, verified, or which of them is damaged."""
     for start in range(0, len(rows), RECORDS_A_READ):

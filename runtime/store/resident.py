@@ -95,6 +95,9 @@ class ResidentRecords:
         self._locations = np.empty(0, np.int64)
 
 
+Reader = SegmentReader | ResidentRecords
+
+
 def _copy(source: UInt8, places: Int64, out: UInt8, positions: Int64) -> None:
     """Copy the rows of `source` at `places` into the rows of `out` at `positions`."""
     if len(positions) != len(out):
