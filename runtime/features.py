@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ class _NpyStack:
         with path.open("rb") as file:
             self._shape, self._dtype = _npy_header(path, file)
             self._start = file.tell()
-        size = self._start + int(np.prod(self._shape)) * self._dtype.itemsize
+        size = self._start + math.prod(self._shape) * self._dtype.itemsize
         faults = []
         if len(self._shape) != 3 or self._dtype.name not in DTYPES:
             got = f"{self._dtype.name} {list(self._shape)}"
@@ -152,7 +153,7 @@ class _NpyStack:
                 yield image_id, partial(self._row, file, number)
 
     def _row(self, file: BinaryIO, number: int) -> Features:
-        num_bytes = int(np.prod(self._shape[1:])) * self._dtype.itemsize
+        num_bytes = math.prod(self._shape[1:]) * self._dtype.itemsize
         content = os.pread(file.fileno(), num_bytes, self._start + number * num_bytes)
         return np.frombuffer(content, self._dtype).reshape(self._shape[1:])
 

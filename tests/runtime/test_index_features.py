@@ -128,14 +128,8 @@ def test_features_that_cannot_be_used_are_skipped_with_the_reason(
 def test_images_with_other_numbers_of_patches_stand_in_one_source(
     tmp_path: Path, encoder: FeatureEncoder, features: np.ndarray
 ) -> None:
-    cut = {
-        name: values[: 3 + n % 2]
-        for n, (name, values) in enumerate(zip(IDS, features, strict=True))
-    }
-    save_file(
-        {name: np.ascontiguousarray(values) for name, values in cut.items()},
-        tmp_path / "f.safetensors",
-    )
+    cut = {name: features[n, : 3 + n % 2].copy() for n, name in enumerate(IDS)}
+    save_file(cut, tmp_path / "f.safetensors")
     assert index_features(encoder, tmp_path / "f.safetensors", tmp_path / "s").indexed == 10
     with TokenStore.open(tmp_path / "s") as store:
         out = np.empty((10, NUM_TOKENS, HIDDEN), np.float16)
@@ -168,7 +162,7 @@ def test_what_holds_no_features_is_an_error(
     for name, fault in faults.items():
         with pytest.raises(RequestError, match=fault):
             index_features(encoder, tmp_path / name, tmp_path / "s")
-    with pytest.raises(RequestError, match="only a single .npy"):
+    with pytest.raises(RequestError, match="only a single"):
         index_features(encoder, tmp_path / "empty", tmp_path / "s", ids=tmp_path / "ids.txt")
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(RequestError, match=r"edje-runtime\[index\]"):
@@ -187,10 +181,9 @@ def test_a_real_adapter_gives_the_official_tokens(
     tmp_path: Path, tiny_bundle: Path, official_tiny: Path
 ) -> None:
     expected = np.load(official_tiny / "expected.npz")
-    print(sorted(expected))
-    (name,) = [name for name in expected if "feature" in name]
-    np.save(tmp_path / "f.npy", expected[name])
-    (tmp_path / "ids.txt").write_text("\n".join(f"{n:03}" for n in range(len(expected[name]))))
+    np.save(tmp_path / "f.npy", expected["vision_tokens"])
+    ids = [f"{number:03}" for number in range(len(expected["vision_tokens"]))]
+    (tmp_path / "ids.txt").write_text("\n".join(ids))
     index_features(FeatureEncoder.open(tiny_bundle), tmp_path / "f.npy", tmp_path / "s")
     out = np.empty_like(expected["compressed_tokens"], dtype=np.float16)
     with TokenStore.open(tmp_path / "s") as store:
