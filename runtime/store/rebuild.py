@@ -11,7 +11,7 @@ from . import disk
 from .catalog import Catalog, Change, sqlite_errors
 from .layout import CATALOG
 from .salvage import Contents, is_busy
-from .tables import CheckedTables
+from .tables import DAMAGE, CheckedTables
 
 REBUILT = "catalog.rebuilt"
 
@@ -60,7 +60,7 @@ def _copy_over(source: sqlite3.Connection, path: Path) -> bool:
         with closing(sqlite3.connect(path, isolation_level=None)) as target:
             target.execute("PRAGMA synchronous = FULL")
             source.backup(target)
-    except sqlite3.DatabaseError as error:
+    except DAMAGE as error:
         if is_busy(error):
             raise
         return False

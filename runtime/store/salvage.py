@@ -45,7 +45,8 @@ from .layout import (
     segment_name,
 )
 from .records import Records
-from .tables import COPY, CheckedTables
+from .sound_copy import sound_copy
+from .tables import COPY, DAMAGE, CheckedTables
 
 
 @dataclass(slots=True)
@@ -114,19 +115,18 @@ def read_contents(folder: Path) -> Contents:
     Raises:
         StoreError: the catalog is another edje's, or cannot be read for another reason than damage.
     """
-    contents = Contents()
     path = folder / CATALOG
     if not path.is_file():
+        contents = Contents()
         contents.lose_all(f"{CATALOG} is missing")
         return contents
-    try:
-        with closing(_connect(path)) as connection:
-            _read_tables(connection, contents)
-    except sqlite3.DatabaseError as error:
-        if is_busy(error):
-            raise StoreError(f"cannot read {path}: {error}") from error
-        contents = Contents()
-        contents.lose_all(f"{CATALOG}: {error}")
+    contents = _read_catalog(path)
+    if contents.lost:
+        with sound_copy(path) as copy:
+            better = _read_catalog(copy)
+        if len(better.lost) < len(contents.lost) or contents.lost_segments > better.lost_segments:
+            better.faults = list(dict.fromkeys([*contents.faults, *better.faults]))
+            return better
     return contents
 
 
@@ -157,6 +157,8 @@ def add_sealed_segments(folder: Path, layout: StoreLayout, contents: Contents) -
         if isinstance(found, str):
             left.append(path)
             most = max(0, (path.stat().st_size - PAGE_BYTES) // layout.stride)
+            while most and layout.end(most) > path.stat().st_size:  # pages of scales are no records
+                most -= 1
             contents.lost.append(
                 f"the ids of the records of segment {segment} ({most} at most): it was not sealed, "
                 f"so only the catalog knew them"
@@ -211,6 +213,19 @@ def footer_of(path: Path, layout: StoreLayout, key: int | None = None) -> tuple[
         os.close(descriptor)
 
 
+def _read_catalog(path: Path) -> Contents:
+    contents = Contents()
+    try:
+        with closing(_connect(path)) as connection:
+            _read_tables(connection, contents)
+    except DAMAGE as error:
+        if is_busy(error):
+            raise StoreError(f"cannot read {path}: {error}") from error
+        contents = Contents()
+        contents.lose_all(f"{CATALOG}: {error}")
+    return contents
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     uri = path.absolute().as_uri()
     connection = sqlite3.connect(f"{uri}?mode=ro", uri=True, isolation_level=None)
@@ -236,9 +251,12 @@ def _read_tables(connection: sqlite3.Connection, contents: Contents) -> None:
     batches = _whole_rows(tables, "batches")
     deletions = _whole_rows(tables, "deletions")
     contents.retired = dict(_whole_rows(tables, "retired"))
-    for row in connection.execute("PRAGMA quick_check(20)").fetchall():
-        if row[0] != "ok":
-            tables.note(f"{CATALOG}: {row[0]}")
+    try:
+        for (text,) in connection.execute("PRAGMA quick_check(20)").fetchall():
+            if text != "ok":
+                tables.note(f"{CATALOG}: {text}")
+    except DAMAGE as error:
+        tables.note(f"{CATALOG}: {error}")
     _check_identity(connection, tables, head)
     contents.faults += tables.faults
     contents.segments = {
@@ -277,7 +295,7 @@ def _whole_rows(tables: CheckedTables, table: str) -> list[tuple[Any, ...]]:
     """Return every row that one of the two copies has whole; note those that one lacks."""
     rows = tables.merged_rows(table)
     for name in (table, table + COPY):
-        with suppress(sqlite3.DatabaseError):  # noted already
+        with suppress(*DAMAGE):  # noted already
             (count,) = tables.connection.execute(f"SELECT count(*) FROM {name}").fetchone()
             if count != len(rows):
                 tables.note(f"table {name}: {count} rows, expected {len(rows)}")
@@ -299,7 +317,7 @@ def _check_identity(
                 )
 
 
-def is_busy(error: sqlite3.Error) -> bool:
+def is_busy(error: Exception) -> bool:
     """Return whether SQLite failed for a reason that is no damage of the file."""
     text = str(error)
     return any(

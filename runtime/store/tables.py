@@ -29,6 +29,8 @@ TABLES = {
     "retired": ("segment", "generation"),
 }
 COPY = "_copy"
+# What SQLite raises for damage; where its message quotes damaged text, Python cannot decode it.
+DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
 
 
 def schema() -> str:
@@ -61,7 +63,7 @@ class CheckedTables:
         """Return the rows of a table without their checks, from both copies if one is damaged."""
         try:
             rows = self._select(table, where)
-        except sqlite3.DatabaseError as error:
+        except DAMAGE as error:
             self.note(f"table {table}: {error}")
             return self.merged_rows(table, where)
         if all(_is_whole(row) for row in rows):
@@ -87,7 +89,7 @@ class CheckedTables:
                     f"SELECT * FROM {table} WHERE {where} ORDER BY 1 {direction}"
                 )
                 return
-            except sqlite3.DatabaseError as error:
+            except DAMAGE as error:
                 self.note(f"table {table}: {error}")
 
     def _select(self, table: str, where: str) -> list[tuple[Any, ...]]:
@@ -122,7 +124,8 @@ class CheckedTables:
 
 
 def _is_whole(row: tuple[Any, ...]) -> bool:
-    return bool(row[-1] == _self_check(row[:-1]))
+    check = _self_check(row[:-1])
+    return check is not None and bool(row[-1] == check)
 
 
 def _self_check(values: Sequence[Any]) -> int | None:
