@@ -18,7 +18,7 @@ import xxhash
 
 from ...errors import RequestError, StoreError
 from .catalog import RecordBatch
-from .layout import ROW_BITS, ROW_MASK, Int64, UInt64
+from .layout import ROW_BITS, ROW_MASK, Int64, UInt64, is_id
 from .reader import BadRecord, ReadPlan
 from .records import Records
 
@@ -150,6 +150,17 @@ class _Table:
             todo, lows, highs, at = todo[onward], lows[onward], highs[onward], at[onward] + 1
         return found
 
+    def holds(self, digest: int) -> bool:
+        """Whether a live record has this digest: `find` for one id, without arrays."""
+        high, low = digest >> 64, digest & (2**64 - 1)
+        at = int(self.buckets[low >> int(self.shift)]) if self.num_live else 0
+        while at < self.num_live and (key := int(self.keys[at])) <= low:
+            place = self.order[at]
+            if key == low and int(self.highs[place]) == high and self.live[place]:
+                return True
+            at += 1
+        return False
+
 
 class RecordIndex:
     """Live records of one generation; grows by appends. Safe to read from several threads."""
@@ -261,7 +272,11 @@ class RecordIndex:
             return self._table.num_live - self._num_dead + len(self._fresh_rows)
 
     def __contains__(self, image_id: object) -> bool:
-        return isinstance(image_id, str) and not self.rows([image_id])[1]
+        if not (isinstance(image_id, str) and is_id(image_id)):
+            return False
+        with self._lock:
+            table, fresh_rows = self._table, self._fresh_rows
+        return image_id in fresh_rows or table.holds(xxhash.xxh3_128_intdigest(image_id.encode()))
 
     def _kill(self, locations: Int64) -> None:
         places = self._table.places(locations)
