@@ -14,7 +14,7 @@ import typer
 from .. import __version__
 from ..errors import EdjeError
 from .cli_build import build
-from .cli_index import index
+from .cli_index import IndexCommand, index
 from .cli_store import store_app
 
 EXIT_BROKEN_LIMITS = 1
@@ -114,7 +114,7 @@ def export(
 
 
 app.command()(build)
-app.command()(index)
+app.command(cls=IndexCommand)(index)
 
 
 @app.command()

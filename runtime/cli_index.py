@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ..errors import EdjeError, RequestError
 
@@ -51,7 +53,35 @@ Workers = Annotated[
     int | None, typer.Option(help="Decoder processes; default: the usable cores but one.")
 ]
 BatchSize = Annotated[int, typer.Option(help="Images a forward.")]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[ADDRESS]",
+        help="Spread the work over a Ray cluster: HOST:PORT, auto, local, or as Ray finds it.",
+    ),
+]
+NumWorkers = Annotated[
+    int | None, typer.Option(help="With --ray, workers; default: one a machine, or one a GPU.")
+]
+ImagesPerTask = Annotated[
+    int | None, typer.Option(help="With --ray, images done again if a worker dies; default: 2048.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
+
+
+_ADDRESS = re.compile(r"auto|local|ray://.*|\[?[\w.:-]+\]?:\d+")
+
+
+class IndexCommand(TyperCommand):
+    """Lets `--ray` stand without its ADDRESS, which typer has no words for."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse `args`; a bare `--ray` gets an empty address."""
+        end = args.index("--") if "--" in args else len(args)
+        for place in reversed([at for at, arg in enumerate(args[:end]) if arg == "--ray"]):
+            if not _ADDRESS.fullmatch(" ".join(args[place + 1 : place + 2])):
+                args = [*args[:place], "--ray=", *args[place + 1 :]]
+        return super().parse_args(ctx, args)
 
 
 def index(
@@ -65,6 +95,9 @@ def index(
     device: DeviceName = "auto",
     workers: Workers = None,
     batch_size: BatchSize = 32,
+    ray: Ray = None,
+    num_workers: NumWorkers = None,
+    images_per_task: ImagesPerTask = None,
     as_json: Json = False,
 ) -> None:
     """Turn images, or patch features, into tokens of a store. Run again to continue.
@@ -78,11 +111,13 @@ def index(
       edje index bundle 'shards/{000..099}.tar' --store photos.store
       edje index bundle --features features.npy --ids ids.txt --store photos.store
       edje index bundle photos --into new.store --from ids-to-redo.txt
+      edje index bundle photos --store photos.store --ray head:6379
     """
     from .cli_output import print_facts, print_json
     from .id_list import read_ids
 
     _check(images, features, ids, workers)
+    _check_ray(ray, features, num_workers, images_per_task)
     common: dict[str, Any] = {
         "only": None if only is None else set(read_ids(only)),
         "dtype": dtype,
@@ -90,7 +125,10 @@ def index(
     }
     with _watched("index") as (progress, on_skip):
         common |= {"progress": progress, "on_skip": on_skip}
-        if features is None:
+        if ray is not None:
+            sizes = (num_workers, images_per_task)
+            report = _index_on_ray(model, images, store, device, workers, ray, sizes, common)
+        elif features is None:
             report = _index_images(model, images, store, device, workers, common)
         else:
             report = _index_features(model, features, store, device, ids, common)
@@ -122,6 +160,20 @@ def _check(
         )
 
 
+def _check_ray(
+    ray: str | None, features: Path | None, num_workers: int | None, images_per_task: int | None
+) -> None:
+    """Refuse options that do not go with the presence, or the absence, of `--ray`."""
+    given = {"--num-workers": num_workers, "--images-per-task": images_per_task}
+    faults = [f"{name}: it goes with --ray" for name, value in given.items() if value is not None]
+    if ray is None and faults:
+        raise RequestError("these options do not go together", faults=faults)
+    if ray is not None and features is not None:
+        raise RequestError(
+            "--ray spreads images, not --features", hint="the adapter is fast: leave --ray out"
+        )
+
+
 def _index_images(
     model: Path,
     images: list[str] | None,
@@ -135,6 +187,27 @@ def _index_images(
 
     encoder = ImageEncoder.open(model, device=device)
     return index_images(encoder, images or [], store, workers=workers, **common)
+
+
+def _index_on_ray(
+    model: Path,
+    images: list[str] | None,
+    store: Path,
+    device: str,
+    workers: int | None,
+    address: str,
+    sizes: tuple[int | None, int | None],
+    common: dict[str, Any],
+) -> IndexReport:
+    from .cluster_ray import DEFAULT_IMAGES_PER_TASK, RayOptions, index_on_ray
+    from .index import IndexOptions
+
+    num_workers, images_per_task = sizes
+    if images_per_task is None:
+        images_per_task = DEFAULT_IMAGES_PER_TASK
+    batch_size = common.pop("batch_size")
+    options = RayOptions(address or None, num_workers, images_per_task, device, workers, batch_size)
+    return index_on_ray(model, images or [], store, options, IndexOptions(**common))
 
 
 def _index_features(

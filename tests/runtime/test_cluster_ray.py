@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from edje.errors import EngineError, RequestError
+from edje.runtime.cli import main
 from edje.runtime.cluster_ray import RayOptions, WorkerPool, connect, index_on_ray, size_pool
 from edje.runtime.image_encoder import ImageEncoder
 from edje.runtime.index import IndexOptions, index_images
@@ -223,3 +224,50 @@ def test_all_options_that_cannot_be_are_named() -> None:
     assert len(caught.value.faults) == 5
     assert "num_workers is 0, expected at least 1" in caught.value.faults
     RayOptions().check()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--ray"], RayOptions()),
+        (["--ray="], RayOptions()),
+        (["--ray", "--num-workers", "3"], RayOptions(num_workers=3)),
+        (["--ray", "head:6379"], RayOptions("head:6379")),
+        (["--ray", "[::1]:6379"], RayOptions("[::1]:6379")),
+        (["--ray=local", "--images-per-task", "9"], RayOptions("local", images_per_task=9)),
+        (["--ray", "auto", "--device", "cuda"], RayOptions("auto", device="cuda")),
+        (["--workers", "2", "--batch-size", "4", "--ray"], RayOptions(decoders=2, batch_size=4)),
+    ],
+)
+@pytest.mark.parametrize("ray_first", [True, False])
+def test_the_address_may_be_left_out(
+    given: list[str], expected: RayOptions, ray_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def note(*args: Any) -> None:
+        calls.append(args)
+        raise RequestError("enough")
+
+    monkeypatch.setattr("edje.runtime.cluster_ray.index_on_ray", note)
+    rest = ["bundle", "photos", "--store", "s"]
+    assert main(["index", *given, *rest] if ray_first else ["index", *rest, *given]) == 2
+    ((model, images, store, options, run),) = calls
+    assert (model, images, store) == (Path("bundle"), ["photos"], Path("s"))
+    assert options == expected
+    assert (run.dtype, run.only) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["photos", "--num-workers", "2"], "--num-workers: it goes with --ray"),
+        (["photos", "--images-per-task", "2"], "--images-per-task: it goes with --ray"),
+        (["--features", "f.npy", "--ray"], "--ray spreads images, not --features"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["index", "bundle", "--store", "s", *given]) == 2
+    assert message in capsys.readouterr().err
