@@ -18,7 +18,7 @@ from .images import Unreadable
 from .skipped import SkippedLog
 from .sources import ImageFile, SkippedImage, Source
 from .store import TokenStore
-from .store.layout import is_id
+from .store.layout import id_fault
 
 Float16 = npt.NDArray[np.float16]
 Encode = Callable[[npt.NDArray[Any]], Float16]
@@ -93,8 +93,8 @@ class Selection:
         return False
 
     def has(self, image_id: str) -> bool:
-        """Whether the store holds it; what cannot be an id, it does not."""
-        return is_id(image_id) and image_id in self._store
+        """Whether the store holds it."""
+        return image_id in self._store
 
     def survey(self, source: Source[Any]) -> None:
         """Count what there is and what the store holds of it, where that is cheap."""
@@ -115,8 +115,8 @@ def groups(entries: Iterable[Entry | SkippedImage], size: int) -> Iterator[Group
     for entry in entries:
         if isinstance(entry, SkippedImage):
             group.skipped.append(entry)
-        elif not is_id(entry.id):  # the operating system allows any bytes in a name
-            reason = "its name is not UTF-8, so it cannot be an id"
+        elif fault := id_fault(entry.id):  # the operating system allows any bytes in a name
+            reason = f"its name cannot be an id: it {fault}"
             group.skipped.append(SkippedImage(entry.id, reason, entry.source))
         else:
             group.entries.append(entry)

@@ -106,7 +106,7 @@ def test_what_is_no_image_is_skipped_with_the_reason(
     reasons = {entry.id: entry.reason for entry in report.skipped}
     assert sorted(reasons) == ["bad\\udcff.png", "cut.jpg", "notes.txt"]
     assert reasons["notes.txt"] == "not an image of a known format"
-    assert "not UTF-8" in reasons["bad\\udcff.png"]
+    assert "has no UTF-8 form" in reasons["bad\\udcff.png"]
     with TokenStore.open(tmp_path / "s") as store:
         assert len(store) == 5
 

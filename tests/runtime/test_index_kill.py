@@ -34,7 +34,7 @@ encoder = ImageEncoder.open(model)
 def progress(done, total):
     print(done, flush=True)
 
-index_images(encoder, images, store, batch_size=16, workers=2, progress=progress)
+index_images(encoder, images, store, batch_size=32, workers=1, progress=progress)
 """
 
 
@@ -125,7 +125,7 @@ def test_killed_at_random_then_finished_is_exact(
     for number in range(num_kills):
         process = start(bundle, images, tmp_path / "killed")
         # Every third time the parent alone: its decoders must notice.
-        kill(process, draw.randrange(180 // num_kills), draw.uniform(0, 0.05), number % 3 < 2)
+        kill(process, draw.randrange(90 // num_kills), draw.uniform(0, 0.05), number % 3 < 2)
     done = finish(bundle, images, tmp_path / "killed")
     if write is write_folder:
         assert NUM_IMAGES / 4 < done < NUM_IMAGES, "they were killed in the midst of it"
