@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,6 +23,7 @@ from edje.engines.int8_tokens import quantize_tokens
 from edje.errors import StoreError
 from edje.runtime.store import TokenStore
 from store_history import (
+    MEMORY,
     Operation,
     Sizes,
     differences,
@@ -43,8 +43,6 @@ IDS = st.sampled_from(TRICKY) | st.text(
 )
 MAX_READERS = 3
 MAX_EXAMPLES = 60
-# Nothing here asks what a disk keeps, so memory will do, where there is such a folder.
-MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 class StoreMachine(RuleBasedStateMachine):

@@ -1,0 +1,223 @@
+"""Kill a store's writer at many moments and look what is left. A script with one JSON line out.
+
+    python store_killer.py random FOLDER DTYPE SEED KILLS
+    python store_killer.py everywhere FOLDER DTYPE SEED
+
+The writer is a fork of this warm process (an import would cost more than everything else). It
+says what it begins and what the store has acknowledged through a pipe, which outlives it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count, product
+from pathlib import Path
+from statistics import median
+
+from edje.runtime.store import TokenStore, disk
+from edje.runtime.store.catalog import Catalog
+from store_history import (
+    KINDS,
+    Model,
+    Operation,
+    Sizes,
+    Witness,
+    draw_operation,
+    random_operation,
+)
+
+
+@dataclass
+class Outcome:
+    """What the kills hit and what was wrong afterwards."""
+
+    hit: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        return json.dumps({"hit": self.hit, "faults": self.faults})
+
+
+class Writer:
+    """A forked process that writes until it dies; the lines it said can be read afterwards."""
+
+    def __init__(self, work: Callable[[Callable[[str], None]], None]):
+        self._lines, sink = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._lines)
+            try:
+                work(lambda line: void(os.write(sink, line.encode() + b"\n")))
+            except BaseException:
+                os.write(sink, b"failed " + json.dumps(traceback.format_exc()).encode() + b"\n")
+            os._exit(0)
+        os.close(sink)
+        self._rest = b""
+
+    def lines(self) -> Iterator[str]:
+        """Yield what it says, until it is dead and all is read."""
+        while chunk := os.read(self._lines, 1 << 16):
+            *whole, self._rest = (self._rest + chunk).split(b"\n")
+            yield from (line.decode() for line in whole)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def reap(self) -> None:
+        os.waitpid(self.pid, 0)
+        os.close(self._lines)
+
+
+def void(_: object) -> None:
+    """Take a value and give none."""
+
+
+def write_on(path: Path, model: Model, seed: int, say: Callable[[str], None]) -> None:
+    """Write to the store for ever, saying each operation before and after."""
+    pick = random.Random(seed)
+    say("begin " + Operation("open").to_json())
+    with TokenStore.open(path, mode="a") as store:
+        say(f"done {time.monotonic()}")
+        while True:
+            operation = random_operation(pick, model)
+            say(f"begin {operation.to_json()}")
+            operation.apply(store)
+            say(f"done {time.monotonic()}")
+            model = operation.after(model)
+
+
+def kill_once(
+    witness: Witness, outcome: Outcome, pick: random.Random, times: dict[str, list[float]]
+) -> None:
+    """Let a writer run, kill it while it does something of a kind drawn beforehand, check."""
+    seed = pick.getrandbits(32)
+    writer = Writer(lambda say: write_on(witness.path, witness.model, seed, say))
+    target = pick.choice(("open", *KINDS))
+    patience = pick.randint(0, 4) if target != "open" else 0
+    begun: Operation | None = None
+    since = 0.0
+    for line in writer.lines():
+        word, _, rest = line.partition(" ")
+        if word == "begin":
+            begun, since = Operation.from_json(rest), time.monotonic()
+            if begun.kind == target and patience <= 0:
+                time.sleep(pick.uniform(0, 1.2 * median(times[target] or [0.003])))
+                writer.kill()
+                patience = 10**9
+            patience -= 1
+        elif word == "done" and begun is not None:
+            times[begun.kind].append(max(0.0, float(rest) - since))
+            witness.model = begun.after(witness.model)
+            begun = None
+        else:
+            outcome.faults.append(line)
+    writer.reap()
+    outcome.hit[begun.kind if begun else "between"] += 1
+    outcome.faults += witness.check(begun)
+
+
+def kill_at_random(path: Path, sizes: Sizes, seed: int, kills: int) -> Outcome:
+    """Kill `kills` writers of one store one after the other: what they leave piles up."""
+    sizes.create(path).close()
+    pick, outcome, witness = random.Random(seed), Outcome(), Witness(path)
+    times: dict[str, list[float]] = defaultdict(list)
+    for number in range(kills):
+        kill_once(witness, outcome, pick, times)
+        if number % 20 == 19:
+            outcome.faults += witness.verify()
+        if outcome.faults:
+            break
+    return outcome
+
+
+CHANGES = ("create", "write", "sync", "truncate", "unlink", "link", "rename", "sync_folder")
+MOMENTS = ("before", "half", "after")
+
+
+class Death:
+    """Makes this process kill itself at the n-th change that the store makes on disk."""
+
+    def __init__(self, countdown: int, moment: str):
+        self._countdown = countdown
+        self._moment = moment
+        for name in CHANGES:
+            setattr(disk, name, self._deadly(getattr(disk, name)))
+        for name in ("commit", "forget_retired"):
+            setattr(Catalog, name, self._deadly(getattr(Catalog, name)))
+
+    def _deadly(self, call: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(*arguments: object) -> object:
+            self._countdown -= 1
+            if self._countdown != 0:
+                return call(*arguments)
+            if self._moment == "half" and call.__name__ == "write":
+                descriptor, pieces, offset = arguments
+                content = b"".join(pieces)  # type: ignore[arg-type]
+                os.pwrite(descriptor, content[: len(content) // 2 + 7], offset)  # type: ignore[arg-type]
+            elif self._moment == "after":
+                call(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+            return None
+
+        return wrapped
+
+
+def die_at(path: Path, operation: Operation, countdown: int, moment: str) -> str | None:
+    """Do the operation in a fork that dies at its n-th change; return what it said, if it lived."""
+
+    def work(say: Callable[[str], None]) -> None:
+        Death(countdown, moment)
+        with TokenStore.open(path, mode="a") as store:
+            operation.apply(store)
+        say("done")
+
+    writer = Writer(work)
+    said = list(writer.lines())
+    writer.reap()
+    return said[0] if said else None
+
+
+def die_everywhere(path: Path, sizes: Sizes, seed: int) -> Outcome:
+    """Do each kind of operation again and again, dead at its 1st, 2nd ... change on disk."""
+    sizes.create(path).close()
+    pick, outcome, witness = random.Random(seed), Outcome(), Witness(path)
+    for kind, moment in product(KINDS, MOMENTS):
+        for countdown in count(1):
+            witness.fill(pick, 30)
+            operation = draw_operation(pick, witness.model, kind)
+            said = die_at(path, operation, countdown, moment)
+            if said == "done":
+                witness.model = operation.after(witness.model)
+            elif said is not None:
+                outcome.faults.append(said)
+            outcome.faults += witness.check(operation if said is None else None)
+            if said is not None or outcome.faults:
+                break
+            outcome.hit[kind] += 1
+    if not outcome.faults:
+        outcome.faults += witness.verify()
+    return outcome
+
+
+def main(way: str, folder: str, dtype: str, seed: str, *rest: str) -> None:
+    """Run one of the two ways and print what came of it."""
+    sizes = Sizes(dtype=dtype)
+    path = Path(folder)
+    if way == "random":
+        outcome = kill_at_random(path, sizes, int(seed), int(rest[0]))
+    else:
+        outcome = die_everywhere(path, sizes, int(seed))
+    print(outcome.to_json())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
