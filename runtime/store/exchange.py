@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 
 from ...errors import RequestError, StoreError
@@ -81,8 +80,6 @@ def export_store(
     started = time.perf_counter()
     ids = store.ids()
     rows = store.rows(ids)
-    order = np.argsort(rows)
-    ids, rows = [ids[place] for place in order.tolist()], rows[order]
     size = max(1, shard_bytes // (store.layout.record_bytes + store.layout.scale_bytes))
     starts = range(0, len(ids), size)
     entries: list[dict[str, Any]] = []

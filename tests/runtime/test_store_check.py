@@ -318,7 +318,7 @@ def test_every_bit_of_a_catalog_may_flip(store_path: Path) -> None:
     expected = served(store_path)
     whole = (store_path / "catalog.sqlite").read_bytes()
     written = [offset for offset, byte in enumerate(whole) if byte]
-    offsets = random.Random(1).sample(written, 10) + [100, *range(PAGE, len(whole), 3 * PAGE)]
+    offsets = [*random.Random(1).sample(written, 10), 100, *range(PAGE, len(whole), 3 * PAGE)]
     copy = store_path.with_name("copy")
     found = 0
     for offset in offsets:
