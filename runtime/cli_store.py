@@ -30,11 +30,15 @@ def stat(store: Store, as_json: Json = False) -> None:
     Example:
       edje store stat photos.store
     """
+    from .cli_output import note
     from .store import TokenStore
 
     with TokenStore.open(store) as opened:
-        facts = asdict(opened.stat())
+        found, stride = opened.stat(), opened.layout.stride
+    facts = {**asdict(found), "compact_frees_bytes": found.num_deleted * stride}
     _print("token store", facts, as_json)
+    if found.faults:
+        note(f"its catalog is damaged: `edje store verify --repair {store}` mends it")
 
 
 @store_app.command()
@@ -198,7 +202,9 @@ def _show_verified(report: VerifyReport) -> None:
     from .cli_output import note, print_facts
 
     facts = report.to_json()
-    lists = {name: facts.pop(name) for name in ("bad", "faults", "repaired", "leftovers")}
+    names = ("damaged", "faults", "repaired", "leftovers")
+    lists = {name: facts.pop(name) for name in names}
+    del facts["bad"]
     print_facts("verified", {**facts, **{name: len(lines) for name, lines in lists.items()}})
     for name, lines in lists.items():
         for line in lines[:MAX_SHOWN]:
