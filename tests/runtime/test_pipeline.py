@@ -270,15 +270,11 @@ def test_a_small_request_does_not_wait_for_a_large_one_to_end():
 
 
 def test_close_lets_running_batches_finish_and_refuses_the_rest():
-    entered, release = threading.Event(), threading.Event()
-
-    def before(batch):
-        entered.set()
-        release.wait(10)
-
-    with Rig(ToyEngine(before=before)) as rig, ThreadPoolExecutor(8) as pool:
+    release = threading.Event()
+    engine = ToyEngine(before=lambda batch: release.wait(10))
+    with Rig(engine) as rig, ThreadPoolExecutor(8) as pool:
         long = pool.submit(rig.pipeline.run, make_request([5], np.zeros(80), np.arange(80)))
-        assert entered.wait(10)
+        wait_until(lambda: len(rig.source.buffers) == NUM_SLOTS)  # it holds every slot
         waiting = [
             pool.submit(rig.pipeline.run, make_request([5], np.zeros(8), np.arange(8)))
             for _ in range(4)
