@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+import numpy as np
+
 from ..errors import RequestError, named
 from .sources import ImageFile, SkippedImage, Wanted, id_hash
 
@@ -20,6 +22,7 @@ IMAGE_SUFFIXES = frozenset(
         *("pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp"),
     )
 )
+MAX_LATEST = 1 << 16  # hashes in a set, at some 70 bytes each
 MAX_MEMBER_BYTES = 1 << 28  # of a compressed tar, whose members pass through memory
 
 
@@ -28,7 +31,7 @@ class TarSource:
 
     An id that comes twice, a member that is no file, and a tar that is damaged or cut off are
     skipped with the reason; what a damaged tar held before the damage is still read. Remembers a
-    hash of every id it has met, about 70 bytes each.
+    hash of every id it has met: 8 bytes each.
     """
 
     countable = False
@@ -63,7 +66,7 @@ class TarSource:
     def _walk(self, wanted: Wanted) -> Iterator[ImageFile | SkippedImage | None]:
         """Yield what every member gives, None where that is nothing."""
         self.num_ignored = self._bytes_read = before = 0
-        seen: set[int] = set()
+        seen = _Seen()
         for path, size in zip(self._paths, self._sizes, strict=True):
             with path.open("rb") as file:
                 for entry in self._read(path, file, seen, wanted):
@@ -73,7 +76,7 @@ class TarSource:
             self._bytes_read = before
 
     def _read(
-        self, path: Path, file: BinaryIO, seen: set[int], wanted: Wanted
+        self, path: Path, file: BinaryIO, seen: _Seen, wanted: Wanted
     ) -> Iterator[ImageFile | SkippedImage | None]:
         """Yield what the members of one tar give; last, how the tar is damaged."""
         source, last = os.path.abspath(path), "its start"
@@ -93,7 +96,7 @@ class TarSource:
         tar: tarfile.TarFile,
         path: Path,
         member: tarfile.TarInfo,
-        seen: set[int],
+        seen: _Seen,
         wanted: Wanted,
     ) -> ImageFile | SkippedImage | None:
         """Return what a member gives: an image, a reason, or nothing."""
@@ -101,10 +104,8 @@ class TarSource:
             self.num_ignored += not member.isdir()
             return None
         source = os.path.abspath(path)
-        key = id_hash(member.name)
-        if key in seen:
+        if not seen.add(id_hash(member.name)):
             return SkippedImage(member.name, "comes a second time; the first one counts", source)
-        seen.add(key)
         if not wanted(member.name):
             return None
         if not member.isreg():
@@ -116,6 +117,27 @@ class TarSource:
             return SkippedImage(member.name, reason, source)
         content = tar.extractfile(member)
         return ImageFile(member.name, path, source, content=content.read() if content else b"")
+
+
+class _Seen:
+    """Hashes that came by: most of them in a sorted array, the latest in a set."""
+
+    def __init__(self) -> None:
+        self._sorted = np.empty(0, np.uint64)
+        self._latest: set[int] = set()
+
+    def add(self, key: int) -> bool:
+        """Remember a hash; return whether it is new."""
+        at = int(np.searchsorted(self._sorted, np.uint64(key)))
+        if key in self._latest or (at < len(self._sorted) and int(self._sorted[at]) == key):
+            return False
+        self._latest.add(key)
+        if len(self._latest) >= MAX_LATEST:
+            latest = np.fromiter(self._latest, np.uint64, len(self._latest))
+            merged = np.concatenate([self._sorted, np.sort(latest)])
+            self._sorted = np.sort(merged, kind="stable")  # two runs: linear
+            self._latest.clear()
+        return True
 
 
 class _TarDamage(Exception):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edje.errors import RequestError
+from edje.runtime import tars
 from edje.runtime.sources import ImageFile, SkippedImage, open_source
 
 
@@ -214,6 +215,17 @@ def test_a_size_that_leads_back_ends_the_tar(tmp_path: Path) -> None:
         tar.addfile(info)
     _, skipped = read(tmp_path / "ring.tar")
     assert [entry.id for entry in skipped] == ["ring.tar"]
+
+
+def test_an_id_is_known_again_however_many_came_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tars, "MAX_LATEST", 7)
+    members = [(f"{number}.png", b"content") for number in range(60)]
+    again = [members[number] for number in (59, 0, 33, 6, 7)]
+    content, skipped = read(write_tar(tmp_path / "t.tar", [*members, *again]))
+    assert list(content) == [name for name, _ in members]
+    assert [entry.id for entry in skipped] == [name for name, _ in again]
 
 
 def test_the_estimate_follows_the_bytes_read(tmp_path: Path) -> None:

@@ -13,16 +13,16 @@ from edje.bundle import BundleManifest, ImageSpec, ModelSizes, TextSpec
 SIZE, NUM_TOKENS, HIDDEN, FEATURE_DIM = 8, 4, 6, 5
 
 
-def make_bundle(folder: Path, *, fingerprint: str = "tower-1") -> Path:
+def make_bundle(folder: Path, *, fingerprint: str = "tower-1", size: int = SIZE) -> Path:
     """Write a bundle that holds only the encoders: tokens = means times constants."""
     folder.mkdir()
-    pixels, features = ["B", 3, SIZE, SIZE], ["B", "N", FEATURE_DIM]
+    pixels, features = ["B", 3, size, size], ["B", "N", FEATURE_DIM]
     onnx.save(mean_graph("pixels", pixels, 3, [2, 3]), folder / "image_encoder.onnx")
     onnx.save(mean_graph("features", features, FEATURE_DIM, [1]), folder / "adapter.onnx")
     BundleManifest(
         sizes=ModelSizes(NUM_TOKENS, HIDDEN, 1, 1, 4, 10, FEATURE_DIM, None),
         text=TextSpec("none", 61, 1, 2, 0),
-        image=ImageSpec(SIZE, 2, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        image=ImageSpec(size, 2, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
         fingerprint_encoder=fingerprint,
         fingerprint_scorer="scorer",
         provenance={},
