@@ -137,26 +137,6 @@ class Worker:
         return np.frombuffer(self._aligned, np.uint8, num_bytes)
 
 
-class Checks:
-    """What records in the caller's buffers must hash to, by place in the plan."""
-
-    def __init__(self, plan: ReadPlan, buffers: Buffers):
-        self._seeds: list[int] = plan.seeds.tolist()
-        self._checksums: list[int] = plan.checksums.tolist()
-        self._tokens, self._scales = buffers.records(plan.positions)
-
-    def failed(self, first: int, last: int) -> list[int]:
-        """Return those of the places [first, last) whose records do not fit their checksums."""
-        digest, part = xxhash.xxh3_64_intdigest, slice(first, last)
-        seeds = self._seeds[part]
-        if self._scales is not None:
-            seeds = list(map(digest, self._scales[part], seeds))
-        found, wanted = list(map(digest, self._tokens[part], seeds)), self._checksums[part]
-        if found == wanted:
-            return []
-        return [first + at for at in range(len(found)) if found[at] != wanted[at]]
-
-
 class Gather:
     """The reads of one `ReadPlan`, of one record or more, into the caller's buffers.
 
@@ -183,7 +163,7 @@ class Gather:
         self._padding = np.empty(layout.stride - layout.record_bytes, np.uint8)
         self._num_columns = 2 if layout.scale_bytes else 1
         self._batch = self._make_batch()
-        self._checks = Checks(plan, buffers) if verify else None
+        self._verify = verify
 
     def read(self, chunk: int, worker: Worker, files: SegmentFiles) -> None:
         """Read one chunk into the caller's buffers; note what is bad, with zeros in its place.
@@ -203,8 +183,8 @@ class Gather:
         bad: dict[int, str] = {}
         for run in {at // width for at in failed}:
             bad |= self._read_one_by_one(run, files)
-        if self._checks is not None:
-            bad = dict.fromkeys(self._checks.failed(first, last), MISFIT) | bad
+        if self._verify:
+            bad = dict.fromkeys(self._misfits(first, last), MISFIT) | bad
         for place in bad:
             self._buffers.clear(int(self._plan.positions[place]))
         self.bad |= bad
@@ -249,6 +229,18 @@ class Gather:
         if reason is None and scales is not None:
             return _read_whole(descriptor, scales[0], self._layout.scales_offset(row))
         return reason
+
+    def _misfits(self, first: int, last: int) -> list[int]:
+        """Return those of the places [first, last) whose records do not fit their checksums."""
+        plan, part, digest = self._plan, slice(first, last), xxhash.xxh3_64_intdigest
+        tokens, scales = self._buffers.records(plan.positions[part])
+        seeds: list[int] = plan.seeds[part].tolist()
+        if scales is not None:
+            seeds = list(map(digest, scales, seeds))
+        found, wanted = list(map(digest, tokens, seeds)), plan.checksums[part].tolist()
+        if found == wanted:
+            return []
+        return [first + at for at in range(len(found)) if found[at] != wanted[at]]
 
     def _make_batch(self) -> ReadBatch:
         """Describe all reads: a run's tokens, then (int8) its scales."""

@@ -1,0 +1,78 @@
+"""The benchmark of the token store on a few small records: what is compared, judged and said."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edje.errors import EdjeError
+from edje.perf import bench_store as bench
+from edje.runtime.store import TokenStore
+
+SIZES = {
+    "NUM_TOKENS": 2,
+    "HIDDEN": 8,
+    "NUM_RECORDS": 60,
+    "GATHERED": 8,
+    "APPENDED_AT_ONCE": 25,
+    "NUM_SETS": 3,
+    "NUM_DIRECT_ROUNDS": 1,
+    "NUM_IDS": 300,
+    "NUM_RESOLVED": 40,
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SIZES.items():
+        monkeypatch.setattr(bench, name, value)
+
+
+def test_every_contestant_is_timed_and_said(tmp_path: Path) -> None:
+    result = bench.run_benchmark(4, tmp_path, lambda line: None)
+    for dtype in ("float16", "int8"):
+        found = result["gathers"][dtype]
+        runs = {timing["name"]: timing["num_runs"] for timing in found["records"]}
+        assert runs.pop("direct") == 1
+        assert set(runs.values()) == {4}
+        assert {bench.COPY, bench.MAPPED, bench.VERIFIED, bench.RESIDENT} <= runs.keys()
+    assert result["ids"]["num_ids"] == 300
+    assert "float16 verified" in bench.summary(result)
+    json.dumps(result)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_wrong_record_ends_the_benchmark(dtype: bench.Dtype, tmp_path: Path) -> None:
+    content = bench.make_content(dtype, 20)
+    bench.write_store(tmp_path / "s", content)
+    np.save(tmp_path / "t.npy", content.tokens)
+    asked = [np.arange(8), np.arange(8, 16)]
+    with TokenStore.open(tmp_path / "s") as store:
+        stores = dict.fromkeys(("cached", "direct", "resident"), store)
+        turns = bench.Turns(content, asked, stores, tmp_path / "t.npy")
+        turns.check()
+        content.tokens[9] += 1
+        with pytest.raises(EdjeError, match=r"np\.load mmap \[rows\]: set 1 differs"):
+            turns.check()
+
+
+def test_what_falls_short_is_named() -> None:
+    ratios = {"verified / memcpy": 0.59, "unverified / memcpy": 0.8}
+    ratios["verified / np.load mmap [rows]"] = 1.2
+    ids = {"resolve_ms": 25.1, "open_s": 2.0, "open_mb": 61.0}
+    result = {"gathers": {"float16": {"ratios": ratios}}, "ids": ids}
+    faults = list(bench.faults_of(result))
+    assert faults == [
+        "float16: verified has 0.59 times the speed of memcpy, expected 0.6",
+        "ids: resolve_ms is 25.1, expected at most 25.0",
+        "ids: open_mb is 61.0, expected at most 60.0",
+    ]
+
+
+def test_the_million_ids_lie_where_their_numbers_say(tmp_path: Path) -> None:
+    path = bench.write_catalog(tmp_path / "ids", 300)
+    found = bench.resolve(path, 50)
+    assert (found["num_ids"], found["num_resolved"]) == (300, 50)
+    with TokenStore.open(path) as store:
+        assert store.ids()[299] == "images/0000/0000299.jpg"
