@@ -78,12 +78,13 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "s"
 
 
-def make_store(folder: Path, *, segment_bytes: int = 1 << 20) -> TokenStore:
+def make_store(folder: Path, *, dtype: str = "float16", segment_bytes: int = 1 << 20) -> TokenStore:
     return TokenStore.create(
         folder,
         num_tokens=NUM_TOKENS,
         hidden=HIDDEN,
         fingerprint_encoder="tower-1",
+        dtype=dtype,
         segment_bytes=segment_bytes,
     )
 
@@ -96,6 +97,15 @@ def records(store: Path) -> dict[str, bytes]:
         opened.read(opened.rows(ids), out)
     assert len(set(ids)) == len(ids)
     return {image_id: tokens.tobytes() for image_id, tokens in zip(ids, out, strict=True)}
+
+
+def int8_records(store: Path) -> dict[str, tuple[bytes, bytes]]:
+    with TokenStore.open(store) as opened:
+        (batch,) = opened.iterate()
+        return {
+            image_id: (tokens.tobytes(), scales.tobytes())
+            for image_id, tokens, scales in zip(batch.ids, batch.tokens, batch.scales, strict=True)
+        }
 
 
 def parts_of(photos: Path, size: int) -> Iterable[Group[ImageFile]]:
@@ -153,6 +163,18 @@ def test_a_task_larger_than_a_segment_seals_several(
         assert [image.id for image in skipped] == ["notes.txt"]
         assert target.commit_segments(paths).num_added == NUM_IMAGES
     assert records(tmp_path / "s") == expected
+
+
+def test_segments_of_an_int8_store_are_quantised(
+    tmp_path: Path, photos: Path, encoder: ImageEncoder
+) -> None:
+    index_images(encoder, photos, tmp_path / "alone", workers=1, dtype="int8")
+    with make_store(tmp_path / "s", dtype="int8") as target:
+        with SegmentEncoder(encoder, target.layout) as segments:
+            entries = open_source(photos).entries(lambda _: True)
+            paths, _ = segments.write(entries, tmp_path / "s/incoming", task="all")
+        assert target.commit_segments(paths).num_added == NUM_IMAGES
+    assert int8_records(tmp_path / "s") == int8_records(tmp_path / "alone")
 
 
 def test_a_run_that_fails_keeps_what_was_sealed(
