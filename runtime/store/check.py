@@ -95,9 +95,12 @@ def verify_store(
         left = inspect(folder).faults if repaired else structure.faults
     checked = _Records(folder, structure, repair, progress)
     checked.run()
-    damaged = (*structure.damaged, *checked.damaged)
-    if repair and checked.dropped:
-        repaired.append(f"{len(checked.dropped)} damaged records were taken out")
+    # Without a repair, the records of a missing file were tried to be read as well.
+    damaged = {(record.segment, record.row): record for record in checked.damaged}
+    damaged |= {(record.segment, record.row): record for record in structure.damaged}
+    num_dropped = len(structure.damaged) + len(checked.dropped)
+    if repair and num_dropped:
+        repaired.append(f"{num_dropped} damaged records were taken out")
     is_clean = not left and not checked.faults and len(checked.dropped) == len(checked.damaged)
     return VerifyReport(
         path=str(folder),
@@ -106,7 +109,7 @@ def verify_store(
         num_checked=checked.num_checked,
         read_bytes=checked.num_checked * _bytes_of(structure.layout),
         seconds=time.perf_counter() - started,
-        damaged=damaged,
+        damaged=tuple(damaged[place] for place in sorted(damaged)),
         faults=(*structure.faults, *checked.faults),
         repaired=tuple(repaired),
         leftovers=tuple(structure.leftovers),

@@ -130,25 +130,25 @@ def _inspect_segment(found: Structure, segment: int, info: Segment) -> None:
         with path.open("rb") as file:
             page, size = file.read(PAGE_BYTES), os.fstat(file.fileno()).st_size
     except FileNotFoundError:
-        found.faults.append(f"{path.name}: the file is missing")
+        found.faults.append(f"segment {segment}: its file {path.name} is missing")
         found.damaged += [
             BadRecord(-1, image_id, segment, row, f"its file {path.name} is missing")
             for row, image_id in found.contents.drop(segment)
         ]
         return
     except OSError as error:
-        found.faults.append(f"{path.name}: cannot be read ({error.strerror})")
+        found.faults.append(f"segment {segment}: cannot be read ({error.strerror})")
         found.out_of_reach.add(segment)
         return
     fault = header_fault(page, found.layout, info.key)
     if fault:
-        found.faults.append(f"{path.name}: {fault}")
+        found.faults.append(f"segment {segment}: {fault}")
     if fault and _is_whole_page(page):  # another file in its place: none of its bytes is damaged
         found.out_of_reach.add(segment)
         return
     if fault:
         content = header_page(found.layout, info.key)
-        _plan_write(found, f"{path.name}: its header page was written anew", path, content, 0)
+        _plan_write(found, f"segment {segment}: its header page was written anew", path, content, 0)
     _inspect_rows(found, path, segment, info, found.layout.end(info.num_rows) - size)
 
 
@@ -163,20 +163,28 @@ def _inspect_rows(
         whole = None if isinstance(footer, str) else footer[1]
         _fill_gaps(contents, segment, gaps, whole)
     if missing_bytes > 0:
-        found.faults.append(f"{path.name}: the file ends {missing_bytes} bytes early")
+        found.faults.append(f"segment {segment}: the file ends {missing_bytes} bytes early")
     if not info.sealed:
         if missing_bytes > 0:
-            text = f"{path.name}: zeros stand for the bytes that are gone"
+            text = f"segment {segment}: zeros stand for the bytes that are gone"
             found.mends.append((text, partial(disk.truncate, path, layout.end(info.num_rows))))
         return
-    records = Records.join([batch.records for batch in contents.batches[segment]])
+    parts = [batch.records for batch in contents.batches[segment]]
     if not isinstance(footer, str):
-        same = footer[1].digests == records.digests and footer[1].checksums == records.checksums
-        footer = "" if same else "its footer names other records than the catalog"
+        footer = (
+            "" if _same(footer[1], parts) else "its footer names other records than the catalog"
+        )
     if footer:
-        found.faults.append(f"{path.name}: {footer}")
-        offset, content = layout.end(info.num_rows), footer_bytes(records, info.key)
-        _plan_write(found, f"{path.name}: its footer was written anew", path, content, offset)
+        found.faults.append(f"segment {segment}: {footer}")
+        text = f"segment {segment}: its footer was written anew"
+        content = footer_bytes(Records.join(parts), info.key)
+        _plan_write(found, text, path, content, layout.end(info.num_rows))
+
+
+def _same(whole: Records, parts: Sequence[Records]) -> bool:
+    """Return whether `parts` are the records of `whole`, one after the other."""
+    digests = b"".join(part.digests for part in parts)
+    return whole.digests == digests and whole.checksums == b"".join(p.checksums for p in parts)
 
 
 def _gaps(batches: Sequence[RecordBatch], num_rows: int) -> list[tuple[int, int]]:

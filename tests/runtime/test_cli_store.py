@@ -135,7 +135,7 @@ def test_verify_exits_with_1_until_damage_is_repaired(
     flip(segment, 5)
     found = edje("verify", store)
     assert found.code == 1
-    assert "000001.tokens: its header page is damaged" in found.err
+    assert "segment 1: its header page is damaged" in found.err
     bad = tmp_path / "bad.txt"
     mended = edje("verify", store, "--repair", "--bad-ids", bad)
     assert mended.code == 0
