@@ -31,7 +31,7 @@ class SegmentFiles:
     """Descriptors of segment files; safe to use from several threads.
 
     Attributes:
-        max_open: no more stay open, but for those in use: half of what the process may open.
+        max_open: no more stay open, but for those in use: a `share`-th of what the process may.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class SegmentFiles:
         key_of: Callable[[int], int | None],
         *,
         direct: bool = False,
+        share: int = 2,
     ):
         self._folder, self._layout, self._key_of = folder / SEGMENTS, layout, key_of
         self._flags = os.O_RDONLY | os.O_CLOEXEC | (_direct_flag(folder) if direct else 0)
@@ -49,7 +50,7 @@ class SegmentFiles:
         self._closed = False
         soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         unlimited = soft_limit == resource.RLIM_INFINITY
-        self.max_open = 4096 if unlimited else max(1, soft_limit // 2)
+        self.max_open = 4096 if unlimited else max(1, soft_limit // share)
 
     @contextmanager
     def use(self, segments: Iterable[int]) -> Iterator[dict[int, int | str]]:

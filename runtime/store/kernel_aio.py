@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ...errors import StoreError
+
 # Most reads a queue takes at once. The system allows 65,536 (fs.aio-max-nr) for all processes.
 QUEUE_DEPTH = 128
 
@@ -143,7 +145,8 @@ class KernelQueue:
                 num_pending -= found
                 failed += self._failed(batch, found)
             elif ctypes.get_errno() != EINTR:
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+                reason = os.strerror(ctypes.get_errno())
+                raise StoreError(f"cannot wait for reads that are under way: {reason}")
         return failed
 
     def _failed(self, batch: ReadBatch, num_events: int) -> list[int]:

@@ -22,7 +22,7 @@ __all__ = ["Access", "BadRecord", "ReadPlan", "SegmentReader"]
 
 Access = Literal["cached", "direct"]
 
-# Two threads share one memory bus well, four saturate it; more only wait for one another.
+# More would only take cores from the engine: a few threads copy as fast as the memory is.
 MAX_THREADS = 4
 # Waking a thread takes as long as copying this much.
 BYTES_A_THREAD = 1 << 20
@@ -83,7 +83,8 @@ class _Process:
         num_threads = min(self.num_threads, gather.num_chunks, num_bytes // BYTES_A_THREAD)
         helpers: list[Future[None]] = []
         with suppress(RuntimeError):  # the system or a closing interpreter gives no threads
-            helpers += [self.pool.submit(serve) for _ in range(num_threads - 1)]
+            for _ in range(num_threads - 1):
+                helpers.append(self.pool.submit(serve))
         try:
             serve()
         finally:  # nobody may write into the caller's buffers after this
@@ -206,10 +207,16 @@ class SegmentReader:
         return process
 
     def _open_files(self) -> Files:
-        cached = SegmentFiles(self._folder, self._layout, self._key_of)
+        arguments = (self._folder, self._layout, self._key_of)
         if not self._direct:
+            cached = SegmentFiles(*arguments)
             return Files(cached, cached)
-        return Files(SegmentFiles(self._folder, self._layout, self._key_of, direct=True), cached)
+        # Both kinds together: half of what the process may open.
+        cached, direct = (
+            SegmentFiles(*arguments, share=4),
+            SegmentFiles(*arguments, share=4, direct=True),
+        )
+        return Files(direct, cached)
 
 
 def _parts(locations: Int64, max_segments: int) -> Iterator[slice]:
