@@ -14,6 +14,7 @@ from .salvage import Contents, is_busy
 from .tables import DAMAGE, CheckedTables
 
 REBUILT = "catalog.rebuilt"
+DAMAGED = "catalog.sqlite.damaged"  # what SQLite could not open, kept aside
 
 
 def write_contents(folder: Path, contents: Contents) -> None:
@@ -74,15 +75,22 @@ def _put_in_place(folder: Path) -> None:
         disk.sync(descriptor)
     finally:
         os.close(descriptor)
-    path = folder / CATALOG
-    if path.exists():
-        disk.rename(path, path.with_name(CATALOG + ".damaged"))
-    _remove(path)
+    path, aside = folder / CATALOG, folder / DAMAGED
+    if path.exists():  # it stays where it is until the new one takes its place
+        disk.unlink(aside)
+        disk.link(path, aside)
+    # Another catalog's log would be played into the new one.
+    _remove_log(path)
     disk.rename(folder / REBUILT, path)
     disk.sync_folder(folder)
 
 
 def _remove(path: Path) -> None:
     """Remove a catalog and SQLite's files beside it."""
-    for suffix in ("-wal", "-shm", ""):
+    _remove_log(path)
+    disk.unlink(path)
+
+
+def _remove_log(path: Path) -> None:
+    for suffix in ("-wal", "-shm"):
         disk.unlink(path.with_name(path.name + suffix))

@@ -7,15 +7,16 @@ import os
 import random
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edje.errors import StoreError
-from edje.runtime.store import TokenStore
+from edje.runtime.store import TokenStore, disk
 from edje.runtime.store.catalog import Catalog
 from edje.runtime.store.check import VerifyReport, verify_store
 from edje.runtime.store.footer import read_footer
@@ -366,6 +367,48 @@ def test_a_lost_state_is_made_anew(store_path: Path) -> None:
     assert StoreLayout.read(store_path).fingerprint_encoder == "sha256:tower"
     with TokenStore.open(store_path) as store:
         assert store.stat().generation > 1_000_000_000
+
+
+def test_a_repair_that_is_cut_short_is_finished_by_the_next(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped at each change to a file, then run again."""
+    expected = served(store_path)
+    flip(store_path / "store.json", 60)
+    flip(segment(store_path, 1), 9)
+    flip(segment(store_path, 2), -10)
+    flip(store_path / "catalog.sqlite", 3)
+    verbs = ["create", "open_write", "write", "sync", "truncate", "rename", "unlink", "link"]
+    steps = 0
+    for stop in range(100):
+        copy = store_path.with_name("copy")
+        shutil.copytree(store_path, copy)
+        calls = iter(range(stop))
+        with monkeypatch.context() as patch:
+            for verb in verbs:
+                patch.setattr(disk, verb, stopping(getattr(disk, verb), calls))
+            try:
+                finished = verify_store(copy, repair=True).is_clean
+            except StoreError:
+                finished = False
+        assert verify_store(copy, repair=True).is_clean, f"stopped at change {stop}"
+        assert served(copy) == expected
+        shutil.rmtree(copy)
+        if finished:
+            break
+        steps += 1
+    assert 10 < steps < 99
+
+
+def stopping(call: Callable[..., Any], calls: Iterator[int]) -> Callable[..., Any]:
+    """Return `call`, which fails when `calls` is used up."""
+
+    def stop_or_call(*args: Any) -> Any:
+        if next(calls, None) is None:
+            raise OSError(5, "Input/output error")
+        return call(*args)
+
+    return stop_or_call
 
 
 def test_leftovers_are_named_and_left(store_path: Path) -> None:

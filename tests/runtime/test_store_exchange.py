@@ -388,6 +388,27 @@ def test_headers_that_lie_are_refused_without_believing_them(shard: Path, name: 
     assert peak < 8 << 20
 
 
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_header_with_any_bytes_changed_is_refused_or_read_inside_the_file(
+    shard: Path, data: st.DataObject
+) -> None:
+    raw = bytearray(shard.read_bytes())
+    end = 8 + struct.unpack("<Q", raw[:8])[0]
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, end - 1))] = data.draw(st.integers(0, 255))
+    path = shard.with_name("mutant.safetensors")
+    path.write_bytes(raw)
+    try:
+        header = read_header(path)
+        with ShardReader(header) as reader:
+            out = np.empty((1, *header.record_shape), header.dtype)
+            reader.read(header.num_records - 1, out)
+            assert len(reader.ids()) == header.num_records
+    except ShardError:
+        return  # refused; anything else that is raised fails the test
+
+
 @pytest.mark.parametrize("size", [0, 1, 1 << 21, 1 << 40, (1 << 64) - 1])
 def test_header_lengths_that_lie_are_refused(shard: Path, size: int) -> None:
     with pytest.raises(ShardError, match="its header"):
