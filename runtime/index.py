@@ -88,8 +88,9 @@ def index_images(
     Ids that the store holds already are left out, so the same call continues after an
     interruption. Records stand in the source's order. What gives no record is written to
     `STORE/skipped.jsonl` and tried again next time. A thread reads, processes decode, the
-    caller's thread encodes and a thread appends; at most `workers` + 6 batches are between
-    source and disk, so memory does not grow with the number of images.
+    caller's thread encodes and a thread appends; at most `workers` + 7 batches are between
+    source and disk, so memory does not grow with the number of images, but for the ids: some
+    60 bytes each in the store's index, and 8 of a tar's.
 
     Args:
         encoder: makes the tokens.
