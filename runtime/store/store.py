@@ -156,8 +156,7 @@ class TokenStore(ReadableStore):
     def commit_segments(self, paths: Sequence[str | os.PathLike[str]]) -> CommitReport:
         """Add segments that `SegmentWriter` wrote, and remove their files.
 
-        Ids that the store holds already are left out, so a task that ran twice does no harm, nor
-        does committing one file twice.
+        Ids that the store holds already are left out, so a task that ran twice does no harm.
 
         Raises:
             StoreError: opened for reading; a file that is no whole segment of this store's layout
