@@ -13,7 +13,7 @@ from ...errors import StoreError, named
 from . import disk
 from .catalog import Catalog, CatalogState, Change
 from .index import RecordIndex
-from .layout import SEGMENTS, Int64, StoreLayout, id_fault
+from .layout import SEGMENTS, Int64, StoreLayout, id_fault, segment_name
 from .pins import is_pinned_before
 from .records import digests_of
 from .segment_file import RecordBytes
@@ -109,25 +109,29 @@ class StoreWriter:
                     seal(self.folder, self.layout, self.catalog, segment, info)
 
     def collect(self, state: CatalogState | None = None) -> int:
-        """Remove files that no generation in use needs; return how many bytes that gave back."""
-        if state is None:
-            with self.catalog.snapshot() as state:
-                pass
-        freed, gone = 0, []
-        for path in sorted((self.folder / SEGMENTS).glob("*.tokens")):
-            segment = int(path.stem) if path.stem.isdigit() else None
-            if segment is None or segment in state.segments:
-                continue
-            # Neither in use nor retired: left by a change that was never acknowledged.
-            with suppress(OSError):
+        """Remove files that no generation in use needs; return how many bytes that gave back.
+
+        What fails is tried again later: only space depends on it.
+        """
+        freed = 0
+        with suppress(OSError, StoreError):
+            if state is None:
+                with self.catalog.snapshot() as state:
+                    pass
+            for path in sorted((self.folder / SEGMENTS).glob("*.tokens")):
+                segment = int(path.stem) if path.stem.isdigit() else None
+                if segment is None or segment in state.segments:
+                    continue
+                # Neither in use nor retired: left by a change that was never acknowledged.
                 if not is_pinned_before(self.folder, state.retired.get(segment, 0)):
-                    freed += path.stat().st_blocks * 512
+                    size = path.stat().st_blocks * 512
                     disk.unlink(path)
-                    gone.append(segment)
-        done = [segment for segment in state.retired if segment in gone]
-        if done:
-            disk.sync_folder(self.folder / SEGMENTS)
-            self.catalog.forget_retired(done)
+                    freed += size
+            names = {segment: segment_name(segment) for segment in state.retired}
+            done = [s for s, name in names.items() if not (self.folder / SEGMENTS / name).exists()]
+            if done:
+                disk.sync_folder(self.folder / SEGMENTS)
+                self.catalog.forget_retired(done)
         return freed
 
     def close(self) -> None:

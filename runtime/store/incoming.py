@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def commit_segments(writer: StoreWriter, index: RecordIndex, paths: Sequence[Pat
             segment = _commit(writer, index, path, key, records, ids, old)
             taken.append(segment)
             added += int(np.count_nonzero(~old))
-        disk.unlink(path)
+        with suppress(OSError):  # it is in the store: whoever commits it again adds nothing
+            disk.unlink(path)
     return CommitReport(added, present, tuple(taken))
 
 

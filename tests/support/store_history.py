@@ -216,10 +216,12 @@ class Witness:
         return findings(verify_store(self.path))
 
     def fill(self, pick: random.Random, num_records: int) -> None:
-        """Bring the store to this many records at least, and make some of them dead."""
+        """Bring the store to about this many records, and make some of them dead."""
         with TokenStore.open(self.path, mode="a") as store:
             while len(self.model) < num_records:
                 self._do(store, draw_operation(pick, self.model, "append"))
+            while len(self.model) > num_records + 20:
+                self._do(store, draw_operation(pick, self.model, "delete"))
             self._do(store, draw_operation(pick, self.model, "replace"))
 
     def _do(self, store: TokenStore, operation: Operation) -> None:
