@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..runtime.image_encoder import ImageEncoder
-from ..runtime.index import index_images
+from ..runtime.indexing.image_encoder import ImageEncoder
+from ..runtime.indexing.index import index_images
 from ..runtime.samples import StoreSamples
 from . import scenes
 from .first_stage import FirstStage

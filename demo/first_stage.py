@@ -13,7 +13,7 @@ from transformers import SiglipModel
 
 from ..bundle import BundleManifest, ImageSpec
 from ..errors import EdjeError
-from ..runtime.images import Unreadable, decode_image
+from ..runtime.indexing.images import Unreadable, decode_image
 from . import tiny_model
 from .weights import State, official_layout
 

@@ -23,8 +23,8 @@ from ..engines.manifest import EngineManifest
 from ..errors import EdjeError
 from ..export.export import export_bundle
 from ..runtime.cli_output import progress_bar, progress_steps
-from ..runtime.image_encoder import ImageEncoder
-from ..runtime.index import index_images
+from ..runtime.indexing.image_encoder import ImageEncoder
+from ..runtime.indexing.index import index_images
 from ..runtime.reranker import Reranker
 from ..runtime.store import TokenStore
 from . import calibration, scenes, weights

@@ -17,8 +17,8 @@ from typer.core import TyperCommand
 from ..errors import EdjeError, RequestError
 
 if TYPE_CHECKING:
-    from .index import IndexReport
-    from .sources import SkippedImage
+    from .indexing.index import IndexReport
+    from .indexing.sources import SkippedImage
 
 MAX_NOTES = 20  # skipped images that the terminal names; `skipped.jsonl` names all
 
@@ -182,8 +182,8 @@ def _index_images(
     workers: int | None,
     common: dict[str, Any],
 ) -> IndexReport:
-    from .image_encoder import ImageEncoder
-    from .index import index_images
+    from .indexing.image_encoder import ImageEncoder
+    from .indexing.index import index_images
 
     encoder = ImageEncoder.open(model, device=device)
     return index_images(encoder, images or [], store, workers=workers, **common)
@@ -199,8 +199,8 @@ def _index_on_ray(
     sizes: tuple[int | None, int | None],
     common: dict[str, Any],
 ) -> IndexReport:
-    from .cluster_ray import DEFAULT_IMAGES_PER_TASK, RayOptions, index_on_ray
-    from .index import IndexOptions
+    from .indexing.index import IndexOptions
+    from .indexing.ray_cluster import DEFAULT_IMAGES_PER_TASK, RayOptions, index_on_ray
 
     num_workers, images_per_task = sizes
     if images_per_task is None:
@@ -213,8 +213,8 @@ def _index_on_ray(
 def _index_features(
     model: Path, features: Path, store: Path, device: str, ids: Path | None, common: dict[str, Any]
 ) -> IndexReport:
-    from .image_encoder import FeatureEncoder
-    from .index import index_features
+    from .indexing.image_encoder import FeatureEncoder
+    from .indexing.index import index_features
 
     return index_features(
         FeatureEncoder.open(model, device=device), features, store, ids=ids, **common
@@ -223,7 +223,7 @@ def _index_features(
 
 def _note_skipped(report: IndexReport, store: Path) -> None:
     from .cli_output import note
-    from .skipped import SKIPPED
+    from .indexing.skipped import SKIPPED
 
     for skipped in report.skipped[:MAX_NOTES]:
         note(f"{skipped.id!r} was skipped: {skipped.reason}")

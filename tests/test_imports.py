@@ -42,7 +42,8 @@ def test_the_online_path_never_imports_training_libraries():
     code = """
 from edje import *
 import edje.engines.build, edje.engines.ort, edje.engines.ov
-import edje.runtime.cli, edje.runtime.index, edje.runtime.image_encoder, edje.runtime.doctor
+import edje.runtime.cli, edje.runtime.doctor
+import edje.runtime.indexing.index, edje.runtime.indexing.image_encoder
 edje.runtime.doctor.examine()
 """
     assert not loaded_after(code) & set(HEAVY)

@@ -115,7 +115,9 @@ GOOD = {
     "edje.engines.precision.lower": "def f():\n    import onnx",
     "edje.engines.backends": "def load():\n    from . import ov",
     "edje.runtime.cli": "import typer\ndef export():\n    from ..export import run",
-    "edje.runtime.images": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import PIL",
+    "edje.runtime.indexing.images": (
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import PIL"
+    ),
     "edje.export.run": "import torch\nfrom ..errors import EdjeError",
     "edje.demo.guide": "import torch\nfrom ..export import run",
 }

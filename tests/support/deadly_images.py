@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from edje.runtime.sources import ImageFile
+from edje.runtime.indexing.sources import ImageFile
 
 
 class Crashing(ImageFile):

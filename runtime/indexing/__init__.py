@@ -1,0 +1,1 @@
+"""Images -> image encoder -> token store: sources, decoders, the flow between, many machines."""

@@ -1,0 +1,269 @@
+"""`edje index`: images or features -> encoder -> token store. Run again, it continues."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...bundle import BundleManifest
+from ...errors import RequestError, StoreError, named
+from ..store import TokenStore
+from .cluster import adopt_leftovers
+from .decoders import DecoderPool, default_workers
+from .features import FeatureSource
+from .flow import (
+    DEFAULT_BATCH_SIZE,
+    Flow,
+    OnSkip,
+    Progress,
+    Run,
+    Selection,
+    Tally,
+    decoded_batches,
+    feature_batches,
+    groups,
+)
+from .image_encoder import FeatureEncoder, ImageEncoder
+from .images import import_pillow
+from .skipped import SkippedLog
+from .sources import Paths, SkippedImage, Source, open_source
+
+DEFAULT_DTYPE = "float16"
+
+
+@dataclass(frozen=True, slots=True)
+class IndexReport:
+    """What a run did.
+
+    Attributes:
+        indexed: records added by this call.
+        already_present: ids that the store held before; they are not read again.
+        num_skipped: entries without a record; `STORE/skipped.jsonl` holds them all.
+        skipped: the first 1,000 of them.
+        num_ignored: members of tars that are no images (captions, labels).
+        seconds: of this call.
+        images_per_s: indexed / seconds.
+        encoder: the library that ran the encoder, with its version, and the device.
+    """
+
+    indexed: int
+    already_present: int
+    num_skipped: int
+    skipped: tuple[SkippedImage, ...]
+    num_ignored: int
+    seconds: float
+    images_per_s: float
+    encoder: str
+
+
+@dataclass(frozen=True, slots=True)
+class IndexOptions:
+    """What runs of every kind have in common; see `index_images`."""
+
+    dtype: str | None
+    only: Collection[str] | None
+    progress: Progress | None
+    on_skip: OnSkip | None
+
+
+def index_images(
+    encoder: ImageEncoder,
+    images: Paths,
+    store: str | os.PathLike[str],
+    *,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    workers: int | None = None,
+    dtype: str | None = None,
+    only: Collection[str] | None = None,
+    progress: Progress | None = None,
+    on_skip: OnSkip | None = None,
+) -> IndexReport:
+    """Encode images and append their tokens to a store, which is made if there is none.
+
+    Ids that the store holds already are left out, so the same call continues after an
+    interruption. Records stand in the source's order. What gives no record is written to
+    `STORE/skipped.jsonl` and tried again next time. A thread reads, processes decode, the
+    caller's thread encodes and a thread appends; at most `workers` + 7 batches are between
+    source and disk, so memory does not grow with the number of images, but for the ids: some
+    60 bytes each in the store's index, and 8 of a tar's.
+
+    Args:
+        encoder: makes the tokens.
+        images: a folder (an id is the path below it, with `/`), a list file (`id<TAB>path` a
+            line), or WebDataset tars (an id is the member's name): see `open_source`.
+        store: folder of the store.
+        batch_size: images a forward.
+        workers: decoder processes; default: the usable cores but one.
+        dtype: `float16` or `int8`, of a new store (default: float16); one that exists must agree.
+        only: index just these ids.
+        progress: called with (done, total) after every batch. The total is an estimate while a
+            tar is being read.
+        on_skip: called with every entry that gives no record.
+
+    Returns:
+        The report; files that are no readable image, or whose tokens are not finite, are in
+        `skipped` with the reason.
+
+    Raises:
+        RequestError: nothing to index, a faulty list file (all lines named), ids of `only` that
+            the source lacks, no Pillow.
+        StoreError: a store of another encoder or dtype, or one that cannot be written.
+    """
+    import_pillow()
+    _check_batch_size(batch_size)
+    source = open_source(images, leave_out=Path(store))
+    num_workers = default_workers() if workers is None else workers
+    options = IndexOptions(dtype, only, progress, on_skip)
+    with DecoderPool(encoder.image, num_workers) as pool:
+
+        def work(run: Run) -> str:
+            files = groups(source.entries(run.selection), batch_size)
+            Flow(run, encoder.encode_rgb).take(decoded_batches(pool, files))
+            return encoder.name
+
+        return run_index(encoder.manifest, source, Path(store), options, work)
+
+
+def index_features(
+    encoder: FeatureEncoder,
+    features: str | os.PathLike[str],
+    store: str | os.PathLike[str],
+    *,
+    ids: str | os.PathLike[str] | None = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    dtype: str | None = None,
+    only: Collection[str] | None = None,
+    progress: Progress | None = None,
+    on_skip: OnSkip | None = None,
+) -> IndexReport:
+    """Run the adapter over patch features and append the tokens; else as `index_images`.
+
+    Args:
+        encoder: the adapter.
+        features: a `.npy`, a `.safetensors` or a folder of such files: see `FeatureSource`.
+        store: folder of the store.
+        ids: list of the ids of a `.npy`, one a line; default: `ids.txt` beside it.
+        batch_size: images a forward.
+        dtype: as for `index_images`; so are `only`, `progress` and `on_skip`.
+        only: index just these ids.
+        progress: called with (done, total) after every batch.
+        on_skip: called with every entry that gives no record.
+
+    Raises:
+        RequestError: nothing to index, a file that is no such thing, ids that do not fit it.
+        StoreError: a store of another encoder or dtype, or one that cannot be written.
+    """
+    _check_batch_size(batch_size)
+    listed = None if ids is None else Path(ids)
+    source = FeatureSource(Path(features), encoder.manifest.sizes, ids=listed)
+    options = IndexOptions(dtype, only, progress, on_skip)
+
+    def work(run: Run) -> str:
+        entries = groups(source.entries(run.selection), batch_size)
+        Flow(run, encoder.encode).take(feature_batches(entries))
+        return encoder.name
+
+    return run_index(encoder.manifest, source, Path(store), options, work)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise RequestError(f"batch_size is {batch_size}, expected at least 1")
+
+
+def run_index(
+    manifest: BundleManifest,
+    source: Source[Any],
+    folder: Path,
+    options: IndexOptions,
+    work: Callable[[Run], str],
+) -> IndexReport:
+    """Index a source: `work` takes what its run selects to the store, and names the encoder.
+
+    Raises:
+        RequestError: nothing to index, or ids of `options.only` that the source lacks.
+        StoreError: a store of another encoder or dtype, or one that cannot be written.
+    """
+    started = time.perf_counter()
+    _check_only(source, options.only)
+    tally = Tally()
+
+    def report() -> None:
+        if options.progress:
+            expected = source.estimate(tally.met) if tally.total is None else tally.total
+            options.progress(tally.done, max(tally.done, expected))
+
+    with ExitStack() as stack:
+        store = stack.enter_context(_open_store(folder, manifest, options.dtype))
+        adopt_leftovers(store)
+        log = stack.enter_context(SkippedLog(folder))
+        selection = Selection(store, options.only, tally)
+        selection.survey(source)
+        report()
+        encoder = work(Run(store, selection, log, tally, report, options.on_skip))
+        whole = options.only is None
+        log.settle(lambda old: selection.has(old.id) or (whole and old.source in source.names))
+    if tally.done == 0:
+        raise RequestError(f"{' '.join(source.names)} holds no images to index")
+    return _report(tally, source, encoder, time.perf_counter() - started)
+
+
+def _report(tally: Tally, source: Source[Any], encoder: str, seconds: float) -> IndexReport:
+    return IndexReport(
+        indexed=tally.indexed,
+        already_present=tally.present,
+        num_skipped=tally.num_skipped,
+        skipped=tuple(tally.skipped),
+        num_ignored=source.num_ignored,
+        seconds=seconds,
+        images_per_s=tally.indexed / seconds,
+        encoder=encoder,
+    )
+
+
+def _check_only(source: Source[Any], only: Collection[str] | None) -> None:
+    """Refuse ids that the source lacks, before any work."""
+    if only is None:
+        return
+    lacking = set(only)
+    for image_id in source.ids():
+        lacking.discard(image_id)
+    if lacking:
+        found = f"{len(lacking)} of {len(set(only))} ids"
+        raise RequestError(
+            f"{found} are not in {' '.join(sorted(source.names))}: {named(sorted(lacking))}",
+            hint="an id is the path below the folder, the name in the list, or the tar's member",
+        )
+
+
+def _open_store(folder: Path, manifest: BundleManifest, dtype: str | None) -> TokenStore:
+    """Open the store to append; make it if nothing is there; refuse another encoder's or dtype."""
+    sizes, fingerprint = manifest.sizes, manifest.fingerprint_encoder
+    if not folder.exists():
+        return TokenStore.create(
+            folder,
+            num_tokens=sizes.num_tokens,
+            hidden=sizes.hidden,
+            fingerprint_encoder=fingerprint,
+            dtype=dtype or DEFAULT_DTYPE,
+        )
+    store = TokenStore.open(folder, mode="a")
+    if store.fingerprint_encoder != fingerprint:
+        store.close()
+        raise StoreError(
+            f"the store {folder} was made by another image encoder",
+            faults=[f"store: {store.fingerprint_encoder}", f"this encoder: {fingerprint}"],
+            hint="index into a new store: tokens of two encoders do not compare",
+        )
+    if dtype not in (None, store.layout.dtype):
+        store.close()
+        raise StoreError(
+            f"the store {folder} holds {store.layout.dtype} tokens, asked for were {dtype}",
+            hint="leave --dtype out, or index into a new store",
+        )
+    return store

@@ -1,0 +1,300 @@
+"""Where images come from: a folder, a list file, tars. One entry at a time, nothing held."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from ...errors import RequestError, named
+
+UInt64 = npt.NDArray[np.uint64]
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+class SkippedImage(NamedTuple):
+    """What gave no record, and why. `source`: the folder, list or tar (absolute) it came from."""
+
+    id: str
+    reason: str
+    source: str
+
+    def as_text(self) -> SkippedImage:
+        """Return the entry as any file can hold it: a name on disk may be no UTF-8."""
+        shown = (value.encode(errors="backslashreplace").decode() for value in self)
+        return SkippedImage(*shown)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """One image to index; picklable.
+
+    Attributes:
+        id: of its record.
+        path: the file; of a tar's member, the tar.
+        source: the folder, list or tar (absolute) that it comes from.
+        start: where the bytes of a tar's member begin in `path`; None: `path` is the image.
+        num_bytes: of a tar's member.
+        content: the bytes, of a compressed tar's member only: there is no seeking in one.
+    """
+
+    id: str
+    path: Path
+    source: str = ""
+    start: int | None = None
+    num_bytes: int = 0
+    content: bytes | None = None
+
+    @property
+    def carried_bytes(self) -> int:
+        """What it takes in memory besides its names."""
+        return len(self.content or b"")
+
+    def open(self) -> Path | BinaryIO:
+        """Return what Pillow opens: the path, or the bytes of a tar's member.
+
+        Raises:
+            OSError: the tar cannot be read any more.
+        """
+        if self.content is not None:
+            return io.BytesIO(self.content)
+        if self.start is None:
+            return self.path
+        with self.path.open("rb", buffering=0) as file:
+            return io.BytesIO(os.pread(file.fileno(), self.num_bytes, self.start))
+
+
+Wanted = Callable[[str], bool]
+Entry_co = TypeVar("Entry_co", covariant=True)
+
+
+class Source(Protocol[Entry_co]):
+    """Images, or features, in a fixed order.
+
+    Attributes:
+        names: what the `source` of its skipped images says.
+        countable: whether going through `ids` once more is cheap.
+        num_ignored: files of other kinds that the last `entries` has passed by.
+    """
+
+    names: frozenset[str]
+    countable: bool
+    num_ignored: int
+
+    def ids(self) -> Iterator[str]:
+        """Yield every id, without opening an image."""
+        ...
+
+    def entries(self, wanted: Wanted) -> Iterator[Entry_co | SkippedImage]:
+        """Yield the entries whose id is wanted, and what cannot be one, with the reason."""
+        ...
+
+    def estimate(self, num_met: int) -> int:
+        """Return about how many ids there are, where `entries` has met `num_met` of them."""
+        ...
+
+
+def open_source(images: Paths, *, leave_out: Path | None = None) -> Source[ImageFile]:
+    """Return the source of `images`: a folder, a list file, or tars.
+
+    Args:
+        images: a folder (an id is the path below it, with `/`), a list file (`id<TAB>path` a
+            line, paths relative to the list), or tars: one, several, or a pattern with numbers
+            in braces, as `{000..099}.tar` (an id is the member's name).
+        leave_out: a folder below `images` whose files do not count (the store itself).
+
+    Raises:
+        RequestError: missing, empty, or a faulty list file (all faults at once).
+    """
+    given = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    paths = [Path(path) for text in given for path in _expanded(os.fspath(text))]
+    if all(is_tar(path) and not path.is_dir() for path in paths) and paths:
+        from .tars import TarSource
+
+        return TarSource(paths)
+    if len(paths) != 1:
+        raise RequestError(
+            f"got {len(paths)} sources of images, expected one folder, one list file, or tars",
+            hint="index them one after the other, into the same store",
+        )
+    return _open_one(paths[0], leave_out)
+
+
+def is_tar(path: Path) -> bool:
+    """Return whether a file's name says that it is a tar."""
+    return path.name.lower().endswith(TAR_SUFFIXES)
+
+
+def _open_one(path: Path, leave_out: Path | None) -> Source[ImageFile]:
+    source: FolderSource | ListSource
+    if path.is_dir():
+        source = FolderSource(path, leave_out)
+    elif path.is_file():
+        source = ListSource(path)
+    else:
+        hint = "give a folder of images, a list of `id<TAB>path`, or a .tar"
+        raise RequestError(f"there is no {path}", hint=hint)
+    if not any(True for _ in islice(source.ids(), 1)):
+        raise RequestError(f"{path} holds no files to index")
+    return source
+
+
+def _expanded(text: str) -> Iterator[str]:
+    """Yield the names that a pattern with `{000..099}` stands for; any other name is itself."""
+    braces = _BRACES.search(text)
+    if braces is None or os.path.lexists(text):
+        yield text
+        return
+    first, last = braces.groups()
+    for number in range(int(first), int(last) + 1):
+        name = f"{number:0{len(first)}}"
+        yield from _expanded(text[: braces.start()] + name + text[braces.end() :])
+
+
+class FolderSource:
+    """Every file below a folder, sorted by id; holds one folder's names at a time."""
+
+    countable = True
+
+    def __init__(self, root: Path, leave_out: Path | None = None):
+        self.names = frozenset({os.path.abspath(root)})
+        self.num_ignored = 0
+        self._root = root
+        self._hidden = os.path.realpath(leave_out) if leave_out else None
+
+    def ids(self) -> Iterator[str]:
+        """Yield the path of every file below the folder."""
+        return (found for found in self._walk(self._root, "") if isinstance(found, str))
+
+    def entries(self, wanted: Wanted) -> Iterator[ImageFile | SkippedImage]:
+        """Yield the wanted files, and the folders that cannot be listed."""
+        (source,) = self.names
+        for found in self._walk(self._root, ""):
+            if isinstance(found, SkippedImage):
+                yield found
+            elif wanted(found):
+                yield ImageFile(found, self._root / found, source)
+
+    def estimate(self, num_met: int) -> int:
+        """Return `num_met`: whoever counted `ids` knows better."""
+        return num_met
+
+    def _walk(self, folder: Path, prefix: str) -> Iterator[str | SkippedImage]:
+        try:
+            with os.scandir(folder) as found:
+                names = sorted(name for entry in found if (name := _sort_name(entry)))
+        except OSError as error:
+            (source,) = self.names
+            yield SkippedImage(prefix, f"cannot be listed: {error.strerror}", source)
+            return
+        for name in names:
+            if not name.endswith("/"):
+                yield prefix + name
+            elif self._hidden != os.path.realpath(folder / name):
+                yield from self._walk(folder / name, prefix + name)
+
+
+def _sort_name(entry: os.DirEntry[str]) -> str | None:
+    """Return the name, with `/` behind a folder's: so sorted, the whole paths are in order.
+
+    None for a link to a folder: it may lead back up.
+    """
+    if entry.is_dir(follow_symlinks=False):
+        return f"{entry.name}/"
+    return None if entry.is_symlink() and entry.is_dir() else entry.name
+
+
+class ListSource:
+    """The lines `id<TAB>path` of a text file, in its order; checked whole when opened."""
+
+    countable = True
+
+    def __init__(self, path: Path):
+        self.names = frozenset({os.path.abspath(path)})
+        self.num_ignored = 0
+        self._path = path
+        faults = list(islice(self._faults(), 21))
+        if faults:
+            more = ["and more faults"] if len(faults) > 20 else []
+            raise RequestError(f"{path} is not a list of images", faults=faults[:20] + more)
+
+    def ids(self) -> Iterator[str]:
+        """Yield the id of every line."""
+        return (image_id for _, image_id, _ in self._lines())
+
+    def entries(self, wanted: Wanted) -> Iterator[ImageFile | SkippedImage]:
+        """Yield the wanted lines."""
+        (source,) = self.names
+        for _, image_id, where in self._lines():
+            if wanted(image_id):
+                yield ImageFile(image_id, self._path.parent / where, source)
+
+    def estimate(self, num_met: int) -> int:
+        """Return `num_met`: whoever counted `ids` knows better."""
+        return num_met
+
+    def _lines(self) -> Iterator[tuple[int, str, str]]:
+        """Yield (number, id, path) of every line that is not empty."""
+        for number, line in enumerate(read_lines(self._path, "a list of images"), 1):
+            if line:
+                image_id, _, where = line.partition("\t")
+                yield number, image_id, where
+
+    def _faults(self) -> Iterator[str]:
+        hashes = array("Q")  # 8 bytes an id: a list may have many millions
+        for number, image_id, where in self._lines():
+            hashes.append(id_hash(image_id))
+            if not (image_id and where):
+                got = f"{image_id}\t{where}" if where else image_id
+                yield f"line {number}: got {got[:80]!r}, expected `id<TAB>path`"
+        twice = repeated(self.ids, np.frombuffer(hashes, np.uint64))
+        if twice:
+            yield f"{len(twice)} ids come twice: {named(twice)}"
+
+
+def id_hash(image_id: str) -> int:
+    """Return 64 bits that stand for an id, also for one that is no UTF-8."""
+    return xxhash.xxh3_64_intdigest(image_id.encode(errors="surrogateescape"))
+
+
+def repeated(ids: Callable[[], Iterator[str]], hashes: UInt64) -> list[str]:
+    """Return the ids that come more than once, given the `id_hash` of each: uint64 [N]."""
+    values, counts = np.unique(hashes, return_counts=True)
+    suspects = set(values[counts > 1].tolist())
+    if not suspects:
+        return []
+    found = Counter(image_id for image_id in ids() if id_hash(image_id) in suspects)
+    return [image_id for image_id, count in found.items() if count > 1]
+
+
+def read_lines(path: Path, what: str) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file without their ends (`\\n` or `\\r\\n`).
+
+    Raises:
+        RequestError: the file cannot be read, or is no UTF-8 text; `what` says what it should be.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for line in file:
+                yield line.removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{path} is not {what}: it is no UTF-8 text ({error.reason})",
+            hint="give a text file; the sources of images are folders, lists and .tar files",
+        ) from error
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror}") from error

@@ -1,0 +1,116 @@
+"""Decoding agrees with transformers' own SiglipImageProcessor, and bad files give a reason."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edje.bundle import ImageSpec
+from edje.errors import RequestError
+from edje.runtime.indexing.images import Unreadable, decode_image
+
+SPEC = ImageSpec(24, 2, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+BICUBIC = ImageSpec(17, 3, 1 / 255, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+MODES = ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "YCbCr"]
+
+
+def random_image(mode: str, width: int, height: int) -> Image.Image:
+    """Return noise in any of Pillow's modes."""
+    noise = np.random.default_rng(width).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    if mode == "I;16":
+        return Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
+    return Image.fromarray(noise, "RGBA").convert(mode)
+
+
+def official(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    """Return float32 [3, R, R]: the official datasets' conversion, then transformers' own."""
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    processor = SiglipImageProcessorPil(
+        size={"height": spec.size, "width": spec.size},
+        resample=spec.resample,
+        rescale_factor=spec.rescale_factor,
+        image_mean=list(spec.mean),
+        image_std=list(spec.std),
+    )
+    return np.asarray(processor(image.convert("RGB"), return_tensors="np")["pixel_values"][0])
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # the official path's
+@pytest.mark.parametrize("spec", [SPEC, BICUBIC], ids=["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(24, 24), (70, 31), (5, 90), (1, 1)])
+@pytest.mark.parametrize("mode", MODES)
+def test_pixels_equal_those_of_transformers(
+    tmp_path: Path, mode: str, size: tuple[int, int], spec: ImageSpec
+) -> None:
+    path = tmp_path / ("image.tif" if mode in ("CMYK", "YCbCr") else "image.png")
+    random_image(mode, *size).save(path)
+    got = decode_image(path, spec)
+    assert not isinstance(got, Unreadable)
+    assert got.dtype == np.float32
+    assert got.shape == (3, spec.size, spec.size)
+    assert got.flags.c_contiguous
+    with Image.open(path) as image:
+        assert np.abs(got - official(image, spec)).max() <= 1e-6
+
+
+def test_transparency_is_dropped_as_the_official_code_does(tmp_path: Path) -> None:
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    image.save(tmp_path / "p.png", transparency=0)
+    got = decode_image(tmp_path / "p.png", SPEC)
+    assert not isinstance(got, Unreadable)
+    assert (got[0] == 1).all()
+    assert (got[1:] == -1).all()
+
+
+def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("white", "black")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    got = decode_image(tmp_path / "a.gif", SPEC)
+    assert not isinstance(got, Unreadable)
+    assert (got == 1).all()
+
+
+def test_unreadable_files_give_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "empty.png").touch()
+    random_image("RGB", 90, 90).save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    reasons = {
+        name: decode_image(tmp_path / name, SPEC)
+        for name in ("text.jpg", "empty.png", "cut.png", "folder.png", "pipe.png", "none.png")
+    }
+    assert reasons == {
+        "text.jpg": Unreadable("not an image of a known format"),
+        "empty.png": Unreadable("is empty"),
+        "cut.png": Unreadable("cannot be decoded: image file is truncated"),
+        "folder.png": Unreadable("is not a file"),
+        "pipe.png": Unreadable("is not a file"),
+        "none.png": Unreadable("no such file"),
+    }
+
+
+def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (300, 300)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300 * 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = decode_image(tmp_path / "bomb.png", SPEC)
+    assert isinstance(got, Unreadable)
+    assert "exceeds limit" in got.reason
+
+
+def test_missing_pillow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(RequestError, match=r"pip install 'edje-runtime\[index\]'"):
+        decode_image(tmp_path / "a.png", SPEC)

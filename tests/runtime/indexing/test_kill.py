@@ -1,0 +1,136 @@
+"""Killed again and again at random, then finished: as if nothing had happened."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edje.runtime.indexing.skipped import read_skipped
+from edje.runtime.store import TokenStore
+from mean_bundle import HIDDEN, NUM_TOKENS, make_bundle
+
+NUM_IMAGES = 2000
+NO_IMAGES = range(50, NUM_IMAGES, 100)
+
+INDEX = """
+import sys
+from edje.runtime.indexing.image_encoder import ImageEncoder
+from edje.runtime.indexing.index import index_images
+model, images, store = sys.argv[1:]
+encoder = ImageEncoder.open(model)
+
+def progress(done, total):
+    print(done, flush=True)
+
+index_images(encoder, images, store, batch_size=32, workers=1, progress=progress)
+"""
+
+
+def members() -> list[tuple[str, bytes]]:
+    """Small images that all differ; one in a hundred is none."""
+    noise = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 6, 6, 3), dtype=np.uint8)
+    found = []
+    for number in range(NUM_IMAGES):
+        content = io.BytesIO()
+        Image.fromarray(noise[number]).save(content, "PNG")
+        readable = number not in NO_IMAGES
+        found.append((f"{number:04}.png", content.getvalue() if readable else b"no image"))
+    return found
+
+
+def write_folder(path: Path) -> Path:
+    path.mkdir()
+    for name, content in members():
+        (path / name).write_bytes(content)
+    return path
+
+
+def write_tar(path: Path) -> Path:
+    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
+        for name, content in members():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def start(*arguments: Path) -> subprocess.Popen[str]:
+    """Start an index run in a process group of its own; it prints a line a batch."""
+    command = [sys.executable, "-c", INDEX, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finish(*arguments: Path) -> int:
+    """Let a run come to its end; return how many images it found done when it began."""
+    with start(*arguments) as process:
+        assert process.stdout is not None
+        lines = process.stdout.read().split()
+    assert process.returncode == 0
+    return int(lines[0])
+
+
+def kill(process: subprocess.Popen[str], num_batches: int, delay_s: float, whole: bool) -> None:
+    """Kill a run so much after it began, and wait until all of its processes are gone."""
+    with process:
+        assert process.stdout is not None
+        for _ in range(num_batches):
+            process.stdout.readline()
+        time.sleep(delay_s)
+        (os.killpg if whole else os.kill)(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while not group_is_gone(process.pid):
+        assert time.monotonic() < deadline, "decoders outlive their parent"
+        time.sleep(0.01)
+
+
+def content_of(store: Path) -> dict[str, bytes]:
+    with TokenStore.open(store) as opened:
+        ids = opened.ids()
+        out = np.empty((len(ids), NUM_TOKENS, HIDDEN), np.float16)
+        opened.read(opened.rows(ids), out)
+    assert len(set(ids)) == len(ids)
+    return {image_id: record.tobytes() for image_id, record in zip(ids, out, strict=True)}
+
+
+def group_is_gone(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("write", "name", "num_kills"), [(write_folder, "images", 20), (write_tar, "images.tar.gz", 5)]
+)
+def test_killed_at_random_then_finished_is_exact(
+    tmp_path: Path, write: Callable[[Path], Path], name: str, num_kills: int
+) -> None:
+    bundle, images = make_bundle(tmp_path / "bundle"), write(tmp_path / name)
+    assert finish(bundle, images, tmp_path / "whole") == 0
+    draw = random.Random(4)
+    for number in range(num_kills):
+        process = start(bundle, images, tmp_path / "killed")
+        # Every third time the parent alone: its decoders must notice.
+        kill(process, draw.randrange(90 // num_kills), draw.uniform(0, 0.05), number % 3 < 2)
+    done = finish(bundle, images, tmp_path / "killed")
+    if write is write_folder:
+        assert NUM_IMAGES / 4 < done < NUM_IMAGES, "they were killed in the midst of it"
+    whole, killed = content_of(tmp_path / "whole"), content_of(tmp_path / "killed")
+    assert list(killed) == [f"{n:04}.png" for n in range(NUM_IMAGES) if n not in NO_IMAGES]
+    assert killed == whole
+    skipped = [entry.id for entry in read_skipped(tmp_path / "killed")]
+    assert skipped == [f"{number:04}.png" for number in NO_IMAGES]

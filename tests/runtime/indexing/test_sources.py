@@ -1,0 +1,240 @@
+"""Sources: every file, line and member once, in a fixed order; damage is named, not fatal."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from edje.errors import RequestError
+from edje.runtime.indexing import tars
+from edje.runtime.indexing.sources import ImageFile, SkippedImage, open_source
+
+
+def everything(_: str) -> bool:
+    return True
+
+
+def png(colour: int = 0) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (4, 4), (colour,) * 3).save(content, "PNG")
+    return content.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    """Write a tar with the members in this order, compressed where the name says so."""
+    with tarfile.open(path, "w:gz" if path.suffix in (".gz", ".tgz") else "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def read(path: Path | list[Path]) -> tuple[dict[str, bytes], list[SkippedImage]]:
+    """All that a source gives: the bytes of every entry, and what it skipped."""
+    found = list(open_source(path).entries(everything))
+    files = [pickle.loads(pickle.dumps(f)) for f in found if isinstance(f, ImageFile)]
+    opened = {file.id: file.open() for file in files}
+    content = {i: o.read_bytes() if isinstance(o, Path) else o.read() for i, o in opened.items()}
+    return content, [entry for entry in found if isinstance(entry, SkippedImage)]
+
+
+names = st.text("ab./-_ é0", min_size=1, max_size=4).filter(lambda name: set(name) - {".", "/"})
+
+
+@settings(max_examples=50, deadline=None)
+@given(paths=st.lists(st.lists(names.map(lambda n: n.replace("/", "-")), max_size=3), max_size=8))
+def test_a_folder_is_walked_in_the_order_of_the_whole_paths(
+    paths: list[list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.mktemp("walk")
+    (root / "always").touch()
+    for parts in paths:
+        folder = root.joinpath(*(f"{part}+" for part in parts))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "".join([*parts, ".png"])).touch()
+    expected = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    source = open_source(root)
+    assert list(source.ids()) == expected
+    files = [entry for entry in source.entries(everything) if isinstance(entry, ImageFile)]
+    assert [(file.id, file.path) for file in files] == [(i, root / i) for i in expected]
+
+
+def test_links_to_folders_and_the_store_are_passed_by(tmp_path: Path) -> None:
+    for name in ("a.png", "deep/b.png", "deep/s/segments"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "ring").symlink_to(tmp_path)
+    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
+    source = open_source(tmp_path, leave_out=tmp_path / "deep/s")
+    assert list(source.ids()) == ["a.png", "deep/b.png", "link.png"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    (tmp_path / "gone/deep").mkdir(parents=True)
+    entries = open_source(tmp_path).entries(everything)
+    assert next(entries) == ImageFile("a.png", tmp_path / "a.png", str(tmp_path))
+    (tmp_path / "gone/deep").rmdir()
+    (tmp_path / "gone").rmdir()
+    reason = "cannot be listed: No such file or directory"
+    assert list(entries) == [SkippedImage("gone/", reason, str(tmp_path))]
+
+
+def test_all_faults_of_a_list_file_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "list.tsv"
+    path.write_text("only-a-path.png\nx\ta.png\n\ty.png\nx\tb.png\n")
+    with pytest.raises(RequestError) as caught:
+        open_source(path)
+    assert len(caught.value.faults) == 3
+    assert "line 1: got 'only-a-path.png'" in caught.value.faults[0]
+    assert "line 3" in caught.value.faults[1]
+    assert "1 ids come twice: 'x'" in caught.value.faults[2]
+    (tmp_path / "image.png").write_bytes(png())
+    with pytest.raises(RequestError, match="no UTF-8 text"):
+        open_source(tmp_path / "image.png")
+    path.write_text("no path\n" * 30)
+    with pytest.raises(RequestError) as caught:
+        open_source(path)
+    assert (len(caught.value.faults), caught.value.faults[-1]) == (21, "and more faults")
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tgz"])
+def test_a_tar_gives_its_image_members(tmp_path: Path, suffix: str) -> None:
+    members = [
+        ("000.jpg", b"first"),
+        ("000.txt", b"a caption"),
+        ("000.left.PNG", b"second of the same key"),
+        ("000.json", b"{}"),
+        ("deep/001.webp", b"x" * 100_000),
+        ("002.cls", b"7"),
+        ("000.jpg", b"comes again"),
+        ("empty.png", b""),
+    ]
+    path = write_tar(tmp_path / f"shard{suffix}", members)
+    content, skipped = read(path)
+    assert content == {
+        "000.jpg": b"first",
+        "000.left.PNG": b"second of the same key",
+        "deep/001.webp": b"x" * 100_000,
+        "empty.png": b"",
+    }
+    assert skipped == [
+        SkippedImage("000.jpg", "comes a second time; the first one counts", str(path))
+    ]
+    source = open_source(path)
+    assert list(source.ids()) == list(content)
+    assert source.num_ignored == 3
+    wanted = list(source.entries(lambda name: name.startswith("deep")))
+    assert [entry.id for entry in wanted] == ["deep/001.webp", "000.jpg"]
+
+
+def test_links_and_folders_in_a_tar_are_no_images(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for name, kind in (("d.png", tarfile.DIRTYPE), ("l.png", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "elsewhere.png"
+            tar.addfile(info)
+    content, skipped = read(tmp_path / "t.tar")
+    assert content == {}
+    assert [(entry.id, entry.reason) for entry in skipped] == [
+        ("l.png", "is a link or a device, not a file")
+    ]
+
+
+def test_several_tars_and_numbers_in_braces(tmp_path: Path) -> None:
+    for number in range(8, 12):
+        write_tar(tmp_path / f"s-{number:03}.tar", [(f"{number}.png", b"content")])
+    content, _ = read(tmp_path / "s-{008..011}.tar")
+    assert list(content) == ["8.png", "9.png", "10.png", "11.png"]
+    content, _ = read([tmp_path / "s-011.tar", tmp_path / "s-008.tar"])
+    assert list(content) == ["11.png", "8.png"]
+    with pytest.raises(RequestError, match=r"1 of 5 tars are not there: .*s-012\.tar"):
+        open_source(tmp_path / "s-{008..012}.tar")
+    with pytest.raises(RequestError, match="got 2 sources"):
+        open_source([tmp_path / "s-008.tar", tmp_path])
+
+
+MEMBERS = [(f"{number}.png", bytes([number]) * 700) for number in range(4)]
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_a_tar_cut_off_anywhere_gives_what_is_whole_and_names_the_damage(
+    tmp_path: Path, suffix: str
+) -> None:
+    plain = write_tar(tmp_path / "whole.tar", MEMBERS).read_bytes()
+    ends = 4 * (512 + 1024)
+    for size in [0, 1, 511, 512, 700, *range(1024, ends + 1, 256), ends + 100]:
+        whole = size // 1536 + (size % 1536 >= 512 + 700)
+        path = tmp_path / f"cut-{size}{suffix}"
+        path.write_bytes(plain[:size] if suffix == ".tar" else gzip.compress(plain[:size]))
+        content, skipped = read(path)
+        assert content == dict(MEMBERS[:whole]), size
+        assert [entry.id for entry in skipped] == [path.name]
+        assert "damaged or cut off after" in skipped[0].reason
+
+
+def test_a_compressed_tar_whose_compression_is_cut_gives_what_came_before(tmp_path: Path) -> None:
+    noise = [(f"{number}.png", os.urandom(50_000)) for number in range(4)]
+    whole = write_tar(tmp_path / "whole.tar.gz", noise).read_bytes()
+    (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) * 5 // 8])
+    content, skipped = read(tmp_path / "cut.tar.gz")
+    assert content == dict(noise[:2])
+    assert [entry.id for entry in skipped] == ["cut.tar.gz"]
+    assert "after '1.png'" in skipped[0].reason
+
+
+def test_damaged_headers_and_what_is_no_tar_are_named(tmp_path: Path) -> None:
+    plain = bytearray(write_tar(tmp_path / "whole.tar", MEMBERS).read_bytes())
+    plain[2 * 1536 + 10] ^= 1
+    (tmp_path / "flipped.tar").write_bytes(plain)
+    content, skipped = read(tmp_path / "flipped.tar")
+    assert list(content) == ["0.png", "1.png"]
+    assert "no header where one belongs" in skipped[0].reason
+    (tmp_path / "text.tar").write_text("this is no tar at all" * 50)
+    for path in (tmp_path / "text.tar", tmp_path / "whole.tar"):
+        path.rename(path.with_suffix(".tar.gz"))
+        content, skipped = read(path.with_suffix(".tar.gz"))
+        assert content == {}
+        assert "damaged or cut off after its start" in skipped[0].reason
+
+
+def test_a_size_that_leads_back_ends_the_tar(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("ring.png")
+    info.pax_headers = {"size": "-2048"}
+    with tarfile.open(tmp_path / "ring.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info)
+    _, skipped = read(tmp_path / "ring.tar")
+    assert [entry.id for entry in skipped] == ["ring.tar"]
+
+
+def test_an_id_is_known_again_however_many_came_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tars, "MAX_LATEST", 7)
+    members = [(f"{number}.png", b"content") for number in range(60)]
+    again = [members[number] for number in (59, 0, 33, 6, 7)]
+    content, skipped = read(write_tar(tmp_path / "t.tar", [*members, *again]))
+    assert list(content) == [name for name, _ in members]
+    assert [entry.id for entry in skipped] == [name for name, _ in again]
+
+
+def test_the_estimate_follows_the_bytes_read(tmp_path: Path) -> None:
+    paths = [
+        write_tar(tmp_path / f"{n}.tar", [(f"{n}-{i}.png", bytes(50_000)) for i in range(50)])
+        for n in range(4)
+    ]
+    source = open_source(paths)
+    estimates = [source.estimate(met) for met, _ in enumerate(source.entries(everything), 1)]
+    assert estimates[49] == pytest.approx(200, rel=0.1)
+    assert estimates[149] == pytest.approx(200, rel=0.1)
+    assert source.estimate(200) == 200
