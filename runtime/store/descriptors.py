@@ -75,11 +75,18 @@ class SegmentFiles:
 
     @contextmanager
     def lend(self, segments: Int64) -> Iterator[Int64]:
-        """Lend descriptors int64 [N] for `segments` int64 [N], sorted; -1 where none can be used.
+        """Lend descriptors int64 [N] for `segments` int64 [N]; -1 where none can be used.
+
+        `segments` are sorted, and one at least.
 
         Raises:
             StoreError: as `use`.
         """
+        if segments[0] == segments[-1]:
+            with self.use([int(segments[0])]) as found:
+                (file,) = found.values()
+                yield np.full(len(segments), -1 if isinstance(file, str) else file)
+            return
         begins = np.ones(len(segments), np.bool_)
         begins[1:] = segments[1:] != segments[:-1]
         with self.use(segments[begins].tolist()) as found:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from mmap import mmap
 
@@ -146,18 +146,26 @@ class Gather:
     """
 
     def __init__(
-        self, plan: ReadPlan, layout: StoreLayout, buffers: Buffers, *, direct: bool, verify: bool
+        self,
+        plan: ReadPlan,
+        layout: StoreLayout,
+        buffers: Buffers,
+        *,
+        direct: bool,
+        verify: bool,
+        num_threads: int = 1,
     ):
         self.bad: dict[int, str] = {}
         self._plan, self._layout, self._buffers = plan, layout, buffers
-        self._rows = plan.locations & ROW_MASK
-        self._max_records = records_a_chunk(layout, direct=direct)
-        self._starts = run_starts(plan.locations, layout, self._max_records)
-        self._stops = np.append(self._starts[1:], len(self._rows))
+        self._rows, num_records = plan.locations & ROW_MASK, len(plan.locations)
+        size = records_a_chunk(layout, num_records, num_threads, direct=direct)
+        self._starts = run_starts(plan.locations, layout, size)
+        self._stops = np.empty_like(self._starts)
+        self._stops[:-1], self._stops[-1] = self._starts[1:], num_records
         self._segments = plan.locations[self._starts] >> ROW_BITS
-        edges = np.arange(0, len(self._rows) + self._max_records, self._max_records)
-        self._edges: list[int] = np.searchsorted(self._starts, edges).tolist()
-        self.num_chunks = len(edges) - 1
+        self._first_places = [*range(0, num_records, size), num_records]
+        self._edges: list[int] = np.searchsorted(self._starts, self._first_places).tolist()
+        self.num_chunks = len(self._edges) - 1
         self._direct = direct
         self._bounces = direct and not buffers.are_aligned
         self._padding = np.empty(layout.stride - layout.record_bytes, np.uint8)
@@ -171,8 +179,7 @@ class Gather:
         What goes wrong is read again one by one, from `files`.
         """
         start, stop = self._edges[chunk : chunk + 2]
-        first = chunk * self._max_records
-        last = min(first + self._max_records, len(self._rows))
+        first, last = self._first_places[chunk : chunk + 2]
         bounce = self._aim_at_bounce(first, last, worker) if self._bounces else None
         width = self._num_columns
         queue = worker.queue(stop - start, direct=self._direct)
@@ -192,16 +199,15 @@ class Gather:
     @contextmanager
     def opened(self, files: Files) -> Iterator[None]:
         """Keep the files open that the reads need; a file that cannot be opened fails its reads."""
-        reads = self._batch.reads.reshape(-1, self._num_columns)
-        with ExitStack() as stack:
-            lent = stack.enter_context(files.tokens.lend(self._segments))
-            reads["descriptor"][:, 0] = lent
-            if self._num_columns > 1:
-                both = files.cached is files.tokens
-                if not both:
-                    lent = stack.enter_context(files.cached.lend(self._segments))
-                reads["descriptor"][:, 1] = lent
-            yield
+        descriptors = self._batch.reads["descriptor"].reshape(-1, self._num_columns)
+        with files.tokens.lend(self._segments) as lent:
+            descriptors[:] = lent[:, None]
+            if self._num_columns == 1 or files.cached is files.tokens:
+                yield
+                return
+            with files.cached.lend(self._segments) as lent_for_scales:
+                descriptors[:, 1] = lent_for_scales
+                yield
 
     def _aim_at_bounce(self, first: int, last: int, worker: Worker) -> UInt8:
         """Let the chunk's records be read into aligned memory: uint8 [n, stride]."""
@@ -276,11 +282,18 @@ class Gather:
             pieces["num_bytes"][:, 1] = len(self._padding)
 
 
-def records_a_chunk(layout: StoreLayout, *, direct: bool) -> int:
-    """Return how many records are read at once; their reads always fit a queue."""
+def records_a_chunk(
+    layout: StoreLayout, num_records: int, num_threads: int, *, direct: bool
+) -> int:
+    """Return how many records to read at once: all threads get equally many chunks.
+
+    Their reads always fit a queue.
+    """
     num_bytes = DIRECT_CHUNK_BYTES if direct else CACHED_CHUNK_BYTES
     most = QUEUE_DEPTH // (2 if layout.scale_bytes else 1)
-    return max(1, min(num_bytes // layout.stride, most))
+    most = max(1, min(num_bytes // layout.stride, most))
+    rounds = -(-num_records // (most * num_threads))
+    return -(-num_records // (rounds * num_threads))
 
 
 def run_starts(locations: Int64, layout: StoreLayout, max_records: int) -> Int64:

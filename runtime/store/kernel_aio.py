@@ -65,14 +65,17 @@ class ReadBatch:
     """
 
     def __init__(self, num_reads: int, num_pieces: int):
-        reads = np.zeros(num_reads * READ.itemsize, np.uint8)
-        pieces = np.zeros(num_pieces * PIECE.itemsize, np.uint8)
-        self.reads, self.pieces = reads.view(READ), pieces.view(PIECE)
-        self.address, self.pieces_address = address(reads), address(pieces)
+        sizes = num_reads * READ.itemsize, num_pieces * PIECE.itemsize, num_reads * 8
+        pieces, pointers = sizes[0], sizes[0] + sizes[1]
+        memory = np.zeros(sum(sizes), np.uint8)  # one piece: this is done for every gather
+        self.reads = memory[:pieces].view(READ)
+        self.pieces = memory[pieces:pointers].view(PIECE)
+        self.address = address(memory)
+        self.pieces_address, self.pointers = self.address + pieces, self.address + pointers
         self.reads["opcode"] = OPCODE_PREADV
-        stop = self.address + reads.nbytes
-        self._addresses = np.arange(self.address, stop, READ.itemsize, dtype=np.int64)
-        self.pointers = address(self._addresses)
+        memory[pointers:].view(np.int64)[:] = np.arange(
+            self.address, self.pieces_address, READ.itemsize
+        )
 
 
 class ReadQueue(Protocol):

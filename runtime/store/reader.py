@@ -71,7 +71,11 @@ class _Process:
         if self._closed:
             self._close_idle()
 
-    def carry_out(self, gather: Gather, num_bytes: int) -> None:
+    def threads_for(self, num_bytes: int) -> int:
+        """Return how many threads reading so much pays for."""
+        return max(1, min(self.num_threads, num_bytes // BYTES_A_THREAD))
+
+    def carry_out(self, gather: Gather, num_threads: int) -> None:
         """Read all chunks, by the calling thread and, if it pays, by others beside it."""
         chunks = iter(range(gather.num_chunks))
 
@@ -80,10 +84,9 @@ class _Process:
                 for chunk in chunks:  # every thread takes the next that none has taken
                     gather.read(chunk, worker, self.files.cached)
 
-        num_threads = min(self.num_threads, gather.num_chunks, num_bytes // BYTES_A_THREAD)
         helpers: list[Future[None]] = []
         with suppress(RuntimeError):  # the system or a closing interpreter gives no threads
-            for _ in range(num_threads - 1):
+            for _ in range(min(num_threads, gather.num_chunks) - 1):
                 helpers.append(self.pool.submit(serve))
         try:
             serve()
@@ -162,11 +165,17 @@ class SegmentReader:
         buffers = Buffers(self._layout, tokens, scales)
         bad: dict[int, str] = {}
         for part in _parts(plan.locations, process.files.cached.max_open // 4):
+            num_threads = process.threads_for((part.stop - part.start) * self._layout.stride)
             gather = Gather(
-                plan.part(part), self._layout, buffers, direct=self._direct, verify=verify
+                plan.part(part),
+                self._layout,
+                buffers,
+                direct=self._direct,
+                verify=verify,
+                num_threads=num_threads,
             )
             with gather.opened(process.files):
-                process.carry_out(gather, (part.stop - part.start) * self._layout.stride)
+                process.carry_out(gather, num_threads)
             bad |= {part.start + place: reason for place, reason in gather.bad.items()}
         return bad
 

@@ -194,6 +194,20 @@ def test_runs_end_where_records_do_not_follow_one_another() -> None:
     assert gather.run_starts(rows, layout_of("float16"), 2).tolist() == [0, 2, 3, 4, 5, 6, 8, 9, 10]
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 4])
+@pytest.mark.parametrize("direct", [False, True])
+def test_all_threads_get_equally_many_chunks(num_threads: int, direct: bool) -> None:
+    for shape in SHAPES:
+        layout = layout_of(shape)
+        reads = 2 if layout.scale_bytes else 1
+        for count in range(1, 700, 23):
+            size = gather.records_a_chunk(layout, count, num_threads, direct=direct)
+            assert 1 <= size * reads <= kernel_aio.QUEUE_DEPTH
+            chunks = -(-count // size)
+            most = gather.records_a_chunk(layout, 10_000, 1, direct=direct)
+            assert chunks <= -(-count // (most * num_threads)) * num_threads
+
+
 def test_the_kernels_structs_have_their_sizes() -> None:
     sizes = [kernel_aio.READ.itemsize, kernel_aio.EVENT.itemsize, kernel_aio.PIECE.itemsize]
     assert sizes == [64, 32, 16]
@@ -328,6 +342,8 @@ def test_a_little_is_read_without_a_queue_of_the_kernel(
     all_files: dict[str, RecordFiles], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gather, "FEW_READS", 4)
+    monkeypatch.setattr(gather, "CACHED_CHUNK_BYTES", 100 * PAGE)
+    monkeypatch.setattr(reader, "BYTES_A_THREAD", 100 * PAGE)
     monkeypatch.setattr(gather, "open_queue", RefusingQueue)
     files, source, tried = all_files["float16"], all_files["float16"].reader(), []
     monkeypatch.setattr(RefusingQueue, "read", lambda self, batch, *span: tried.append(span) or [])
