@@ -20,7 +20,7 @@ import numpy as np
 
 from ...errors import StoreError
 from .layout import CATALOG, ROW_BITS, ROW_MASK, Int64
-from .records import Records
+from .records import CHECKSUM_BYTES, DIGEST_BYTES, Records
 from .tables import CheckedTables, schema
 
 APPLICATION_ID = 0x45444A45  # "EDJE"
@@ -214,9 +214,21 @@ class Catalog:
             got = f"{len(segments)} of {num_segments} segments"
             got += f" and {len(deleted)} of {num_deleted} deletions"
             raise damaged(self._folder, f"{got} can be read, from both copies")
+        self._check_sizes(segments)
         known = {row[0]: Segment(row[1], bool(row[2]), row[3] % (1 << 64)) for row in segments}
         retired = dict(self._tables.rows("retired"))
         return CatalogState(generation, next_segment, store_json, known, deleted, retired)
+
+    def _check_sizes(self, segments: Sequence[tuple[Any, ...]]) -> None:
+        """Believe no number before it fits the file: digests and checksums stand in it twice."""
+        (num_pages,) = self._connection.execute("PRAGMA page_count").fetchone()
+        (page_bytes,) = self._connection.execute("PRAGMA page_size").fetchone()
+        room = num_pages * page_bytes // (2 * (DIGEST_BYTES + CHECKSUM_BYTES))
+        total = sum(row[1] for row in segments)
+        odd = [row[0] for row in segments if not (0 < row[0] < 1 << 31 and row[1] >= 0)]
+        if odd or total > room:
+            got = f"segments {odd[:20]}, {total} records where {room} have room"
+            raise damaged(self._folder, f"it lists what cannot be: {got}")
 
     def _write_deletions(self, change: Change, generation: int) -> int:
         """Add the deleted locations, forget those in dropped segments; return how many more."""

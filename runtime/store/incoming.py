@@ -10,14 +10,22 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import StoreError
+from ...errors import StoreError, named
 from . import disk
 from .catalog import ROWS_A_BATCH, Change, RecordBatch, Segment
 from .changes import StoreWriter
 from .footer import read_footer
 from .index import RecordIndex
-from .layout import PAGE_BYTES, ROW_BITS, SEGMENTS, StoreLayout, header_fault, segment_name
-from .records import Records
+from .layout import (
+    PAGE_BYTES,
+    ROW_BITS,
+    SEGMENTS,
+    StoreLayout,
+    header_fault,
+    is_id,
+    segment_name,
+)
+from .records import Records, digests_of
 from .segment_file import RecordBytes
 
 RECORDS_A_READ = 256
@@ -114,7 +122,7 @@ def _checked(path: Path, layout: StoreLayout) -> tuple[int, Records]:
         if isinstance(found, str):
             raise _refused(path, [found])
         key, records = found
-        fault = header_fault(os.pread(descriptor, PAGE_BYTES, 0), layout, key)
+        fault = header_fault(os.pread(descriptor, PAGE_BYTES, 0), layout, key) or _id_fault(records)
         faults = [fault] if fault else _damaged_records(descriptor, layout, records)
         if faults:
             raise _refused(path, faults)
@@ -123,6 +131,20 @@ def _checked(path: Path, layout: StoreLayout) -> tuple[int, Records]:
     finally:
         os.close(descriptor)
     return key, records
+
+
+def _id_fault(records: Records) -> str | None:
+    """Return why these are no ids with their digests, each once, or None."""
+    try:
+        ids = records.ids()
+    except StoreError as error:
+        return error.message
+    wrong = [image_id for image_id in ids if not is_id(image_id)]
+    if wrong or digests_of(ids) != records.digests:
+        return f"its footer names ids that are none, or others than its digests: {named(wrong)}"
+    if len(set(ids)) < len(ids):
+        return "an id comes twice in it"
+    return None
 
 
 def _damaged_records(descriptor: int, layout: StoreLayout, records: Records) -> list[str]:

@@ -37,18 +37,16 @@ class _Ids(NamedTuple):
 class _Table:
     """Columns of all committed rows, one place a row, segment after segment.
 
-    `starts` int64 [S + 1]: place of each segment's first row, by segment number; `stops` likewise.
+    `segments` int64 [S + 1]: their numbers, ascending, and one larger than any; `edges` int64
+    [S + 1]: place of each one's first row, and of the end. (No array is as long as a segment's
+    number is large: a hostile catalog chooses it.)
     """
 
     def __init__(self, num_rows: Mapping[int, int]):
-        size = max(num_rows, default=0) + 1
-        self.starts = np.zeros(size, np.int64)
-        self.stops = np.zeros(size, np.int64)
-        total = 0
-        for segment in sorted(num_rows):
-            self.starts[segment] = total
-            total += num_rows[segment]
-            self.stops[segment] = total
+        used = sorted(segment for segment, count in num_rows.items() if count)
+        self.segments = np.array([*used, 1 << (63 - ROW_BITS)], np.int64)
+        self.edges = np.cumsum([0, *(num_rows[segment] for segment in used)])
+        total = int(self.edges[-1])
         self.lows = np.zeros(total, np.uint64)
         self.highs = np.zeros(total, np.uint64)
         self.checksums = np.zeros(total, np.uint64)
@@ -57,7 +55,7 @@ class _Table:
 
     def fill(self, batch: RecordBatch) -> None:
         """Put in the records of one batch, alive."""
-        start = int(self.starts[batch.segment]) + batch.first_row
+        start = self.rows_of(batch.segment).start + batch.first_row
         places = slice(start, start + len(batch.records))
         digests = batch.records.digest_array()
         self.highs[places], self.lows[places] = digests[:, 0], digests[:, 1]
@@ -68,13 +66,20 @@ class _Table:
 
     def copy_from(self, old: _Table) -> None:
         """Take over every row of `old`, whose segments are all here and no longer."""
-        for segment in np.flatnonzero(old.stops > old.starts).tolist():
-            there = slice(int(old.starts[segment]), int(old.stops[segment]))
-            start = int(self.starts[segment])
+        for segment in old.segments[:-1].tolist():
+            there = old.rows_of(segment)
+            start = self.rows_of(segment).start
             here = slice(start, start + there.stop - there.start)
             for name in ("lows", "highs", "checksums", "live"):
                 getattr(self, name)[here] = getattr(old, name)[there]
         self.ids += old.ids
+
+    def rows_of(self, segment: int) -> slice:
+        """Return the places of a segment's rows; none if it has none."""
+        at = int(np.searchsorted(self.segments, segment))
+        if self.segments[at] != segment:
+            return slice(0, 0)
+        return slice(int(self.edges[at]), int(self.edges[at + 1]))
 
     def kill(self, locations: Int64) -> None:
         """Mark records as deleted."""
@@ -84,16 +89,15 @@ class _Table:
     def places(self, locations: Int64) -> Int64:
         """Return int64 [N] places of row handles; -1 for what was never given out."""
         segments, rows = locations >> ROW_BITS, locations & ROW_MASK
-        inside = (segments >= 0) & (segments < len(self.starts))
-        segments = np.where(inside, segments, 0)
-        places = self.starts[segments] + rows
-        return np.where(inside & (places < self.stops[segments]), places, -1)
+        at = np.searchsorted(self.segments[:-1], segments)
+        places = self.edges[at] + rows
+        stops = self.edges[np.minimum(at + 1, len(self.edges) - 1)]
+        return np.where((self.segments[at] == segments) & (places < stops), places, -1)
 
     def locations(self, places: Int64) -> Int64:
         """Return int64 [N] row handles of places."""
-        used = np.flatnonzero(self.stops > self.starts)
-        segments = used[np.searchsorted(self.stops[used], places, side="right")]
-        return (segments << ROW_BITS) | (places - self.starts[segments])
+        at = np.searchsorted(self.edges[1:], places, side="right")
+        return (self.segments[at] << ROW_BITS) | (places - self.edges[at])
 
     def sort(self) -> None:
         """Make the lookup table of the live records; the order of ids becomes that of rows.
@@ -236,10 +240,8 @@ class RecordIndex:
     def live_rows(self, segment: int | None = None) -> Int64:
         """Return int64 [N] row handles of all live records, or of those in one segment."""
         table = self._merged()
-        start, stop = 0, len(table.live)
-        if segment is not None:
-            start, stop = int(table.starts[segment]), int(table.stops[segment])
-        places = np.flatnonzero(table.live[start:stop]) + start
+        part = slice(0, len(table.live)) if segment is None else table.rows_of(segment)
+        places = np.flatnonzero(table.live[part]) + part.start
         return table.locations(places)
 
     def ids(self) -> list[str]:
