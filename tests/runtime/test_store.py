@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sqlite3
-import subprocess
-import sys
-import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from edje.errors import RequestError, StoreError
-from edje.runtime.store import TokenStore
-from edje.runtime.store import store as store_module
+from edje.runtime.store import CompactReport, SegmentWriter, StoreLayout, TokenStore
+from edje.runtime.store.catalog import Catalog
 
 SIZES = {"num_tokens": 64, "hidden": 32, "fingerprint_encoder": "sha256:tower"}
 
@@ -37,6 +28,10 @@ def read_all(store: TokenStore, ids: list[str]) -> np.ndarray:
     return out
 
 
+def segment_bytes(store: TokenStore) -> int:
+    return sum(path.stat().st_size for path in (store.path / "segments").iterdir())
+
+
 def test_appended_records_come_back_in_any_order_and_twice(tmp_path: Path) -> None:
     tokens = random_tokens(5)
     with TokenStore.create(tmp_path / "s", **SIZES) as store:
@@ -51,52 +46,19 @@ def test_appended_records_come_back_in_any_order_and_twice(tmp_path: Path) -> No
     assert np.array_equal(got, tokens[[4, 0, 0, 3, 1, 2]])
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(data=st.data())
-def test_random_appends_read_like_a_dict(data: st.DataObject) -> None:
-    num_tokens, hidden = data.draw(st.sampled_from([(64, 32), (3, 5), (1, 1), (10, 300)]))
-    segment_bytes = data.draw(st.sampled_from([1, 4096 * 4, 1 << 30]))
-    names = st.lists(st.text(st.characters(codec="utf-8"), min_size=1), unique=True, max_size=9)
-    expected: dict[str, np.ndarray] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = {"num_tokens": num_tokens, "hidden": hidden, "fingerprint_encoder": "x"}
-        path = Path(folder) / "s"
-        TokenStore.create(path, segment_bytes=segment_bytes, **sizes).close()
-        for step in range(data.draw(st.integers(1, 4))):
-            ids = [name for name in data.draw(names) if name not in expected]
-            tokens = random_tokens(len(ids), step, (num_tokens, hidden))
-            with TokenStore.open(path, mode="a") as store:
-                store.append(ids, tokens)
-                expected |= dict(zip(ids, tokens, strict=True))
-                assert np.array_equal(read_all(store, ids), tokens), (
-                    "a writer reads what it has just appended"
-                )
-        with TokenStore.open(path) as store:
-            assert store.ids() == list(expected)
-            wanted = (
-                data.draw(st.lists(st.sampled_from(sorted(expected)), max_size=12))
-                if (expected)
-                else []
-            )
-            got = read_all(store, wanted)
-            largest = max(
-                (file.stat().st_size for file in (path / "segments").iterdir()), default=0
-            )
-    assert all(np.array_equal(row, expected[name]) for row, name in zip(got, wanted, strict=True))
-    stride = -(-num_tokens * hidden * 2 // 4096) * 4096
-    assert largest <= max(segment_bytes, 4096 + stride)
-
-
 def test_stat_counts_what_is_there(tmp_path: Path) -> None:
     with TokenStore.create(tmp_path / "s", segment_bytes=4096 * 4, **SIZES) as store:
         store.append(list("abcdefg"), random_tokens(7))
+        assert store.stat().num_deleted == 0
+        store.delete(["c"])
         stat = store.stat()
-    assert (stat.num_records, stat.num_segments, stat.generation) == (7, 3, 1)
-    assert stat.record_bytes == 64 * 32 * 2
+    assert (stat.num_records, stat.num_deleted, stat.num_segments) == (6, 1, 3)
+    assert (stat.record_bytes, stat.scale_bytes) == (64 * 32 * 2, 0)
+    assert (stat.num_retired, stat.faults) == (0, ())
     assert (stat.num_tokens, stat.hidden, stat.dtype) == (64, 32, "float16")
     assert stat.fingerprint_encoder == "sha256:tower"
-    segments = sum(file.stat().st_size for file in (tmp_path / "s/segments").iterdir())
-    assert segments == (7 + 3) * 4096
+    segments = segment_bytes(store)
+    assert segments == (7 + 3 + 2) * 4096, "records, headers, and footers of the sealed two"
     assert stat.total_bytes > segments
 
 
@@ -135,6 +97,32 @@ def test_threads_read_while_one_appends(tmp_path: Path) -> None:
     assert failures == []
 
 
+def test_threads_never_miss_an_id_that_one_replaces(tmp_path: Path) -> None:
+    ids = [f"id-{number}" for number in range(12)]
+    failures: list[BaseException] = []
+    done = threading.Event()
+    with TokenStore.create(tmp_path / "s", segment_bytes=4096 * 9, **SIZES) as store:
+        store.append(ids, random_tokens(12))
+
+        def look() -> None:
+            try:
+                while not done.is_set():
+                    assert len(set(store.rows(ids).tolist())) == 12
+                    read_all(store, ids)
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=look) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for number in range(40):
+            store.replace(ids[number % 5 :: 2], random_tokens(len(ids[number % 5 :: 2])))
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+
+
 def test_unknown_ids_are_named_up_to_twenty_with_the_count(tmp_path: Path) -> None:
     with TokenStore.create(tmp_path / "s", **SIZES) as store:
         store.append(["a"], random_tokens(1))
@@ -150,26 +138,35 @@ def test_all_faults_of_an_append_are_named_and_nothing_is_added(tmp_path: Path) 
     with TokenStore.create(tmp_path / "s", **SIZES) as store:
         store.append(["a", "b"], random_tokens(2))
         with pytest.raises(StoreError) as caught:
-            store.append(["a", "c", "c"], random_tokens(2).astype(np.float32))
+            store.append(["a", "c", "c"], random_tokens(3))
+        with pytest.raises(StoreError, match=r"float32 \[2, 64, 32\], expected float16 \[3"):
+            store.append(["x", "y", "z"], random_tokens(2).astype(np.float32))
         assert store.ids() == ["a", "b"]
-    message = str(caught.value)
-    assert "got float32 [2, 64, 32], expected float16 [3, 64, 32]" in message
-    assert "1 ids come twice: 'c'" in message
-    assert "1 ids are in the store already: 'a'" in message
+    assert caught.value.faults == (
+        "1 ids come twice: 'c'",
+        "1 ids are in the store already: 'a'",
+    )
 
 
-@pytest.mark.parametrize("bad", ["", 7, None, "\ud800"])
-def test_ids_without_utf8_text_are_refused(tmp_path: Path, bad: object) -> None:
+@pytest.mark.parametrize("bad", ["", 7, None, "\ud800", "a\0b", "x" * 4097, "é" * 2049])
+def test_what_is_no_id_is_refused(tmp_path: Path, bad: object) -> None:
     with TokenStore.create(tmp_path / "s", **SIZES) as store:
-        with pytest.raises(StoreError, match="empty or no text"):
+        with pytest.raises(StoreError, match="1 are no ids: ") as caught:
             store.append(["good", bad], random_tokens(2))  # type: ignore[list-item]
+        assert len(str(caught.value)) < 500
         assert len(store) == 0
+        assert bad not in store
+        segment = SegmentWriter(store.path / "incoming/x.tokens", store.layout)
+        with segment, pytest.raises(StoreError, match="cannot add to the segment"):
+            segment.append(["good", bad], random_tokens(2))  # type: ignore[list-item]
 
 
 def test_nothing_asked_nothing_read_nothing_added(tmp_path: Path) -> None:
     with TokenStore.create(tmp_path / "s", **SIZES) as store:
         store.append([], random_tokens(0))
         assert store.stat().generation == 0
+        store.replace([], random_tokens(0))
+        store.delete([])
         assert read_all(store, []).shape == (0, 64, 32)
 
 
@@ -185,17 +182,6 @@ def test_a_buffer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
             store.read(np.array([rows[0], 99], np.int64), fitting)
         with pytest.raises(RequestError, match=r"rows is int32 \[2\]"):
             store.read(rows.astype(np.int32), fitting)  # type: ignore[arg-type]
-
-
-def test_a_second_writer_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
-    with TokenStore.create(tmp_path / "s", **SIZES) as store:
-        with pytest.raises(StoreError, match=f"writer already .process {os.getpid()} on"):
-            TokenStore.open(tmp_path / "s", mode="a")
-        code = "import sys, edje.runtime.store as s; s.TokenStore.open(sys.argv[1], mode='a')"
-        command = [sys.executable, "-c", code, str(store.path)]
-        other = subprocess.run(command, capture_output=True, text=True)
-        assert f"writer already (process {os.getpid()}" in other.stderr
-    TokenStore.open(tmp_path / "s", mode="a").close()
 
 
 def test_a_reader_or_a_closed_store_does_not_append(tmp_path: Path) -> None:
@@ -233,29 +219,6 @@ def test_all_faulty_sizes_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists()
 
 
-def test_a_failed_write_adds_nothing_and_the_next_one_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokens = random_tokens(6)
-    with TokenStore.create(tmp_path / "s", segment_bytes=4096 * 3, **SIZES) as store:
-        store.append(["a"], tokens[:1])
-        calls = iter([None, OSError(28, "No space left on device")])
-
-        def fail_second(descriptor: int) -> None:
-            if error := next(calls):
-                raise error
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fdatasync", fail_second)
-            with pytest.raises(StoreError, match="nothing was added: No space left on device"):
-                store.append(["b", "c", "d"], tokens[1:4])
-        assert [file.stat().st_size for file in (store.path / "segments").iterdir()] == [2 * 4096]
-        store.append(["c", "b", "d", "e"], tokens[2:6])
-        assert np.array_equal(read_all(store, list("acbde")), tokens[[0, 2, 3, 4, 5]])
-    with TokenStore.open(tmp_path / "s") as store:
-        assert np.array_equal(read_all(store, list("acbde")), tokens[[0, 2, 3, 4, 5]])
-
-
 def test_after_a_failed_commit_the_store_must_be_opened_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,9 +226,9 @@ def test_after_a_failed_commit_the_store_must_be_opened_again(
         store.append(["a"], random_tokens(1))
 
         def fail(*_: object, **__: object) -> None:
-            raise sqlite3.OperationalError("database or disk is full")
+            raise StoreError("the disk is full")
 
-        monkeypatch.setattr(store_module.Catalog, "_transaction", fail)
+        monkeypatch.setattr(Catalog, "commit", fail)
         with pytest.raises(StoreError, match="disk is full"):
             store.append(["b"], random_tokens(1))
         monkeypatch.undo()
@@ -277,71 +240,154 @@ def test_after_a_failed_commit_the_store_must_be_opened_again(
             assert np.array_equal(read_all(again, ["b"]), random_tokens(1, seed=2))
 
 
-KILLED = """
-import os, sys
-import numpy as np
-from edje.runtime.store import TokenStore
-from edje.runtime.store.catalog import Catalog
-store = TokenStore.open(sys.argv[1], mode="a")
-Catalog.commit = lambda *_, **__: os.kill(os.getpid(), 9)
-store.append(["torn"], np.ones((1, 64, 32), np.float16))
-"""
-
-
-def test_a_record_of_a_killed_append_never_existed(tmp_path: Path) -> None:
-    with TokenStore.create(tmp_path / "s", **SIZES) as store:
-        store.append(["a"], random_tokens(1))
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "s")], check=False)
-    segment = tmp_path / "s/segments/000000.tokens"
-    assert segment.stat().st_size == 3 * 4096, "the torn tail is there"
-    with TokenStore.open(tmp_path / "s", mode="a") as store:
-        assert store.ids() == ["a"]
-        store.append(["b"], random_tokens(1, seed=1))
-        assert segment.stat().st_size == 3 * 4096, "the next append takes its place"
-        assert np.array_equal(read_all(store, ["b"]), random_tokens(1, seed=1))
-
-
-def test_a_deleted_record_is_gone_and_its_successor_counts(tmp_path: Path) -> None:
+def test_a_deleted_id_is_unknown_and_may_come_back(tmp_path: Path) -> None:
     with TokenStore.create(tmp_path / "s", **SIZES) as store:
         store.append(["a", "b"], random_tokens(2))
-    # What the delete of a later version of this package does.
-    with sqlite3.connect(tmp_path / "s/catalog.sqlite") as catalog:
-        catalog.execute("INSERT INTO deletions VALUES (0, 2)")
-    catalog.close()
-    with TokenStore.open(tmp_path / "s", mode="a") as store:
+        store.delete(["a"])
         assert store.ids() == ["b"]
+        assert "a" not in store
+        with pytest.raises(RequestError, match="'a'"):
+            store.rows(["a"])
+        with pytest.raises(StoreError, match="1 ids are not in the store: 'a'"):
+            store.delete(["b", "a"])
         store.append(["a"], random_tokens(1, seed=1))
     with TokenStore.open(tmp_path / "s") as store:
         assert sorted(store.ids()) == ["a", "b"]
         assert np.array_equal(read_all(store, ["a"]), random_tokens(1, seed=1))
 
 
-@contextmanager
-def without_rights(folder: Path) -> Iterator[None]:
-    """Make a folder unwritable; root, whom no mode stops, becomes nobody for the moment."""
-    user = os.geteuid()
-    folder.chmod(0o555)
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
-        folder.chmod(0o755)
+def test_replaced_records_are_read_by_new_rows_and_by_old_ones(tmp_path: Path) -> None:
+    """A row handle stays valid: what it stood for lies there until the store is compacted."""
+    with TokenStore.create(tmp_path / "s", **SIZES) as store:
+        store.append(["a", "b"], random_tokens(2))
+        old = store.rows(["a"])
+        store.replace(["a"], random_tokens(1, seed=1))
+        assert np.array_equal(read_all(store, ["a", "b"])[0], random_tokens(1, seed=1)[0])
+        out = np.empty((1, 64, 32), np.float16)
+        assert store.read(old, out) == []
+        assert np.array_equal(out, random_tokens(2)[:1])
+        with pytest.raises(StoreError, match="not in the store: 'c'"):
+            store.replace(["b", "c"], random_tokens(2))
+        assert len(store) == 2
 
 
-def test_a_folder_that_cannot_be_written_is_read_but_not_appended() -> None:
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own folder is closed to nobody
-        Path(folder).chmod(0o755)
-        path = Path(folder) / "s"
-        with TokenStore.create(path, **SIZES) as store:
-            store.append(["a"], random_tokens(1))
-        (path / "writer.lock").chmod(0o444)
-        with without_rights(path):
-            with TokenStore.open(path) as store:
-                got = read_all(store, ["a"])
-            with pytest.raises(StoreError, match="cannot write the store"):
-                TokenStore.open(path, mode="a")
-            with pytest.raises(StoreError, match="cannot write"):
-                TokenStore.create(path / "t", **SIZES)
-    assert np.array_equal(got, random_tokens(1))
+def test_compaction_frees_what_was_deleted(tmp_path: Path) -> None:
+    tokens = random_tokens(40)
+    names = [f"id-{number}" for number in range(40)]
+    with TokenStore.create(tmp_path / "s", segment_bytes=4096 * 11, **SIZES) as store:
+        store.append(names, tokens)
+        store.delete(names[:5] + names[10:20])
+        before = segment_bytes(store)
+        assert store.compact(0.6).num_dropped == 1, "the one without a live record"
+        report = store.compact()
+        after = store.stat()
+        assert report.num_moved >= 5
+        assert report.freed_bytes > 0
+        assert (after.num_records, after.num_deleted) == (25, 0)
+        assert before - segment_bytes(store) >= 15 * 4096
+        left = names[5:10] + names[20:]
+        assert np.array_equal(read_all(store, left), np.r_[tokens[5:10], tokens[20:]])
+        assert store.compact() == CompactReport(0, 0, 0, ()), "nothing is left to do"
+
+
+@pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])
+def test_a_dead_share_that_is_none_is_refused(tmp_path: Path, share: float) -> None:
+    with (
+        TokenStore.create(tmp_path / "s", **SIZES) as store,
+        pytest.raises(RequestError, match="max_dead_share"),
+    ):
+        store.compact(share)
+
+
+def test_files_that_a_reader_needs_stay_until_it_has_gone(tmp_path: Path) -> None:
+    tokens = random_tokens(20)
+    names = [f"id-{number}" for number in range(20)]
+    segments = tmp_path / "s/segments"
+    with TokenStore.create(tmp_path / "s", segment_bytes=4096 * 6, **SIZES) as writer:
+        writer.append(names, tokens)
+        reader = TokenStore.open(tmp_path / "s")
+        files = {path.name for path in segments.iterdir()}
+        writer.delete(names[::2])
+        writer.compact()
+        assert files < {path.name for path in segments.iterdir()}
+        assert writer.stat().num_retired == len(files)
+        assert np.array_equal(read_all(reader, names), tokens)
+        reader.close()
+        with TokenStore.open(tmp_path / "s") as newer:
+            writer.compact()
+            assert not files & {path.name for path in segments.iterdir()}
+            assert writer.stat().num_retired == 0
+            assert np.array_equal(read_all(newer, names[1::2]), tokens[1::2])
+
+
+def test_iterate_yields_every_record_once_in_the_order_of_the_disk(tmp_path: Path) -> None:
+    tokens = random_tokens(10)
+    with TokenStore.create(tmp_path / "s", segment_bytes=4096 * 4, **SIZES) as store:
+        store.append(list("abcdefghij"), tokens)
+        store.delete(["d"])
+        batches = list(store.iterate(4))
+    assert [batch.ids for batch in batches] == [tuple("abce"), tuple("fghi"), ("j",)]
+    assert np.array_equal(np.concatenate([b.tokens for b in batches]), np.delete(tokens, 3, 0))
+    assert all(batch.scales is None and batch.bad == () for batch in batches)
+
+
+def test_segments_of_other_processes_are_committed(tmp_path: Path) -> None:
+    tokens = random_tokens(6)
+    with TokenStore.create(tmp_path / "s", **SIZES) as store:
+        store.append(["a"], tokens[:1])
+        paths = [tmp_path / "s/incoming/1.tokens", tmp_path / "elsewhere.tokens"]
+        for path, ids in zip(paths, (["b", "c"], ["a", "d"]), strict=True):
+            with SegmentWriter(path, StoreLayout.read(tmp_path / "s")) as segment:
+                segment.append(ids, tokens[1:3] if ids[0] == "b" else tokens[4:6])
+                assert not path.exists(), "it has its name only when it is whole"
+        report = store.commit_segments(paths)
+        assert (report.num_added, report.num_present, len(report.segments)) == (3, 1, 2)
+        assert not any(path.exists() for path in paths)
+        assert store.commit_segments([]).segments == ()
+        assert np.array_equal(read_all(store, list("abcd")), tokens[[0, 1, 2, 5]])
+
+
+def test_a_segment_that_was_given_up_leaves_nothing(tmp_path: Path) -> None:
+    def give_up(path: Path, layout: StoreLayout) -> None:
+        with SegmentWriter(path, layout) as segment:
+            segment.append(["a"], random_tokens(1))
+            segment.append(["b"], random_tokens(2))
+
+    with TokenStore.create(tmp_path / "s", **SIZES) as store:
+        path = tmp_path / "s/incoming/1.tokens"
+        with pytest.raises(StoreError, match="expected"):
+            give_up(path, store.layout)
+        segment = SegmentWriter(path, store.layout)
+        assert segment.close() is None, "no record, no file"
+        assert list(path.parent.iterdir()) == []
+        with pytest.raises(StoreError, match="closed"):
+            segment.append(["a"], random_tokens(1))
+
+
+def test_a_segment_takes_an_id_once_and_no_more_than_it_holds(tmp_path: Path) -> None:
+    with TokenStore.create(tmp_path / "s", segment_bytes=4096 * 4, **SIZES) as store:
+        path = tmp_path / "s/incoming/1.tokens"
+        with SegmentWriter(path, store.layout) as segment:
+            segment.append(["a"], random_tokens(1))
+            for ids in (["a"], ["b", "b"]):
+                with pytest.raises(StoreError, match="twice"):
+                    segment.append(ids, random_tokens(len(ids)))
+            with pytest.raises(StoreError, match=r"3 records, but .* room for 2"):
+                segment.append(["b", "c", "d"], random_tokens(3))
+            segment.append(["b", "c"], random_tokens(2))
+        assert store.commit_segments([path]).num_added == 3
+
+
+def test_a_resident_store_needs_no_file_any_more(tmp_path: Path) -> None:
+    tokens = random_tokens(5)
+    with TokenStore.create(tmp_path / "s", **SIZES) as store:
+        store.append(list("abcde"), tokens)
+        store.delete(["c"])
+    with TokenStore.open(tmp_path / "s", access="resident") as store:
+        (tmp_path / "s/segments/000001.tokens").unlink()
+        assert np.array_equal(read_all(store, list("eabd")), tokens[[4, 0, 1, 3]])
+        store.prefetch(store.rows(["a"]))
+    with pytest.raises(StoreError, match='expected mode "r"'):
+        TokenStore.open(tmp_path / "s", mode="a", access="resident")
+    with pytest.raises(StoreError, match="access is 'mapped'"):
+        TokenStore.open(tmp_path / "s", access="mapped")  # type: ignore[arg-type]
