@@ -1,7 +1,7 @@
 """One gather: its records cut into chunks, merged into reads, carried out, verified.
 
 A chunk is what one thread reads and then hashes while the bytes are still in its cache. Records
-of one chunk that follow one another in a file are one read.
+of one chunk that follow one another in the file and in the buffer are one read.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ import xxhash
 
 from .descriptors import SegmentFiles
 from .kernel_aio import (
-    PIECE,
+    ADDRESS,
+    FILE,
+    FILE_BITS,
+    NUM_BYTES,
+    OFFSET,
     QUEUE_DEPTH,
-    PreadvQueue,
+    WANTED,
+    PreadQueue,
     ReadBatch,
     ReadQueue,
     address,
@@ -112,14 +117,14 @@ class Worker:
 
     def __init__(self) -> None:
         self._queue: ReadQueue | None = None
-        self._preadv = PreadvQueue()
+        self._pread = PreadQueue()
         self._aligned: mmap | None = None
 
     def queue(self, num_reads: int = QUEUE_DEPTH, *, direct: bool = False) -> ReadQueue:
         """Return the queue for so many reads at once."""
         # The kernel takes 40 ms to close its queue: one that only ever reads a little has none.
         if num_reads <= (1 if direct else FEW_READS):
-            return self._preadv
+            return self._pread
         if self._queue is None:
             self._queue = open_queue()
         return self._queue
@@ -158,20 +163,23 @@ class Gather:
         self.bad: dict[int, str] = {}
         self._plan, self._layout, self._buffers = plan, layout, buffers
         self._rows, num_records = plan.locations & ROW_MASK, len(plan.locations)
+        self._direct, self._verify = direct, verify
+        self._bounces = direct and not buffers.are_aligned
+        self._num_columns = 2 if layout.scale_bytes else 1
         size = records_a_chunk(layout, num_records, num_threads, direct=direct)
-        self._starts = run_starts(plan.locations, layout, size)
+        # Bounced, tokens may go anywhere; else, read together, the padding would be in the way.
+        positions = None if self._bounces and not layout.scale_bytes else plan.positions
+        padded = layout.stride > layout.record_bytes and not self._bounces
+        self._starts = run_starts(plan.locations, positions, layout, 1 if padded else size)
         self._stops = np.empty_like(self._starts)
         self._stops[:-1], self._stops[-1] = self._starts[1:], num_records
         self._segments = plan.locations[self._starts] >> ROW_BITS
         self._first_places = [*range(0, num_records, size), num_records]
         self._edges: list[int] = np.searchsorted(self._starts, self._first_places).tolist()
         self.num_chunks = len(self._edges) - 1
-        self._direct = direct
-        self._bounces = direct and not buffers.are_aligned
-        self._padding = np.empty(layout.stride - layout.record_bytes, np.uint8)
-        self._num_columns = 2 if layout.scale_bytes else 1
-        self._batch = self._make_batch()
-        self._verify = verify
+        self._batch = ReadBatch(len(self._starts) * self._num_columns)
+        self._reads = self._batch.reads.reshape(len(self._starts), self._num_columns, -1)
+        self._describe_reads()
 
     def read(self, chunk: int, worker: Worker, files: SegmentFiles) -> None:
         """Read one chunk into the caller's buffers; note what is bad, with zeros in its place.
@@ -180,7 +188,7 @@ class Gather:
         """
         start, stop = self._edges[chunk : chunk + 2]
         first, last = self._first_places[chunk : chunk + 2]
-        bounce = self._aim_at_bounce(first, last, worker) if self._bounces else None
+        bounce = self._aim_at_bounce(chunk, worker) if self._bounces else None
         width = self._num_columns
         queue = worker.queue(stop - start, direct=self._direct)
         failed = queue.read(self._batch, start * width, stop * width)
@@ -199,22 +207,22 @@ class Gather:
     @contextmanager
     def opened(self, files: Files) -> Iterator[None]:
         """Keep the files open that the reads need; a file that cannot be opened fails its reads."""
-        descriptors = self._batch.reads["descriptor"].reshape(-1, self._num_columns)
         with files.tokens.lend(self._segments) as lent:
-            descriptors[:] = lent[:, None]
+            self._reads[:, :, FILE] = lent[:, None] << FILE_BITS
             if self._num_columns == 1 or files.cached is files.tokens:
                 yield
                 return
             with files.cached.lend(self._segments) as lent_for_scales:
-                descriptors[:, 1] = lent_for_scales
+                self._reads[:, 1, FILE] = lent_for_scales << FILE_BITS
                 yield
 
-    def _aim_at_bounce(self, first: int, last: int, worker: Worker) -> UInt8:
+    def _aim_at_bounce(self, chunk: int, worker: Worker) -> UInt8:
         """Let the chunk's records be read into aligned memory: uint8 [n, stride]."""
-        stride = self._layout.stride
+        (first, last), stride = self._first_places[chunk : chunk + 2], self._layout.stride
         bounce = worker.aligned((last - first) * stride).reshape(-1, stride)
-        aims = address(bounce) + np.arange(last - first) * stride
-        self._batch.pieces["address"][first:last] = aims
+        runs = slice(*self._edges[chunk : chunk + 2])
+        aims = address(bounce) + (self._starts[runs] - first) * stride
+        self._reads[runs, 0, ADDRESS] = aims
         return bounce
 
     def _read_one_by_one(self, run: int, files: SegmentFiles) -> dict[int, str]:
@@ -248,38 +256,25 @@ class Gather:
             return []
         return [first + at for at in range(len(found)) if found[at] != wanted[at]]
 
-    def _make_batch(self) -> ReadBatch:
-        """Describe all reads: a run's tokens, then (int8) its scales."""
-        layout, num_records = self._layout, len(self._rows)
-        padding = 0 if self._bounces else len(self._padding)
-        a_record = 2 if padding else 1
-        num_pieces = num_records * (a_record + self._num_columns - 1)
-        batch = ReadBatch(len(self._starts) * self._num_columns, num_pieces)
-        reads = batch.reads.reshape(-1, self._num_columns)
+    def _describe_reads(self) -> None:
+        """Say what every read takes from where to where: a run's tokens, then (int8) its scales."""
+        layout, buffers = self._layout, self._buffers
         counts, rows = self._stops - self._starts, self._rows[self._starts]
-        tokens = reads[:, 0]
-        tokens["pieces"] = batch.pieces_address + self._starts * (PIECE.itemsize * a_record)
-        tokens["num_pieces"] = counts * a_record - (a_record - 1)
-        tokens["offset"] = layout.offset(rows)
-        tokens["num_bytes"] = counts * layout.stride - padding
-        self._describe_tokens(batch.pieces[: num_records * a_record].reshape(-1, a_record))
-        if self._buffers.scales is not None:
-            first, scales = num_records * a_record, reads[:, 1]
-            _describe(batch.pieces[first:], self._buffers.scales, self._plan.positions)
-            scales["pieces"] = batch.pieces_address + (first + self._starts) * PIECE.itemsize
-            scales["num_pieces"] = counts
-            scales["offset"] = layout.scales_offset(rows)
-            scales["num_bytes"] = counts * layout.scale_bytes
-        return batch
+        positions = self._plan.positions[self._starts]
+        tokens = self._reads[:, 0]
+        tokens[:, ADDRESS] = address(buffers.tokens) + positions * layout.record_bytes
+        # Whole pages into aligned memory, or else no padding.
+        size = layout.stride if self._bounces else layout.record_bytes
+        tokens[:, WANTED] = tokens[:, NUM_BYTES] = counts * size
+        tokens[:, OFFSET] = layout.offset(rows)
+        if buffers.scales is not None:
+            self._describe_scales(buffers.scales, positions, counts, rows)
 
-    def _describe_tokens(self, pieces: npt.NDArray[np.void]) -> None:
-        """Fill `PIECE` [N, 1], or [N, 2] where padding is read to nowhere."""
-        _describe(pieces[:, 0], self._buffers.tokens, self._plan.positions)
-        if self._bounces:
-            pieces["num_bytes"] = self._layout.stride
-        elif len(self._padding):
-            pieces["address"][:, 1] = address(self._padding)
-            pieces["num_bytes"][:, 1] = len(self._padding)
+    def _describe_scales(self, out: UInt8, positions: Int64, counts: Int64, rows: Int64) -> None:
+        scales = self._reads[:, 1]
+        scales[:, ADDRESS] = address(out) + positions * out.shape[1]
+        scales[:, WANTED] = scales[:, NUM_BYTES] = counts * out.shape[1]
+        scales[:, OFFSET] = self._layout.scales_offset(rows)
 
 
 def records_a_chunk(
@@ -296,23 +291,22 @@ def records_a_chunk(
     return -(-num_records // (rounds * num_threads))
 
 
-def run_starts(locations: Int64, layout: StoreLayout, max_records: int) -> Int64:
-    """Return where runs of records that lie behind one another begin; `locations` is not empty.
+def run_starts(
+    locations: Int64, positions: Int64 | None, layout: StoreLayout, max_records: int
+) -> Int64:
+    """Return where runs of records that one read takes begin; `locations` is not empty.
 
-    A run also ends at a group's border (int8) and with every `max_records` records.
+    They lie behind one another in the file and, if `positions` are given, in the buffer. A run
+    also ends at a group's border (int8) and with every `max_records` records.
     """
-    offsets = layout.offset(locations & ROW_MASK)
     begins = np.ones(len(locations), np.bool_)
     begins[1:] = locations[1:] != locations[:-1] + 1
-    begins[1:] |= offsets[1:] != offsets[:-1] + layout.stride
+    if positions is not None:
+        begins[1:] |= positions[1:] != positions[:-1] + 1
+    if layout.group_records:
+        begins |= (locations & ROW_MASK) % layout.group_records == 0
     begins[::max_records] = True
     return np.flatnonzero(begins)
-
-
-def _describe(pieces: npt.NDArray[np.void], rows: UInt8, positions: Int64) -> None:
-    """Let `PIECE` [N] point to the rows at `positions`."""
-    pieces["address"] = address(rows) + positions * rows.shape[1]
-    pieces["num_bytes"] = rows.shape[1]
 
 
 def _slices(rows: UInt8, positions: Int64) -> list[memoryview]:

@@ -1,4 +1,4 @@
-"""Many reads in one system call: Linux kernel AIO, or `preadv` one by one where it is not offered.
+"""Many reads in one system call: Linux kernel AIO, or `pread` one by one where it is not offered.
 
 Kernel AIO is called through `ctypes`, which lets go of the GIL. A read through the page cache is
 done when the call returns; reads of files opened with O_DIRECT run side by side in the device.
@@ -22,26 +22,14 @@ from ...errors import StoreError
 # Most reads a queue takes at once. The system allows 65,536 (fs.aio-max-nr) for all processes.
 QUEUE_DEPTH = 128
 
-# struct iocb, io_event (linux/aio_abi.h) and iovec, as 64-bit little-endian machines lay them out.
-READ = np.dtype(
-    [
-        ("num_bytes", "<i8"),  # the caller's, handed back in the event
-        ("key", "<u4"),
-        ("rw_flags", "<u4"),
-        ("opcode", "<u2"),
-        ("priority", "<i2"),
-        ("descriptor", "<i4"),
-        ("pieces", "<u8"),  # address of its first iovec
-        ("num_pieces", "<u8"),
-        ("offset", "<i8"),
-        ("reserved", "<u8"),
-        ("flags", "<u4"),
-        ("event_descriptor", "<u4"),
-    ]
-)
-EVENT = np.dtype([("wanted", "<i8"), ("read", "<u8"), ("result", "<i8"), ("result2", "<i8")])
-PIECE = np.dtype([("address", "<u8"), ("num_bytes", "<u8")])
-OPCODE_PREADV = 7
+# A read is a struct iocb (linux/aio_abi.h): eight 64-bit words, of which these are not zero. The
+# operation, in the low half of FILE, is 0 (IOCB_CMD_PREAD); the descriptor is the high half.
+READ_WORDS = 8
+WANTED, FILE, ADDRESS, NUM_BYTES, OFFSET = 0, 2, 3, 4, 5
+FILE_BITS = 32
+# A struct io_event: WANTED as the read had it, the address of the read, and what came of it.
+EVENT_WORDS = 4
+READ, RESULT = 1, 2
 
 # io_setup, io_destroy, io_getevents, io_submit.
 _X86_64 = (206, 207, 208, 209)
@@ -55,27 +43,20 @@ SYSTEM_CALLS = {
 
 
 class ReadBatch:
-    """Reads in the form the kernel takes them; keeps alive what they point to, but for the files.
+    """Reads in the form the kernel takes them. Their files and destinations are the caller's.
 
     Attributes:
-        reads: `READ` [N]: `num_bytes` is what a read must give, `pieces` points into `pieces`.
-        pieces: `PIECE` [M]: address and length of every part of every destination.
-        address, pieces_address: where they lie.
+        reads: int64 [N, 8]; WANTED and NUM_BYTES are equal.
+        address: where they lie.
         pointers: the address of N addresses, one a read.
     """
 
-    def __init__(self, num_reads: int, num_pieces: int):
-        sizes = num_reads * READ.itemsize, num_pieces * PIECE.itemsize, num_reads * 8
-        pieces, pointers = sizes[0], sizes[0] + sizes[1]
-        memory = np.zeros(sum(sizes), np.uint8)  # one piece: this is done for every gather
-        self.reads = memory[:pieces].view(READ)
-        self.pieces = memory[pieces:pointers].view(PIECE)
+    def __init__(self, num_reads: int):
+        memory = np.zeros(num_reads * (READ_WORDS + 1), np.int64)
+        self.reads = memory[: num_reads * READ_WORDS].reshape(num_reads, READ_WORDS)
         self.address = address(memory)
-        self.pieces_address, self.pointers = self.address + pieces, self.address + pointers
-        self.reads["opcode"] = OPCODE_PREADV
-        memory[pointers:].view(np.int64)[:] = np.arange(
-            self.address, self.pieces_address, READ.itemsize
-        )
+        self.pointers = stop = self.address + self.reads.nbytes
+        memory[num_reads * READ_WORDS :] = np.arange(self.address, stop, READ_WORDS * 8)
 
 
 class ReadQueue(Protocol):
@@ -111,10 +92,8 @@ class KernelQueue:
         if self._calls.setup(depth, ctypes.addressof(context)) < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         self._context = context.value
-        memory = np.zeros(depth * EVENT.itemsize, np.uint8)
-        events = memory.view(EVENT)
-        self._wanted, self._results = events["wanted"], events["result"]
-        self._reads, self._events = events["read"], address(memory)
+        self._events = np.zeros((depth, EVENT_WORDS), np.int64)
+        self._events_address = address(self._events)
 
     def read(self, batch: ReadBatch, start: int, stop: int) -> list[int]:
         """See `ReadQueue.read`."""
@@ -142,7 +121,7 @@ class KernelQueue:
                 start += 1
         while num_pending:
             found = self._calls.getevents(
-                self._context, num_pending, num_pending, self._events, None
+                self._context, num_pending, num_pending, self._events_address, None
             )
             if found > 0:
                 num_pending -= found
@@ -154,30 +133,32 @@ class KernelQueue:
 
     def _failed(self, batch: ReadBatch, num_events: int) -> list[int]:
         """Return which of the first events tell of reads that did not give what they must."""
-        missed = self._results[:num_events] != self._wanted[:num_events]
+        events = self._events[:num_events]
+        missed = events[:, RESULT] != events[:, WANTED]
         if not missed.any():
             return []
-        reads = self._reads[:num_events][missed] - batch.address
-        return [int(read) // READ.itemsize for read in reads]
+        places: list[int] = ((events[missed, READ] - batch.address) // (READ_WORDS * 8)).tolist()
+        return places
 
 
-class PreadvQueue:
+class PreadQueue:
     """The same reads, one system call each."""
 
-    way = "preadv"
+    way = "pread"
 
     def __init__(self) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._preadv = libc["preadv64" if hasattr(libc, "preadv64") else "preadv"]
-        self._preadv.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
-        self._preadv.restype = ctypes.c_ssize_t
+        libc = ctypes.CDLL(None)
+        self._pread = libc["pread64" if hasattr(libc, "pread64") else "pread"]
+        number = ctypes.c_int64
+        self._pread.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, number)
+        self._pread.restype = ctypes.c_ssize_t
 
     def read(self, batch: ReadBatch, start: int, stop: int) -> list[int]:
         """See `ReadQueue.read`."""
         reads = batch.reads[start:stop]
-        columns = ("descriptor", "pieces", "num_pieces", "offset")
-        given = list(map(self._preadv, *(reads[name].tolist() for name in columns)))
-        wanted = reads["num_bytes"].tolist()
+        columns = (reads[:, FILE] >> FILE_BITS, *(reads[:, ADDRESS : OFFSET + 1].T))
+        given = list(map(self._pread, *(column.tolist() for column in columns)))
+        wanted = reads[:, WANTED].tolist()
         return [start + at for at in range(len(reads)) if given[at] != wanted[at]]
 
     def close(self) -> None:
@@ -185,15 +166,15 @@ class PreadvQueue:
 
 
 def open_queue() -> ReadQueue:
-    """Return a queue of kernel AIO, or of `preadv` where the system offers no other."""
+    """Return a queue of kernel AIO, or of `pread` where the system offers no other."""
     try:
         return KernelQueue()
     except OSError:
-        return PreadvQueue()
+        return PreadQueue()
 
 
 def address(array: npt.NDArray[Any]) -> int:
-    """Return where the first value lies; quick only for plain numbers."""
+    """Return where the array's first value lies."""
     return int(array.__array_interface__["data"][0])
 
 

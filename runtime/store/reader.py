@@ -134,7 +134,7 @@ class SegmentReader:
 
     @property
     def way(self) -> str:
-        """How reads reach the system: `"kernel AIO"`, or `"preadv"` where that is not offered."""
+        """How reads reach the system: `"kernel AIO"`, or `"pread"` where that is not offered."""
         with self._process().worker() as worker:
             return worker.queue().way
 
@@ -196,7 +196,7 @@ class SegmentReader:
 
     def _advise(self, files: SegmentFiles, locations: Int64) -> None:
         """Advise to read runs of records, and their scales."""
-        layout, starts = self._layout, run_starts(locations, self._layout, len(locations))
+        layout, starts = self._layout, run_starts(locations, None, self._layout, len(locations))
         rows, counts = locations[starts] & ROW_MASK, np.diff(starts, append=len(locations))
         with files.lend(locations[starts] >> ROW_BITS) as lent, suppress(OSError):
             _will_need(lent, layout.offset(rows), counts * layout.stride)

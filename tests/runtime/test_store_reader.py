@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from edje.runtime.store.reader import SegmentReader
 from edje.runtime.store.resident import NOT_HELD, ResidentRecords
 from record_files import ROWS, SEGMENTS, SHAPES, RecordFiles, key_of, layout_of, write_files
 
-WAYS = ["kernel AIO", "preadv"]
+WAYS = ["kernel AIO", "pread"]
 COUNT = ROWS * SEGMENTS
 PAGE = 4096
 
@@ -56,7 +57,7 @@ def many_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "preadv":
+    if name == "pread":
         monkeypatch.setattr(kernel_aio, "SYSTEM_CALLS", {})
     elif kernel_aio.open_queue().way != name:
         pytest.skip("this system offers no kernel AIO")
@@ -187,11 +188,14 @@ def test_int8_records_are_verified_without_a_buffer_for_scales(
 
 def test_runs_end_where_records_do_not_follow_one_another() -> None:
     rows = np.array([0, 1, 2, 4, 5, 5, 31, 32, 33, 1 << 32, (1 << 32) + 1])
-    float16 = gather.run_starts(rows, layout_of("float16"), 100)
-    assert float16.tolist() == [0, 3, 5, 6, 9]
-    int8 = gather.run_starts(rows, layout_of("int8"), 100)
-    assert int8.tolist() == [0, 3, 5, 6, 7, 9], "row 32 begins a group of int8 records"
-    assert gather.run_starts(rows, layout_of("float16"), 2).tolist() == [0, 2, 3, 4, 5, 6, 8, 9, 10]
+    float16, int8 = layout_of("float16"), layout_of("int8")
+    assert gather.run_starts(rows, None, float16, 100).tolist() == [0, 3, 5, 6, 9]
+    scattered = np.array([0, 1, 5, 2, 3, 4, 6, 7, 8, 10, 9])
+    assert gather.run_starts(rows, scattered, float16, 100).tolist() == [0, 2, 3, 5, 6, 9, 10]
+    assert gather.run_starts(rows, None, int8, 100).tolist() == [0, 3, 5, 6, 7, 9], (
+        "row 32 begins a group of int8 records"
+    )
+    assert gather.run_starts(rows, None, float16, 2).tolist() == [0, 2, 3, 4, 5, 6, 8, 9, 10]
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 4])
@@ -208,13 +212,16 @@ def test_all_threads_get_equally_many_chunks(num_threads: int, direct: bool) -> 
             assert chunks <= -(-count // (most * num_threads)) * num_threads
 
 
-def test_the_kernels_structs_have_their_sizes() -> None:
-    sizes = [kernel_aio.READ.itemsize, kernel_aio.EVENT.itemsize, kernel_aio.PIECE.itemsize]
-    assert sizes == [64, 32, 16]
-    assert kernel_aio.READ.fields is not None
-    offsets = {name: field[1] for name, field in kernel_aio.READ.fields.items()}
-    wanted = {"num_bytes": 0, "opcode": 16, "descriptor": 20, "pieces": 24, "offset": 40}
-    assert wanted.items() <= offsets.items()
+def test_reads_are_the_kernels_iocbs() -> None:
+    batch = kernel_aio.ReadBatch(2)
+    batch.reads[1, kernel_aio.FILE] = -1 << kernel_aio.FILE_BITS
+    batch.reads[1, kernel_aio.ADDRESS] = 0x7F00_1234_5678
+    batch.reads[1, [kernel_aio.WANTED, kernel_aio.NUM_BYTES]] = 49152
+    batch.reads[1, kernel_aio.OFFSET] = 1 << 40
+    # aio_data; aio_key, aio_rw_flags; aio_lio_opcode, aio_reqprio, aio_fildes; aio_buf,
+    # aio_nbytes, aio_offset; aio_reserved2; aio_flags, aio_resfd
+    iocb = (49152, 0, 0, 0, 0, -1, 0x7F00_1234_5678, 49152, 1 << 40, 0, 0, 0)
+    assert batch.reads[1].tobytes() == struct.pack("<QIIHhiQQqQII", *iocb)
 
 
 def test_a_flipped_bit_is_found_and_only_that_record_is_bad(files: RecordFiles, way: str) -> None:
@@ -325,7 +332,7 @@ def test_an_interrupt_gives_the_queue_back_before_the_buffers(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.EAGAIN])
-def test_without_kernel_aio_preadv_is_used_and_named(
+def test_without_kernel_aio_pread_is_used_and_named(
     all_files: dict[str, RecordFiles], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def refused(self: kernel_aio.KernelQueue, depth: int = 1) -> None:
@@ -333,7 +340,7 @@ def test_without_kernel_aio_preadv_is_used_and_named(
 
     monkeypatch.setattr(kernel_aio.KernelQueue, "__init__", refused)
     source = all_files["float16"].reader()
-    assert source.way == "preadv"
+    assert source.way == "pread"
     check_others(all_files["float16"], source, {})
     source.close()
 
