@@ -216,9 +216,15 @@ def write_catalog(path: Path, num_ids: int) -> Path:
 
 
 def measure_ids(store: Path, num_resolved: int) -> dict[str, float]:
-    """Open the store in a new process and resolve random ids; return times and memory."""
+    """Open the store in a new process and resolve random ids; return times and memory.
+
+    Raises:
+        EdjeError: that process fails.
+    """
     command = [sys.executable, "-m", __spec__.name, "--resolve", str(store), str(num_resolved)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise EdjeError(f"the process that resolves ids failed: {done.stderr}")
     found: dict[str, float] = json.loads(done.stdout)
     return found
 

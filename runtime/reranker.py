@@ -254,7 +254,11 @@ def check_store(engine: Engine, store: TokenStore) -> None:
         faults.append(
             f"tokens: the store holds {list(got)} an image, the engine reads {list(expected)}"
         )
-    hint = "index the images again: edje index ENGINE_OR_BUNDLE IMAGES --store NEW_STORE"
+    hint = (
+        "tokens of two encoders do not compare: index the same images with this one, "
+        f"edje store ids {store.path} > ids.txt && "
+        "edje index ENGINE_OR_BUNDLE IMAGES --into NEW_STORE --from ids.txt"
+    )
     if engine.manifest.token_dtype == "int8" and layout.dtype != "int8":
         faults.append(f"dtype: the store holds {layout.dtype} tokens, the engine reads int8 ones")
         hint += " --dtype int8; or build an engine without --tokens int8, which reads both"
@@ -339,7 +343,7 @@ def _raise_faults(faults: Sequence[Fault]) -> None:
         raise StoreError(
             f"{len(faults)} pairs have no score",
             faults=[f"{fault.id!r}: {fault.reason}" for fault in faults[:20]],
-            hint="index these images again into a new store",
+            hint="`edje store verify --repair STORE` takes damaged records out; then index again",
         )
 
 

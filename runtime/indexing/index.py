@@ -258,7 +258,9 @@ def _open_store(folder: Path, manifest: BundleManifest, dtype: str | None) -> To
         raise StoreError(
             f"the store {folder} was made by another image encoder",
             faults=[f"store: {store.fingerprint_encoder}", f"this encoder: {fingerprint}"],
-            hint="index into a new store: tokens of two encoders do not compare",
+            hint="tokens of two encoders do not compare: index the same images into a new store, "
+            f"edje store ids {folder} > ids.txt && "
+            "edje index ENGINE_OR_BUNDLE IMAGES --into NEW_STORE --from ids.txt",
         )
     if dtype not in (None, store.layout.dtype):
         store.close()
