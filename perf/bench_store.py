@@ -35,6 +35,7 @@ import numpy.typing as npt
 from ..errors import EdjeError
 from ..runtime.store import TokenStore
 from ..runtime.store.catalog import Catalog, Change, RecordBatch, Segment
+from ..runtime.store.layout import ROW_BITS
 from ..runtime.store.records import Records, digests_of
 from .harness import ROOT, Timing, conditions, interleave, timings_json, write_result
 
@@ -44,6 +45,7 @@ APPENDED_AT_ONCE = 1024
 NUM_SETS = 32  # of random records that the contestants are asked for, turn by turn
 NUM_ROUNDS, NUM_DIRECT_ROUNDS = 160, 5
 NUM_IDS, NUM_RESOLVED = 1_000_000, 50_000
+FIRST_SEGMENT = 1
 
 COPY, MAPPED, TAKEN = "memcpy", "np.load mmap [rows]", "np.load mmap take"
 VERIFIED, UNVERIFIED, RESIDENT, DIRECT = "verified", "unverified", "resident", "direct"
@@ -202,7 +204,7 @@ def write_catalog(path: Path, num_ids: int) -> Path:
         max_rows = store.layout.max_rows
     catalog = Catalog.open(path, writable=True)
     try:
-        for segment, first in enumerate(range(0, num_ids, max_rows)):
+        for segment, first in enumerate(range(0, num_ids, max_rows), FIRST_SEGMENT):
             numbers = range(first, min(first + max_rows, num_ids))
             batches = [
                 RecordBatch(segment, at, _records(numbers[at : at + APPENDED_AT_ONCE]))
@@ -247,7 +249,8 @@ def resolve(path: Path, num_resolved: int) -> dict[str, float]:
             rows = store.rows(ids)
             times.append((perf_counter() - began) * 1e3)
         max_rows, num_ids = store.layout.max_rows, len(store)
-    if not np.array_equal(rows, numbers // max_rows << 32 | numbers % max_rows):
+    segments = FIRST_SEGMENT + numbers // max_rows
+    if not np.array_equal(rows, segments << ROW_BITS | numbers % max_rows):
         raise EdjeError("ids have wrong rows")
     return {
         "num_ids": num_ids,

@@ -36,7 +36,7 @@ from .layout import PAGE_BYTES, ROW_BITS, ROW_MASK, Int64, StoreLayout, UInt64
 UInt8 = npt.NDArray[np.uint8]
 
 # Through the page cache: small enough to stay in a core's second-level cache until hashed.
-CACHED_CHUNK_BYTES = 1152 << 10
+CACHED_CHUNK_BYTES = 1536 << 10
 # Past it the device should have much to do at once.
 DIRECT_CHUNK_BYTES = 4 << 20
 # As many reads one by one take no longer than together.
