@@ -45,7 +45,7 @@ class _Table:
     def __init__(self, num_rows: Mapping[int, int]):
         used = sorted(segment for segment, count in num_rows.items() if count)
         self.segments = np.array([*used, 1 << (63 - ROW_BITS)], np.int64)
-        self.edges = np.cumsum([0, *(num_rows[segment] for segment in used)])
+        self.edges: Int64 = np.cumsum([0, *(num_rows[segment] for segment in used)])
         total = int(self.edges[-1])
         self.lows = np.zeros(total, np.uint64)
         self.highs = np.zeros(total, np.uint64)
