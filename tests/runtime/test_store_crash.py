@@ -1,4 +1,4 @@
-"""kill -9 of a writer, anywhere: what was acknowledged is there and whole, nothing is torn."""
+"""kill -9 of a writer, anywhere: what was acknowledged is whole; and readers in its midst."""
 
 from __future__ import annotations
 
@@ -50,3 +50,10 @@ def test_death_at_every_change_on_disk(folder: Path, dtype: str) -> None:
     hit = run_killer("everywhere", folder / "s", dtype, 3)
     assert hit.keys() == KINDS
     assert min(hit.values()) >= 3, "before, halfway and after at least one change"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_readers_beside_a_writer_see_one_state_each_and_keep_it(folder: Path, dtype: str) -> None:
+    hit = run_killer("beside", folder / "s", dtype, 4, 60)
+    assert hit["opened"] == 60
+    assert hit["states"] >= 20, "the writer went on meanwhile"

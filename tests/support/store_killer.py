@@ -2,6 +2,7 @@
 
     python store_killer.py random FOLDER DTYPE SEED KILLS
     python store_killer.py everywhere FOLDER DTYPE SEED
+    python store_killer.py beside FOLDER DTYPE SEED OPENINGS
 
 The writer is a fork of this warm process (an import would cost more than everything else). It
 says what it begins and what the store has acknowledged through a pipe, which outlives it.
@@ -12,11 +13,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import signal
 import sys
 import time
 import traceback
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, product
@@ -31,8 +33,11 @@ from store_history import (
     Operation,
     Sizes,
     Witness,
+    differences,
     draw_operation,
+    expected_bytes,
     random_operation,
+    served_bytes,
 )
 
 
@@ -66,6 +71,15 @@ class Writer:
     def lines(self) -> Iterator[str]:
         """Yield what it says, until it is dead and all is read."""
         while chunk := os.read(self._lines, 1 << 16):
+            *whole, self._rest = (self._rest + chunk).split(b"\n")
+            yield from (line.decode() for line in whole)
+
+    def lines_so_far(self) -> Iterator[str]:
+        """Yield what it has said by now."""
+        while select.select([self._lines], [], [], 0)[0]:
+            chunk = os.read(self._lines, 1 << 16)
+            if not chunk:
+                return
             *whole, self._rest = (self._rest + chunk).split(b"\n")
             yield from (line.decode() for line in whole)
 
@@ -208,12 +222,74 @@ def die_everywhere(path: Path, sizes: Sizes, seed: int) -> Outcome:
     return outcome
 
 
+class Ledger:
+    """The models that a store went through while its writer wrote: the last ones known."""
+
+    def __init__(self, writer: Writer):
+        self._writer = writer
+        self._begun: Operation | None = None
+        self.models: list[Model] = [{}]
+        self.faults: list[str] = []
+
+    def read(self) -> None:
+        """Take in what the writer has said since."""
+        for line in self._writer.lines_so_far():
+            word, _, rest = line.partition(" ")
+            if word == "begin":
+                self._begun = Operation.from_json(rest)
+            elif word == "done" and self._begun:
+                self.models.append(self._begun.after(self.models[-1]))
+                self._begun = None
+            else:
+                self.faults.append(line)
+
+    def forget(self) -> None:
+        """Keep the newest model only."""
+        self.models = self.models[-1:]
+
+    def possible(self) -> list[Model]:
+        """Return every model that may have been read since `forget`."""
+        return self.models + ([self._begun.after(self.models[-1])] if self._begun else [])
+
+
+def read_beside(path: Path, sizes: Sizes, seed: int, openings: int) -> Outcome:
+    """Open, read and keep readers while another process writes: each sees one state, for good."""
+    sizes.create(path).close()
+    outcome, pick = Outcome(), random.Random(seed)
+    writer = Writer(lambda say: write_on(path, {}, seed, say))
+    ledger, kept = Ledger(writer), deque[tuple[TokenStore, dict[str, bytes]]]()
+    while outcome.hit["opened"] < openings and not outcome.faults:
+        ledger.read()
+        ledger.forget()
+        store = TokenStore.open(path, access=pick.choice(("cached", "resident")))
+        kept.append((store, served_bytes(store)))
+        ledger.read()
+        outcome.faults += ledger.faults
+        possible = ledger.possible()
+        wrong = [differences(kept[-1][1], expected_bytes(m, store.layout)) for m in possible]
+        outcome.faults += [] if "" in wrong else [f"{len(wrong)} states, none was read: {wrong}"]
+        outcome.hit["opened"] += 1
+        outcome.hit["states"] += len(ledger.models) - 1
+        if len(kept) > 4:
+            store, before = kept.popleft()
+            outcome.faults += filter(None, [differences(served_bytes(store), before)])
+            store.close()
+    writer.kill()
+    writer.reap()
+    for store, before in kept:
+        outcome.faults += filter(None, [differences(served_bytes(store), before)])
+        store.close()
+    return outcome
+
+
 def main(way: str, folder: str, dtype: str, seed: str, *rest: str) -> None:
-    """Run one of the two ways and print what came of it."""
+    """Run one of the ways and print what came of it."""
     sizes = Sizes(dtype=dtype)
     path = Path(folder)
     if way == "random":
         outcome = kill_at_random(path, sizes, int(seed), int(rest[0]))
+    elif way == "beside":
+        outcome = read_beside(path, sizes, int(seed), int(rest[0]))
     else:
         outcome = die_everywhere(path, sizes, int(seed))
     print(outcome.to_json())
