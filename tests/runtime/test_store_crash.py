@@ -38,6 +38,7 @@ def run_killer(*arguments: object) -> Counter[str]:
     return Counter(outcome["hit"])
 
 
+@pytest.mark.slow
 def test_two_hundred_kills_at_random_moments(folder: Path) -> None:
     hit = run_killer("random", folder / "float16", "float16", 1, KILLS * 2 // 3)
     hit += run_killer("random", folder / "int8", "int8", 2, KILLS - KILLS * 2 // 3)
@@ -45,6 +46,7 @@ def test_two_hundred_kills_at_random_moments(folder: Path) -> None:
     assert min(hit[kind] for kind in KINDS) >= 5, hit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_death_at_every_change_on_disk(folder: Path, dtype: str) -> None:
     hit = run_killer("everywhere", folder / "s", dtype, 3)

@@ -214,11 +214,12 @@ def die_everywhere(path: Path, sizes: Sizes, seed: int) -> Outcome:
             elif said is not None:
                 outcome.faults.append(said)
             outcome.faults += witness.check(operation if said is None else None)
-            if said is not None or outcome.faults:
+            if outcome.faults:
+                return outcome
+            if said is not None:
                 break
             outcome.hit[kind] += 1
-    if not outcome.faults:
-        outcome.faults += witness.verify()
+    outcome.faults += witness.verify()
     return outcome
 
 
