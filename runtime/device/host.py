@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -18,6 +20,7 @@ from ...errors import EngineError
 from . import protocol
 
 Work = Callable[[], None]
+_NOTHING_TO_DO: AbstractContextManager[object] = nullcontext()
 ALIGNMENT_BYTES = 4096  # whole pages: what direct reads and pinning want
 
 
@@ -34,46 +37,63 @@ class HostBuffer:
         return self._elements[: math.prod(shape)].reshape(shape)
 
 
-class HostEvent:
-    """A place in a host stream, with the time and the error it was passed with."""
+class _Mark:
+    """One recording of an event: a place in a stream, with the time and the error it met."""
+
+    __slots__ = ("_passed", "error", "time_s")
 
     def __init__(self) -> None:
-        self._passed = threading.Event()
+        self._passed = threading.Lock()  # held until the stream passes: cheaper than an Event
+        self._passed.acquire()
         self.error: BaseException | None = None
         self.time_s = 0.0
 
-    def arm(self) -> None:
-        """Forget the last passing: the event is about to be recorded again."""
-        self._passed.clear()
-        self.error = None
-
     def fire(self, error: BaseException | None) -> None:
-        """Pass the event now, on the stream's worker."""
+        """Pass the place now, on the stream's worker; once."""
         self.error = error
         self.time_s = time.perf_counter()
-        self._passed.set()
+        self._passed.release()
 
     def block(self) -> None:
-        """Wait until the event was passed, with an error or without."""
-        self._passed.wait()
+        """Wait until the place was passed, with an error or without."""
+        with self._passed:
+            pass
+
+
+class HostEvent:
+    """A place in a host stream."""
+
+    def __init__(self) -> None:
+        self.mark = _Mark()
+        self.mark.fire(None)
+
+    @property
+    def error(self) -> BaseException | None:
+        """What failed before the place, once it was passed."""
+        return self.mark.error
+
+    def block(self) -> None:
+        """Wait until the place was passed, with an error or without."""
+        self.mark.block()
 
     def synchronize(self) -> None:
-        self.block()
-        if self.error is not None:
-            raise self.error
+        mark = self.mark
+        mark.block()
+        if mark.error is not None:
+            raise mark.error
 
     def elapsed_ms(self, since: protocol.Event) -> float:
-        return (self.time_s - _host(since).time_s) * 1e3
+        return (self.mark.time_s - _host(since).mark.time_s) * 1e3
 
 
 @dataclass(frozen=True, slots=True)
 class _Wait:
-    """A queued item: block the stream until `event` was passed."""
+    """A queued item: block the stream until `mark` was passed."""
 
-    event: HostEvent
+    mark: _Mark
 
 
-Item = Work | HostEvent | _Wait | None
+Item = Work | _Mark | _Wait | None
 
 
 class HostStream:
@@ -108,11 +128,11 @@ class HostStream:
         """Do nothing: `HostDevice.mirror` gave the same memory."""
 
     def record(self, event: protocol.Event) -> None:
-        _host(event).arm()
-        self._queue.put(_host(event))
+        mark = _host(event).mark = _Mark()
+        self._queue.put(mark)
 
     def wait(self, event: protocol.Event) -> None:
-        self._queue.put(_Wait(_host(event)))
+        self._queue.put(_Wait(_host(event).mark))
 
     def close(self) -> None:
         """Run what is queued, then end the worker. Calling it twice is allowed."""
@@ -151,11 +171,19 @@ class HostDevice:
     """The CPU production path: engines run on worker threads, over the caller's own arrays."""
 
     name = "host"
+    shares_memory = True
 
     def __init__(self) -> None:
+        self._process = os.getpid()
         self._streams: list[HostStream] = []
+        self._usage = protocol.DeviceUsage()
+
+    def current(self) -> AbstractContextManager[object]:
+        return _NOTHING_TO_DO
 
     def pinned(self, num_elements: int, dtype: np.dtype[Any]) -> HostBuffer:
+        pinned_bytes = self._usage.pinned_bytes + num_elements * dtype.itemsize
+        self._usage = replace(self._usage, pinned_bytes=pinned_bytes)
         return HostBuffer(num_elements, dtype)
 
     def mirror(self, pinned: protocol.PinnedBuffer) -> protocol.DeviceBuffer:
@@ -166,7 +194,13 @@ class HostDevice:
         self._streams.append(stream)
         return stream
 
+    def borrow(self, stream: object) -> HostStream:
+        if not isinstance(stream, HostStream):
+            raise EngineError(f"the host device borrows host streams, got {type(stream).__name__}")
+        return stream
+
     def event(self) -> HostEvent:
+        self._usage = replace(self._usage, num_events=self._usage.num_events + 1)
         return HostEvent()
 
     def capture(self, work: Callable[[protocol.Stream], None]) -> HostGraph:
@@ -174,20 +208,32 @@ class HostDevice:
         work(stream)
         return HostGraph(stream.captured)
 
+    def load_module(self, code: bytes) -> protocol.Module:
+        raise EngineError("the host device runs no device code")
+
+    def fault(self) -> str | None:
+        return None
+
+    def usage(self) -> protocol.DeviceUsage:
+        return replace(self._usage, num_streams=len(self._streams))
+
     def close(self) -> None:
-        while self._streams:
-            self._streams.pop().close()
+        """Finish the streams; in a forked child, which has none of their threads, do nothing."""
+        if os.getpid() == self._process:
+            while self._streams:
+                self._streams.pop().close()
+        self._usage = protocol.DeviceUsage()
 
 
 def _run_worker(queue: SimpleQueue[Item]) -> None:
     error: BaseException | None = None
     while (item := queue.get()) is not None:
-        if isinstance(item, HostEvent):
+        if isinstance(item, _Mark):
             item.fire(error)
             error = None
         elif isinstance(item, _Wait):
-            item.event.block()
-            error = error or item.event.error
+            item.mark.block()
+            error = error or item.mark.error
         elif error is None:
             error = _run(item)
         item = None  # an idle worker must not keep the last batch alive

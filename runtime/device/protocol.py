@@ -1,18 +1,45 @@
-"""The dozen calls that the pipeline makes of a device. `host` implements them on CPU threads.
+"""The page a device author reads: the calls that the pipeline makes of a device.
 
-Order is explicit: work on one stream runs in the order it was submitted, an event marks a place
-in that order, and nothing else orders anything.
+`host` implements them on CPU threads, `cuda_core` and `pycuda` on an NVIDIA GPU.
+
+- Order is explicit: work on one stream runs in the order it was submitted, an event marks a place
+  in that order, `Stream.wait` orders two streams, and nothing else orders anything.
+- Memory, streams and events are made at set-up only and live until `Device.close`. `Device.usage`
+  counts them, so that a test sees it when serving makes more.
+- Any thread may call. It enters `Device.current()` first, which makes the device the thread's own
+  and puts back what was before.
+- A device belongs to the process that opened it. In a forked child nothing of it works; whoever
+  owns it refuses there (see `Lane.check`), and `close` does nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceUsage:
+    """What a device has made and not freed.
+
+    Attributes:
+        pinned_bytes: host memory that the device reaches; ordinary memory on the host device.
+        device_bytes: memory of the device itself; 0 where host and device share.
+        num_streams, num_events: borrowed streams do not count.
+    """
+
+    pinned_bytes: int = 0
+    device_bytes: int = 0
+    num_streams: int = 0
+    num_events: int = 0
 
 
 class PinnedBuffer(Protocol):
@@ -27,15 +54,21 @@ class DeviceBuffer(Protocol):
     """Memory where engines run; owned by its device."""
 
     def view(self, shape: tuple[int, ...]) -> Array:
-        """Return the first elements as an array of `shape` that engines of this device take."""
+        """Return the first elements as an array of `shape` that engines of this device take.
+
+        A NumPy array on the host, an `engines.contract.DeviceArray` on a GPU.
+        """
         ...
 
 
 class Event(Protocol):
-    """A place in a stream's order. It may be recorded again once it was waited for."""
+    """A place in a stream's order. It may be recorded again once it was waited for.
+
+    An event that was never recorded counts as passed.
+    """
 
     def synchronize(self) -> None:
-        """Block until the stream has passed the place.
+        """Block until the stream has passed the place where it was recorded last.
 
         Raises:
             Exception: what work before it on its stream raised since the last recorded event.
@@ -51,10 +84,16 @@ class Stream(Protocol):
     """Work in order. A superset of what `engines.contract.Stream` asks for."""
 
     @property
-    def handle(self) -> int: ...
+    def handle(self) -> int:
+        """The device's own stream (a `cudaStream_t`) as an int; 0 on the host."""
+        ...
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Run host `work` in the stream's order; returns at once."""
+        """Run host `work` in the stream's order; returns at once.
+
+        Raises:
+            EngineError: a GPU's stream takes no host work.
+        """
         ...
 
     def upload(self, target: DeviceBuffer, source: PinnedBuffer, num_elements: int) -> None:
@@ -70,7 +109,10 @@ class Stream(Protocol):
         ...
 
     def wait(self, event: Event) -> None:
-        """Let later work wait for `event`, and fail if it failed; returns at once."""
+        """Let later work wait for `event` as recorded last, and fail if it failed.
+
+        Returns at once.
+        """
         ...
 
 
@@ -82,24 +124,115 @@ class Graph(Protocol):
         ...
 
 
+class Kernel(Protocol):
+    """One function of a loaded module."""
+
+    def launch(
+        self,
+        stream: Stream,
+        *,
+        grid: Grid,
+        block: Grid,
+        shared_bytes: int,
+        arguments: Sequence[np.generic],
+    ) -> None:
+        """Run it in the order of `stream`; returns at once.
+
+        Args:
+            grid: blocks in x, y, z.
+            block: threads of a block in x, y, z.
+            shared_bytes: dynamic shared memory of a block.
+            arguments: NumPy scalars in the kernel's order and of its types: `np.uint64` for an
+                address, `np.int32`, `np.float32`, ...
+        """
+        ...
+
+
+class Module(Protocol):
+    """Device code compiled ahead of time, loaded until the device is closed."""
+
+    def kernel(self, symbol: str) -> Kernel:
+        """Return the function `symbol`. Look it up once, not while requests run.
+
+        Raises:
+            EngineError: the module has no such function.
+        """
+        ...
+
+
 class Device(Protocol):
     """Where engines run. Allocation happens at set-up only, never while requests run."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What results call it: `host`, `NVIDIA H200`."""
+        ...
 
-    def pinned(self, num_elements: int, dtype: np.dtype[Any]) -> PinnedBuffer: ...
+    @property
+    def shares_memory(self) -> bool:
+        """Whether engines read host memory: then nothing is copied, and one stream is enough."""
+        ...
+
+    def current(self) -> AbstractContextManager[object]:
+        """Return a `with` block in which this thread's calls go to this device."""
+        ...
+
+    def pinned(self, num_elements: int, dtype: np.dtype[Any]) -> PinnedBuffer:
+        """Allocate host memory, page-aligned; its values are undefined."""
+        ...
 
     def mirror(self, pinned: PinnedBuffer) -> DeviceBuffer:
         """Return device memory of the same size; the same memory where host and device share."""
         ...
 
-    def stream(self) -> Stream: ...
+    def stream(self) -> Stream:
+        """Return a new stream that no default stream of anybody waits for."""
+        ...
 
-    def event(self) -> Event: ...
+    def borrow(self, stream: object) -> Stream:
+        """Return the caller's own stream as one of ours; it stays the caller's.
+
+        Args:
+            stream: what has `__cuda_stream__` (torch, cupy, cuda.core) or a `handle` (pycuda), on
+                this device. It must live as long as the device is used.
+
+        Raises:
+            EngineError: it is no stream, or this device has none to lend.
+        """
+        ...
+
+    def event(self) -> Event:
+        """Return a new event that also takes the time."""
+        ...
 
     def capture(self, work: Callable[[Stream], None]) -> Graph:
-        """Record what `work` submits to the stream it is given, without running it."""
+        """Record what `work` submits to the stream it is given, without running it.
+
+        Run the same work once before: what is allocated or compiled at first use cannot be
+        captured.
+
+        Raises:
+            EngineError: this device offers no graphs (it says why), or the work cannot be one.
+        """
+        ...
+
+    def load_module(self, code: bytes) -> Module:
+        """Load device code (a cubin of this GPU's architecture).
+
+        Raises:
+            EngineError: this device runs no device code, or not this.
+        """
+        ...
+
+    def fault(self) -> str | None:
+        """Return why nothing can run here any more, None while it can; never blocks.
+
+        A GPU's context that met an illegal address stays broken until the process ends.
+        """
+        ...
+
+    def usage(self) -> DeviceUsage:
+        """Return what was made and not freed."""
         ...
 
     def close(self) -> None:
