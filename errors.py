@@ -12,7 +12,13 @@ class EdjeError(Exception):
         message: one sentence: what failed, what was got, what was expected.
         faults: every fault of one input, shown one a line (all at once, never the first only).
         hint: the command or the change that mends it.
+
+    Attributes:
+        stage: the pipeline's stage that failed: `gather`, `copy`, `compute` or `collect`; None
+            elsewhere.
     """
+
+    stage: str | None = None
 
     def __init__(self, message: str, *, faults: Sequence[str] = (), hint: str | None = None):
         self.message = message
@@ -22,6 +28,10 @@ class EdjeError(Exception):
         if hint:
             lines.append(f"Hint: {hint}")
         super().__init__("\n".join(lines))
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if self.stage is None else f"{text}\nStage: {self.stage}"
 
 
 class CheckpointError(EdjeError):
@@ -38,6 +48,10 @@ class StoreError(EdjeError):
 
 class RequestError(EdjeError):
     """A request (query, candidates, options) cannot be served as it stands."""
+
+
+class StoppedError(RequestError):
+    """A request's deadline passed, or its caller cancelled it, before all of it was scored."""
 
 
 def named(names: Sequence[str], *, limit: int = 20) -> str:

@@ -73,5 +73,8 @@ def _split(pairs: Int64, max_pairs: int) -> Iterator[Int64]:
 
 
 def _planned(bucket: int, pairs: Int64, query_of_pair: Int64) -> PlannedBatch:
+    first, last = int(query_of_pair[pairs[0]]), int(query_of_pair[pairs[-1]])
+    if first == last and (query_of_pair[pairs] == first).all():  # the usual case, and faster
+        return PlannedBatch(bucket, np.array([first]), np.zeros(len(pairs), np.int32), pairs)
     queries, local = np.unique(query_of_pair[pairs], return_inverse=True)
     return PlannedBatch(bucket, queries, local.astype(np.int32), pairs)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
@@ -150,10 +150,10 @@ class Cascade:
 
         def score_precisely(places: Int64) -> Float32:
             queries = request.query_of_pair[places]
-            part = self._precise.run(Request(request.queries, queries, request.rows[places]))
+            some = replace(request, query_of_pair=queries, rows=request.rows[places])
+            part = self._precise.run(some)
             result.damaged.update({int(places[at]): why for at, why in part.damaged.items()})
-            result.gather_ms += part.gather_ms
-            result.compute_ms += part.compute_ms
+            result.add_times(part)
             return part.scores
 
         found = rescore_top(result.scores, score_precisely, top_k=top_k, margin=self._margin)

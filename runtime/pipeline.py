@@ -6,12 +6,12 @@ events are made once, when the pipeline is.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
-from time import perf_counter
+from time import monotonic, perf_counter
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,10 @@ import numpy.typing as npt
 from ..engines.contract import Engine
 from ..engines.int8_tokens import not_finite
 from ..engines.precision.quantize import QUANTIZED
-from ..errors import EdjeError, EngineError
+from ..errors import StoppedError
 from .batcher import PlannedBatch, plan_batches
-from .device.protocol import Device, Stream
+from .device.protocol import Device
+from .lane import Lane
 from .staging import Slot, SlotRing
 from .store import BadRecord
 from .text import TokenizedQueries
@@ -40,11 +41,26 @@ class Request:
         queries: the tokenised queries.
         query_of_pair: int64 [N]: index into `queries` for each pair.
         rows: int64 [N]: the store's row of each pair's image.
+        deadline: `time.monotonic()` seconds after which no further batch is started; None: none.
+        cancelled: asked before each batch, from the thread that runs the request; True stops it.
     """
 
     queries: TokenizedQueries
     query_of_pair: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int64]
+    deadline: float | None = None
+    cancelled: Callable[[], bool] | None = None
+
+    def check_wanted(self) -> None:
+        """Check that somebody still waits for the scores.
+
+        Raises:
+            StoppedError: the deadline passed, or the caller cancelled.
+        """
+        if self.deadline is not None and monotonic() >= self.deadline:
+            raise StoppedError("the request's deadline passed before all of it was scored")
+        if self.cancelled is not None and self.cancelled():
+            raise StoppedError("the request was cancelled before all of it was scored")
 
 
 @dataclass(slots=True)
@@ -55,15 +71,26 @@ class Scored:
         scores: float32 [N]: raw logits; NaN where the stored record is damaged or not finite.
         damaged: why a pair's stored record could not be used, by the pair's place.
         gather_ms: time the calling thread spent filling slots.
+        upload_ms: time this request's batches took to the device; 0 where it shares host memory.
         compute_ms: time the engine spent on this request's batches.
+        download_ms: time their scores took back; 0 where the device shares host memory.
         skipped: bool [N]: pairs that a cascade left without a score; None: it left out none.
     """
 
     scores: npt.NDArray[np.float32]
     damaged: dict[int, str]
     gather_ms: float = 0.0
+    upload_ms: float = 0.0
     compute_ms: float = 0.0
+    download_ms: float = 0.0
     skipped: npt.NDArray[np.bool_] | None = None
+
+    def add_times(self, other: Scored) -> None:
+        """Add the times of another run of the same request."""
+        self.gather_ms += other.gather_ms
+        self.upload_ms += other.upload_ms
+        self.compute_ms += other.compute_ms
+        self.download_ms += other.download_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +119,14 @@ class Pipeline:
         *,
         num_slots: int = NUM_SLOTS,
         beside: Pipeline | None = None,
+        stream: object | None = None,
     ):
         """Allocate the slots. Engine, source and device stay the caller's, to close after it.
 
         Args:
-            beside: a pipeline whose stream this one shares, so that two engines never compute
+            beside: a pipeline whose lane this one shares, so that two engines never compute
                 at once and fight for the same cores.
+            stream: the caller's own stream to compute on (see `Device.borrow`); None makes one.
         """
         self._engine = engine
         self._source = source
@@ -105,56 +134,66 @@ class Pipeline:
         self._hides_nan = (
             engine.manifest.precision in QUANTIZED or engine.manifest.token_dtype == "int8"
         )
-        self._stream: Stream = device.stream() if beside is None else beside._stream
-        lock = threading.Lock() if beside is None else beside._submitting
-        self._submitting: threading.Lock = lock  # keeps one batch's work together in the stream
-        self._ring = SlotRing([Slot(device, engine.manifest) for _ in range(num_slots)])
+        self._device = device
+        lane = Lane(device, borrowed=stream) if beside is None else beside._lane
+        self._lane: Lane = lane
+        with device.current():
+            self._ring = SlotRing([Slot(device, engine.manifest) for _ in range(num_slots)])
 
     def run(self, request: Request) -> Scored:
         """Score every pair of `request`. Safe to call from many threads; they share the slots.
 
         Raises:
             RequestError: a query is longer than the engine's largest text bucket.
-            EngineError: the engine failed, or the pipeline was closed meanwhile.
+            StoppedError: the deadline passed or the caller cancelled; what was started finishes.
+            EngineError: the engine or the device failed (`stage` says where), the pipeline was
+                closed meanwhile, or this is a forked child.
             StoreError: the store cannot be read.
         """
-        num_pairs = len(request.rows)
-        result = Scored(np.empty(num_pairs, np.float32), {})
+        self.check()
+        result = Scored(np.empty(len(request.rows), np.float32), {})
         profile = self._engine.manifest.profile
         flights: deque[Flight] = deque()
-        try:
-            lengths = request.queries.text_length
-            batches = plan_batches(lengths, request.query_of_pair, profile)
-            for planned, following in zip_longest(batches, batches[1:]):
-                if following is not None:
-                    self._source.prefetch(request.rows[following.pairs])
-                slot = self._take_slot(flights, result)
-                flights.append(self.step(request, planned, slot))
-            while flights:
-                self._collect_oldest(flights, result)
-        finally:
-            for flight in flights:  # only after an error: their slots must come back
-                self._settle(flight.slot)
+        with self._device.current():
+            try:
+                lengths = request.queries.text_length
+                batches = plan_batches(lengths, request.query_of_pair, profile)
+                for planned, following in zip_longest(batches, batches[1:]):
+                    if following is not None:
+                        self._source.prefetch(request.rows[following.pairs])
+                    slot = self._take_slot(request, flights, result)
+                    flights.append(self.step(request, planned, slot))
+                while flights:
+                    self._collect_oldest(flights, result)
+            finally:
+                for flight in flights:  # only after an error: their slots must come back
+                    self._settle(flight.slot)
         return result
+
+    def check(self) -> None:
+        """Refuse a request that cannot run.
+
+        Raises:
+            EngineError: the device is lost, or this is a forked child of the process that opened
+                the pipeline.
+        """
+        self._lane.check()
 
     def step(self, request: Request, planned: PlannedBatch, slot: Slot) -> Flight:
         """Gather one batch into `slot` and enqueue its forward; never waits for the engine."""
-        stream, num_pairs = self._stream, len(planned.pairs)
         began = perf_counter()
         try:
+            self._lane.check()
+            slot.stage = "gather"
             slot.fill_text(request.queries, planned)
-            damaged, broken = self._gather(request.rows[planned.pairs], slot)
+            damaged, broken = self._gather(request.rows[planned.pairs], planned, slot)
             gather_ms = (perf_counter() - began) * 1e3
-            with self._submitting:
-                slot.upload(stream, planned)
-                stream.record(slot.started)
-                scores = slot.engine_scores(num_pairs)
-                self._engine.enqueue(slot.engine_batch(planned), scores, stream=stream)
-                slot.download(stream, num_pairs)
-                stream.record(slot.finished)
+            self._lane.enqueue(slot, planned, self._engine)
+        except Exception as error:
+            failure = self._lane.failure(error, slot)
+            self._settle(slot)
+            raise failure from (None if failure is error else error)
         except BaseException:
-            with self._submitting:
-                stream.record(slot.finished)
             self._settle(slot)
             raise
         return Flight(slot, planned, damaged, broken, gather_ms)
@@ -163,40 +202,53 @@ class Pipeline:
         """Wait for one batch and put its scores where its pairs stand in the request."""
         slot, pairs = flight.slot, flight.planned.pairs
         try:
-            slot.finished.synchronize()
-        except EdjeError:
-            raise
+            self._lane.collect(slot)
         except Exception as error:
-            raise EngineError(f"the engine failed on a batch: {error}") from error
-        result.scores[pairs] = slot.host_scores(len(pairs))
-        result.scores[pairs[flight.not_finite]] = np.nan
+            failure = self._lane.failure(error, slot)
+            raise failure from (None if failure is error else error)
+        result.scores[pairs] = slot.scores(flight.planned)
+        if flight.not_finite.size:
+            result.scores[pairs[flight.not_finite]] = np.nan
         for record in flight.damaged:
             place = int(pairs[record.position])
             result.scores[place] = np.nan
             result.damaged[place] = record.reason
         result.gather_ms += flight.gather_ms
-        result.compute_ms += slot.finished.elapsed_ms(slot.started)
+        result.upload_ms += slot.uploaded.elapsed_ms(slot.started)
+        result.compute_ms += slot.computed.elapsed_ms(slot.began)
+        result.download_ms += slot.finished.elapsed_ms(slot.computed)
 
     def close(self) -> None:
         """Refuse further batches; those on their way still finish. May be called twice."""
         self._ring.close()
 
     def _gather(
-        self, rows: npt.NDArray[np.int64], slot: Slot
+        self, rows: npt.NDArray[np.int64], planned: PlannedBatch, slot: Slot
     ) -> tuple[list[BadRecord], npt.NDArray[np.int64]]:
         """Fill the slot's tokens; return the damaged records, and which are not finite."""
-        tokens, scales = slot.host_tokens(len(rows)), slot.host_scales(len(rows))
+        tokens, scales = slot.token_views(planned)
         damaged = self._source.read(rows, tokens, scales, bad="mark")
         return damaged, not_finite(tokens, scales) if self._hides_nan else _NONE
 
-    def _take_slot(self, flights: deque[Flight], result: Scored) -> Slot:
+    def _take_slot(self, request: Request, flights: deque[Flight], result: Scored) -> Slot:
         """Take a slot; while none is free, collect this request's oldest batch first."""
+        request.check_wanted()
         while flights:
             slot = self._ring.try_take()
             if slot is not None:
                 return slot
             self._collect_oldest(flights, result)
-        return self._ring.take()
+            request.check_wanted()
+        return self._wait_for_slot(request)
+
+    def _wait_for_slot(self, request: Request) -> Slot:
+        """Wait in line; a deadline also ends the waiting, `cancelled` is asked at its end."""
+        slot = None
+        while slot is None:
+            request.check_wanted()
+            left_s = None if request.deadline is None else request.deadline - monotonic()
+            slot = self._ring.take(left_s)
+        return slot
 
     def _collect_oldest(self, flights: deque[Flight], result: Scored) -> None:
         slot = flights[0].slot
@@ -205,7 +257,7 @@ class Pipeline:
         self._ring.give_back(slot)
 
     def _settle(self, slot: Slot) -> None:
-        """Give a slot back after an error, once the stream no longer touches it."""
+        """Give a slot back after an error, once no stream touches it any more."""
         with suppress(Exception):
             slot.finished.synchronize()
         self._ring.give_back(slot)

@@ -65,6 +65,7 @@ class Reranker:
             precise = Pipeline(rescore, _source(rescore, store), self._device, beside=fast)
             self._pipelines.append(precise)
             self._cascade = Cascade(fast, precise, self._labels[-1], margin)
+        self._process = os.getpid()
         self._idle = threading.Condition()
         self._num_running = 0
         self._closed = False
@@ -183,8 +184,11 @@ class Reranker:
     def close(self) -> None:
         """Refuse new requests, let batches on their way finish, free everything.
 
-        A request that still needs batches fails with EngineError. May be called twice.
+        A request that still needs batches fails with EngineError. May be called twice. In a
+        forked child it does nothing: everything belongs to the process that opened it.
         """
+        if os.getpid() != self._process:
+            return
         with self._idle:
             if self._closed:
                 return
@@ -221,6 +225,7 @@ class Reranker:
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Count a request, so that `close` can wait for it."""
+        self._pipelines[0].check()  # before any lock: a forked child may have got it locked
         with self._idle:
             if self._closed:
                 raise EngineError("the reranker is closed", hint="open it again: Reranker.open")
@@ -352,6 +357,8 @@ def _times(began: float, tokenized: float, resolved: float, scored: Scored) -> S
         tokenize=(tokenized - began) * 1e3,
         resolve=(resolved - tokenized) * 1e3,
         gather=scored.gather_ms,
+        upload=scored.upload_ms,
         compute=scored.compute_ms,
+        download=scored.download_ms,
         total=(perf_counter() - began) * 1e3,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,11 +43,32 @@ class Staged:
         stream.download(self._pinned, self._mirror, num_elements)
 
 
+@dataclass(frozen=True, slots=True)
+class _Views:
+    """A slot's memory as arrays of one batch's sizes: the host's side, then the engine's."""
+
+    sizes: tuple[int, int, int]
+    text_ids: Array
+    text_length: Array
+    query_of_pair: Array
+    tokens: Array
+    scales: Array | None
+    scores: Array
+    batch: Batch
+    batch_scores: Array
+
+
 class Slot:
     """Everything one batch needs, allocated once for the largest batch of the engine's profile.
 
     Whoever took the slot from the ring owns it until `SlotRing.give_back`; the engine may read
     it until `finished` was passed.
+
+    Attributes:
+        stage: where its batch is: `gather`, `copy`, `compute` or `collect`.
+        started, uploaded: around the copy to the device.
+        began, computed: around the engine's work.
+        finished: the scores lie on the host.
     """
 
     def __init__(self, device: Device, manifest: EngineManifest):
@@ -63,48 +85,68 @@ class Slot:
             else None
         )
         self._scores = Staged(device, max_pairs, "float32")
+        self._views: _Views | None = None
+        self.stage = "gather"
         self.started = device.event()
         self.finished = device.event()
+        shared = device.shares_memory  # nothing is copied, so the copies' ends are the others
+        self.uploaded = self.started if shared else device.event()
+        self.began = self.started if shared else device.event()
+        self.computed = self.finished if shared else device.event()
 
     def fill_text(self, queries: TokenizedQueries, planned: PlannedBatch) -> None:
         """Copy the ids of the batch's queries into the slot, padded with 0 to the bucket."""
-        num_queries, bucket = len(planned.queries), planned.bucket
-        width = min(bucket, queries.text_ids.shape[1])
-        text_ids = self._text_ids.host(num_queries, bucket)
-        text_ids[:, :width] = queries.text_ids[planned.queries, :width]
-        text_ids[:, width:] = 0
-        self._text_length.host(num_queries)[:] = queries.text_length[planned.queries]
-        self._query_of_pair.host(len(planned.pairs))[:] = planned.query_of_pair
+        views = self._of(planned)
+        width = min(planned.bucket, queries.text_ids.shape[1])
+        views.text_ids[:, :width] = queries.text_ids[planned.queries, :width]
+        views.text_ids[:, width:] = 0
+        views.text_length[:] = queries.text_length[planned.queries]
+        views.query_of_pair[:] = planned.query_of_pair
 
-    def host_tokens(self, num_pairs: int) -> Array:
-        """Return where the store writes: [P, m, H] of the engine's token dtype, pinned."""
-        return self._tokens.host(num_pairs, *self._token_shape)
+    def token_views(self, planned: PlannedBatch) -> tuple[Array, Array | None]:
+        """Return where the store writes: [P, m, H] of the engine's token dtype, pinned.
 
-    def host_scales(self, num_pairs: int) -> Array | None:
-        """Return where the store writes the scales: float16 [P, m], pinned; None without int8."""
-        return None if self._scales is None else self._scales.host(num_pairs, self._token_shape[0])
+        And where it writes the scales: float16 [P, m], pinned; None without int8.
+        """
+        views = self._of(planned)
+        return views.tokens, views.scales
 
-    def host_scores(self, num_pairs: int) -> Array:
-        """Return float32 [P], to be read once `finished` was passed."""
-        return self._scores.host(num_pairs)
+    def scores(self, planned: PlannedBatch) -> Array:
+        """Return float32 [P] on the host, to be read once `finished` was passed."""
+        return self._of(planned).scores
 
-    def engine_batch(self, planned: PlannedBatch) -> Batch:
-        """Return the batch as the engine sees it; views, no copy."""
-        num_queries, num_pairs = len(planned.queries), len(planned.pairs)
+    def engine_views(self, planned: PlannedBatch) -> tuple[Batch, Array]:
+        """Return the batch as the engine sees it, and float32 [P] where it writes; no copy."""
+        views = self._of(planned)
+        return views.batch, views.batch_scores
+
+    def _of(self, planned: PlannedBatch) -> _Views:
+        """Return the views of this batch's sizes; most batches have those of the last one."""
+        sizes = len(planned.queries), planned.bucket, len(planned.pairs)
+        if self._views is None or self._views.sizes != sizes:
+            self._views = self._make_views(*sizes)
+        return self._views
+
+    def _make_views(self, num_queries: int, bucket: int, num_pairs: int) -> _Views:
+        num_tokens, hidden = self._token_shape
         scales = self._scales
-        return Batch(
-            text_ids=self._text_ids.engine(num_queries, planned.bucket),
-            text_length=self._text_length.engine(num_queries),
-            query_of_pair=self._query_of_pair.engine(num_pairs),
-            visual_tokens=self._tokens.engine(num_pairs, *self._token_shape),
-            visual_scales=(
-                None if scales is None else scales.engine(num_pairs, self._token_shape[0])
+        return _Views(
+            (num_queries, bucket, num_pairs),
+            self._text_ids.host(num_queries, bucket),
+            self._text_length.host(num_queries),
+            self._query_of_pair.host(num_pairs),
+            self._tokens.host(num_pairs, num_tokens, hidden),
+            None if scales is None else scales.host(num_pairs, num_tokens),
+            self._scores.host(num_pairs),
+            Batch(
+                text_ids=self._text_ids.engine(num_queries, bucket),
+                text_length=self._text_length.engine(num_queries),
+                query_of_pair=self._query_of_pair.engine(num_pairs),
+                visual_tokens=self._tokens.engine(num_pairs, num_tokens, hidden),
+                visual_scales=None if scales is None else scales.engine(num_pairs, num_tokens),
             ),
+            self._scores.engine(num_pairs),
         )
-
-    def engine_scores(self, num_pairs: int) -> Array:
-        """Return float32 [P] where the engine writes."""
-        return self._scores.engine(num_pairs)
 
     def upload(self, stream: Stream, planned: PlannedBatch) -> None:
         """Copy what was filled to the device, in the order of `stream`."""
@@ -149,8 +191,11 @@ class SlotRing:
             self._check_open()
             return self._free.popleft() if self._free and not self._queue else None
 
-    def take(self) -> Slot:
+    def take(self, timeout_s: float | None = None) -> Slot | None:
         """Return a slot, waiting in line for it. A caller that holds slots must not wait here.
+
+        Args:
+            timeout_s: seconds to wait at most, then None is returned; None waits forever.
 
         Raises:
             EngineError: the ring was closed, before or while this call waited.
@@ -162,10 +207,13 @@ class SlotRing:
             ticket = _Ticket()
             self._queue.append(ticket)
         try:
-            ticket.served.wait()
+            served = ticket.served.wait(timeout_s)
         except BaseException:  # an interrupted wait must not lose a slot
             self._leave(ticket)
             raise
+        if not served:
+            self._leave(ticket)
+            return None
         if ticket.slot is None:
             raise EngineError("the reranker was closed while this request waited")
         return ticket.slot
