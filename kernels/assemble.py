@@ -1,0 +1,119 @@
+"""Triton source of `assemble`: a batch -> the hidden states that the first layer reads.
+
+The same arithmetic as the bundle's graph up to its first layer, in float32, rounded once at the
+end. The reference is `references.assemble`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def assemble(
+    text_ids: tl.tensor,
+    text_length: tl.tensor,
+    query_of_pair: tl.tensor,
+    tokens: tl.tensor,
+    scales: tl.tensor,
+    rows: tl.tensor,
+    words: tl.tensor,
+    positions: tl.tensor,
+    norm_weight: tl.tensor,
+    norm_bias: tl.tensor,
+    hidden_states: tl.tensor,
+    num_pairs: tl.int32,
+    num_queries: tl.int32,
+    text_slots: tl.int32,
+    num_tokens: tl.int32,
+    num_records: tl.int32,
+    vocab_size: tl.int32,
+    max_positions: tl.int32,
+    sep_id: tl.int32,
+    hidden: tl.int32,
+    epsilon: tl.float32,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Embed `SLOTS` slots of the batch's P * (T + m + 1), `COLUMNS` >= H values each.
+
+    An index outside its table makes the slot NaN; nothing outside the tables is read.
+    """
+    num_slots = text_slots + num_tokens + 1
+    line = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    pair = line // num_slots
+    slot = line % num_slots
+    is_real = pair < num_pairs
+    query = tl.load(query_of_pair + pair, mask=is_real, other=-1)
+    is_known = (query >= 0) & (query < num_queries)
+    length = tl.load(text_length + query, mask=is_known, other=0)
+    token = slot - text_slots
+    is_text = token < 0
+    is_visual = (token >= 0) & (token < num_tokens)
+    word = tl.load(text_ids + query * text_slots + slot, mask=is_known & is_text, other=sep_id)
+    row = tl.load(rows + pair, mask=is_real & is_visual, other=-1)
+    is_held = (row >= 0) & (row < num_records)
+    is_word = (word >= 0) & (word < vocab_size)
+    position = tl.where(is_text, slot, length + token)
+    is_known = is_known & (position >= 0) & (position < max_positions)
+    is_known = is_known & tl.where(is_visual, is_held, is_word)
+
+    columns = tl.arange(0, COLUMNS)
+    inside = (columns < hidden)[None, :]
+    kind = tl.where(is_text, 0, 1)
+    place = _cells(kind * max_positions + position, columns, hidden)
+    x = tl.load(positions + place, mask=is_known[:, None] & inside, other=0.0)
+    x += tl.load(
+        words + _cells(word, columns, hidden),
+        mask=(is_known & ~is_visual)[:, None] & inside,
+        other=0.0,
+    )
+    stored = row.to(tl.int64) * num_tokens + token
+    x += _visual(tokens, scales, stored, is_known & is_visual, columns, hidden)
+    x = _layer_norm(x, norm_weight, norm_bias, columns, hidden, epsilon)
+    x = tl.where(is_known[:, None], x, float("nan"))
+    out = hidden_states + _cells(line, columns, hidden)
+    tl.store(out, x.to(hidden_states.dtype.element_ty), mask=is_real[:, None] & inside)
+
+
+@triton.jit
+def _cells(row: tl.tensor, columns: tl.tensor, hidden: tl.tensor):
+    return row.to(tl.int64)[:, None] * hidden + columns[None, :]
+
+
+@triton.jit
+def _visual(
+    tokens: tl.tensor,
+    scales: tl.tensor,
+    stored: tl.tensor,
+    is_read: tl.tensor,
+    columns: tl.tensor,
+    hidden: tl.tensor,
+):
+    mask = is_read[:, None] & (columns < hidden)[None, :]
+    visual = tl.load(
+        tokens + _cells(stored, columns, hidden), mask=mask, other=0, eviction_policy="evict_first"
+    ).to(tl.float32)
+    if scales is not None:
+        visual *= tl.load(scales + stored, mask=is_read, other=0.0).to(tl.float32)[:, None]
+    return visual
+
+
+@triton.jit
+def _layer_norm(
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    columns: tl.tensor,
+    hidden: tl.tensor,
+    epsilon: tl.tensor,
+):
+    inside = columns < hidden
+    mean = tl.sum(x, axis=1) / hidden  # columns past H hold zeros
+    x = tl.where(inside[None, :], x - mean[:, None], 0.0)
+    variance = tl.sum(x * x, axis=1) / hidden
+    x = x * (1.0 / tl.sqrt(variance + epsilon))[:, None]
+    weight = tl.load(weight + columns, mask=inside, other=0.0)
+    bias = tl.load(bias + columns, mask=inside, other=0.0)
+    return x * weight[None, :] + bias[None, :]

@@ -1,0 +1,131 @@
+"""`cubins/manifest.json`: what the compiled kernels are and what they need. One reader, one writer.
+
+The source hash covers everything that decides a cubin: `source_hash()` of this checkout differs
+from the manifest's where the cubins are stale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from ..errors import EngineError
+from .variants import COMPUTE_CAPABILITIES, SOURCES, Parameter, all_variants
+
+FORMAT_VERSION = 1
+CUBINS = Path(__file__).parent / "cubins"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Cubin:
+    """One kernel compiled for one GPU architecture.
+
+    Attributes:
+        file: its name in the folder.
+        compute_capability: as `8.9`; runs on this one and on later ones of the same major.
+        sha256: of the file, lower-case hex.
+        registers: 32-bit registers of a thread.
+        shared_bytes: dynamic shared memory that a launch must ask for.
+        spill_bytes: what registers did not hold: stores and loads together.
+        stack_bytes: of a thread.
+    """
+
+    file: str
+    compute_capability: str
+    num_bytes: int
+    sha256: str
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+    stack_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KernelEntry:
+    """One kernel: how to call it, and its cubins.
+
+    Attributes:
+        symbol: name of the entry in every cubin.
+        parameters: what a launch passes, in order; the scratch addresses at the end are 0.
+        constants: what is compiled in.
+        num_warps: warps of a block: a block has 32 times as many threads, in x.
+    """
+
+    symbol: str
+    num_warps: int
+    parameters: tuple[Parameter, ...]
+    constants: Mapping[str, int | None]
+    cubins: tuple[Cubin, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelManifest:
+    """Everything that was built at once.
+
+    Attributes:
+        source_hash: `source_hash()` when it was built.
+        triton, ptxas: the versions that built it.
+        options: compiler options that hold for every kernel.
+    """
+
+    source_hash: str
+    triton: str
+    ptxas: str
+    options: Mapping[str, int | bool]
+    kernels: Mapping[str, KernelEntry]
+
+    def to_json(self) -> str:
+        """Return the file's text: the same manifest gives the same bytes."""
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
+
+
+def source_hash() -> str:
+    """Return SHA-256 over the Triton sources and the list of what is built from them."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    variants = [asdict(variant) for variant in all_variants()]
+    digest.update(json.dumps([variants, COMPUTE_CAPABILITIES], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+@cache
+def read_manifest(folder: Path = CUBINS) -> KernelManifest:
+    """Read what lies in `folder`; the package's own cubins by default.
+
+    Raises:
+        EngineError: it is missing, damaged, or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content.pop("format_version")
+        if version == FORMAT_VERSION:
+            kernels = {name: _entry(**entry) for name, entry in content.pop("kernels").items()}
+            return KernelManifest(**content, kernels=kernels)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"the compiled kernels cannot be used: {path} is missing or damaged ({error})"
+        raise EngineError(message, hint="make kernels") from error
+    message = f"{path} has format {version}, expected {FORMAT_VERSION}"
+    raise EngineError(message, hint="make kernels")
+
+
+def _entry(
+    symbol: str,
+    num_warps: int,
+    parameters: list[dict[str, object]],
+    constants: dict[str, int | None],
+    cubins: list[dict[str, object]],
+) -> KernelEntry:
+    return KernelEntry(
+        symbol,
+        num_warps,
+        tuple(Parameter(**item) for item in parameters),  # type: ignore[arg-type]
+        constants,
+        tuple(Cubin(**item) for item in cubins),  # type: ignore[arg-type]
+    )

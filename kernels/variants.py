@@ -1,0 +1,144 @@
+"""What `make kernels` builds: every kernel, for which types and sizes, and for which GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+SOURCES = ("assemble.py", "gather_tokens.py", "top_k.py")
+COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+
+MAX_REGISTERS = 255  # of a thread, on every GPU
+MAX_SHARED_BYTES = 48 << 10  # of a block, without asking the driver for more
+
+# 8 kB a program: four loads of 16 bytes in flight in each of 128 threads.
+GATHER_VECTORS = 512
+# Candidates that one program sorts. Twice as many double the cubins and save little: the blocks
+# run at once, and merging 32 of them takes microseconds.
+TOP_K_BLOCK = 2048
+TOP_K_SIZES = (128, 1024)
+ASSEMBLE_COLUMNS = (512, 1024)
+MAX_SCORES = 65_536
+
+ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "int8": "i8"}  # NumPy's name -> Triton's
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a compiled kernel.
+
+    Attributes:
+        type: Triton's name: `*fp16` is an address, `i32`, `i64` and `fp32` are values.
+        multiple_of: what the compiler took for granted that the address or value divides by.
+    """
+
+    name: str
+    type: str
+    multiple_of: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One kernel to build: a Triton function with types and constants.
+
+    Attributes:
+        name: unique, names the cubins.
+        function: the Triton function, in the source of the same name or in `source`.
+        parameters: in order, without those that are constants.
+        constants: constexpr arguments; None is an array that this variant has not.
+    """
+
+    name: str
+    source: str
+    function: str
+    parameters: tuple[Parameter, ...]
+    constants: Mapping[str, int | None]
+    num_warps: int = 4
+
+
+def gather_name(token_dtype: str, row_dtype: str) -> str:
+    """Return the name of the variant for these dtypes, as NumPy names them."""
+    return f"gather_tokens_{token_dtype}_by_{row_dtype}"
+
+
+def assemble_name(token_dtype: str, out_dtype: str, columns: int) -> str:
+    """Return the name of the variant for these dtypes and rows of at most `columns` values."""
+    return f"assemble_{token_dtype}_to_{out_dtype}_{columns}"
+
+
+def top_k_names(size: int) -> tuple[str, str]:
+    """Return the names of the two kernels that find the best `size`."""
+    return f"top_k_blocks_{size}", f"top_k_merge_{size}"
+
+
+def all_variants() -> tuple[Variant, ...]:
+    """Return every kernel that is built, in a fixed order."""
+    return (
+        *(_gather(token, row) for token in ("float16", "int8") for row in ("int32", "int64")),
+        *(
+            _assemble(token, out, columns)
+            for token in ("float16", "int8")
+            for out in ("float16", "bfloat16")
+            for columns in ASSEMBLE_COLUMNS
+        ),
+        *(variant for size in TOP_K_SIZES for variant in _top_k(size)),
+    )
+
+
+def _gather(token_dtype: str, row_dtype: str) -> Variant:
+    has_scales = token_dtype == "int8"
+    parameters = [
+        Parameter("tokens", "*i32", 16),
+        *([Parameter("scales", "*i16")] if has_scales else []),
+        Parameter("rows", "*i32" if row_dtype == "int32" else "*i64"),
+        Parameter("out_tokens", "*i32", 16),
+        *([Parameter("out_scales", "*i16")] if has_scales else []),
+        Parameter("num_records", "i64"),
+        Parameter("record_vectors", "i32"),
+        *([Parameter("num_scales", "i32")] if has_scales else []),
+    ]
+    constants: dict[str, int | None] = {"VECTORS": GATHER_VECTORS}
+    if not has_scales:
+        constants |= {"scales": None, "out_scales": None, "num_scales": None}
+    name = gather_name(token_dtype, row_dtype)
+    return Variant(name, "gather_tokens", "gather_tokens", tuple(parameters), constants)
+
+
+def _assemble(token_dtype: str, out_dtype: str, columns: int) -> Variant:
+    has_scales = token_dtype == "int8"
+    sizes = ("num_pairs", "num_queries", "text_slots", "num_tokens", "num_records", "vocab_size")
+    parameters = [
+        *(Parameter(name, "*i32") for name in ("text_ids", "text_length", "query_of_pair")),
+        Parameter("tokens", f"*{ELEMENTS[token_dtype]}", 16),
+        *([Parameter("scales", "*fp16")] if has_scales else []),
+        Parameter("rows", "*i32"),
+        *(Parameter(name, "*fp32", 16) for name in ("words", "positions")),
+        *(Parameter(name, "*fp32", 16) for name in ("norm_weight", "norm_bias")),
+        Parameter("hidden_states", f"*{ELEMENTS[out_dtype]}", 16),
+        *(Parameter(name, "i32") for name in (*sizes, "max_positions", "sep_id")),
+        Parameter("hidden", "i32", 16),
+        Parameter("epsilon", "fp32"),
+    ]
+    constants: dict[str, int | None] = {"SLOTS": 4, "COLUMNS": columns}
+    if not has_scales:
+        constants["scales"] = None
+    name = assemble_name(token_dtype, out_dtype, columns)
+    return Variant(name, "assemble", "assemble", tuple(parameters), constants)
+
+
+def _top_k(size: int) -> tuple[Variant, Variant]:
+    blocks, merge = top_k_names(size)
+    select = [Parameter("scores", "*fp32"), Parameter("keys", "*i64", 16)]
+    finish = [
+        *select,
+        Parameter("indices", "*i32"),
+        Parameter("values", "*fp32"),
+        Parameter("num_blocks", "i32"),
+        Parameter("k", "i32"),
+    ]
+    select.append(Parameter("num_scores", "i32"))
+    sizes: dict[str, int | None] = {"BLOCK": TOP_K_BLOCK, "K": size}
+    return (
+        Variant(blocks, "top_k", "top_k_blocks", tuple(select), sizes, num_warps=16),
+        Variant(merge, "top_k", "top_k_merge", tuple(finish), {"K": size}, num_warps=4),
+    )
