@@ -37,10 +37,11 @@ class Lane:
         self._process = os.getpid()
         self._lost: str | None = None
         self._turn = threading.Lock()  # keeps one batch's work together in the streams
+        self._overlapped = not device.shares_memory
         with device.current():
             self._compute = device.stream() if borrowed is None else device.borrow(borrowed)
-            self._copy: Stream = self._compute if device.shares_memory else device.stream()
-            self._result: Stream = self._compute if device.shares_memory else device.stream()
+            self._copy: Stream = device.stream() if self._overlapped else self._compute
+            self._result: Stream = device.stream() if self._overlapped else self._compute
 
     def check(self) -> None:
         """Refuse work that can no longer run.
@@ -91,16 +92,17 @@ class Lane:
         Raises:
             Exception: what failed on the way; `slot.stage` then says where.
         """
-        try:
-            slot.finished.synchronize()
-        except Exception:
-            slot.stage = self._stage_of_failure(slot)
-            raise
+        if self._overlapped:
+            slot.stage = "copy"
+            slot.uploaded.synchronize()
+        slot.stage = "compute"
+        slot.computed.synchronize()
+        slot.stage = "collect"
+        slot.finished.synchronize()
 
     def _enqueue(self, slot: Slot, planned: PlannedBatch, engine: Engine) -> None:
-        overlapped = self._copy is not self._compute
         slot.stage = "copy"
-        if overlapped:
+        if self._overlapped:
             self._copy.record(slot.started)
             slot.upload(self._copy, planned)
             self._copy.record(slot.uploaded)
@@ -111,27 +113,19 @@ class Lane:
         engine.enqueue(batch, scores, stream=self._compute)
         self._compute.record(slot.computed)
         slot.stage = "collect"
-        if overlapped:
+        if self._overlapped:
             self._result.wait(slot.computed)
             slot.download(self._result, len(planned.pairs))
             self._result.record(slot.finished)
 
     def _close_order(self, slot: Slot) -> None:
         """Let `finished` follow whatever of the slot's work is in any stream."""
-        if self._copy is not self._compute:
+        if self._overlapped:
             self._copy.record(slot.uploaded)
             self._result.wait(slot.uploaded)
             self._compute.record(slot.computed)
             self._result.wait(slot.computed)
         self._result.record(slot.finished)
-
-    def _stage_of_failure(self, slot: Slot) -> str:
-        for event, stage in ((slot.uploaded, "copy"), (slot.computed, "compute")):
-            try:
-                event.synchronize()
-            except Exception:  # the caller has it already: here only its place counts
-                return stage
-        return "collect"
 
     def _lost_error(self, reason: str) -> EngineError:
         return EngineError(

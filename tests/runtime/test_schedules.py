@@ -1,0 +1,322 @@
+"""The pipeline over random schedules: whatever order a device finishes in, nothing is early.
+
+2,000 schedules run in all, over the recording device and over the host.
+"""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edje.errors import EdjeError, EngineError, StoppedError, StoreError
+from edje.runtime import pipeline as pipeline_module
+from edje.runtime.device.host import HostDevice
+from edje.runtime.lane import Lane
+from edje.runtime.pipeline import Pipeline, Request
+from edje.runtime.staging import Slot, SlotRing
+from edje.runtime.text import TokenizedQueries
+from recording_device import RecordingDevice, WatchedEngine
+from toy_engine import ToySource
+
+BROKEN_ROW = 700
+SLOTS = st.integers(1, 4)
+
+
+class WatchedSlot(Slot):
+    """Tells a recording device what the host touches."""
+
+    def __init__(self, device: Any, manifest: Any):
+        super().__init__(device, manifest)
+        self._touch = getattr(device, "touch", lambda *arrays, writes: None)
+
+    def fill_text(self, queries, planned):
+        views = self._of(planned)
+        self._touch(views.text_ids, views.text_length, views.query_of_pair, writes=True)
+        super().fill_text(queries, planned)
+
+    def token_views(self, planned):
+        tokens, scales = super().token_views(planned)
+        self._touch(tokens, scales, writes=True)
+        return tokens, scales
+
+    def scores(self, planned):
+        scores = super().scores(planned)
+        self._touch(scores, writes=False)
+        return scores
+
+
+@pytest.fixture(autouse=True)
+def watched_slots(monkeypatch):
+    monkeypatch.setattr(pipeline_module, "Slot", WatchedSlot)
+
+
+@dataclass
+class Rig:
+    """A pipeline over one device; `finish` checks that all is well and nothing was made late."""
+
+    device: Any
+    num_slots: int
+
+    def __post_init__(self):
+        self.engine, self.source = WatchedEngine(before=fail_on_broken), ToySource()
+        self.pipeline = Pipeline(self.engine, self.source, self.device, num_slots=self.num_slots)
+        self.made = self.device.usage()
+
+    def check(self, request):
+        scores = self.pipeline.run(request).scores
+        assert np.array_equal(scores, expected_scores(request))
+
+    def outcome(self, request):
+        """Return the error that the request ends with; None after right scores."""
+        try:
+            self.check(request)
+        except EdjeError as error:
+            return error
+        return None
+
+    def finish(self):
+        assert getattr(self.device, "races", []) == []
+        assert len(self.pipeline._ring._free) == self.num_slots
+        assert self.device.usage() == self.made
+        self.pipeline.close()
+        self.device.close()
+
+
+def fail_on_broken(batch):
+    if (batch.visual_tokens[:, 0, 0] == BROKEN_ROW).any():
+        raise RuntimeError("kernel broke")
+
+
+def make_request(lengths, query_of_pair, rows, **more) -> Request:
+    lengths = np.asarray(lengths, np.int32)
+    text_ids = np.zeros((len(lengths), 63), np.int32)
+    for q, length in enumerate(lengths):
+        text_ids[q, :length] = q + 1
+    queries = TokenizedQueries(text_ids, lengths, np.zeros(len(lengths), np.bool_))
+    return Request(queries, np.asarray(query_of_pair, np.int64), np.asarray(rows, np.int64), **more)
+
+
+def expected_scores(request):
+    text = request.queries.text_ids.sum(1) / 1024
+    return (request.rows + text[request.query_of_pair]).astype(np.float32)
+
+
+@st.composite
+def requests(draw, max_pairs=40):
+    """Pairs of up to three queries, rows 0 to 500; batches of at most 8."""
+    lengths = draw(st.lists(st.integers(3, 63), min_size=1, max_size=3))
+    num_pairs = draw(st.integers(1, max_pairs))
+    start, step = draw(st.integers(0, 99)), draw(st.integers(1, 10))
+    return make_request(
+        lengths, np.arange(num_pairs) * step % len(lengths), start + step * np.arange(num_pairs)
+    )
+
+
+DEVICES = st.one_of(
+    st.integers(0, 2**32).map(RecordingDevice),
+    st.integers(0, 2**32).map(RecordingDevice),
+    st.builds(HostDevice),
+)
+many = settings(
+    max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+some = settings(many, max_examples=300)
+few = settings(many, max_examples=100)
+
+
+@many
+@given(DEVICES, st.lists(requests(), min_size=1, max_size=3), SLOTS)
+def test_every_schedule_gives_every_pair_its_own_score(device, asked, num_slots):
+    rig = Rig(device, num_slots)
+    for request in asked:
+        rig.check(request)
+    rig.finish()
+
+
+@some
+@given(DEVICES, st.lists(requests(), min_size=2, max_size=4), SLOTS)
+def test_threads_that_share_the_slots_do_not_meet_in_them(device, asked, num_slots):
+    rig = Rig(device, num_slots)
+    with ThreadPoolExecutor(len(asked)) as pool:
+        list(pool.map(rig.check, asked))
+    rig.finish()
+
+
+BREAKS = {
+    "gather": "gather",
+    "upload": "copy",
+    "uploading": "copy",
+    "compute": "compute",
+    "download": "collect",
+    "downloading": "collect",
+}
+
+
+@some
+@given(
+    st.integers(0, 2**32),
+    requests(),
+    SLOTS,
+    st.sampled_from(list(BREAKS)),
+    st.integers(0, 39),
+    st.integers(1, 12),
+)
+def test_a_failure_at_any_stage_reaches_its_caller_by_name(seed, request_, num_slots, what, at, n):
+    device = RecordingDevice(seed)
+    rig = Rig(device, num_slots)
+    sound = make_request([5], np.zeros(20), np.arange(20))
+    place = at % len(request_.rows)
+    if what == "gather":
+        rig.source.fail = {int(request_.rows[place]): StoreError("disk gone")}
+    elif what == "compute":
+        request_.rows[place] = BROKEN_ROW
+    else:
+        device.failures[what] = n
+    error = rig.outcome(request_)
+    if error is None:
+        assert device.failures[what] > 0, "a failure was lost"
+    else:
+        assert error.stage == BREAKS[what]
+        assert f"Stage: {BREAKS[what]}" in str(error)
+        assert isinstance(error, StoreError if what == "gather" else EngineError)
+    rig.source.fail = {}
+    device.failures.clear()
+    rig.check(sound)
+    rig.finish()
+
+
+@few
+@given(DEVICES, st.integers(2, 6), st.data())
+def test_only_the_callers_of_failing_batches_see_the_failure(device, num_callers, data):
+    rig = Rig(device, 3)
+    broken = data.draw(st.sets(st.integers(0, num_callers - 1)))
+
+    def call(number):
+        rows = np.arange(20) + 20 * number
+        rows[7] = BROKEN_ROW if number in broken else rows[7]
+        error = rig.outcome(make_request([5], np.zeros(20), rows))
+        return "sound" if error is None else error.stage
+
+    with ThreadPoolExecutor(num_callers) as pool:
+        outcomes = list(pool.map(call, range(num_callers)))
+    assert outcomes == ["compute" if n in broken else "sound" for n in range(num_callers)]
+    rig.finish()
+
+
+@few
+@given(DEVICES, requests(), SLOTS, st.integers(0, 8))
+def test_close_during_work_leaves_nothing_running(device, request_, num_slots, after):
+    rig = Rig(device, num_slots)
+    read, reads = rig.source.read, []
+
+    def closing_read(*arguments, **named):
+        reads.append(arguments)
+        if len(reads) == after:
+            rig.pipeline.close()
+        return read(*arguments, **named)
+
+    rig.source.read = closing_read
+    error = rig.outcome(request_)
+    assert error is None or "closed" in error.message
+    rig.pipeline.close()
+    with pytest.raises(EngineError, match="closed"):
+        rig.check(request_)
+    rig.finish()
+    if isinstance(device, RecordingDevice):
+        assert device.is_idle()
+
+
+@few
+@given(DEVICES, requests(), SLOTS, st.integers(0, 6))
+def test_a_request_nobody_wants_any_more_stops_and_gives_its_slots_back(
+    device, request_, num_slots, after
+):
+    rig = Rig(device, num_slots)
+    asked = []
+    unwanted = Request(
+        request_.queries,
+        request_.query_of_pair,
+        request_.rows,
+        cancelled=lambda: asked.append(1) or len(asked) > after,
+    )
+    error = rig.outcome(unwanted)
+    assert isinstance(error, StoppedError) if len(asked) > after else error is None
+    rig.check(request_)
+    rig.finish()
+
+
+@few
+@given(st.integers(0, 2**32), requests(), SLOTS, st.integers(0, 60))
+def test_a_lost_device_says_so_and_takes_no_more_work(seed, request_, num_slots, at):
+    device = RecordingDevice(seed)
+    rig = Rig(device, num_slots)
+    run_one = device._run_one
+
+    def losing_run_one():
+        if device.num_run >= at:
+            device.lost = "an illegal memory access was encountered"
+        return run_one()
+
+    device._run_one = losing_run_one
+    error = rig.outcome(request_)
+    if device.lost is None:
+        assert error is None
+        return
+    for failure in (error or rig.outcome(request_), rig.outcome(request_)):
+        assert isinstance(failure, EngineError)
+        assert re.match("recording is lost, it takes no more .* illegal memory", failure.message)
+        assert "restart the process" in failure.hint
+    assert len(rig.pipeline._ring._free) == num_slots
+
+
+SPOILT = {
+    "compute does not wait for the copy": ("wait", "compute"),
+    "the result does not wait for compute": ("wait", "result"),
+    "scores are read before they arrived": ("collect", None),
+    "slots come back before they are free": ("give_back", None),
+    "the device is not made current": ("current", None),
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_the_recording_device_finds_a_spoilt_pipeline(spoilt, monkeypatch):
+    """The control: each broken order must be found in a handful of schedules."""
+    what, which = SPOILT[spoilt]
+    found = 0
+    for seed in range(20):
+        device = RecordingDevice(seed)
+        with monkeypatch.context() as patch:
+            rig = Rig(device, 2)
+            spoil(rig, what, which, patch)
+            request = make_request([5], np.zeros(40), np.arange(40))
+            try:
+                error = rig.outcome(request)
+            except AssertionError as wrong:
+                error = wrong
+            found += error is not None or bool(device.races)
+    assert found == 20
+
+
+def spoil(rig, what, which, patch):
+    lane = rig.pipeline._lane
+    if what == "wait":
+        patch.setattr(getattr(lane, f"_{which}"), "wait", lambda event: None)
+    elif what == "collect":
+        patch.setattr(Lane, "collect", lambda self, slot: None)
+        for slot in rig.pipeline._ring._free:
+            patch.setattr(slot.finished, "elapsed_ms", lambda since: 0.0)
+            patch.setattr(slot.uploaded, "elapsed_ms", lambda since: 0.0)
+            patch.setattr(slot.computed, "elapsed_ms", lambda since: 0.0)
+    elif what == "give_back":
+        ring = rig.pipeline._ring
+        patch.setattr(ring, "try_take", lambda: ring._free[0])
+    else:
+        patch.setattr(rig.device, "current", HostDevice().current)
+    assert isinstance(rig.pipeline._ring, SlotRing)

@@ -1,0 +1,352 @@
+"""A device without hardware: it finishes work in random legal orders and watches every buffer.
+
+Streams are queues of operations. A seeded scheduler runs the head of any stream that may run: a
+few after each call, and all that is needed when somebody waits. What may legally happen late thus
+happens late, and in every order.
+
+Races are found exactly, not by luck: every operation carries a vector clock (what is certain to
+have run before it), and so does the host (what it has waited for). An access that is not ordered
+after the last conflicting one is written into `races`, however the scheduler happened to run it.
+What clocks cannot see, poison shows: memory starts as NaN (or the least integer), the target of a
+pending download is poisoned, and the source of a pending copy must not change.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from edje.errors import EngineError
+from edje.runtime.device.protocol import DeviceUsage
+from toy_engine import ToyEngine
+
+HOST = -1
+Clock = dict[int, int]
+
+
+def poison(array: np.ndarray) -> None:
+    """Fill with what no sound result holds."""
+    array[...] = np.nan if array.dtype.kind == "f" else np.iinfo(array.dtype).min
+
+
+def join(clock: Clock, other: Clock) -> None:
+    for place, count in other.items():
+        clock[place] = max(clock.get(place, 0), count)
+
+
+@dataclass(slots=True)
+class Access:
+    """Who touched a buffer: operation `count` of stream `place`."""
+
+    place: int
+    count: int
+    what: str
+
+    def is_before(self, clock: Clock) -> bool:
+        return clock.get(self.place, 0) >= self.count
+
+
+class RecordingBuffer:
+    """Pinned or device memory; remembers the last write and the reads since."""
+
+    def __init__(self, name: str, num_elements: int, dtype: np.dtype[Any]):
+        self.name = name
+        self.memory = np.empty(num_elements, dtype)
+        poison(self.memory)
+        self.written: Access | None = None
+        self.read: list[Access] = []
+
+    def view(self, shape: tuple[int, ...]) -> np.ndarray:
+        return self.memory[: math.prod(shape)].reshape(shape)
+
+    def unordered(self, clock: Clock, *, writes: bool) -> Iterator[Access]:
+        """Accesses that conflict with one of this clock and are not certain to have run."""
+        conflicting = [] if self.written is None else [self.written]
+        conflicting += self.read if writes else []
+        return (access for access in conflicting if not access.is_before(clock))
+
+
+class Mark:
+    """One recording of an event."""
+
+    def __init__(self, clock: Clock):
+        self.clock = clock
+        self.passed = False
+        self.error: BaseException | None = None
+        self.time = 0
+
+
+class RecordingEvent:
+    def __init__(self, device: RecordingDevice):
+        self._device = device
+        self.mark: Mark | None = None
+
+    def synchronize(self) -> None:
+        self._device.drive_until(self.mark)
+
+    def elapsed_ms(self, since: RecordingEvent) -> float:
+        assert self.mark.passed, "the time of an event that was not waited for"
+        assert since.mark.passed, "the time of an event that was not waited for"
+        return float(self.mark.time - since.mark.time)
+
+
+@dataclass(slots=True)
+class Operation:
+    """One item of a stream's queue: work, a mark to pass or a mark to wait for."""
+
+    what: str
+    run: Callable[[], None] | None = None
+    passes: Mark | None = None
+    awaits: Mark | None = None
+
+
+@dataclass(eq=False)
+class RecordingStream:
+    device: RecordingDevice
+    place: int
+    queue: deque[Operation] = field(default_factory=deque)
+    clock: Clock = field(default_factory=dict)
+    error: BaseException | None = None
+    handle: int = 0
+
+    def submit(
+        self,
+        work: Callable[[], None],
+        *,
+        what: str = "work",
+        reads: Sequence[RecordingBuffer] = (),
+        writes: Sequence[RecordingBuffer] = (),
+    ) -> None:
+        with self.device.call(what):
+            self.clock[self.place] = self.clock.get(self.place, 0) + 1
+            join(self.clock, self.device.host_clock)
+            access = Access(self.place, self.clock[self.place], what)
+            self.device.check_order(access.what, self.clock, reads, writes)
+            for buffer in writes:
+                buffer.written, buffer.read = access, []
+            for buffer in reads:
+                buffer.read.append(access)
+            self.queue.append(Operation(what, work))
+
+    def upload(self, target: RecordingBuffer, source: RecordingBuffer, num_elements: int) -> None:
+        self.device.fail_if_asked("upload")
+        sent = source.view((num_elements,)).tobytes()
+
+        def copy() -> None:
+            if source.view((num_elements,)).tobytes() != sent:
+                self.device.races.append(f"{source.name} changed while its upload was pending")
+            target.view((num_elements,))[:] = source.view((num_elements,))
+            self.device.fail_if_asked("uploading")
+
+        self.submit(copy, what=f"upload of {source.name}", reads=[source], writes=[target])
+
+    def download(self, target: RecordingBuffer, source: RecordingBuffer, num_elements: int) -> None:
+        self.device.fail_if_asked("download")
+        poison(target.view((num_elements,)))
+
+        def copy() -> None:
+            target.view((num_elements,))[:] = source.view((num_elements,))
+            self.device.fail_if_asked("downloading")
+
+        self.submit(copy, what=f"download of {source.name}", reads=[source], writes=[target])
+
+    def record(self, event: RecordingEvent) -> None:
+        with self.device.call("record"):
+            event.mark = Mark(dict(self.clock))
+            self.queue.append(Operation("record", passes=event.mark))
+
+    def wait(self, event: RecordingEvent) -> None:
+        with self.device.call("wait"):
+            if event.mark is not None:
+                join(self.clock, event.mark.clock)
+                self.queue.append(Operation("wait", awaits=event.mark))
+
+    def may_run(self) -> bool:
+        return bool(self.queue) and (self.queue[0].awaits is None or self.queue[0].awaits.passed)
+
+    def run_head(self) -> None:
+        """Run one operation; a failure skips the work up to the next mark, which carries it."""
+        operation = self.queue.popleft()
+        if operation.awaits is not None:
+            self.error = self.error or operation.awaits.error
+        elif operation.passes is not None:
+            mark = operation.passes
+            mark.passed, mark.error, mark.time = True, self.error, self.device.num_run
+            self.error = None
+        elif self.error is None:
+            try:
+                operation.run()
+            except Exception as error:
+                self.error = error
+
+
+class RecordingDevice:
+    """See the module. `seed` decides the order; `races` must stay empty."""
+
+    name = "recording"
+    shares_memory = False
+
+    def __init__(self, seed: int):
+        self._random = Random(seed)
+        self._lock = threading.RLock()
+        self._thread = threading.local()
+        self._streams: list[RecordingStream] = []
+        self._buffers: list[RecordingBuffer] = []
+        self._num_events = 0
+        self.host_clock: Clock = {}
+        self.races: list[str] = []
+        self.lost: str | None = None
+        self.failures: dict[str, int] = {}
+        self.num_run = 0
+        self.closed = False
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        depth = getattr(self._thread, "depth", 0)
+        self._thread.depth = depth + 1
+        try:
+            yield
+        finally:
+            self._thread.depth = depth
+
+    def pinned(self, num_elements: int, dtype: np.dtype[Any]) -> RecordingBuffer:
+        return self._buffer(f"pinned {len(self._buffers)}", num_elements, dtype)
+
+    def mirror(self, pinned: RecordingBuffer) -> RecordingBuffer:
+        return self._buffer(f"mirror of {pinned.name}", pinned.memory.size, pinned.memory.dtype)
+
+    def stream(self) -> RecordingStream:
+        self._streams.append(RecordingStream(self, len(self._streams)))
+        return self._streams[-1]
+
+    def borrow(self, stream: object) -> RecordingStream:
+        assert isinstance(stream, RecordingStream)
+        return stream
+
+    def event(self) -> RecordingEvent:
+        self._num_events += 1
+        return RecordingEvent(self)
+
+    def capture(self, work: object) -> None:
+        raise EngineError("the recording device offers no graphs")
+
+    def load_module(self, code: bytes) -> None:
+        raise EngineError("the recording device runs no device code")
+
+    def fault(self) -> str | None:
+        return self.lost
+
+    def usage(self) -> DeviceUsage:
+        num_bytes = {False: 0, True: 0}
+        for buffer in self._buffers:
+            num_bytes[buffer.name.startswith("pinned")] += buffer.memory.nbytes
+        return DeviceUsage(num_bytes[True], num_bytes[False], len(self._streams), self._num_events)
+
+    def close(self) -> None:
+        """Run what is queued."""
+        with self._lock:
+            while self._run_one():
+                pass
+            self.closed = True
+
+    def is_idle(self) -> bool:
+        """Whether nothing is queued."""
+        return not any(stream.queue for stream in self._streams)
+
+    def buffers_of(self, *arrays: np.ndarray | None) -> list[RecordingBuffer]:
+        """Return the buffers that these views begin."""
+        wanted = {array.ctypes.data for array in arrays if array is not None}
+        return [buffer for buffer in self._buffers if buffer.memory.ctypes.data in wanted]
+
+    def touch(self, *arrays: np.ndarray | None, writes: bool) -> None:
+        """Say that the host reads (or writes as well) these views now."""
+        with self._lock:
+            touched = self.buffers_of(*arrays)
+            reads, written = ([], touched) if writes else (touched, [])
+            self.check_order("the host", self.host_clock, reads, written)
+
+    def check_order(
+        self,
+        what: str,
+        clock: Clock,
+        reads: Sequence[RecordingBuffer],
+        writes: Sequence[RecordingBuffer],
+    ) -> None:
+        """Note every access that is not ordered after what it conflicts with."""
+        for buffers, is_write in ((reads, False), (writes, True)):
+            for buffer in buffers:
+                for other in buffer.unordered(clock, writes=is_write):
+                    verb = "writes" if is_write else "reads"
+                    self.races.append(f"{what} {verb} {buffer.name}, unordered to {other.what}")
+
+    @contextmanager
+    def call(self, what: str) -> Iterator[None]:
+        """One call of the host: checked, locked, followed by a little progress."""
+        if getattr(self._thread, "depth", 0) == 0:
+            self.races.append(f"{what} was called where the device is not current")
+        if self.lost is not None:
+            raise RuntimeError(self.lost)
+        with self._lock:
+            yield
+            for _ in range(self._random.choice((0, 0, 1, 3))):
+                self._run_one()
+
+    def drive_until(self, mark: Mark | None) -> None:
+        """Run in random order until `mark` is passed; raise what it carries."""
+        if mark is None:
+            return
+        with self.call("synchronize"):
+            while not mark.passed:
+                assert self._run_one(), "the streams wait for each other"
+            join(self.host_clock, mark.clock)
+        if mark.error is not None:
+            raise mark.error
+
+    def fail_if_asked(self, what: str) -> None:
+        """Fail at the n-th call of `what`, as `failures` says."""
+        if what in self.failures:
+            self.failures[what] -= 1
+            if self.failures[what] == 0:
+                raise RuntimeError(f"{what} broke")
+
+    def _buffer(self, name: str, num_elements: int, dtype: np.dtype[Any]) -> RecordingBuffer:
+        self._buffers.append(RecordingBuffer(name, num_elements, dtype))
+        return self._buffers[-1]
+
+    def _run_one(self) -> bool:
+        ready = [stream for stream in self._streams if stream.may_run()]
+        if not ready:
+            return False
+        self.num_run += 1
+        self._random.choice(ready).run_head()
+        return True
+
+
+class WatchedEngine(ToyEngine):
+    """The toy engine, saying which buffers its work reads and writes; poisons its output first."""
+
+    def _enqueue(self, batch: Any, scores: np.ndarray, stream: Any) -> None:
+        if not isinstance(stream, RecordingStream):
+            super()._enqueue(batch, scores, stream)
+            return
+
+        def work() -> None:
+            poison(scores)
+            self._run(batch, scores)
+
+        inputs = [batch.text_ids, batch.text_length, batch.query_of_pair, batch.visual_tokens]
+        buffers = stream.device.buffers_of
+        stream.submit(
+            work,
+            what="the engine",
+            reads=buffers(*inputs, batch.visual_scales),
+            writes=buffers(scores),
+        )
