@@ -43,16 +43,24 @@ def gpu_fault() -> str | None:
 
     Driver first: who has none need not install anything else.
     """
-    try:
-        ctypes.CDLL(DRIVER)
-    except OSError:
-        return f"no NVIDIA driver here ({DRIVER} is missing)"
+    fault = driver_fault()
+    if fault is not None:
+        return fault
     try:
         cudart = _cudart()
         if int(_call(cudart, "cudaGetDeviceCount")) < 1:
             return "the NVIDIA driver sees no GPU"
     except EngineError as error:
         return error.message if error.hint is None else f"{error.message} ({error.hint})"
+    return None
+
+
+def driver_fault() -> str | None:
+    """Return why no CUDA library can work here, None where NVIDIA's driver is."""
+    try:
+        ctypes.CDLL(DRIVER)
+    except OSError:
+        return f"no NVIDIA driver here ({DRIVER} is missing)"
     return None
 
 

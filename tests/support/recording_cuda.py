@@ -1,0 +1,366 @@
+"""Stand-ins for cuda.core, the driver's bindings and pycuda over one pretended machine.
+
+"Device memory" is host memory, so every copy and every address is real. The machine keeps a stack
+of current contexts for each thread and refuses, as CUDA does, what is made or used without one.
+Work runs at once, in the order it is submitted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+GPU_NAME = "NVIDIA Stand-in 80GB"
+CUBIN = b"cubin of the stand-in"
+PRIMARY, FOREIGN = "primary context", "foreign context"
+
+
+class Refused(Exception):
+    """What the libraries raise."""
+
+
+@dataclass
+class Machine:
+    """What was called, what is alive, which context is current, what shall fail."""
+
+    calls: list[tuple[str, Any]] = field(default_factory=list)
+    alive: dict[str, int] = field(default_factory=dict)
+    memory: dict[int, Any] = field(default_factory=dict)
+    clock: int = 0
+    broken: str | None = None
+    refused: str = ""
+    free_bytes: int = 1 << 30
+    host_pools: bool = True
+    capturing: list[Any] | None = None
+    threads: threading.local = field(default_factory=threading.local)
+
+    @property
+    def contexts(self) -> list[str]:
+        if not hasattr(self.threads, "contexts"):
+            self.threads.contexts = []
+        return self.threads.contexts
+
+    def call(self, name: str, argument: Any = None) -> None:
+        """Note a call that needs a context; fail as a broken GPU does."""
+        self.calls.append((name, argument))
+        if self.broken is not None:
+            raise Refused(self.broken)
+        if not self.contexts or self.contexts[-1] == FOREIGN:
+            raise Refused(f"{name}: invalid device context")
+
+    def make(self, kind: str, by: int = 1) -> None:
+        self.alive[kind] = self.alive.get(kind, 0) + by
+
+    def allocate(self, kind: str, num_bytes: int) -> int:
+        self.call(kind, num_bytes)
+        if num_bytes > self.free_bytes:
+            raise Refused("out of memory")
+        memory = (ctypes.c_char * num_bytes)(*b"\xee" * min(num_bytes, 64))
+        self.memory[ctypes.addressof(memory)] = memory
+        self.make(kind)
+        return ctypes.addressof(memory)
+
+    def free(self, kind: str, address: int) -> None:
+        self.call(f"free {kind}")
+        del self.memory[address]
+        self.make(kind, -1)
+
+    def copy(self, target: int, source: int, num_bytes: int, stream: int) -> None:
+        self.call("copy", (num_bytes, stream))
+        if self.capturing is not None:
+            self.capturing.append((target, source, num_bytes))
+        else:
+            ctypes.memmove(target, source, num_bytes)
+
+    def named(self, name: str) -> list[Any]:
+        return [argument for called, argument in self.calls if called == name]
+
+
+class Thing:
+    """A stream, an event, ...: alive until it is closed (cuda.core) or forgotten (pycuda)."""
+
+    def __init__(self, machine: Machine, kind: str, options: Any = None):
+        self.machine, self.kind, self.options = machine, kind, options
+        machine.call(kind, options)
+        machine.make(kind)
+        self.is_alive = True
+        self.time = 0
+
+    def close(self) -> None:
+        if self.is_alive:
+            self.machine.call(f"close {self.kind}")
+            self.machine.make(self.kind, -1)
+            self.is_alive = False
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.close()
+
+    def pass_now(self) -> None:
+        self.machine.clock += 1
+        self.time = self.machine.clock
+
+    def sync(self) -> None:
+        self.machine.call(f"sync {self.kind}")
+
+    synchronize = sync
+
+
+class FakeEvent(Thing):
+    def __sub__(self, other: FakeEvent) -> float:
+        return float(self.time - other.time)
+
+    def time_since(self, other: FakeEvent) -> float:
+        return self - other
+
+    def record(self, stream: Any) -> None:
+        self.machine.call("record", stream.handle)
+        self.pass_now()
+
+
+class FakeStream(Thing):
+    device = SimpleNamespace(device_id=0)
+
+    @property
+    def handle(self) -> int:
+        return id(self)
+
+    def record(self, event: FakeEvent) -> None:
+        event.record(self)
+
+    def wait(self, event: FakeEvent) -> None:
+        self.machine.call("wait", self.handle)
+
+    wait_for_event = wait
+
+    def is_done(self) -> bool:
+        if self.machine.broken is not None:
+            raise Refused(self.machine.broken)
+        return True
+
+    def create_graph_builder(self) -> FakeBuilder:
+        return FakeBuilder(self.machine)
+
+
+class FakeBuilder(Thing):
+    def __init__(self, machine: Machine):
+        super().__init__(machine, "graph builder")
+
+    def begin_building(self, mode: str) -> None:
+        self.machine.call("begin_building", mode)
+        self.machine.capturing = []
+
+    def end_building(self) -> None:
+        self.captured, self.machine.capturing = self.machine.capturing, None
+
+    def complete(self) -> FakeGraph:
+        return FakeGraph(self.machine, "graph", self.captured)
+
+
+class FakeGraph(Thing):
+    def launch(self, stream: FakeStream) -> None:
+        for target, source, num_bytes in self.options:
+            self.machine.copy(target, source, num_bytes, stream.handle)
+
+
+class FakeBuffer:
+    def __init__(self, machine: Machine, kind: str, num_bytes: int):
+        self.machine, self.kind = machine, kind
+        self.handle = machine.allocate(kind, num_bytes)
+
+    def close(self) -> None:
+        self.machine.free(self.kind, self.handle)
+
+    free = close
+
+    def __int__(self) -> int:
+        return self.handle
+
+
+class FakeKernel:
+    def __init__(self, machine: Machine):
+        self.machine = machine
+
+    def __call__(self, *arguments: Any, **how: Any) -> None:
+        self.machine.call("launch", (how["grid"], how["block"], how["shared"], arguments))
+
+
+def find_kernel(machine: Machine, symbol: str) -> FakeKernel:
+    if symbol != "gather_tokens":
+        raise Refused("named symbol not found")
+    return FakeKernel(machine)
+
+
+def load_cubin(machine: Machine, code: bytes) -> Any:
+    machine.call("load", code)
+    if code != CUBIN:
+        raise Refused("no kernel image is available")
+    return SimpleNamespace(
+        get_kernel=lambda symbol: find_kernel(machine, symbol),
+        get_function=lambda symbol: find_kernel(machine, symbol),
+    )
+
+
+def make_driver(machine: Machine) -> ModuleType:
+    """The part of cuda.bindings.driver that the device uses."""
+    module: Any = ModuleType("cuda.bindings.driver")
+
+    def guarded(name: str, work: Any) -> Any:
+        def run(*arguments: Any) -> tuple[Any, ...]:
+            try:
+                return 0, work(*arguments)
+            except Refused as refused:
+                machine.refused = str(refused)
+                return (700,)
+
+        setattr(module, name, run)
+
+    def set_current(context: Any) -> None:
+        machine.contexts[-1:] = [] if context is None else [context]
+
+    guarded("cuInit", lambda flags: None)
+    guarded("cuDeviceGetCount", lambda: 1)
+    guarded("cuCtxGetCurrent", lambda: machine.contexts[-1] if machine.contexts else None)
+    guarded("cuCtxSetCurrent", set_current)
+    guarded("cuCtxPushCurrent", lambda context: machine.contexts.append(context))
+    guarded("cuCtxPopCurrent", lambda: machine.contexts.pop())
+    guarded("cuCtxSynchronize", lambda: machine.call("synchronize"))
+    guarded("cuMemcpyAsync", machine.copy)
+    module.cuStreamQuery = lambda handle: (700 if machine.broken else 0,)
+    module.cuGetErrorString = lambda error: (0, (machine.broken or machine.refused).encode())
+    return module
+
+
+class FakeCoreDevice:
+    """cuda.core.Device."""
+
+    device_id = 0
+    name = GPU_NAME
+
+    def __init__(self, machine: Machine):
+        self.machine = machine
+        self.context = SimpleNamespace(handle=PRIMARY)
+        self.properties = SimpleNamespace(host_memory_pools_supported=machine.host_pools)
+
+    def set_current(self) -> None:
+        self.machine.contexts[-1:] = [PRIMARY]
+
+    def create_stream(self, obj: Any = None, options: Any = None) -> Any:
+        if obj is None:
+            return FakeStream(self.machine, "stream", options)
+        _, handle = obj.__cuda_stream__()
+        device = SimpleNamespace(device_id=getattr(obj.owner, "gpu", 0))
+        return SimpleNamespace(handle=handle, device=device)
+
+    def create_event(self, options: Any) -> FakeEvent:
+        return FakeEvent(self.machine, "event", options)
+
+    def allocate(self, num_bytes: int, stream: FakeStream) -> FakeBuffer:
+        return FakeBuffer(self.machine, "device", num_bytes)
+
+
+def make_core(machine: Machine, version: str = "1.2.2") -> ModuleType:
+    """The part of cuda.core that the device uses."""
+    module: Any = ModuleType("cuda.core")
+    module.__version__ = version
+    module.Device = lambda index: FakeCoreDevice(machine)
+    module.StreamOptions = module.EventOptions = module.LaunchConfig = SimpleNamespace
+
+    def pinned_resource(kind: str) -> Any:
+        def allocate(num_bytes: int, stream: FakeStream) -> FakeBuffer:
+            machine.calls.append(("resource", kind))
+            return FakeBuffer(machine, "pinned", num_bytes)
+
+        return lambda: SimpleNamespace(allocate=allocate)
+
+    module.PinnedMemoryResource = pinned_resource("pool")
+    module.LegacyPinnedMemoryResource = pinned_resource("legacy")
+    module.ObjectCode = SimpleNamespace(from_cubin=lambda code: load_cubin(machine, code))
+
+    def launch(stream: Any, config: Any, kernel: FakeKernel, *arguments: Any) -> None:
+        kernel(*arguments, grid=config.grid, block=config.block, shared=config.shmem_size)
+
+    module.launch = launch
+    return module
+
+
+class FakePycudaContext:
+    """pycuda.driver.Context: pushed on an object, popped on the class."""
+
+    machine: Machine
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def push(self) -> None:
+        self.machine.contexts.append(self.name)
+
+    @classmethod
+    def pop(cls) -> None:
+        cls.machine.contexts.pop()
+
+    @classmethod
+    def synchronize(cls) -> None:
+        cls.machine.call("synchronize")
+
+    def get_device(self) -> Any:
+        return SimpleNamespace(name=lambda: GPU_NAME)
+
+
+def make_pycuda(machine: Machine) -> ModuleType:
+    """The part of pycuda.driver that the device uses."""
+    module: Any = ModuleType("pycuda.driver")
+    module.Error = Refused
+    module.init = lambda: machine.calls.append(("init", None))
+    module.Context = type("Context", (FakePycudaContext,), {"machine": machine})
+
+    class Device:
+        def __init__(self, index: int):
+            self.index = index
+
+        count = staticmethod(lambda: 1)
+
+        def retain_primary_context(self) -> Any:
+            return module.Context(PRIMARY)
+
+    def pagelocked_empty(num_bytes: int, dtype: Any) -> Any:
+        buffer = FakeBuffer(machine, "pinned", num_bytes)
+        memory = (ctypes.c_uint8 * num_bytes).from_address(buffer.handle)
+        return owned_by(buffer, np.ctypeslib.as_array(memory))
+
+    class Stream(FakeStream):
+        def __init__(self, flags: int):
+            super().__init__(machine, "stream", flags)
+
+    class Event(FakeEvent):
+        def __init__(self, flags: int):
+            super().__init__(machine, "event", flags)
+
+    def copy_in(target: int, source: np.ndarray, stream: Stream) -> None:
+        machine.copy(target, source.ctypes.data, source.nbytes, stream.handle)
+
+    def copy_out(target: np.ndarray, source: int, stream: Stream) -> None:
+        machine.copy(target.ctypes.data, source, target.nbytes, stream.handle)
+
+    module.Device, module.Stream, module.Event = Device, Stream, Event
+    module.event_flags = SimpleNamespace(BLOCKING_SYNC=1)
+    module.pagelocked_empty = pagelocked_empty
+    module.mem_alloc = lambda num_bytes: FakeBuffer(machine, "device", num_bytes)
+    module.memcpy_htod_async, module.memcpy_dtoh_async = copy_in, copy_out
+    module.module_from_buffer = lambda code: load_cubin(machine, code)
+    return module
+
+
+def owned_by(owner: FakeBuffer, array: np.ndarray) -> np.ndarray:
+    """Return `array` with `owner` as its `base`, which frees it, as pycuda's arrays have."""
+
+    class Owned(np.ndarray):
+        base = owner
+
+    return array.view(Owned)
