@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types sizes bench train clean
+.PHONY: help setup demo test check lint types sizes bench kernels train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,11 @@ sizes: $(INSTALLED)
 bench: $(INSTALLED) ## measure end to end against the bare engines (minutes)
 	$(BIN)/python -m edje.perf.bench_end_to_end
 	$(BIN)/python -m edje.perf.bench_precisions
+
+kernels: $(INSTALLED) ## compile the GPU kernels for every architecture (no GPU; installs Triton)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -q -e '.[kernels]' \
+		-c constraints.txt $(PIP_INDEX) $(PIP_ARGS)
+	$(BIN)/python -m edje.kernels.build
 
 train: $(INSTALLED) ## train the demo's model again (hours on two cores, resumable)
 	$(BIN)/python -m edje.demo.training

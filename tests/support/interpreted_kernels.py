@@ -6,53 +6,138 @@ process would decide for all: so `interpreter()` starts a process that has it se
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
+from edje.kernels.manifest import read_manifest
 from edje.kernels.variants import all_variants
 
 VARIANTS = {variant.name: variant for variant in all_variants()}
-Run = Callable[[str, int, Mapping[str, Any]], dict[str, np.ndarray]]
+TYPES = {"*i8": np.int8, "*i16": np.int16, "*i32": np.int32, "*i64": np.int64}
+TYPES |= {"*fp16": np.float16, "*bf16": np.uint16, "*fp32": np.float32}
+Run = Callable[..., dict[str, np.ndarray]]
 
 
 @contextmanager
 def interpreter() -> Iterator[Run]:
-    """Yield `run(variant's name, number of programs, arguments)`, which returns the arrays."""
+    """Yield `run(variant's name, number of programs, arguments, **other constants)`.
+
+    It returns the arrays among the arguments as the kernel left them.
+    """
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            pool.submit(os.getpid).result()  # the process starts with the first work
-            yield lambda *arguments: pool.submit(_run, *arguments).result()
+            yield lambda *values, **constants: pool.submit(_run, *values, **constants).result()
     finally:
         os.environ.pop("TRITON_INTERPRET")
         if before is not None:
             os.environ["TRITON_INTERPRET"] = before
 
 
-def _run(name: str, num_programs: int, arguments: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Run one launch; bfloat16 arrays travel as uint16 under the parameter's own type."""
+def _run(
+    name: str, num_programs: int, arguments: Mapping[str, Any], **constants: int
+) -> dict[str, np.ndarray]:
+    """Run one launch; bfloat16 arrays travel as uint16."""
     import torch
 
     variant = VARIANTS[name]
     types = {parameter.name: parameter.type for parameter in variant.parameters}
+    assert arguments.keys() == types.keys(), f"{name} takes {list(types)}"
+    arrays = {key: value for key, value in arguments.items() if isinstance(value, np.ndarray)}
     tensors = {
-        key: torch.from_numpy(value).view(torch.bfloat16)
+        key: torch.from_numpy(array).view(torch.bfloat16)
         if types[key] == "*bf16"
-        else torch.from_numpy(value)
-        for key, value in arguments.items()
-        if isinstance(value, np.ndarray)
+        else torch.from_numpy(array)
+        for key, array in arrays.items()
     }
-    assert dict(arguments).keys() == types.keys(), f"{name} takes {list(types)}"
     function = getattr(import_module(f"edje.kernels.{variant.source}"), variant.function)
-    # Warnings of NumPy that only masked-out lanes cause (inf - inf) are no faults.
+    # NumPy warns of lanes that are masked out (0 / 0, inf - inf): no faults of the kernel.
     with np.errstate(all="ignore"):
-        function[(num_programs,)](**{**arguments, **tensors, **variant.constants})
-    return {key: arguments[key] for key in tensors}
+        function[(num_programs,)](**{**arguments, **tensors, **variant.constants, **constants})
+    return arrays
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """A NumPy array under the name of device memory."""
+
+    array: np.ndarray
+
+    @property
+    def address(self) -> int:
+        return self.array.ctypes.data
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.array.dtype
+
+
+@dataclass
+class InterpretedDevice:
+    """A loader whose kernels run in the interpreter, on host arrays that it was shown.
+
+    It is given the cubins, and runs the source that the manifest says they were made from.
+    """
+
+    run: Run
+    arrays: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def memory(self, array: np.ndarray) -> HostMemory:
+        """Return an array as device memory, on 16 bytes as NumPy gives it."""
+        assert array.flags.c_contiguous
+        self.arrays[array.ctypes.data] = array
+        return HostMemory(array)
+
+    def load_module(self, code: bytes) -> InterpretedDevice._Module:
+        sha256 = hashlib.sha256(code).hexdigest()
+        (name,) = (
+            name
+            for name, entry in read_manifest().kernels.items()
+            if sha256 in {cubin.sha256 for cubin in entry.cubins}
+        )
+        return InterpretedDevice._Module(self, name)
+
+    @dataclass(frozen=True)
+    class _Module:
+        device: InterpretedDevice
+        name: str
+
+        def kernel(self, symbol: str) -> InterpretedDevice._Module:
+            assert symbol == VARIANTS[self.name].function
+            return self
+
+        def launch(
+            self,
+            stream: object,
+            *,
+            grid: tuple[int, int, int],
+            block: tuple[int, int, int],
+            shared_bytes: int,
+            arguments: Sequence[np.generic],
+        ) -> None:
+            parameters = VARIANTS[self.name].parameters
+            assert [int(value) for value in arguments[len(parameters) :]] == [0, 0]
+            values: dict[str, Any] = {}
+            for parameter, scalar in zip(parameters, arguments, strict=False):
+                dtype = TYPES.get(parameter.type)
+                values[parameter.name] = (
+                    scalar.item()
+                    if dtype is None
+                    else self.device.arrays[int(scalar)].reshape(-1).view(dtype)
+                )
+            for name, result in self.device.run(self.name, grid[0], values).items():
+                values[name][...] = result

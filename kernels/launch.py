@@ -1,0 +1,199 @@
+"""Load compiled kernels through a device and pass them their arguments; no Triton at run time.
+
+Whoever runs code on a GPU implements three calls, as `runtime/device` does:
+
+- `load_module(cubin)`: cuda.core `ObjectCode.from_cubin`, pycuda `module_from_buffer`,
+  cuda.bindings `cuModuleLoadData`;
+- `kernel(symbol)` of that module: `get_kernel`, `get_function`, `cuModuleGetFunction`;
+- `launch(...)` of that kernel. The arguments are NumPy scalars of exactly the types that the
+  kernel was compiled for; cuda.core and pycuda take them as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..errors import EngineError, named
+from .manifest import CUBINS, Cubin, KernelEntry, read_manifest
+from .variants import Parameter
+
+Grid = tuple[int, int, int]
+SCALARS: dict[str, type[np.generic]] = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
+SCRATCH = ("global_scratch", "profile_scratch")
+
+
+class Kernel(Protocol):
+    """One entry of a loaded module."""
+
+    def launch(
+        self,
+        stream: Any,
+        *,
+        grid: Grid,
+        block: Grid,
+        shared_bytes: int,
+        arguments: Sequence[np.generic],
+    ) -> None:
+        """Run it in the order of the device's `stream`; returns at once."""
+        ...
+
+
+class Module(Protocol):
+    """A loaded cubin; lives as long as its device."""
+
+    def kernel(self, symbol: str) -> Kernel: ...
+
+
+class Loader(Protocol):
+    """What loads cubins: a device of `runtime/device`."""
+
+    def load_module(self, code: bytes) -> Module: ...
+
+
+class LoadedKernel:
+    """A kernel of this package, loaded and ready to launch."""
+
+    def __init__(self, name: str, entry: KernelEntry, cubin: Cubin, kernel: Kernel):
+        self.name, self.cubin, self._kernel = name, cubin, kernel
+        self.constants = entry.constants
+        self._block = (32 * entry.num_warps, 1, 1)
+        self._parameters = tuple(item for item in entry.parameters if item.name not in SCRATCH)
+        self._names = {item.name for item in self._parameters}
+        self._scratch = (np.uint64(0),) * (len(entry.parameters) - len(self._parameters))
+
+    def launch(self, stream: Any, num_programs: int, **values: float) -> None:
+        """Run `num_programs` programs in the order of `stream`; returns at once.
+
+        Args:
+            stream: a stream of the device that loaded the kernel.
+            num_programs: blocks, in x; 1 to 2^31 - 1.
+            values: every parameter by name: addresses, integers, floats.
+
+        Raises:
+            EngineError: arguments that do not fit the kernel (all at once).
+        """
+        self._kernel.launch(
+            stream,
+            grid=(num_programs, 1, 1),
+            block=self._block,
+            shared_bytes=self.cubin.shared_bytes,
+            arguments=self.arguments(**values),
+        )
+
+    def arguments(self, **values: float) -> tuple[np.generic, ...]:
+        """Return the scalars that a launch passes, in the kernel's order and of its types.
+
+        Raises:
+            EngineError: as `launch`.
+        """
+        if values.keys() != self._names:
+            missing = sorted(self._names - values.keys())
+            unknown = sorted(values.keys() - self._names)
+            message = f"{self.name}: missing [{named(missing)}], unknown [{named(unknown)}]"
+            raise EngineError(message)
+        faults = [
+            f"{item.name}: got {values[item.name]}, expected {_domain(item)}"
+            for item in self._parameters
+            if not _fits(item, values[item.name])
+        ]
+        if faults:
+            raise EngineError(f"{self.name} does not take these arguments", faults=faults)
+        scalars = [SCALARS.get(item.type, np.uint64)(values[item.name]) for item in self._parameters]
+        return (*scalars, *self._scratch)
+
+
+class KernelLibrary:
+    """The compiled kernels, for one GPU. Load them at set-up, never while requests run."""
+
+    def __init__(
+        self, loader: Loader, compute_capability: tuple[int, int], *, folder: Path = CUBINS
+    ):
+        """Read what there is; loads nothing yet.
+
+        Args:
+            loader: loads the cubins and keeps them as long as it lives.
+            compute_capability: of the GPU, major and minor.
+
+        Raises:
+            EngineError: the manifest is missing or damaged.
+        """
+        self._loader, self._capability, self._folder = loader, compute_capability, folder
+        self._manifest = read_manifest(folder)
+        self._loaded: dict[str, LoadedKernel] = {}
+
+    def kernel(self, name: str) -> LoadedKernel:
+        """Return a kernel by the name of its variant, loaded at the first call.
+
+        Raises:
+            EngineError: no such kernel, none for this GPU, or its file is damaged.
+        """
+        if name not in self._loaded:
+            entry = self._manifest.kernels.get(name)
+            if entry is None:
+                raise EngineError(f"no kernel is called {name!r}", hint="see kernels/variants.py")
+            cubin = choose_cubin(entry, self._capability)
+            module = self._loader.load_module(_read(self._folder / cubin.file, cubin))
+            self._loaded[name] = LoadedKernel(name, entry, cubin, module.kernel(entry.symbol))
+        return self._loaded[name]
+
+
+def choose_cubin(entry: KernelEntry, compute_capability: tuple[int, int]) -> Cubin:
+    """Return the cubin for a GPU: its own, else the latest before it of the same major version.
+
+    Raises:
+        EngineError: there is none.
+    """
+    major, minor = compute_capability
+    built = {_version(cubin.compute_capability): cubin for cubin in entry.cubins}
+    fitting = [version for version in built if version[0] == major and version[1] <= minor]
+    if fitting:
+        return built[max(fitting)]
+    known = ", ".join(cubin.compute_capability for cubin in entry.cubins)
+    raise EngineError(
+        f"no kernel was compiled for compute capability {major}.{minor}, only for {known}",
+        hint="add it to COMPUTE_CAPABILITIES in kernels/variants.py, then: make kernels",
+    )
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, _, minor = text.partition(".")
+    return int(major), int(minor)
+
+
+def _read(path: Path, cubin: Cubin) -> bytes:
+    """Read a cubin and compare its hash: a damaged one would fail somewhere in the driver."""
+    try:
+        code = path.read_bytes()
+    except OSError as error:
+        message = f"the compiled kernel {path} cannot be read: {error}"
+        raise EngineError(message, hint="make kernels") from error
+    found = hashlib.sha256(code).hexdigest()
+    if found != cubin.sha256:
+        message = f"{path} is damaged: its SHA-256 is {found}, expected {cubin.sha256}"
+        raise EngineError(message, hint="make kernels")
+    return code
+
+
+def _fits(parameter: Parameter, value: float) -> bool:
+    if parameter.type == "fp32":
+        return True
+    low, high = _range(parameter)
+    whole = isinstance(value, int | np.integer)
+    return whole and low <= value <= high and value % parameter.multiple_of == 0
+
+
+def _range(parameter: Parameter) -> tuple[int, int]:
+    if parameter.type.startswith("*"):
+        return 1, 2**64 - 1
+    bits = int(parameter.type[1:])
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def _domain(parameter: Parameter) -> str:
+    kind = "an address" if parameter.type.startswith("*") else f"a {parameter.type}"
+    return kind if parameter.multiple_of == 1 else f"{kind} that {parameter.multiple_of} divides"

@@ -1,0 +1,245 @@
+"""The kernels compute what their references say: their sources, run by Triton's interpreter.
+
+It shows the arithmetic and every address, not races or layouts: those need a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from interpreted_kernels import InterpretedDevice, Run, interpreter
+
+from edje.kernels import references
+from edje.kernels.launch import KernelLibrary
+from edje.kernels.operations import Assemble, DeviceEmbeddings, GatherTokens, TopK
+from edje.kernels.references import Embeddings
+
+pytestmark = pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton is not installed (make kernels installs it)"
+)
+a_few = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    with interpreter() as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def device(run: Run) -> InterpretedDevice:
+    return InterpretedDevice(run)
+
+
+@pytest.fixture(scope="module")
+def library(device: InterpretedDevice) -> KernelLibrary:
+    return KernelLibrary(device, (9, 0))
+
+
+def tokens_of(
+    rng: np.random.Generator, shape: tuple[int, int, int], dtype: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return random records, and their scales where they are int8."""
+    if dtype == "float16":
+        return rng.standard_normal(shape).astype(np.float16), None
+    scales = rng.uniform(0.001, 0.1, shape[:2]).astype(np.float16)
+    return rng.integers(-127, 128, shape, dtype=np.int8), scales
+
+
+@a_few
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    token_dtype=st.sampled_from(["float16", "int8"]),
+    row_dtype=st.sampled_from(["int32", "int64"]),
+    num_records=st.integers(1, 5),
+    num_tokens=st.sampled_from([1, 3, 64, 150]),
+    hidden=st.sampled_from([16, 64, 144]),
+    num_pairs=st.integers(1, 6),
+)
+def test_gather_tokens(
+    device: InterpretedDevice,
+    library: KernelLibrary,
+    seed: int,
+    token_dtype: str,
+    row_dtype: str,
+    num_records: int,
+    num_tokens: int,
+    hidden: int,
+    num_pairs: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    records, scales = tokens_of(rng, (num_records, num_tokens, hidden), token_dtype)
+    rows = rng.integers(-2, num_records + 2, num_pairs).astype(row_dtype)
+    out = np.full((num_pairs, num_tokens, hidden), 3, token_dtype)
+    out_scales = np.full((num_pairs, num_tokens), 3, np.float16)
+    expected, expected_scales = out.copy(), out_scales.copy()
+    references.gather_tokens(
+        records, rows, expected, scales=scales, out_scales=expected_scales
+    )
+    memory = device.memory
+    with_scales = {} if scales is None else {"scales": scales, "out_scales": out_scales}
+    GatherTokens(library, token_dtype=token_dtype, row_dtype=row_dtype).enqueue(
+        memory(records),
+        memory(rows),
+        memory(out),
+        stream=None,
+        **{name: memory(array) for name, array in with_scales.items()},
+    )
+    assert out.tobytes() == expected.tobytes()
+    assert out_scales.tobytes() == expected_scales.tobytes()
+
+
+def random_embeddings(rng: np.random.Generator, hidden: int) -> Embeddings:
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    positions = references.add_types(normal(40, hidden), normal(2, hidden))
+    return Embeddings(
+        normal(50, hidden), positions, normal(hidden), normal(hidden), 1e-12, sep_id=3
+    )
+
+
+def random_batch(rng: np.random.Generator, num_pairs: int) -> list[np.ndarray]:
+    """Return text_ids, text_length and query_of_pair of queries of up to 8 slots."""
+    num_queries = int(rng.integers(1, 4))
+    return [
+        rng.integers(0, 50, (num_queries, 8), dtype=np.int32),
+        rng.integers(2, 9, num_queries, dtype=np.int32),
+        rng.integers(0, num_queries, num_pairs, dtype=np.int32),
+    ]
+
+
+def assembled(
+    device: InterpretedDevice,
+    library: KernelLibrary,
+    embeddings: Embeddings,
+    batch: list[np.ndarray],
+    stored: tuple[np.ndarray, np.ndarray | None],
+    rows: np.ndarray,
+    out_dtype: str,
+) -> np.ndarray:
+    """Return what the kernel writes, as float32."""
+    records, scales = stored
+    num_slots = batch[0].shape[1] + records.shape[1] + 1
+    out = np.zeros((len(rows), num_slots, records.shape[2]), np.uint16)
+    memory: Any = device.memory
+    names = ("words", "positions", "norm_weight", "norm_bias")
+    tables = DeviceEmbeddings(
+        *(memory(getattr(embeddings, name)) for name in names),
+        embeddings.epsilon,
+        embeddings.sep_id,
+    )
+    Assemble(library, tables, token_dtype=records.dtype.name, out_dtype=out_dtype).enqueue(
+        *map(memory, batch),
+        memory(records),
+        memory(rows),
+        memory(out),
+        stream=None,
+        scales=None if scales is None else memory(scales),
+    )
+    dtype = np.float16 if out_dtype == "float16" else ml_dtypes.bfloat16
+    return out.view(dtype).astype(np.float32)
+
+
+# Half a unit in the last place; a whole one for bfloat16, which the interpreter cuts off (the
+# compiled code rounds: `cvt.rn.bf16`).
+ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-7}
+
+
+@a_few
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    token_dtype=st.sampled_from(["float16", "int8"]),
+    out_dtype=st.sampled_from(["float16", "bfloat16"]),
+    num_tokens=st.integers(1, 9),
+    hidden=st.sampled_from([16, 48, 384, 768]),
+    num_pairs=st.integers(1, 5),
+)
+def test_assemble(
+    device: InterpretedDevice,
+    library: KernelLibrary,
+    seed: int,
+    token_dtype: str,
+    out_dtype: str,
+    num_tokens: int,
+    hidden: int,
+    num_pairs: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    embeddings, batch = random_embeddings(rng, hidden), random_batch(rng, num_pairs)
+    stored = tokens_of(rng, (4, num_tokens, hidden), token_dtype)
+    rows = rng.integers(0, 4, num_pairs, dtype=np.int32)
+    found = assembled(device, library, embeddings, batch, stored, rows, out_dtype)
+    expected = references.assemble(*batch, stored[0], rows, embeddings, scales=stored[1])
+    np.testing.assert_allclose(found, expected, rtol=ROUNDING[out_dtype], atol=1e-4)
+
+
+def test_indices_outside_their_tables_are_nan_and_touch_nothing_else(
+    device: InterpretedDevice, library: KernelLibrary
+) -> None:
+    rng = np.random.default_rng(0)
+    embeddings, stored = random_embeddings(rng, 16), tokens_of(rng, (4, 3, 16), "float16")
+    ids = rng.integers(0, 50, (3, 8), dtype=np.int32)
+    lengths = np.array([5, 8, 38], np.int32)  # 38 + 3 lies past the 40 positions
+    ids[1, 2], ids[1, 6] = 50, -1
+    queries = np.array([0, 1, 2, 3, -1, 0, 0], np.int32)
+    rows = np.array([0, 1, 2, 3, 0, -1, 4], np.int32)
+    batch = [ids, lengths, queries]
+    found = assembled(device, library, embeddings, batch, stored, rows, "float16")
+    is_nan = np.isnan(found).all(axis=2)
+    assert (is_nan == np.isnan(found).any(axis=2)).all()
+    expected = np.zeros((7, 12), bool)
+    expected[1, [2, 6]] = True
+    expected[2, 10:] = True
+    expected[3:5] = True
+    expected[5:, 8:11] = True
+    np.testing.assert_array_equal(is_nan, expected)
+    right = references.assemble(ids[:1], lengths[:1], queries[:1], stored[0], rows[:1], embeddings)
+    np.testing.assert_allclose(found[0], right[0], rtol=2.0**-11, atol=1e-4)
+
+
+SPECIAL = [0.0, -0.0, float("nan"), float("inf"), float("-inf"), 1.5, -1.5, 3.0e38, -1e-45]
+
+
+@a_few
+@given(
+    scores=st.lists(st.sampled_from(SPECIAL) | st.floats(width=32), min_size=1, max_size=300),
+    data=st.data(),
+)
+def test_top_k_in_small_blocks(run: Run, scores: list[float], data: st.DataObject) -> None:
+    array = np.array(scores, np.float32)
+    k = data.draw(st.integers(1, min(16, len(array))))
+    num_blocks = -(-len(array) // 64)
+    select = dict(scores=array, keys=np.zeros((num_blocks, 16), np.int64), num_scores=len(array))
+    keys = run("top_k_blocks_128", num_blocks, select, BLOCK=64, K=16)["keys"]
+    finish = dict(scores=array, keys=keys, num_blocks=num_blocks, k=k)
+    finish |= dict(indices=np.full(k, -7, np.int32), values=np.zeros(k, np.float32))
+    found = run("top_k_merge_128", 1, finish, K=16)
+    indices, values = references.top_k(array, k)
+    np.testing.assert_array_equal(found["indices"], indices)
+    np.testing.assert_array_equal(found["values"], values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_scores", "k"), [(5000, 100), (3000, 1000)])
+def test_top_k_as_it_is_compiled(
+    device: InterpretedDevice, library: KernelLibrary, num_scores: int, k: int
+) -> None:
+    rng = np.random.default_rng(k)
+    scores = rng.integers(-300, 300, num_scores).astype(np.float32)  # many ties
+    scores[rng.integers(0, num_scores, 50)] = rng.choice(np.array(SPECIAL, np.float32), 50)
+    top_k = TopK(library, max_k=k)
+    keys = np.zeros(top_k.num_keys(num_scores), np.int64)
+    indices, values = np.zeros(k, np.int32), np.zeros(k, np.float32)
+    arrays = map(device.memory, (scores, keys, indices, values))
+    top_k.enqueue(*arrays, stream=None)
+    expected = references.top_k(scores, k)
+    np.testing.assert_array_equal(indices, expected[0])
+    np.testing.assert_array_equal(values, expected[1])

@@ -1,0 +1,152 @@
+"""Kernels are chosen for the GPU, loaded once, and passed what the manifest says."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from recording_loader import RecordingLoader
+
+from edje.errors import EngineError
+from edje.kernels.launch import KernelLibrary, LoadedKernel, choose_cubin
+from edje.kernels.manifest import CUBINS, read_manifest
+from edje.kernels.variants import all_variants
+
+NAME = "gather_tokens_int8_by_int64"
+SIZES = {"i32": 4, "i64": 8, "fp32": 4}
+VALUES = {
+    "tokens": 0x7F0000000010,
+    "scales": 0x7F0000001002,
+    "rows": 0x7F0000002008,
+    "out_tokens": 0x7F0000003000,
+    "out_scales": 0x7F0000004004,
+    "num_records": 2**40,
+    "record_vectors": 1536,
+    "num_scales": 64,
+}
+
+
+def load(name: str = NAME) -> tuple[RecordingLoader, LoadedKernel]:
+    loader = RecordingLoader()
+    return loader, KernelLibrary(loader, (9, 0)).kernel(name)
+
+
+@pytest.mark.parametrize(
+    ("capability", "chosen"),
+    [
+        ((8, 0), "8.0"),
+        ((8, 6), "8.6"),
+        ((8, 7), "8.6"),
+        ((8, 9), "8.9"),
+        ((9, 0), "9.0"),
+        ((10, 0), "10.0"),
+        ((10, 3), "10.0"),
+        ((12, 1), "12.0"),
+    ],
+)
+def test_the_cubin_is_the_latest_that_runs_on_the_gpu(
+    capability: tuple[int, int], chosen: str
+) -> None:
+    for entry in read_manifest().kernels.values():
+        assert choose_cubin(entry, capability).compute_capability == chosen
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (11, 0), (13, 0)])
+def test_a_gpu_without_kernels_is_named(capability: tuple[int, int]) -> None:
+    with pytest.raises(EngineError, match=rf"{capability[0]}\.{capability[1]}, only for 8\.0"):
+        choose_cubin(read_manifest().kernels[NAME], capability)
+
+
+def test_a_kernel_is_loaded_once_and_launched_as_the_manifest_says() -> None:
+    loader = RecordingLoader()
+    library = KernelLibrary(loader, (8, 9))
+    assert loader.loaded == []
+    kernel = library.kernel("top_k_merge_1024")
+    assert library.kernel("top_k_merge_1024") is kernel
+    assert loader.loaded == [(CUBINS / "top_k_merge_1024.sm_89.cubin").read_bytes()]
+    values = {"scores": 16, "keys": 32, "indices": 48, "values": 64, "num_blocks": 7, "k": 5}
+    kernel.launch("a stream", 3, **values)
+    (launch,) = loader.launches
+    arguments = launch.pop("arguments")
+    assert launch == {
+        "symbol": "top_k_merge",
+        "stream": "a stream",
+        "grid": (3, 1, 1),
+        "block": (128, 1, 1),
+        "shared_bytes": kernel.cubin.shared_bytes,
+    }
+    assert [int(value) for value in arguments] == [16, 32, 48, 64, 7, 5, 0, 0]
+
+
+@pytest.mark.parametrize("name", [variant.name for variant in all_variants()])
+def test_the_arguments_have_the_sizes_of_the_parameters(name: str) -> None:
+    _, kernel = load(name)
+    parameters = read_manifest().kernels[name].parameters
+    values = {item.name: 16 * place for place, item in enumerate(parameters[:-2], 1)}
+    arguments = kernel.arguments(**dict(reversed(values.items())))
+    assert [item.nbytes for item in arguments] == [SIZES.get(p.type, 8) for p in parameters]
+    assert [float(item) for item in arguments] == [*values.values(), 0, 0]
+    for argument, parameter in zip(arguments, parameters, strict=True):
+        is_address = parameter.type.startswith("*")
+        assert isinstance(argument, np.uint64) == is_address
+        assert isinstance(argument, np.float32) == (parameter.type == "fp32")
+
+
+def test_wrong_names_are_named() -> None:
+    _, kernel = load()
+    values = {**VALUES, "row": 1}
+    del values["rows"]
+    with pytest.raises(EngineError, match=r"missing \['rows'\], unknown \['row'\]"):
+        kernel.arguments(**values)
+
+
+def test_all_values_that_do_not_fit_are_named_at_once() -> None:
+    loader, kernel = load()
+    wrong = {"tokens": 8, "rows": 0, "num_records": 2**63, "record_vectors": 2**31}
+    with pytest.raises(EngineError) as raised:
+        kernel.launch(None, 1, **{**VALUES, **wrong})
+    assert [fault.split(":")[0] for fault in raised.value.faults] == list(wrong)
+    assert raised.value.faults[0] == "tokens: got 8, expected an address that 16 divides"
+    assert loader.launches == []
+
+
+@given(st.integers(-(2**33), 2**33), st.sampled_from(["num_scales", "record_vectors"]))
+def test_32_bit_values_are_passed_whole_or_refused(value: int, name: str) -> None:
+    _, kernel = load()
+    if -(2**31) <= value < 2**31:
+        arguments = kernel.arguments(**{**VALUES, name: value})
+        places = [item.name for item in read_manifest().kernels[NAME].parameters]
+        assert int(arguments[places.index(name)]) == value
+    else:
+        with pytest.raises(EngineError, match=name):
+            kernel.arguments(**{**VALUES, name: value})
+
+
+def test_a_fraction_is_no_integer() -> None:
+    _, kernel = load()
+    with pytest.raises(EngineError, match="num_scales: got 1.5"):
+        kernel.arguments(**{**VALUES, "num_scales": 1.5})
+
+
+def test_an_unknown_kernel_is_named() -> None:
+    with pytest.raises(EngineError, match="'gather'"):
+        KernelLibrary(RecordingLoader(), (9, 0)).kernel("gather")
+
+
+@pytest.mark.parametrize(("damage", "fault"), [(b"\0", "is damaged"), (None, "cannot be read")])
+def test_a_damaged_or_missing_cubin_is_refused(
+    tmp_path: Path, damage: bytes | None, fault: str
+) -> None:
+    folder = shutil.copytree(CUBINS, tmp_path / "cubins")
+    path = folder / f"{NAME}.sm_90.cubin"
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] + damage + b"\0")
+    library = KernelLibrary(RecordingLoader(), (9, 0), folder=folder)
+    with pytest.raises(EngineError, match=fault):
+        library.kernel(NAME)
