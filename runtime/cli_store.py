@@ -11,7 +11,7 @@ import typer
 from ..errors import RequestError
 
 if TYPE_CHECKING:
-    from .store.check import VerifyReport
+    from .store.repair.check import VerifyReport
 
 EXIT_DAMAGED = 1
 MAX_SHOWN = 20  # damaged ids and faults told one a line
@@ -126,7 +126,7 @@ def export_shards(
     """
     from .cli_output import progress_bar
     from .store import TokenStore
-    from .store.exchange import export_store
+    from .store.shards.exchange import export_store
 
     with TokenStore.open(store) as opened, progress_bar("export") as progress:
         report = export_store(
@@ -154,7 +154,7 @@ def import_shards(
       edje store import photos.store photos.shards
     """
     from .cli_output import progress_bar
-    from .store.exchange import import_store
+    from .store.shards.exchange import import_store
 
     with progress_bar("import") as progress:
         report = import_store(
@@ -184,7 +184,7 @@ def verify(
     """
     from .cli_output import print_json, progress_bar
     from .id_list import listed
-    from .store.check import verify_store
+    from .store.repair.check import verify_store
 
     with progress_bar("verify") as progress:
         report = verify_store(store, repair=repair, progress=progress)

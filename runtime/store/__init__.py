@@ -4,7 +4,7 @@ from .compaction import CompactReport
 from .folder import StoreStat
 from .incoming import CommitReport
 from .layout import StoreLayout
-from .reader import BadRecord
+from .read.reader import BadRecord
 from .reading import TokenBatch
 from .segment import SegmentWriter, incoming_name
 from .store import TokenStore

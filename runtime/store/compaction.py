@@ -12,8 +12,8 @@ from .catalog import CatalogState, Change, RecordBatch, Segment
 from .changes import StoreWriter
 from .index import RecordIndex
 from .layout import Int64, StoreLayout
+from .read.resident import Reader
 from .records import digests_of
-from .resident import Reader
 from .segment_file import RecordBytes
 
 Progress = Callable[[int, int], None]

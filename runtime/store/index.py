@@ -19,7 +19,7 @@ import xxhash
 from ...errors import RequestError, StoreError
 from .catalog import RecordBatch
 from .layout import ROW_BITS, ROW_MASK, Int64, UInt64, is_id
-from .reader import BadRecord, ReadPlan
+from .read.reader import BadRecord, ReadPlan
 from .records import Records
 
 # Records appended since the last merge are found through a dict; past this they are merged.

@@ -13,8 +13,8 @@ from ...errors import RequestError, StoreError, named
 from .arrays import check_buffers
 from .index import RecordIndex
 from .layout import Int64, StoreLayout, UInt64
-from .reader import BadRecord
-from .resident import Reader
+from .read.reader import BadRecord
+from .read.resident import Reader
 
 Float16 = npt.NDArray[np.float16]
 Tokens = npt.NDArray[Any]

@@ -19,12 +19,12 @@ from .incoming import CommitReport, commit_segments
 from .index import RecordIndex
 from .layout import DEFAULT_SEGMENT_BYTES, StoreLayout
 from .pins import Pin
-from .reader import SegmentReader
+from .read.reader import SegmentReader
+from .read.resident import Reader, ResidentRecords
 from .reading import Float16, ReadableStore, Tokens
-from .resident import Reader, ResidentRecords
 
 if TYPE_CHECKING:
-    from .check import VerifyReport
+    from .repair.check import VerifyReport
 
 Access = Literal["cached", "direct", "resident"]
 
@@ -196,7 +196,7 @@ class TokenStore(ReadableStore):
         Returns:
             The report; `.bad` holds the ids of damaged records. `edje store verify --repair` mends.
         """
-        from .check import verify_store
+        from .repair.check import verify_store
 
         return verify_store(self.path, progress=progress)
 

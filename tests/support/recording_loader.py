@@ -28,9 +28,7 @@ class RecordingLoader:
         def kernel(self, symbol: str) -> RecordingLoader._Module:
             return RecordingLoader._Module(self.loader, symbol)
 
-        def launch(
-            self, stream: object, *, arguments: Sequence[np.generic], **launch: Any
-        ) -> None:
+        def launch(self, stream: object, *, arguments: Sequence[np.generic], **launch: Any) -> None:
             call = {"symbol": self.symbol, "stream": stream, "arguments": arguments, **launch}
             self.loader.launches.append(call)
 

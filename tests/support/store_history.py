@@ -15,8 +15,8 @@ import xxhash
 
 from edje.engines.int8_tokens import quantize_tokens
 from edje.runtime.store import SegmentWriter, TokenStore
-from edje.runtime.store.check import VerifyReport, verify_store
 from edje.runtime.store.layout import StoreLayout
+from edje.runtime.store.repair.check import VerifyReport, verify_store
 
 FINGERPRINT = "sha256:tower"
 # For tests that do not ask what a disk keeps: memory, where there is such a folder.

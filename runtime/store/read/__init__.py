@@ -1,0 +1,1 @@
+"""Reading records: plans carried out by a few threads, every record verified."""

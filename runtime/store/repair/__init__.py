@@ -1,0 +1,1 @@
+"""Verifying a whole store, and mending what is known twice."""

@@ -1,0 +1,1 @@
+"""A store's records as safetensors shards, and back."""
