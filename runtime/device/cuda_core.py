@@ -143,6 +143,8 @@ class CudaCoreDevice(GpuDevice):
         finally:
             call(self._driver, "cuCtxSetCurrent", before)
         self.name = str(self._raw.name)
+        major, minor = self._raw.compute_capability
+        self.compute_capability = int(major), int(minor)
         self._pinned_memory: Any = None
 
     def borrow(self, stream: object) -> CoreStream:

@@ -82,9 +82,15 @@ class GpuStream(ABC):
 
 
 class GpuDevice(ABC):
-    """Owns what is made on one GPU in its primary context (or the caller's), and counts it."""
+    """Owns what is made on one GPU in its primary context (or the caller's), and counts it.
+
+    Attributes:
+        name: as the driver says it.
+        compute_capability: major and minor.
+    """
 
     name: str
+    compute_capability: tuple[int, int]
     shares_memory = False
 
     def __init__(self) -> None:

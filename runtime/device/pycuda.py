@@ -92,6 +92,10 @@ class PycudaModule:
         except Exception as error:
             raise EngineError(f"the module has no kernel {symbol}: {error}") from error
 
+    def forget(self) -> None:
+        """Let pycuda unload it, where its context is current."""
+        self._raw = None
+
 
 class PycudaDevice(GpuDevice):
     """One GPU in its primary context, or in the context that the caller made."""
@@ -114,7 +118,10 @@ class PycudaDevice(GpuDevice):
         given: Any = context
         self._context = self._retained(index) if given is None else given
         with self.current():
-            self.name = str(self._context.get_device().name())
+            gpu = self._context.get_device()
+            self.name = str(gpu.name())
+            major, minor = gpu.compute_capability()
+            self.compute_capability = int(major), int(minor)
             self._set_up = self._driver.Stream(_NON_BLOCKING)
 
     def borrow(self, stream: object) -> PycudaStream:
@@ -134,9 +141,11 @@ class PycudaDevice(GpuDevice):
     def load_module(self, code: bytes) -> PycudaModule:
         try:
             with self.current():
-                return PycudaModule(self._driver.module_from_buffer(code))
+                module = PycudaModule(self._driver.module_from_buffer(code))
         except Exception as error:
             raise EngineError(f"{self.name} cannot load this cubin: {error}") from error
+        self._owned.append(module.forget)
+        return module
 
     def fault(self) -> str | None:
         """Ask for the state of a stream: a broken context gives its error to every call."""

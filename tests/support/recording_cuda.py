@@ -242,6 +242,7 @@ class FakeCoreDevice:
 
     device_id = 0
     name = GPU_NAME
+    compute_capability = (9, 0)
 
     def __init__(self, machine: Machine):
         self.machine = machine
@@ -310,7 +311,7 @@ class FakePycudaContext:
         cls.machine.call("synchronize")
 
     def get_device(self) -> Any:
-        return SimpleNamespace(name=lambda: GPU_NAME)
+        return SimpleNamespace(name=lambda: GPU_NAME, compute_capability=lambda: (9, 0))
 
 
 def make_pycuda(machine: Machine) -> ModuleType:

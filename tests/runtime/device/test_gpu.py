@@ -125,6 +125,7 @@ def test_usage_counts_what_was_made_and_close_frees_all_of_it(device, machine):
         device.stream()
         device.event()
     assert mirror.view((10,)).nbytes == 20
+    assert (device.name, device.compute_capability) == (GPU_NAME, (9, 0))
     assert device.usage() == DeviceUsage(20, 20, 1, 1)
     device.close()
     device.close()

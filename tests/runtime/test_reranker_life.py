@@ -1,0 +1,133 @@
+"""Many threads on one reranker, many rerankers after each other, and a forked child."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edje.errors import EngineError
+from edje.runtime.device.protocol import DeviceUsage
+from edje.runtime.reranker import Reranker
+from edje.runtime.store import TokenStore
+
+IDS = [f"img-{number}" for number in range(12)]
+QUERIES = ["a red circle", "blue square above", "red", "a blue circle above a red square"]
+
+
+def held() -> tuple[int, int]:
+    """File descriptors and threads of this process."""
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+def test_32_threads_get_their_own_scores_from_one_reranker(tiny_engine, tiny_store):
+    with Reranker.open(tiny_engine, store=tiny_store, num_threads=1) as reranker:
+        expected = {query: reranker.rank(query, IDS).hits for query in QUERIES}
+        made = reranker._device.usage()
+        start = threading.Barrier(32)
+
+        def call(number):
+            start.wait(30)
+            for turn in range(3):
+                query = QUERIES[(number + turn) % len(QUERIES)]
+                got = reranker.rank(query, IDS)
+                assert [hit.id for hit in got] == [hit.id for hit in expected[query]]
+                scores = [hit.score for hit in expected[query]]
+                assert np.allclose([hit.score for hit in got], scores, atol=1e-5)
+            return True
+
+        with ThreadPoolExecutor(32) as pool:
+            assert all(pool.map(call, range(32), timeout=60))
+        assert reranker._device.usage() == made
+        assert made.pinned_bytes > 0
+
+
+def test_50_openings_leave_nothing_behind(tiny_engine, tiny_store):
+    def cycle():
+        reranker = Reranker.open(tiny_engine, store=tiny_store, num_threads=1)
+        device = reranker._device
+        assert len(reranker.rank("red", IDS)) == len(IDS)
+        reranker.close()
+        assert device.usage() == DeviceUsage()
+
+    cycle()  # the libraries' own threads and files stay
+    before = held()
+    for _ in range(50):
+        cycle()
+    assert held() == before
+
+
+def run_forked(work) -> str:
+    """Run `work` in a forked child; return what it returns. Kills a child that hangs."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(write, work().encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    ends = time.monotonic() + 20
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > ends:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the forked child hung")
+        time.sleep(0.005)
+    with os.fdopen(read) as pipe:
+        return pipe.read()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_is_told_to_open_its_own(tiny_engine, tiny_store):
+    with Reranker.open(tiny_engine, store=tiny_store, num_threads=1) as reranker:
+        reranker.rank("red", IDS)
+
+        def use_it() -> str:
+            outcomes = []
+            for call in (lambda: reranker.rank("red", IDS), lambda: reranker.predict([("a", "b")])):
+                try:
+                    call()
+                except EngineError as error:
+                    outcomes.append(str(error))
+            reranker.close()
+            return "\n".join(outcomes)
+
+        told = run_forked(use_it)
+        assert told.count(f"opened in process {os.getpid()}, this is its forked child") == 2
+        assert told.count("open it again in this one") == 2
+        assert len(reranker.rank("red", IDS)) == len(IDS), "the parent's was harmed"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_forked_while_requests_run_can_close(tiny_engine, tiny_store):
+    """The child inherits counts and perhaps locks of requests that no thread of it will end."""
+    with Reranker.open(tiny_engine, store=tiny_store, num_threads=1) as reranker:
+        stop = threading.Event()
+
+        def keep_ranking():
+            while not stop.is_set():
+                reranker.rank("red", IDS)
+
+        with ThreadPoolExecutor(4) as pool:
+            running = [pool.submit(keep_ranking) for _ in range(4)]
+            try:
+                told = {run_forked(lambda: str(reranker.close())) for _ in range(5)}
+            finally:
+                stop.set()
+            assert told == {"None"}
+            for future in running:
+                future.result(20)
+
+
+def test_stores_that_were_handed_in_stay_open(tiny_engine, tiny_store: Path):
+    with TokenStore.open(tiny_store) as store:
+        with Reranker.open(tiny_engine, store=store, num_threads=1):
+            pass
+        assert len(store) == len(IDS)
