@@ -28,6 +28,8 @@ MAX_THREADS = 4
 BYTES_A_THREAD = 1 << 20
 # So that the description of a huge read stays small beside the read itself.
 MAX_RECORDS_A_GATHER = 1 << 14
+# Records that are looked for in the page cache before the system is asked to fetch a batch.
+NUM_PROBES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +201,8 @@ class SegmentReader:
         layout, starts = self._layout, run_starts(locations, None, self._layout, len(locations))
         rows, counts = locations[starts] & ROW_MASK, np.diff(starts, append=len(locations))
         with files.lend(locations[starts] >> ROW_BITS) as lent, suppress(OSError):
+            if _seem_cached(lent, layout.offset(rows)):
+                return
             _will_need(lent, layout.offset(rows), counts * layout.stride)
             if layout.scale_bytes:
                 _will_need(lent, layout.scales_offset(rows), counts * layout.scale_bytes)
@@ -242,6 +246,21 @@ def _parts(locations: Int64, max_segments: int) -> Iterator[slice]:
     edges = np.union1d(cuts, np.arange(0, len(limit), MAX_RECORDS_A_GATHER)).tolist()
     for start, stop in pairwise([*edges, len(limit)]):
         yield slice(start, stop)
+
+
+def _seem_cached(descriptors: Int64, offsets: Int64) -> bool:
+    """Whether records spread over the runs are in the page cache: advice takes longer than this."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    step, byte = -(-len(offsets) // NUM_PROBES), bytearray(1)
+    places = zip(descriptors[::step].tolist(), offsets[::step].tolist(), strict=True)
+    try:
+        for descriptor, offset in places:
+            if descriptor >= 0:
+                os.preadv(descriptor, [byte], offset, os.RWF_NOWAIT)
+    except OSError:  # it would wait for the disk, or the file system cannot tell
+        return False
+    return True
 
 
 def _will_need(descriptors: Int64, offsets: Int64, num_bytes: Int64) -> None:

@@ -518,6 +518,14 @@ def test_prefetch_advises_runs_once(files: RecordFiles, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, how: seen.append((at, size)))
     layout, source = files.layout, files.reader()
     plan = files.plan(np.array([9, 8, 7, ROWS + 2, 20]))
+
+    def not_cached(descriptor: int, buffers: list[bytearray], offset: int, flags: int) -> int:
+        raise BlockingIOError
+
+    check_others(files, source, {})
+    source.prefetch(plan.locations[::-1])
+    assert seen == [], "nothing is asked for that is in the page cache"
+    monkeypatch.setattr(os, "preadv", not_cached)
     source.prefetch(plan.locations[::-1])
     tokens = [(layout.offset(7), 3), (layout.offset(20), 1), (layout.offset(2), 1)]
     wanted = [(offset, count * layout.stride) for offset, count in tokens]
