@@ -35,7 +35,7 @@ def assemble(
     epsilon: tl.float32,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
+) -> None:
     """Embed `SLOTS` slots of the batch's P * (T + m + 1), `COLUMNS` >= H values each.
 
     An index outside its table makes the slot NaN; nothing outside the tables is read.
@@ -78,7 +78,7 @@ def assemble(
 
 
 @triton.jit
-def _cells(row: tl.tensor, columns: tl.tensor, hidden: tl.tensor):
+def _cells(row: tl.tensor, columns: tl.tensor, hidden: tl.tensor) -> tl.tensor:
     return row.to(tl.int64)[:, None] * hidden + columns[None, :]
 
 
@@ -90,7 +90,7 @@ def _visual(
     is_read: tl.tensor,
     columns: tl.tensor,
     hidden: tl.tensor,
-):
+) -> tl.tensor:
     mask = is_read[:, None] & (columns < hidden)[None, :]
     visual = tl.load(
         tokens + _cells(stored, columns, hidden), mask=mask, other=0, eviction_policy="evict_first"
@@ -108,7 +108,7 @@ def _layer_norm(
     columns: tl.tensor,
     hidden: tl.tensor,
     epsilon: tl.tensor,
-):
+) -> tl.tensor:
     inside = columns < hidden
     mean = tl.sum(x, axis=1) / hidden  # columns past H hold zeros
     x = tl.where(inside[None, :], x - mean[:, None], 0.0)

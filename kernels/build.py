@@ -55,7 +55,8 @@ def build_all() -> tuple[KernelManifest, dict[str, bytes]]:
         EngineError: triton is missing, or kernels do not keep the limits (all of them at once).
     """
     triton = _triton()
-    kernels, files = {}, {}
+    kernels: dict[str, KernelEntry] = {}
+    files: dict[str, bytes] = {}
     for variant in all_variants():
         compiled = [_compile(variant, capability) for capability in COMPUTE_CAPABILITIES]
         files |= {each.record.file: each.code for each in compiled}

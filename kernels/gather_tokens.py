@@ -21,7 +21,7 @@ def gather_tokens(
     record_vectors: tl.int32,
     num_scales: tl.int32,
     VECTORS: tl.constexpr,
-):
+) -> None:
     """Copy record `rows[pair]` of 16 * `record_vectors` bytes to place `pair` of the output.
 
     One program copies `VECTORS` * 16 bytes of one record. A negative row leaves its place as it
@@ -57,7 +57,7 @@ def _copy_scales(
     pair: tl.tensor,
     num_scales: tl.tensor,
     is_held: tl.tensor,
-):
+) -> None:
     for first in range(0, num_scales, 128):
         places = first + tl.arange(0, 128)
         inside = places < num_scales

@@ -103,7 +103,9 @@ class LoadedKernel:
         ]
         if faults:
             raise EngineError(f"{self.name} does not take these arguments", faults=faults)
-        scalars = [SCALARS.get(item.type, np.uint64)(values[item.name]) for item in self._parameters]
+        scalars = [
+            SCALARS.get(item.type, np.uint64)(values[item.name]) for item in self._parameters
+        ]
         return (*scalars, *self._scratch)
 
 

@@ -355,7 +355,7 @@ def _array(name: str, array: DeviceArray, dtype: str, shape: tuple[int, ...]) ->
 def _optional(
     name: str, array: DeviceArray | None, wanted: bool, shape: tuple[int, ...]
 ) -> Iterator[str]:
-    """Yield what is wrong with a float16 array that int8 tokens have and float16 tokens have not."""
+    """Yield what is wrong with scales, which int8 tokens have and float16 tokens have not."""
     if array is None and wanted:
         yield f"{name}: got none, int8 tokens need float16 {list(shape)}"
     elif array is not None and not wanted:

@@ -18,7 +18,7 @@ LOW_BITS = tl.constexpr(2**32 - 1)
 @triton.jit
 def top_k_blocks(
     scores: tl.tensor, keys: tl.tensor, num_scores: tl.int32, BLOCK: tl.constexpr, K: tl.constexpr
-):
+) -> None:
     """Write the `K` best keys of every `BLOCK` scores, largest first, to `keys` [blocks, K]."""
     block = tl.program_id(0)
     places = block * BLOCK + tl.arange(0, BLOCK)
@@ -37,7 +37,7 @@ def top_k_merge(
     num_blocks: tl.int32,
     k: tl.int32,
     K: tl.constexpr,
-):
+) -> None:
     """Merge `keys` [num_blocks, K] into the first `k` places and scores; one program."""
     lanes = tl.arange(0, K)
     best = tl.load(keys + lanes)
@@ -53,7 +53,7 @@ def top_k_merge(
 
 
 @triton.jit
-def _keys(scores: tl.tensor, places: tl.tensor):
+def _keys(scores: tl.tensor, places: tl.tensor) -> tl.tensor:
     bits = tl.where(scores == 0.0, 0, scores.to(tl.int32, bitcast=True))  # -0.0 ties with 0.0
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as integers they order as the scores do
     bits = tl.where(scores != scores, NAN_BITS, bits)

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interpreted_kernels import InterpretedDevice, Run, interpreter
 
 from edje.kernels import references
 from edje.kernels.launch import KernelLibrary
 from edje.kernels.operations import Assemble, DeviceEmbeddings, GatherTokens, TopK
 from edje.kernels.references import Embeddings
+from interpreted_kernels import InterpretedDevice, Run, interpreter
 
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed (make kernels installs it)"
@@ -80,9 +80,7 @@ def test_gather_tokens(
     out = np.full((num_pairs, num_tokens, hidden), 3, token_dtype)
     out_scales = np.full((num_pairs, num_tokens), 3, np.float16)
     expected, expected_scales = out.copy(), out_scales.copy()
-    references.gather_tokens(
-        records, rows, expected, scales=scales, out_scales=expected_scales
-    )
+    references.gather_tokens(records, rows, expected, scales=scales, out_scales=expected_scales)
     memory = device.memory
     with_scales = {} if scales is None else {"scales": scales, "out_scales": out_scales}
     GatherTokens(library, token_dtype=token_dtype, row_dtype=row_dtype).enqueue(
@@ -217,10 +215,14 @@ def test_top_k_in_small_blocks(run: Run, scores: list[float], data: st.DataObjec
     array = np.array(scores, np.float32)
     k = data.draw(st.integers(1, min(16, len(array))))
     num_blocks = -(-len(array) // 64)
-    select = dict(scores=array, keys=np.zeros((num_blocks, 16), np.int64), num_scores=len(array))
+    select = {
+        "scores": array,
+        "keys": np.zeros((num_blocks, 16), np.int64),
+        "num_scores": len(array),
+    }
     keys = run("top_k_blocks_128", num_blocks, select, BLOCK=64, K=16)["keys"]
-    finish = dict(scores=array, keys=keys, num_blocks=num_blocks, k=k)
-    finish |= dict(indices=np.full(k, -7, np.int32), values=np.zeros(k, np.float32))
+    finish = {"scores": array, "keys": keys, "num_blocks": num_blocks, "k": k}
+    finish |= {"indices": np.full(k, -7, np.int32), "values": np.zeros(k, np.float32)}
     found = run("top_k_merge_128", 1, finish, K=16)
     indices, values = references.top_k(array, k)
     np.testing.assert_array_equal(found["indices"], indices)

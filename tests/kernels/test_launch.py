@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from recording_loader import RecordingLoader
 
 from edje.errors import EngineError
 from edje.kernels.launch import KernelLibrary, LoadedKernel, choose_cubin
 from edje.kernels.manifest import CUBINS, read_manifest
 from edje.kernels.variants import all_variants
+from recording_loader import RecordingLoader
 
 NAME = "gather_tokens_int8_by_int64"
 SIZES = {"i32": 4, "i64": 8, "fp32": 4}
@@ -128,7 +128,7 @@ def test_32_bit_values_are_passed_whole_or_refused(value: int, name: str) -> Non
 
 def test_a_fraction_is_no_integer() -> None:
     _, kernel = load()
-    with pytest.raises(EngineError, match="num_scales: got 1.5"):
+    with pytest.raises(EngineError, match=r"num_scales: got 1\.5"):
         kernel.arguments(**{**VALUES, "num_scales": 1.5})
 
 

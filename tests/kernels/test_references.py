@@ -57,7 +57,12 @@ def test_assemble_is_the_graph_up_to_its_first_layer(graph: onnx.ModelProto) -> 
     queries = np.array([2, 0, 1, 2], np.int32)
     tokens = rng.standard_normal((4, num_tokens, hidden)).astype(np.float16)
     session = onnxruntime.InferenceSession(graph.SerializeToString())
-    feed = dict(text_ids=ids, text_length=lengths, query_of_pair=queries, visual_tokens=tokens)
+    feed = {
+        "text_ids": ids,
+        "text_length": lengths,
+        "query_of_pair": queries,
+        "visual_tokens": tokens,
+    }
     _, expected = session.run(None, feed)
     rows = np.array([3, 1, 0, 2], np.int32)
     stored = np.empty_like(tokens)
@@ -94,9 +99,7 @@ def test_gather_leaves_negative_rows_and_marks_those_past_the_store(dtype: type)
     records = np.arange(3 * 2 * 8).reshape(3, 2, 8).astype(dtype)
     scales = np.arange(6).reshape(3, 2).astype(np.float16)
     out, out_scales = np.full((5, 2, 8), 7, dtype), np.full((5, 2), 7, np.float16)
-    gather_tokens(
-        records, np.array([2, -1, 0, 3, 2]), out, scales=scales, out_scales=out_scales
-    )
+    gather_tokens(records, np.array([2, -1, 0, 3, 2]), out, scales=scales, out_scales=out_scales)
     for place, row in ((0, 2), (2, 0), (4, 2)):
         np.testing.assert_array_equal(out[place], records[row])
         np.testing.assert_array_equal(out_scales[place], scales[row])

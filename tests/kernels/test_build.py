@@ -1,0 +1,103 @@
+"""The ahead-of-time build: the same bytes every time, limits that hold, nothing half written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from edje.errors import EngineError
+from edje.kernels import build
+from edje.kernels.manifest import CUBINS, MANIFEST, KernelEntry, read_manifest
+from edje.kernels.variants import Variant, all_variants
+
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton is not installed (make kernels installs it)"
+)
+VARIANTS = {variant.name: variant for variant in all_variants()}
+LOG = """ptxas info    : Compiling entry function 'top_k_merge' for 'sm_90'
+    0 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 48 registers, used 1 barriers
+"""
+
+
+def committed() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in CUBINS.glob("*.cubin")}
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "name", ["gather_tokens_int8_by_int64", "assemble_float16_to_bfloat16_512"]
+)
+@pytest.mark.parametrize("capability", ["8.0", "12.0"])
+def test_compiling_again_gives_the_committed_bytes(name: str, capability: str) -> None:
+    compiled = build._compile(VARIANTS[name], capability)
+    assert compiled.code == committed()[compiled.record.file]
+    assert compiled.record in read_manifest().kernels[name].cubins
+
+
+def test_parameters_other_than_those_of_the_code_are_refused() -> None:
+    variant = VARIANTS["top_k_merge_128"]
+    types = ("u64 .ptr .global .align 1", "u32")
+    lines = [f"\t.param .{types[place in (4, 5)]} top_k_merge_param_{place}," for place in range(8)]
+    ptx = "\n".join(lines).removesuffix(",") + "\n)\n\tld.param.b64 \t%rd1, [top_k_merge_param_0];"
+    build._check_parameters(variant, ptx)
+    with pytest.raises(EngineError, match=r"top_k_merge_128 takes .* in PTX, expected"):
+        build._check_parameters(variant, ptx.replace("u32", "u64"))
+    with pytest.raises(EngineError, match="expected"):
+        build._check_parameters(variant, "\n".join(lines[:-1]))
+
+
+def test_resources_are_read_from_what_ptxas_says() -> None:
+    assert build._resources(LOG) == {"registers": 48, "spill_bytes": 20, "stack_bytes": 0}
+    with pytest.raises(ValueError, match="unpack"):
+        build._resources("ptxas info: nothing to tell")
+
+
+def broken(variant: Variant, **changes: int) -> dict[str, KernelEntry]:
+    entry = read_manifest().kernels[variant.name]
+    first, *rest = entry.cubins
+    return {variant.name: replace(entry, cubins=(replace(first, **changes), *rest))}
+
+
+def test_limits_that_a_kernel_breaks_are_named() -> None:
+    variant = VARIANTS["top_k_merge_128"]
+    assert list(build._faults(variant, dict(read_manifest().kernels))) == []
+    kernels = broken(variant, spill_bytes=8, shared_bytes=48 * 1024 + 1, registers=256)
+    assert list(build._faults(variant, kernels)) == [
+        "top_k_merge_128.sm_80.cubin: registers 256, at most 255",
+        "top_k_merge_128.sm_80.cubin: shared_bytes 49153, at most 49152",
+        "top_k_merge_128.sm_80.cubin: spill_bytes 8, at most 0",
+    ]
+
+
+def test_writing_replaces_everything(tmp_path: Path) -> None:
+    folder = tmp_path / "cubins"
+    folder.mkdir()
+    (folder / "old.cubin").write_bytes(b"old")
+    build.write(folder, read_manifest(), committed())
+    assert build.differences(folder, read_manifest(), committed()) == []
+    assert build.differences(CUBINS, read_manifest(), committed()) == []
+    assert {path.name for path in folder.iterdir()} == {MANIFEST, *committed()}
+
+
+def test_differences_are_named(tmp_path: Path) -> None:
+    build.write(tmp_path / "cubins", read_manifest(), {"a": b"1", "b": b"2"})
+    (tmp_path / "cubins" / "c").write_bytes(b"3")
+    found = build.differences(
+        tmp_path / "cubins", read_manifest(), {"a": b"1", "b": b"0", "d": b""}
+    )
+    assert found == ["b", "c", "d"]
+
+
+def test_without_triton_the_build_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(name: str) -> object:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(build, "import_module", refuse)
+    assert build.main(["--check"]) == 1
+    assert "Hint: pip install -e '.[kernels]'" in capsys.readouterr().err

@@ -1,0 +1,265 @@
+"""The typed calls check their arrays, count programs, and pass on what the kernel asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edje.errors import EngineError
+from edje.kernels.launch import KernelLibrary
+from edje.kernels.manifest import read_manifest
+from edje.kernels.operations import Assemble, DeviceEmbeddings, GatherTokens, TopK
+from recording_loader import FakeMemory, RecordingLoader, fake_memory
+
+RECORDS = fake_memory(1 << 20, (1000, 64, 384), "int8")
+SCALES = fake_memory(2 << 20, (1000, 64), "float16")
+
+
+@pytest.fixture
+def loader() -> RecordingLoader:
+    return RecordingLoader()
+
+
+@pytest.fixture
+def library(loader: RecordingLoader) -> KernelLibrary:
+    return KernelLibrary(loader, (9, 0))
+
+
+def passed(launch: dict[str, Any], kernel: str) -> dict[str, float]:
+    """Return the arguments of a recorded launch by name."""
+    parameters = read_manifest().kernels[kernel].parameters
+    values = [value.item() for value in launch["arguments"]]
+    return dict(zip([item.name for item in parameters], values, strict=True))
+
+
+def gather_arrays(**changes: FakeMemory | None) -> dict[str, Any]:
+    arrays: dict[str, Any] = {
+        "records": RECORDS,
+        "rows": fake_memory(4096, (32,), "int64"),
+        "out": fake_memory(3 << 20, (32, 64, 384), "int8"),
+        "scales": SCALES,
+        "out_scales": fake_memory(4 << 20, (32, 64), "float16"),
+    }
+    return {**arrays, **changes}
+
+
+def test_gather_launches_one_program_for_8_kb(
+    loader: RecordingLoader, library: KernelLibrary
+) -> None:
+    gather = GatherTokens(library, token_dtype="int8")
+    gather.enqueue(**gather_arrays(), stream="copies")
+    (launch,) = loader.launches
+    assert (launch["grid"], launch["stream"]) == ((32 * 3, 1, 1), "copies")  # 24,576 bytes each
+    values = passed(launch, "gather_tokens_int8_by_int64")
+    assert values["num_records"] == 1000
+    assert values["record_vectors"] * 16 == 64 * 384
+    assert values["num_scales"] == 64
+    assert [values[name] for name in ("tokens", "out_tokens")] == [1 << 20, 3 << 20]
+    assert [values[name] for name in ("scales", "out_scales")] == [2 << 20, 4 << 20]
+
+
+def test_gather_of_float16_has_no_scales(loader: RecordingLoader, library: KernelLibrary) -> None:
+    gather = GatherTokens(library, token_dtype="float16", row_dtype="int32")
+    gather.enqueue(
+        fake_memory(1 << 20, (5, 64, 384), "float16"),
+        fake_memory(64, (2,), "int32"),
+        fake_memory(2 << 20, (2, 64, 384), "float16"),
+        stream=None,
+    )
+    (launch,) = loader.launches
+    assert launch["grid"] == (2 * 6, 1, 1)
+    assert "scales" not in passed(launch, "gather_tokens_float16_by_int32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"rows": fake_memory(4096, (32,), "int32")}, r"rows: got int32 \[32\], expected int64"),
+        ({"rows": fake_memory(4096, (0,), "int64")}, "records, rows"),
+        ({"out": fake_memory(16, (31, 64, 384), "int8")}, r"out: got int8 \[31, 64, 384\]"),
+        ({"records": fake_memory(16, (9, 64, 384), "float16")}, "records: got float16"),
+        ({"scales": None}, r"scales: got none, int8 tokens need float16 \[1000, 64\]"),
+        ({"out_scales": fake_memory(16, (32, 63), "float16")}, "out_scales: got float16"),
+        ({"out": fake_memory(24, (32, 64, 384), "int8")}, "out_tokens: got 24, expected an addr"),
+    ],
+)
+def test_gather_refuses_what_does_not_fit(
+    loader: RecordingLoader, library: KernelLibrary, changes: dict[str, Any], fault: str
+) -> None:
+    gather = GatherTokens(library, token_dtype="int8")
+    with pytest.raises(EngineError, match=fault):
+        gather.enqueue(**gather_arrays(**changes), stream=None)
+    assert loader.launches == []
+
+
+def test_gather_names_all_faults_at_once(library: KernelLibrary) -> None:
+    odd = {
+        "records": fake_memory(16, (9, 3, 5), "int8"),
+        "out": fake_memory(16, (32, 3, 4), "int8"),
+        "scales": fake_memory(16, (9, 4), "float16"),
+    }
+    with pytest.raises(EngineError) as raised:
+        GatherTokens(library, token_dtype="int8").enqueue(**gather_arrays(**odd), stream=None)
+    names = [fault.split(":")[0] for fault in raised.value.faults]
+    assert names == ["out", "scales", "out_scales", "records"]
+    assert raised.value.faults[-1] == "records: 15 bytes each, expected a multiple of 16"
+
+
+def test_unknown_dtypes_are_refused(library: KernelLibrary) -> None:
+    with pytest.raises(EngineError) as raised:
+        GatherTokens(library, token_dtype="float32", row_dtype="uint32")
+    assert len(raised.value.faults) == 2
+
+
+def embeddings(**changes: Any) -> DeviceEmbeddings:
+    tables = {
+        "words": fake_memory(1 << 20, (30522, 384), "float32"),
+        "positions": fake_memory(1 << 24, (2, 512, 384), "float32"),
+        "norm_weight": fake_memory(4096, (384,), "float32"),
+        "norm_bias": fake_memory(8192, (384,), "float32"),
+        "epsilon": 1e-12,
+        "sep_id": 102,
+    }
+    return DeviceEmbeddings(**{**tables, **changes})
+
+
+def batch_arrays(**changes: FakeMemory | None) -> dict[str, Any]:
+    arrays: dict[str, Any] = {
+        "text_ids": fake_memory(64, (2, 16), "int32"),
+        "text_length": fake_memory(256, (2,), "int32"),
+        "query_of_pair": fake_memory(512, (10,), "int32"),
+        "records": RECORDS,
+        "rows": fake_memory(1024, (10,), "int32"),
+        "hidden_states": fake_memory(2048, (10, 81, 384), "float16"),
+        "scales": SCALES,
+    }
+    return {**arrays, **changes}
+
+
+def test_assemble_launches_a_program_for_four_slots(
+    loader: RecordingLoader, library: KernelLibrary
+) -> None:
+    assemble = Assemble(library, embeddings(), token_dtype="int8", out_dtype="float16")
+    assemble.enqueue(**batch_arrays(), stream="compute")
+    (launch,) = loader.launches
+    assert launch["grid"] == (203, 1, 1)  # 810 slots
+    values = passed(launch, "assemble_int8_to_float16_512")
+    sizes = ("num_pairs", "num_queries", "text_slots", "num_tokens", "num_records", "vocab_size")
+    assert [values[name] for name in sizes] == [10, 2, 16, 64, 1000, 30522]
+    rest = ("max_positions", "sep_id", "hidden", "words", "scales", "rows", "hidden_states")
+    assert [values[name] for name in rest] == [512, 102, 384, 1 << 20, 2 << 20, 1024, 2048]
+    assert values["epsilon"] == np.float32(1e-12)
+
+
+def test_assemble_takes_the_smallest_kernel_that_holds_a_row(
+    loader: RecordingLoader, library: KernelLibrary
+) -> None:
+    wide = embeddings(
+        words=fake_memory(16, (99, 768), "float32"),
+        positions=fake_memory(16, (2, 512, 768), "float32"),
+        norm_weight=fake_memory(16, (768,), "float32"),
+        norm_bias=fake_memory(16, (768,), "float32"),
+    )
+    Assemble(library, wide, token_dtype="float16", out_dtype="bfloat16")
+    Assemble(library, embeddings(), token_dtype="float16", out_dtype="bfloat16")
+    files = [
+        library.kernel(f"assemble_float16_to_bfloat16_{columns}").cubin.sha256
+        for columns in (1024, 512)
+    ]
+    assert len(loader.loaded) == len(set(files)) == 2
+
+
+def test_tables_that_do_not_fit_are_named_at_once(library: KernelLibrary) -> None:
+    wrong = embeddings(
+        words=fake_memory(16, (99, 1032), "float32"),
+        norm_weight=fake_memory(16, (1032,), "float32"),
+        norm_bias=fake_memory(16, (1032,), "float16"),
+    )
+    with pytest.raises(EngineError) as raised:
+        Assemble(library, wrong, token_dtype="int4", out_dtype="float32")
+    names = [fault.split(":")[0] for fault in raised.value.faults]
+    assert names == ["token_dtype", "out_dtype", "positions", "norm_bias", "hidden"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"text_length": fake_memory(256, (3,), "int32")}, r"text_length: got int32 \[3\]"),
+        ({"rows": fake_memory(256, (10,), "int64")}, "rows: got int64"),
+        ({"scales": None}, "scales: got none"),
+        ({"hidden_states": fake_memory(16, (10, 80, 384), "float16")}, r"hidden_states: got"),
+        ({"hidden_states": fake_memory(16, (10, 81, 384), "float32")}, r"expected float16"),
+        ({"text_ids": fake_memory(16, (16,), "int32")}, r"expected \[Q, T\]"),
+        ({"query_of_pair": fake_memory(16, (0,), "int32")}, "pairs: got 0 of 81 slots"),
+    ],
+)
+def test_assemble_refuses_what_does_not_fit(
+    loader: RecordingLoader, library: KernelLibrary, changes: dict[str, Any], fault: str
+) -> None:
+    assemble = Assemble(library, embeddings(), token_dtype="int8", out_dtype="float16")
+    with pytest.raises(EngineError, match=fault):
+        assemble.enqueue(**batch_arrays(**changes), stream=None)
+    assert loader.launches == []
+
+
+def top_k_arrays(num_scores: int, k: int, num_keys: int) -> dict[str, FakeMemory]:
+    return {
+        "scores": fake_memory(4, (num_scores,), "float32"),
+        "keys": fake_memory(32, (num_keys,), "int64"),
+        "indices": fake_memory(64, (k,), "int32"),
+        "values": fake_memory(96, (k,), "float32"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("max_k", "num_scores", "size", "num_blocks"),
+    [(1, 1, 128, 1), (128, 2048, 128, 1), (129, 2049, 1024, 2), (1024, 65_536, 1024, 32)],
+)
+def test_top_k_sorts_blocks_then_merges_them(
+    loader: RecordingLoader,
+    library: KernelLibrary,
+    max_k: int,
+    num_scores: int,
+    size: int,
+    num_blocks: int,
+) -> None:
+    top_k = TopK(library, max_k=max_k)
+    assert top_k.num_keys(num_scores) == num_blocks * size
+    top_k.enqueue(**top_k_arrays(num_scores, max_k, num_blocks * size), stream="results")
+    blocks, merge = loader.launches
+    assert (blocks["grid"], merge["grid"]) == ((num_blocks, 1, 1), (1, 1, 1))
+    assert blocks["stream"] == merge["stream"] == "results"
+    assert passed(blocks, f"top_k_blocks_{size}")["num_scores"] == num_scores
+    values = passed(merge, f"top_k_merge_{size}")
+    assert (values["num_blocks"], values["k"]) == (num_blocks, max_k)
+
+
+@pytest.mark.parametrize(
+    ("num_scores", "k", "num_keys", "fault"),
+    [
+        (65_537, 5, 9999, "scores: got 65537, expected 1 to 65536"),
+        (4, 5, 128, "k: got 5, expected 1 to 4"),
+        (999, 129, 128, "k: got 129, expected 1 to 128"),
+        (999, 0, 128, "k: got 0"),
+        (2049, 5, 255, "with at least 256 values"),
+    ],
+)
+def test_top_k_refuses_what_does_not_fit(
+    loader: RecordingLoader,
+    library: KernelLibrary,
+    num_scores: int,
+    k: int,
+    num_keys: int,
+    fault: str,
+) -> None:
+    with pytest.raises(EngineError, match=fault):
+        TopK(library, max_k=100).enqueue(**top_k_arrays(num_scores, k, num_keys), stream=None)
+    assert loader.launches == []
+
+
+@pytest.mark.parametrize("max_k", [0, 1025])
+def test_top_k_holds_at_most_1024(library: KernelLibrary, max_k: int) -> None:
+    with pytest.raises(EngineError, match="max_k"):
+        TopK(library, max_k=max_k)
