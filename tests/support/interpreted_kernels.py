@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from edje.kernels.launch import KernelLibrary
 from edje.kernels.manifest import read_manifest
 from edje.kernels.variants import all_variants
 
@@ -94,6 +95,7 @@ class InterpretedDevice:
     """
 
     run: Run
+    stream: None = None
     arrays: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def memory(self, array: np.ndarray) -> HostMemory:
@@ -101,6 +103,14 @@ class InterpretedDevice:
         assert array.flags.c_contiguous
         self.arrays[array.ctypes.data] = array
         return HostMemory(array)
+
+    @property
+    def library(self) -> KernelLibrary:
+        return KernelLibrary(self, (9, 0))
+
+    def finish(self) -> None:
+        """Forget the arrays: launches have run when they return."""
+        self.arrays.clear()
 
     def load_module(self, code: bytes) -> InterpretedDevice._Module:
         sha256 = hashlib.sha256(code).hexdigest()

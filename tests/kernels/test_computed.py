@@ -1,6 +1,7 @@
-"""The kernels compute what their references say: their sources, run by Triton's interpreter.
+"""The kernels compute what their references say.
 
-It shows the arithmetic and every address, not races or layouts: those need a GPU.
+Without a GPU Triton's interpreter runs the sources: it shows the arithmetic and every address, not
+races or layouts. With one, the same tests run the compiled code.
 """
 
 from __future__ import annotations
@@ -16,31 +17,32 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edje.kernels import references
-from edje.kernels.launch import KernelLibrary
 from edje.kernels.operations import Assemble, DeviceEmbeddings, GatherTokens, TopK
 from edje.kernels.references import Embeddings
+from edje.runtime.device.cuda_core import CudaCoreDevice
+from gpu_kernels import GpuKernels
 from interpreted_kernels import InterpretedDevice, Run, interpreter
 
-pytestmark = pytest.mark.skipif(
-    find_spec("triton") is None, reason="triton is not installed (make kernels installs it)"
-)
 a_few = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
+    if find_spec("triton") is None:
+        pytest.skip("triton is not installed (make kernels installs it)")
     with interpreter() as run:
         yield run
 
 
-@pytest.fixture(scope="module")
-def device(run: Run) -> InterpretedDevice:
-    return InterpretedDevice(run)
-
-
-@pytest.fixture(scope="module")
-def library(device: InterpretedDevice) -> KernelLibrary:
-    return KernelLibrary(device, (9, 0))
+@pytest.fixture(scope="module", params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """What runs kernels: `memory(array)`, `library`, `stream`, and `finish()` to see results."""
+    if request.param == "interpreter":
+        yield InterpretedDevice(request.getfixturevalue("run"))
+        return
+    gpu = CudaCoreDevice()
+    yield GpuKernels(gpu)
+    gpu.close()
 
 
 def tokens_of(
@@ -64,8 +66,7 @@ def tokens_of(
     num_pairs=st.integers(1, 6),
 )
 def test_gather_tokens(
-    device: InterpretedDevice,
-    library: KernelLibrary,
+    device: Any,
     seed: int,
     token_dtype: str,
     row_dtype: str,
@@ -83,13 +84,14 @@ def test_gather_tokens(
     references.gather_tokens(records, rows, expected, scales=scales, out_scales=expected_scales)
     memory = device.memory
     with_scales = {} if scales is None else {"scales": scales, "out_scales": out_scales}
-    GatherTokens(library, token_dtype=token_dtype, row_dtype=row_dtype).enqueue(
+    GatherTokens(device.library, token_dtype=token_dtype, row_dtype=row_dtype).enqueue(
         memory(records),
         memory(rows),
         memory(out),
-        stream=None,
+        stream=device.stream,
         **{name: memory(array) for name, array in with_scales.items()},
     )
+    device.finish()
     assert out.tobytes() == expected.tobytes()
     assert out_scales.tobytes() == expected_scales.tobytes()
 
@@ -115,8 +117,7 @@ def random_batch(rng: np.random.Generator, num_pairs: int) -> list[np.ndarray]:
 
 
 def assembled(
-    device: InterpretedDevice,
-    library: KernelLibrary,
+    device: Any,
     embeddings: Embeddings,
     batch: list[np.ndarray],
     stored: tuple[np.ndarray, np.ndarray | None],
@@ -134,14 +135,15 @@ def assembled(
         embeddings.epsilon,
         embeddings.sep_id,
     )
-    Assemble(library, tables, token_dtype=records.dtype.name, out_dtype=out_dtype).enqueue(
+    Assemble(device.library, tables, token_dtype=records.dtype.name, out_dtype=out_dtype).enqueue(
         *map(memory, batch),
         memory(records),
         memory(rows),
         memory(out),
-        stream=None,
+        stream=device.stream,
         scales=None if scales is None else memory(scales),
     )
+    device.finish()
     dtype = np.float16 if out_dtype == "float16" else ml_dtypes.bfloat16
     return out.view(dtype).astype(np.float32)
 
@@ -161,8 +163,7 @@ ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-7}
     num_pairs=st.integers(1, 5),
 )
 def test_assemble(
-    device: InterpretedDevice,
-    library: KernelLibrary,
+    device: Any,
     seed: int,
     token_dtype: str,
     out_dtype: str,
@@ -174,14 +175,12 @@ def test_assemble(
     embeddings, batch = random_embeddings(rng, hidden), random_batch(rng, num_pairs)
     stored = tokens_of(rng, (4, num_tokens, hidden), token_dtype)
     rows = rng.integers(0, 4, num_pairs, dtype=np.int32)
-    found = assembled(device, library, embeddings, batch, stored, rows, out_dtype)
+    found = assembled(device, embeddings, batch, stored, rows, out_dtype)
     expected = references.assemble(*batch, stored[0], rows, embeddings, scales=stored[1])
     np.testing.assert_allclose(found, expected, rtol=ROUNDING[out_dtype], atol=1e-4)
 
 
-def test_indices_outside_their_tables_are_nan_and_touch_nothing_else(
-    device: InterpretedDevice, library: KernelLibrary
-) -> None:
+def test_indices_outside_their_tables_are_nan_and_touch_nothing_else(device: Any) -> None:
     rng = np.random.default_rng(0)
     embeddings, stored = random_embeddings(rng, 16), tokens_of(rng, (4, 3, 16), "float16")
     ids = rng.integers(0, 50, (3, 8), dtype=np.int32)
@@ -190,7 +189,7 @@ def test_indices_outside_their_tables_are_nan_and_touch_nothing_else(
     queries = np.array([0, 1, 2, 3, -1, 0, 0], np.int32)
     rows = np.array([0, 1, 2, 3, 0, -1, 4], np.int32)
     batch = [ids, lengths, queries]
-    found = assembled(device, library, embeddings, batch, stored, rows, "float16")
+    found = assembled(device, embeddings, batch, stored, rows, "float16")
     is_nan = np.isnan(found).all(axis=2)
     assert (is_nan == np.isnan(found).any(axis=2)).all()
     expected = np.zeros((7, 12), bool)
@@ -231,17 +230,16 @@ def test_top_k_in_small_blocks(run: Run, scores: list[float], data: st.DataObjec
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_scores", "k"), [(5000, 100), (3000, 1000)])
-def test_top_k_as_it_is_compiled(
-    device: InterpretedDevice, library: KernelLibrary, num_scores: int, k: int
-) -> None:
+def test_top_k_as_it_is_compiled(device: Any, num_scores: int, k: int) -> None:
     rng = np.random.default_rng(k)
     scores = rng.integers(-300, 300, num_scores).astype(np.float32)  # many ties
     scores[rng.integers(0, num_scores, 50)] = rng.choice(np.array(SPECIAL, np.float32), 50)
-    top_k = TopK(library, max_k=k)
+    top_k = TopK(device.library, max_k=k)
     keys = np.zeros(top_k.num_keys(num_scores), np.int64)
     indices, values = np.zeros(k, np.int32), np.zeros(k, np.float32)
     arrays = map(device.memory, (scores, keys, indices, values))
-    top_k.enqueue(*arrays, stream=None)
+    top_k.enqueue(*arrays, stream=device.stream)
+    device.finish()
     expected = references.top_k(scores, k)
     np.testing.assert_array_equal(indices, expected[0])
     np.testing.assert_array_equal(values, expected[1])
