@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ..engines.contract import even_parts
 from ..engines.manifest import Profile
 from ..errors import RequestError
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+
+_FIRST: Int64 = np.zeros(1, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +53,9 @@ def plan_batches(text_length: Int32, query_of_pair: Int64, profile: Profile) -> 
     _check_lengths(text_length, int(buckets[-1]))
     bucket_of_query = buckets[np.searchsorted(buckets, text_length)]
     bucket_of_pair = bucket_of_query[query_of_pair]
+    plan = _planned if len(text_length) > 1 else _planned_alone
     return [
-        _planned(int(bucket), pairs, query_of_pair)
+        plan(int(bucket), pairs, query_of_pair)
         for bucket in np.unique(bucket_of_pair)
         for pairs in _split(np.flatnonzero(bucket_of_pair == bucket), profile.max_pairs)
     ]
@@ -69,12 +73,14 @@ def _check_lengths(text_length: Int32, longest: int) -> None:
 
 def _split(pairs: Int64, max_pairs: int) -> Iterator[Int64]:
     """Cut `pairs` into the fewest parts of at most `max_pairs`, their sizes equal within one."""
-    yield from np.array_split(pairs, -(-len(pairs) // max_pairs))
+    return (pairs[part] for part in even_parts(len(pairs), max_pairs))
 
 
 def _planned(bucket: int, pairs: Int64, query_of_pair: Int64) -> PlannedBatch:
-    first, last = int(query_of_pair[pairs[0]]), int(query_of_pair[pairs[-1]])
-    if first == last and (query_of_pair[pairs] == first).all():  # the usual case, and faster
-        return PlannedBatch(bucket, np.array([first]), np.zeros(len(pairs), np.int32), pairs)
     queries, local = np.unique(query_of_pair[pairs], return_inverse=True)
     return PlannedBatch(bucket, queries, local.astype(np.int32), pairs)
+
+
+def _planned_alone(bucket: int, pairs: Int64, query_of_pair: Int64) -> PlannedBatch:
+    """As `_planned` for a request of one query, the usual case: nothing to sort."""
+    return PlannedBatch(bucket, _FIRST, np.zeros(len(pairs), np.int32), pairs)

@@ -1,0 +1,271 @@
+"""What the pipeline itself costs: the engine takes no time, so all that is left is ours.
+
+    python -m edje.perf.bench_pipeline
+
+Full-size records (64 tokens x 384, float16) in batches of 64 pairs on the host device. The engine
+copies each image's first token value into its score, so every score is known. In turns, in one
+process:
+
+- own cost: `Pipeline.run` over a source that writes one value a record, against a plain loop that
+  asks the same source and runs the same engine on the calling thread. The difference, a batch, is
+  what slots, streams, events and plans cost. Expected: less than 100 us.
+- gather: `Pipeline.run` over a store in the page cache, against `TokenStore.read` of the same rows
+  into as many buffers as the pipeline has slots (one would stay in the processor's caches).
+  Expected: at least 80 % of its records/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle import BundleManifest, ModelSizes, TextSpec
+from ..engines.contract import Batch, Float16, Float32, HostEngine
+from ..engines.fidelity import InlineStream
+from ..engines.manifest import EngineManifest, Profile
+from ..errors import EdjeError
+from ..runtime.device.host import HostDevice
+from ..runtime.pipeline import NUM_SLOTS, Pipeline, Request
+from ..runtime.store import BadRecord, TokenStore
+from ..runtime.text import TokenizedQueries
+from .harness import Timing, conditions, interleave, speedup, table, timings_json, write_result
+
+NUM_TOKENS, HIDDEN = 64, 384
+NUM_RECORDS, NUM_PAIRS, MAX_PAIRS = 2048, 4096, 64
+NUM_WORDPIECES, BUCKET = 13, 16
+NUM_ROUNDS = 40
+FINGERPRINT = "0" * 64
+PIPELINE, LOOP, READ = "pipeline", "plain loop", "store read"
+MAX_COST_US, LEAST_GATHER_SHARE = 100.0, 0.8
+
+Array = npt.NDArray[Any]
+Int64 = npt.NDArray[np.int64]
+
+
+class FirstValue(HostEngine):
+    """An engine that takes no time: a pair's score is the first value of its first token."""
+
+    def _infer(self, batch: Batch, scores: Float32) -> None:
+        scores[:] = batch.visual_tokens[:, 0, 0]
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+class OneValue:
+    """A source that takes no time: of each record it writes the first value only."""
+
+    def read(
+        self, rows: Int64, out: Array, scales: Float16 | None = None, *, bad: str = "mark"
+    ) -> list[BadRecord]:
+        """Write row % 1000 as the first value of each record."""
+        out[:, 0, 0] = rows % 1000
+        return []
+
+    def prefetch(self, rows: Int64) -> None:
+        """Nothing to fetch."""
+
+
+def run_benchmark(num_rounds: int, scratch: Path) -> dict[str, Any]:
+    """Measure both; the store goes into `scratch`.
+
+    Raises:
+        EdjeError: a score is wrong.
+    """
+    engine = FirstValue(_manifest())
+    device = HostDevice()
+    with _make_store(scratch / "store") as store, closing(device):
+        picked = np.random.default_rng(7).integers(0, NUM_RECORDS, NUM_PAIRS)
+        rivals = {
+            LOOP: (OneValue(), _plain_loop(engine), picked),
+            READ: (store, _reading(store), store.rows([f"image-{at}" for at in picked])),
+        }
+        own, gather = (
+            _compare(Pipeline(engine, source, device), name, run, _request(rows), num_rounds)
+            for name, (source, run, rows) in rivals.items()
+        )
+    num_batches = -(-NUM_PAIRS // MAX_PAIRS)
+    cost_us = (own[PIPELINE].min_ms - own[LOOP].min_ms) * 1e3 / num_batches
+    share = speedup(gather[PIPELINE], gather[READ])
+    return {
+        "conditions": conditions(
+            record=f"{NUM_TOKENS} x {HIDDEN} float16",
+            records=NUM_RECORDS,
+            pairs=NUM_PAIRS,
+            pairs_per_batch=MAX_PAIRS,
+            rounds=num_rounds,
+        ),
+        "own_cost": timings_json(own),
+        "own_cost_us_per_batch": round(cost_us, 1),
+        "gather": timings_json(gather),
+        "share_of_gather_speed": round(share, 3),
+        "faults": _faults(cost_us, share),
+        "tables": [table(own), table(gather)],
+    }
+
+
+def _compare(
+    pipeline: Pipeline,
+    rival: str,
+    run_rival: Callable[[Request], Float32],
+    request: Request,
+    num_rounds: int,
+) -> dict[str, Timing]:
+    """Time the pipeline against `rival`; both must give the same right scores, before and after."""
+    runs = {PIPELINE: lambda: pipeline.run(request).scores, rival: lambda: run_rival(request)}
+    _check(runs)
+    timings = interleave(runs, pairs=NUM_PAIRS, num_rounds=num_rounds)
+    _check(runs)
+    pipeline.close()
+    return timings
+
+
+def _check(runs: dict[str, Callable[[], Float32]]) -> None:
+    expected = np.random.default_rng(7).integers(0, NUM_RECORDS, NUM_PAIRS) % 1000
+    for name, run in runs.items():
+        if not np.array_equal(run(), expected.astype(np.float32)):
+            raise EdjeError(f"{name} gives wrong scores")
+
+
+def _plain_loop(engine: FirstValue) -> Callable[[Request], Float32]:
+    """Return a loop over ready arrays: what any caller of the engine would have to do."""
+    source, stream = OneValue(), InlineStream()
+    tokens = np.zeros((MAX_PAIRS, NUM_TOKENS, HIDDEN), np.float16)
+    queries = _queries()
+    text_ids = np.ascontiguousarray(queries.text_ids[:, :BUCKET])
+    first = np.zeros(MAX_PAIRS, np.int32)
+
+    def run(request: Request) -> Float32:
+        scores = np.empty(len(request.rows), np.float32)
+        for start in range(0, len(scores), MAX_PAIRS):
+            rows = request.rows[start : start + MAX_PAIRS]
+            source.read(rows, tokens[: len(rows)])
+            batch = Batch(text_ids, queries.text_length, first[: len(rows)], tokens[: len(rows)])
+            engine.enqueue(batch, scores[start : start + MAX_PAIRS], stream=stream)
+        return scores
+
+    return run
+
+
+def _reading(store: TokenStore) -> Callable[[Request], Float32]:
+    """Return the store's own gather of a request, into as many buffers as the pipeline has."""
+    shape = (MAX_PAIRS, NUM_TOKENS, HIDDEN)
+    buffers = [np.zeros(shape, np.float16) for _ in range(NUM_SLOTS)]
+
+    def run(request: Request) -> Float32:
+        scores = np.empty(len(request.rows), np.float32)
+        for start in range(0, len(scores), MAX_PAIRS):
+            rows = request.rows[start : start + MAX_PAIRS]
+            tokens = buffers[start // MAX_PAIRS % NUM_SLOTS]
+            store.read(rows, tokens[: len(rows)], bad="mark")
+            scores[start : start + MAX_PAIRS] = tokens[: len(rows), 0, 0]
+        return scores
+
+    return run
+
+
+def _request(rows: Int64) -> Request:
+    return Request(_queries(), np.zeros(NUM_PAIRS, np.int64), rows)
+
+
+def _queries() -> TokenizedQueries:
+    text_ids = np.zeros((1, BUCKET), np.int32)
+    text_ids[:, : NUM_WORDPIECES + 2] = 5
+    length = np.array([NUM_WORDPIECES + 2], np.int32)
+    return TokenizedQueries(text_ids, length, np.zeros(1, np.bool_))
+
+
+def _make_store(folder: Path) -> TokenStore:
+    """Return a store whose record `row` holds row % 1000 everywhere."""
+    ids = [f"image-{row}" for row in range(NUM_RECORDS)]
+    with TokenStore.create(
+        folder, num_tokens=NUM_TOKENS, hidden=HIDDEN, fingerprint_encoder=FINGERPRINT
+    ) as store:
+        for start in range(0, NUM_RECORDS, 256):
+            values = np.arange(start, min(start + 256, NUM_RECORDS)) % 1000
+            shape = (len(values), NUM_TOKENS, HIDDEN)
+            tokens = np.broadcast_to(values[:, None, None], shape).astype(np.float16)
+            store.append(ids[start : start + 256], tokens)
+    return TokenStore.open(folder)
+
+
+def _manifest() -> EngineManifest:
+    """Return the manifest of an engine that nobody built."""
+    bundle = BundleManifest(
+        sizes=ModelSizes(NUM_TOKENS, HIDDEN, 1, 1, HIDDEN, 30522, 512, None),
+        text=TextSpec("none", 61, 101, 102, 0),
+        image=None,
+        fingerprint_encoder=FINGERPRINT,
+        fingerprint_scorer=FINGERPRINT,
+        provenance={},
+    )
+    return EngineManifest(
+        backend="none",
+        backend_version="0",
+        precision="fp32",
+        device={"kind": "cpu"},
+        profile=Profile(MAX_PAIRS, (BUCKET,)),
+        bundle=bundle,
+        bundle_path="",
+        onnx_sha256="",
+        precision_plan={},
+        token_dtype="float16",
+        files={},
+        build_options={},
+        build_seconds=0.0,
+        fidelity={},
+    )
+
+
+def _faults(cost_us: float, share: float) -> list[str]:
+    """Return one sentence for each figure that falls short."""
+    faults = []
+    if cost_us >= MAX_COST_US:
+        faults.append(f"a batch costs {cost_us:.0f} us, expected less than {MAX_COST_US:.0f}")
+    if share < LEAST_GATHER_SHARE:
+        faults.append(
+            f"{share:.0%} of the store's own speed, expected {LEAST_GATHER_SHARE:.0%} or more"
+        )
+    return faults
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Return the figures as text."""
+    return "\n\n".join(
+        [
+            *result["tables"],
+            f"the pipeline costs {result['own_cost_us_per_batch']} us a batch of {MAX_PAIRS}, "
+            f"and moves {result['share_of_gather_speed']:.0%} of what the store reads",
+            *(f"FALLS SHORT: {fault}" for fault in result["faults"]),
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, print, write `perf/results/pipeline.json`; return 1 where a figure falls short."""
+    parser = argparse.ArgumentParser(prog="python -m edje.perf.bench_pipeline", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=NUM_ROUNDS)
+    parser.add_argument("--name", default="pipeline", help="file name under perf/results")
+    options = parser.parse_args(arguments)
+    try:
+        with TemporaryDirectory() as scratch:
+            result = run_benchmark(options.rounds, Path(scratch))
+    except EdjeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(summary(result))
+    del result["tables"]
+    print(f"written to {write_result(options.name, result)}")
+    return 1 if result["faults"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
