@@ -60,26 +60,29 @@ def assemble(
     is_known = is_known & tl.where(is_visual, is_held, is_word)
 
     columns = tl.arange(0, COLUMNS)
-    inside = (columns < hidden)[None, :]
-    kind = tl.where(is_text, 0, 1)
-    place = _cells(kind * max_positions + position, columns, hidden)
-    x = tl.load(positions + place, mask=is_known[:, None] & inside, other=0.0)
-    x += tl.load(
-        words + _cells(word, columns, hidden),
-        mask=(is_known & ~is_visual)[:, None] & inside,
-        other=0.0,
-    )
+    place = tl.where(is_text, 0, 1) * max_positions + position
+    x = _table_rows(positions, place, is_known, columns, hidden)
+    x += _table_rows(words, word, is_known & ~is_visual, columns, hidden)
     stored = row.to(tl.int64) * num_tokens + token
     x += _visual(tokens, scales, stored, is_known & is_visual, columns, hidden)
     x = _layer_norm(x, norm_weight, norm_bias, columns, hidden, epsilon)
     x = tl.where(is_known[:, None], x, float("nan"))
     out = hidden_states + _cells(line, columns, hidden)
+    inside = (columns < hidden)[None, :]
     tl.store(out, x.to(hidden_states.dtype.element_ty), mask=is_real[:, None] & inside)
 
 
 @triton.jit
 def _cells(row: tl.tensor, columns: tl.tensor, hidden: tl.tensor) -> tl.tensor:
     return row.to(tl.int64)[:, None] * hidden + columns[None, :]
+
+
+@triton.jit
+def _table_rows(
+    table: tl.tensor, row: tl.tensor, is_read: tl.tensor, columns: tl.tensor, hidden: tl.tensor
+) -> tl.tensor:
+    mask = is_read[:, None] & (columns < hidden)[None, :]
+    return tl.load(table + _cells(row, columns, hidden), mask=mask, other=0.0)
 
 
 @triton.jit
