@@ -24,6 +24,8 @@ from .variants import Parameter
 
 Grid = tuple[int, int, int]
 SCALARS: dict[str, type[np.generic]] = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
+RANGES = {"i32": (-(2**31), 2**31 - 1), "i64": (-(2**63), 2**63 - 1)}
+ADDRESSES = (1, 2**64 - 1)
 SCRATCH = ("global_scratch", "profile_scratch")
 
 
@@ -184,16 +186,9 @@ def _read(path: Path, cubin: Cubin) -> bytes:
 def _fits(parameter: Parameter, value: float) -> bool:
     if parameter.type == "fp32":
         return True
-    low, high = _range(parameter)
-    whole = isinstance(value, int | np.integer)
+    low, high = RANGES.get(parameter.type, ADDRESSES)
+    whole = isinstance(value, (int, np.integer))
     return whole and low <= value <= high and value % parameter.multiple_of == 0
-
-
-def _range(parameter: Parameter) -> tuple[int, int]:
-    if parameter.type.startswith("*"):
-        return 1, 2**64 - 1
-    bits = int(parameter.type[1:])
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def _domain(parameter: Parameter) -> str:

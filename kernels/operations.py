@@ -29,6 +29,9 @@ from .variants import (
 )
 
 VECTOR_BYTES = 16
+DTYPES = {
+    name: np.dtype(name) for name in ("float16", "float32", "int8", "int32", "int64", "uint16")
+}
 
 
 class DeviceArray(Protocol):
@@ -243,7 +246,7 @@ class Assemble:
         yield from _array("records", records, self._token_dtype, shape)
         yield from _array("rows", rows, "int32", (num_pairs,))
         yield from _optional("scales", scales, self._token_dtype == "int8", shape[:2])
-        out_dtype = "uint16" if hidden_states.dtype.name == "uint16" else self._out_dtype
+        out_dtype = "uint16" if hidden_states.dtype == np.uint16 else self._out_dtype
         shape = (num_pairs, num_slots, self._hidden)
         yield from _array("hidden_states", hidden_states, out_dtype, shape)
         if not 0 < num_pairs * num_slots < 2**31 - 8:
@@ -348,7 +351,10 @@ def _table_faults(tables: DeviceEmbeddings, token_dtype: str, out_dtype: str) ->
 
 
 def _array(name: str, array: DeviceArray, dtype: str, shape: tuple[int, ...]) -> Iterator[str]:
-    if array.dtype.name != dtype or array.shape != shape:
+    # A dtype's name takes microseconds to make; bfloat16 is no dtype of NumPy's own.
+    known = DTYPES.get(dtype)
+    same = array.dtype == known if known is not None else array.dtype.name == dtype
+    if not same or array.shape != shape:
         yield f"{name}: got {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}"
 
 
