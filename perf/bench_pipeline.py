@@ -36,6 +36,7 @@ from ..runtime.device.host import HostDevice
 from ..runtime.pipeline import NUM_SLOTS, Pipeline, Request
 from ..runtime.store import BadRecord, TokenStore
 from ..runtime.text import TokenizedQueries
+from ..runtime.token_source import TokenSource
 from .harness import Timing, conditions, interleave, speedup, table, timings_json, write_result
 
 NUM_TOKENS, HIDDEN = 64, 384
@@ -84,7 +85,7 @@ def run_benchmark(num_rounds: int, scratch: Path) -> dict[str, Any]:
     device = HostDevice()
     with _make_store(scratch / "store") as store, closing(device):
         picked = np.random.default_rng(7).integers(0, NUM_RECORDS, NUM_PAIRS)
-        rivals = {
+        rivals: dict[str, tuple[TokenSource, Callable[[Request], Float32], Int64]] = {
             LOOP: (OneValue(), _plain_loop(engine), picked),
             READ: (store, _reading(store), store.rows([f"image-{at}" for at in picked])),
         }

@@ -159,6 +159,7 @@ class Pipeline:
                 lengths = request.queries.text_length
                 batches = plan_batches(lengths, request.query_of_pair, profile)
                 for planned, following in zip_longest(batches, batches[1:]):
+                    request.check_wanted()
                     if following is not None:
                         self._source.prefetch(request.rows[following.pairs])
                     slot = self._take_slot(request, flights, result)
@@ -183,8 +184,8 @@ class Pipeline:
         """Gather one batch into `slot` and enqueue its forward; never waits for the engine."""
         began = perf_counter()
         try:
-            self._lane.check()
             slot.stage = "gather"
+            self._lane.check()
             slot.fill_text(request.queries, planned)
             damaged, broken = self._gather(request.rows[planned.pairs], planned, slot)
             gather_ms = (perf_counter() - began) * 1e3
@@ -232,7 +233,6 @@ class Pipeline:
 
     def _take_slot(self, request: Request, flights: deque[Flight], result: Scored) -> Slot:
         """Take a slot; while none is free, collect this request's oldest batch first."""
-        request.check_wanted()
         while flights:
             slot = self._ring.try_take()
             if slot is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edje.errors import EngineError, StoreError
+from edje.errors import EngineError, StoppedError, StoreError
 from edje.runtime.device.host import HostDevice
 from edje.runtime.pipeline import NUM_SLOTS, Pipeline, Request
 from edje.runtime.text import TokenizedQueries
@@ -286,6 +287,51 @@ def test_close_lets_running_batches_finish_and_refuses_the_rest():
             with pytest.raises(EngineError, match="closed"):
                 future.result(10)
         assert rig.num_free_slots() == NUM_SLOTS
+
+
+def test_a_deadline_that_has_passed_starts_no_batch():
+    with Rig() as rig:
+        request = make_request([5], np.zeros(9), np.arange(9))
+        with pytest.raises(StoppedError, match="deadline passed"):
+            rig.pipeline.run(replace(request, deadline=time.monotonic()))
+        assert rig.source.calls == []
+        later = replace(request, deadline=time.monotonic() + 60)
+        assert np.array_equal(rig.pipeline.run(later).scores, expected_scores(request))
+
+
+def test_a_deadline_ends_the_wait_for_a_slot():
+    release = threading.Event()
+    engine = ToyEngine(before=lambda batch: release.wait(10))
+    with Rig(engine) as rig, ThreadPoolExecutor(2) as pool:
+        try:
+            long = pool.submit(rig.check, make_request([5], np.zeros(80), np.arange(80)))
+            wait_until(lambda: len(rig.source.buffers) == NUM_SLOTS)  # it holds every slot
+            request = make_request([5], np.zeros(8), np.arange(8))
+            began = time.monotonic()
+            with pytest.raises(StoppedError, match="deadline passed"):
+                rig.pipeline.run(replace(request, deadline=began + 0.05))
+            assert 0.05 <= time.monotonic() - began < 5
+            assert not rig.pipeline._ring._queue
+        finally:
+            release.set()
+        long.result(10)
+        assert rig.num_free_slots() == NUM_SLOTS
+
+
+def test_a_callers_own_stream_computes():
+    device = HostDevice()
+    mine = device.stream()
+    engine, threads = ToyEngine(), set()
+    engine.before = lambda batch: threads.add(threading.current_thread())
+    pipeline = Pipeline(engine, ToySource(), device, stream=mine)
+    request = make_request([5], np.zeros(20), np.arange(20))
+    assert np.array_equal(pipeline.run(request).scores, expected_scores(request))
+    assert threads == {mine._worker}
+    assert device.usage().num_streams == 1
+    with pytest.raises(EngineError, match="borrows host streams, got str"):
+        Pipeline(engine, ToySource(), device, stream="stream")
+    pipeline.close()
+    device.close()
 
 
 def test_no_pairs_give_no_scores():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from edje.errors import EngineError
 from edje.runtime.device.host import HostDevice, HostEvent
+from edje.runtime.device.protocol import DeviceUsage
 
 
 @pytest.fixture
@@ -122,6 +123,47 @@ def test_a_graph_runs_its_work_again_at_every_launch(device):
     assert seen == ["a", "b", "a", "b"]
     with pytest.raises(EngineError, match="event"):
         device.capture(lambda capturing: capturing.record(HostEvent()))
+
+
+def test_an_event_that_was_never_recorded_is_passed(device):
+    stream, event, seen = device.stream(), device.event(), []
+    event.synchronize()
+    stream.wait(event)
+    stream.submit(lambda: seen.append("ran"))
+    stream.record(event)
+    event.synchronize()
+    assert seen == ["ran"]
+
+
+def test_a_wait_means_the_event_as_it_was_recorded_then(device):
+    """Recorded again meanwhile: who waited for the first recording is not held up by the second."""
+    first, second = device.stream(), device.stream()
+    event, done, never = device.event(), device.event(), threading.Event()
+    first.record(event)
+    second.wait(event)
+    first.submit(lambda: never.wait(5))
+    first.record(event)
+    second.record(done)
+    done.synchronize()
+    assert not never.is_set()
+    never.set()
+    event.synchronize()
+
+
+def test_usage_counts_what_was_made_until_it_is_closed():
+    device = HostDevice()
+    device.mirror(device.pinned(100, np.dtype(np.float32)))
+    device.stream()
+    device.event()
+    assert device.usage() == DeviceUsage(400, 0, 1, 1)
+    device.close()
+    assert device.usage() == DeviceUsage()
+
+
+def test_the_host_runs_no_device_code(device):
+    with pytest.raises(EngineError, match="no device code"):
+        device.load_module(b"cubin")
+    assert device.fault() is None
 
 
 def test_a_foreign_event_is_refused(device):
