@@ -25,18 +25,22 @@ if TYPE_CHECKING:
 HEAD = "classification_head"
 
 
-def official_scorer(num_threads: int | None = None) -> Callable[[Batch], Float32]:
+def official_scorer(
+    num_threads: int | None = None, *, device: str = "cpu", dtype: str = "float32"
+) -> Callable[[Batch], Float32]:
     """Return the function that scores a batch of one query with the random model's weights.
 
-    Float32, evaluation mode, no gradients, PyTorch's own number of threads unless told. As in
-    the official evaluation, a batch is one caption with its candidates, so nothing is padded.
+    Evaluation mode, no gradients, PyTorch's own number of threads unless told; `device` and
+    `dtype` are PyTorch's names. As in the official evaluation, a batch is one caption with its
+    candidates, so nothing is padded. `visual_tokens` may be a tensor on the device already.
     """
     import torch
 
     with TemporaryDirectory() as scratch:
         checkpoint, language_model = write_checkpoint(Path(scratch))
         state: State = torch.load(checkpoint, weights_only=True)["model"]
-        bert = _bert(state, language_model)
+        bert = _bert(state, language_model).to(device, getattr(torch, dtype))
+        head = {name: state[name].to(device, bert.dtype) for name in state if HEAD in name}
     if num_threads is not None:
         torch.set_num_threads(num_threads)
 
@@ -44,8 +48,8 @@ def official_scorer(num_threads: int | None = None) -> Callable[[Batch], Float32
         with torch.inference_mode():
             inputs = _inputs(batch, bert)
             states = bert(**inputs, output_hidden_states=True).hidden_states
-            pooled = torch.tanh(_linear(states[-1][:, 0], state, f"{HEAD}.0.dense"))
-            logits: Float32 = _linear(pooled, state, f"{HEAD}.1").squeeze(-1).numpy()
+            pooled = torch.tanh(_linear(states[-1][:, 0], head, f"{HEAD}.0.dense"))
+            logits: Float32 = _linear(pooled, head, f"{HEAD}.1").squeeze(-1).float().cpu().numpy()
             return logits
 
     return score
@@ -70,13 +74,14 @@ def _inputs(batch: Batch, bert: BertForMaskedLM) -> dict[str, torch.Tensor]:
 
     words = bert.get_input_embeddings().weight
     length = int(batch.text_length[0])
-    text = words[torch.from_numpy(batch.text_ids[0, :length].astype(np.int64))]
-    visual = torch.from_numpy(batch.visual_tokens).float()
+    ids = torch.from_numpy(batch.text_ids[0, :length].astype(np.int64))
+    text = words[ids.to(words.device)]
+    visual = torch.as_tensor(batch.visual_tokens).to(words)
     num_pairs = len(visual)
     embeds = torch.cat(
         [text.expand(num_pairs, -1, -1), visual, text[-1].expand(num_pairs, 1, -1)], dim=1
     )
-    types = torch.zeros(embeds.shape[:2], dtype=torch.long)
+    types = torch.zeros(embeds.shape[:2], dtype=torch.long, device=words.device)
     types[:, length:] = 1
     return {
         "inputs_embeds": embeds,

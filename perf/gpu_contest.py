@@ -1,0 +1,334 @@
+"""Pairs with known scores, and an engine's speed over them: bare, and through our pipeline.
+
+Bare: tokens lie on the GPU, batches follow each other on one stream. Pipeline: tokens lie in host
+memory at random rows, and everything from there to scores on the host counts. Both take turns in
+one process over the same number of pairs; the scores of both are compared with float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle import BundleManifest
+from ..engines.agreement import rank_agreement
+from ..engines.contract import Batch, Engine, Float16, Float32, Int32
+from ..engines.cuda_memory import CudaStream, DeviceMemory
+from ..engines.fidelity import reference_scorer
+from ..engines.manifest import EngineManifest, Profile
+from ..runtime.pipeline import Pipeline, Request, Scored
+from ..runtime.store import BadRecord
+from ..runtime.text import TokenizedQueries
+from .gpu_steps import Report
+from .harness import interleave
+from .roofline import slots_of
+
+NUM_WORDPIECES = (13, 61)
+# The most telling first: whatever the time is too short for comes last.
+BATCH_SIZES = (256, 1024, 64, 4096, 32, 128, 512, 2048)
+NUM_PAIRS = 4096
+NUM_RESIDENT = 4  # batches on the GPU that the bare engine goes around
+NUM_ROUNDS, LEAST_ROUNDS, POINT_S = 7, 3, 1.5
+LEAST_TAU = 0.8  # random weights: int8 has about 0.9, a wrong engine about 0
+CPU_PAIRS = 32  # that the float32 reference scores where PyTorch sees no GPU
+SEED = 0
+
+Array = npt.NDArray[Any]
+Scores = Callable[[], Float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """One query with its candidates, and what they score.
+
+    Attributes:
+        num_wordpieces: of the query.
+        text_ids: int32 [1, T], without padding.
+        tokens: float16 [N, m, H] in host memory.
+        expected: float32 [M], scores of the first M <= N in float32.
+        reference: what computed them.
+    """
+
+    num_wordpieces: int
+    text_ids: Int32
+    tokens: Float16
+    expected: Float32
+    reference: str
+
+    def batch(self, start: int, size: int) -> Batch:
+        """Return `size` pairs from `start` on, beginning again at the end; a view where it can."""
+        rows = np.arange(start, start + size) % len(self.tokens)
+        whole = rows[-1] - rows[0] == size - 1
+        tokens = self.tokens[rows[0] : rows[0] + size] if whole else self.tokens[rows]
+        length = np.array([self.text_ids.shape[1]], np.int32)
+        return Batch(self.text_ids, length, np.zeros(size, np.int32), tokens)
+
+
+class HostTokens:
+    """Tokens in host memory as the pipeline reads them."""
+
+    def __init__(self, tokens: Float16):
+        """`tokens` float16 [N, m, H], the caller's, unchanged while it is read."""
+        self._tokens = tokens
+
+    def read(
+        self,
+        rows: npt.NDArray[np.int64],
+        out: Array,
+        scales: Float16 | None = None,
+        *,
+        bad: str = "mark",
+    ) -> list[BadRecord]:
+        """Copy the records of `rows` into `out`; none is ever bad."""
+        np.take(self._tokens, rows, axis=0, out=out, mode="clip")  # `raise` copies twice
+        return []
+
+    def prefetch(self, rows: npt.NDArray[np.int64]) -> None:
+        """Everything is in memory already."""
+
+
+def random_pairs(bundle: BundleManifest, num_pairs: int = NUM_PAIRS) -> tuple[Int32, Float16]:
+    """Return seeded ids int32 [1, longest] (CLS and SEP to be set) and tokens float16 [N, m, H]."""
+    random = np.random.default_rng(SEED)
+    sizes, text = bundle.sizes, bundle.text
+    ids = random.integers(0, sizes.vocab_size, (1, text.max_wordpieces + 2)).astype(np.int32)
+    shape = (num_pairs, sizes.num_tokens, sizes.hidden)
+    return ids, random.standard_normal(shape, np.float32).astype(np.float16)
+
+
+def make_pairs(folder: Path, lengths: Sequence[int], num_pairs: int = NUM_PAIRS) -> list[Pairs]:
+    """Return seeded random pairs for queries of each of `lengths` wordpieces, with their scores."""
+    bundle = BundleManifest.read(folder)
+    ids, tokens = random_pairs(bundle, num_pairs)
+    made = []
+    for length in lengths:
+        text_ids = ids[:, : length + 2].copy()
+        text_ids[0, 0], text_ids[0, -1] = bundle.text.cls_id, bundle.text.sep_id
+        made.append(Pairs(length, text_ids, tokens, np.empty(0, np.float32), ""))
+    score, reference = float32_scorer(folder)
+    count = num_pairs if reference.startswith("PyTorch") else min(CPU_PAIRS, num_pairs)
+    return [replace(p, expected=score(p.batch(0, count)), reference=reference) for p in made]
+
+
+def float32_scorer(folder: Path) -> tuple[Callable[[Batch], Float32], str]:
+    """Return what scores a batch in float32, and its name: PyTorch on the GPU if it sees one."""
+    try:
+        import torch
+    except ImportError:
+        return reference_scorer(folder), "ONNX Runtime fp32, CPU"
+    if not torch.cuda.is_available():
+        return reference_scorer(folder), "ONNX Runtime fp32, CPU"
+    return torch_scorer(folder, "cuda"), "PyTorch fp32, GPU"
+
+
+def torch_scorer(folder: Path, device: str, part: int = 512) -> Callable[[Batch], Float32]:
+    """Return the lean scorer in float32 on `device`, `part` pairs at a time, TF32 off."""
+    import torch
+
+    from .lean_scorer import load_scorer
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    scorer = load_scorer(folder, device=device)
+
+    def score(batch: Batch) -> Float32:
+        with torch.inference_mode():
+            ids = torch.from_numpy(batch.text_ids).to(device)
+            asks = torch.from_numpy(batch.query_of_pair).to(device)
+            pieces = [
+                scorer(ids, asks[s : s + part], torch.from_numpy(tokens).to(device))
+                for s in range(0, len(batch), part)
+                for tokens in [batch.visual_tokens[s : s + part]]
+            ]
+            scores: Float32 = torch.cat(pieces).cpu().numpy()
+            return scores
+
+    return score
+
+
+def profile_of(lengths: Iterable[int], batch_sizes: Iterable[int]) -> Profile:
+    """Return the profile of an engine for queries that fill their buckets."""
+    return Profile(max(batch_sizes), tuple(sorted(length + 2 for length in set(lengths))))
+
+
+def agreement(pairs: Pairs, rows: npt.NDArray[np.int64], scores: Float32) -> dict[str, Any]:
+    """Compare scores of `rows` with float32: max and mean difference, Kendall's tau, finite."""
+    known = rows < len(pairs.expected)
+    found = rank_agreement([pairs.expected[rows[known]]], [scores[known]])
+    return {
+        "max_abs_diff": found.max_abs_diff,
+        "mean_abs_diff": found.mean_abs_diff,
+        "kendall_tau": found.kendall_tau,
+        "num_pairs": found.num_pairs,
+        "reference": pairs.reference,
+    }
+
+
+def agreement_fault(compared: dict[str, Any]) -> str | None:
+    """Return why scores cannot be those of the model, None where they can."""
+    if np.isfinite(compared["max_abs_diff"]) and compared["kendall_tau"] >= LEAST_TAU:
+        return None
+    return (
+        f"scores disagree with float32: Kendall tau {compared['kendall_tau']:.3f}, "
+        f"largest difference {compared['max_abs_diff']:.2g}"
+    )
+
+
+def compare(
+    contestants: dict[str, Scores], rows: npt.NDArray[np.int64], pairs: Pairs
+) -> list[dict[str, Any]]:
+    """Warm everybody up, check their scores of `rows`, time them in turns; return a row each.
+
+    A row whose scores are wrong has a `fault` and no speed.
+    """
+    compared = {name: agreement(pairs, rows, run()) for name, run in contestants.items()}
+    began = perf_counter()
+    for run in contestants.values():
+        run()
+    one_round = perf_counter() - began
+    num_rounds = max(LEAST_ROUNDS, min(NUM_ROUNDS, round(POINT_S / max(one_round, 1e-6))))
+    timings = interleave(contestants, pairs=len(rows), num_rounds=num_rounds)
+    made = []
+    for name, timing in timings.items():
+        fault = agreement_fault(compared[name])
+        speed = asdict(timing) if fault is None else {"pairs_per_s": None}
+        made.append({**speed, "via": name, "agreement": compared[name], "fault": fault})
+    return made
+
+
+def measure_engine(
+    report: Report,
+    name: str,
+    engine: Engine,
+    all_pairs: Sequence[Pairs],
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+) -> None:
+    """Report rows for every length and batch size, until the time is up."""
+    measure_points(
+        report,
+        {"engine": name, "precision": engine.manifest.precision},
+        engine.manifest,
+        all_pairs,
+        batch_sizes,
+        lambda pairs, size: measure_point(engine, pairs, size),
+    )
+
+
+def measure_points(
+    report: Report,
+    facts: dict[str, Any],
+    manifest: EngineManifest | BundleManifest,
+    all_pairs: Sequence[Pairs],
+    batch_sizes: Sequence[int],
+    measure: Callable[[Pairs, int], list[dict[str, Any]]],
+) -> None:
+    """Report what `measure` gives for every length and size; what it raises is a row's fault."""
+    sizes = manifest.bundle.sizes if isinstance(manifest, EngineManifest) else manifest.sizes
+    for size in batch_sizes:
+        for pairs in all_pairs:
+            slots = slots_of(pairs.num_wordpieces, sizes)
+            point = {"wordpieces": pairs.num_wordpieces, "slots": slots, "batch": size}
+            if report.left_s <= 0:
+                report.add("left_out", point)
+                continue
+            try:
+                rows = measure(pairs, size)
+            except Exception as error:  # out of memory, a lost device: a row, not an end
+                fault = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+                rows = [{"via": "", "pairs_per_s": None, "fault": fault}]
+            for row in rows:
+                report.add("rows", {**facts, **point, **row})
+
+
+def measure_point(engine: Engine, pairs: Pairs, size: int) -> list[dict[str, Any]]:
+    """Measure one batch size, bare and through the pipeline."""
+    from ..runtime.device.cuda_core import CudaCoreDevice
+
+    num_batches = max(NUM_RESIDENT, NUM_PAIRS // size)
+    rows = np.arange(num_batches * size) % (NUM_RESIDENT * size) % len(pairs.tokens)
+    with _narrowed(engine, size), closing(CudaCoreDevice()) as device:
+        stream = _stream()
+        pipeline = Pipeline(engine, HostTokens(pairs.tokens), device, stream=stream)
+        with DeviceMemory(stream) as memory, closing(pipeline):
+            last: list[Scored] = []
+            through = through_pipeline(pipeline, pairs, rows, last)
+            bare = _bare(engine, pairs, size, num_batches, memory, stream)
+            made = compare({"bare": bare, "pipeline": through}, rows, pairs)
+    return [{**made[0]}, {**made[1], "stages_ms": stages_ms(last[-1], num_batches)}]
+
+
+def through_pipeline(
+    pipeline: Pipeline, pairs: Pairs, rows: npt.NDArray[np.int64], last: list[Scored]
+) -> Scores:
+    """Return a run of all `rows`, shuffled, giving scores in their order; `last` gets its times."""
+    length = np.array([pairs.text_ids.shape[1]], np.int32)
+    queries = TokenizedQueries(pairs.text_ids, length, np.zeros(1, np.bool_))
+    order = np.random.default_rng(SEED).permutation(len(rows))
+    request = Request(queries, np.zeros(len(rows), np.int64), rows[order].astype(np.int64))
+
+    def run() -> Float32:
+        last[:] = [pipeline.run(request)]
+        scores = np.empty(len(rows), np.float32)
+        scores[order] = last[0].scores
+        return scores
+
+    return run
+
+
+def stages_ms(scored: Scored, num_batches: int) -> dict[str, float]:
+    """Return the mean time of each stage of a batch."""
+    names = ("gather_ms", "upload_ms", "compute_ms", "download_ms")
+    return {name: round(getattr(scored, name) / num_batches, 4) for name in names}
+
+
+def _bare(
+    engine: Engine,
+    pairs: Pairs,
+    size: int,
+    num_batches: int,
+    memory: DeviceMemory,
+    stream: CudaStream,
+) -> Scores:
+    """Return a run over batches that lie on the GPU, the scores fetched at its end."""
+    fields = ("text_ids", "text_length", "query_of_pair", "visual_tokens")
+    batches: list[Any] = []
+    for index in range(NUM_RESIDENT):
+        batch = pairs.batch(index * size, size)
+        arrays = {
+            name: memory.upload(np.ascontiguousarray(getattr(batch, name))) for name in fields
+        }
+        stream.synchronize()
+        batches.append((Batch(**arrays), memory.empty((size,), "float32")))
+
+    def run() -> Float32:
+        for index in range(num_batches):
+            batch, scores = batches[index % NUM_RESIDENT]
+            engine.enqueue(batch, scores, stream=stream)
+        parts = [memory.download(scores) for _, scores in batches]
+        return np.concatenate([parts[index % NUM_RESIDENT] for index in range(num_batches)])
+
+    return run
+
+
+@cache
+def _stream() -> CudaStream:
+    """Return the one stream of this process: engines keep contexts for every stream they see."""
+    return CudaStream()
+
+
+@contextmanager
+def _narrowed(engine: Engine, max_pairs: int) -> Iterator[None]:
+    """Let the engine plan batches of `max_pairs` for a while; it accepts larger ones."""
+    whole = engine.manifest
+    engine.manifest = replace(whole, profile=Profile(max_pairs, whole.profile.text_buckets))
+    try:
+        yield
+    finally:
+        engine.manifest = whole

@@ -1,0 +1,206 @@
+"""Two rivals behind the engine contract, so that they are measured bare and in our pipeline alike.
+
+They are for measuring: queries must fill their text bucket, and the first batch of every shape
+compiles or captures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from ..bundle import JOINT_ENCODER, BundleManifest
+from ..engines.cache import cached_engine
+from ..engines.contract import INPUTS, OUTPUT, Batch, DeviceArray, Engine, Float32, Stream
+from ..engines.cuda_memory import current_gpu
+from ..engines.manifest import EngineManifest, Profile
+from ..engines.open import open_engine
+from ..engines.precision.prepare import DEFAULT_LIMITS, Recipe, prepare_graph
+from ..engines.samples import RandomSamples
+from ..errors import EngineError
+from .random_model import CACHE, source_hash
+
+CUDA_PROVIDER = "CUDAExecutionProvider"
+
+
+class TorchEngine(Engine):
+    """The lean scorer, compiled, in float16; one CUDA graph a stream, shape and set of addresses.
+
+    One thread at a time: its graphs share their memory.
+    """
+
+    on_device = True
+
+    def __init__(self, bundle: Path, profile: Profile):
+        """Read the weights; compiling comes with the first batch of a shape."""
+        import torch
+
+        from .lean_scorer import load_scorer
+
+        super().__init__(manifest_of(bundle, "PyTorch", torch.__version__, "fp16", profile))
+        self._torch = torch
+        self._scorer = load_scorer(bundle, device="cuda", dtype="float16", compiled=True)
+        self._graphs: dict[tuple[Any, ...], Any] = {}
+        self._memory = torch.cuda.graph_pool_handle()
+        self._capturing = torch.cuda.Stream()  # one: cuBLAS keeps a workspace for each
+
+    def _enqueue(self, batch: Batch, scores: Float32, stream: Stream) -> None:
+        torch = self._torch
+        arrays = [getattr(batch, name) for name in INPUTS]
+        key = stream.handle, *((array.address, array.shape) for array in (*arrays, scores))
+        with torch.inference_mode(), torch.cuda.stream(torch.cuda.ExternalStream(stream.handle)):
+            graph = self._graphs.get(key)
+            if graph is None:
+                self._graphs[key] = self._captured(batch, scores)
+            else:
+                graph.replay()
+
+    def _captured(self, batch: Batch, scores: Any) -> Any:
+        """Run once in the current stream, which compiles; then capture the same work."""
+        torch = self._torch
+        ids, asks = _tensor(torch, batch.text_ids), _tensor(torch, batch.query_of_pair)
+        tokens, out = _tensor(torch, batch.visual_tokens), _tensor(torch, scores)
+
+        def run() -> None:
+            out.copy_(self._scorer(ids, asks, tokens))
+
+        run()
+        torch.cuda.current_stream().synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(
+            graph,
+            pool=self._memory,
+            stream=self._capturing,
+            capture_error_mode="thread_local",  # the pipeline's other streams go on copying
+        ):
+            run()
+        return graph
+
+    def close(self) -> None:
+        self._graphs.clear()
+
+
+class OrtCudaEngine(Engine):
+    """ONNX Runtime's CUDA provider on the caller's stream; a session a stream."""
+
+    on_device = True
+
+    def __init__(self, bundle: Path, precision: str, profile: Profile):
+        """Prepare the graph.
+
+        Raises:
+            EngineError: this onnxruntime has no CUDA provider.
+        """
+        import onnxruntime
+
+        if CUDA_PROVIDER not in onnxruntime.get_available_providers():
+            raise EngineError(
+                f"onnxruntime {onnxruntime.__version__} here has no {CUDA_PROVIDER}",
+                hint="pip install onnxruntime-gpu instead of onnxruntime",
+            )
+        manifest = manifest_of(bundle, "ONNX Runtime", onnxruntime.__version__, precision, profile)
+        super().__init__(manifest)
+        self._ort = onnxruntime
+        self._graph = _typed_graph(bundle, precision, profile)
+        self._sessions: dict[int, Any] = {}
+        self._options = onnxruntime.RunOptions()
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def _enqueue(self, batch: Batch, scores: Float32, stream: Stream) -> None:
+        session = self._sessions.get(stream.handle)
+        if session is None:
+            session = self._sessions[stream.handle] = self._open(stream.handle)
+        binding = session.io_binding()
+        for name in INPUTS:
+            _bind(binding.bind_input, name, getattr(batch, name))
+        _bind(binding.bind_output, OUTPUT, scores)
+        session.run_with_iobinding(binding, self._options)
+
+    def _open(self, handle: int) -> Any:
+        options = {"device_id": "0", "user_compute_stream": str(handle)}
+        session = self._ort.InferenceSession(self._graph, providers=[(CUDA_PROVIDER, options)])
+        if session.get_providers()[0] != CUDA_PROVIDER:
+            raise EngineError(f"onnxruntime runs on {session.get_providers()[0]}, not on the GPU")
+        return session
+
+    def close(self) -> None:
+        self._sessions.clear()
+
+
+def built_engine(
+    bundle: Path, backend: str, precision: str, profile: Profile, tell: Callable[[str], None]
+) -> Engine:
+    """Open an engine of one of our GPU backends, built once for every state of the sources.
+
+    Raises:
+        EngineError: its library is missing, or this GPU cannot build or run it.
+    """
+    folder = cached_engine(
+        bundle,
+        CACHE / f"engines-{source_hash('engines')}",
+        backend=backend,
+        precision=precision,
+        max_pairs=profile.max_pairs,
+        text_buckets=profile.text_buckets,
+        calibration=RandomSamples(BundleManifest.read(bundle)),
+        progress=tell,
+    )
+    return open_engine(folder)
+
+
+def manifest_of(
+    bundle: Path, library: str, version: str, precision: str, profile: Profile
+) -> EngineManifest:
+    """Return the manifest of an engine that no backend built."""
+    return EngineManifest(
+        backend=library,
+        backend_version=version,
+        precision=precision,
+        device={"kind": "cuda", "name": current_gpu().name},
+        profile=profile,
+        bundle=BundleManifest.read(bundle),
+        bundle_path=str(bundle),
+        onnx_sha256="",
+        precision_plan={},
+        token_dtype="float16",
+        files={},
+        build_options={},
+        build_seconds=0.0,
+        fidelity={},
+    )
+
+
+def _typed_graph(bundle: Path, precision: str, profile: Profile) -> bytes:
+    """Return the joint encoder's graph in `precision`."""
+    source = bundle / JOINT_ENCODER
+    if precision == "fp32":
+        return source.read_bytes()
+    recipe = Recipe(precision, "float16", "float16", None, DEFAULT_LIMITS)
+    with TemporaryDirectory() as scratch:
+        graph = Path(scratch) / JOINT_ENCODER
+        prepare_graph(source, graph, recipe, BundleManifest.read(bundle), profile)
+        return graph.read_bytes()
+
+
+def _bind(bind: Callable[..., None], name: str, array: Any) -> None:
+    bind(name, "cuda", 0, array.dtype.type, list(array.shape), array.address)
+
+
+class _Exposed:
+    """Memory as PyTorch takes it; whoever allocated it keeps it."""
+
+    def __init__(self, array: DeviceArray):
+        self.__cuda_array_interface__ = {
+            "shape": array.shape,
+            "typestr": np.dtype(array.dtype).str,
+            "data": (array.address, False),
+            "version": 3,
+        }
+
+
+def _tensor(torch: Any, array: Any) -> Any:
+    return torch.as_tensor(_Exposed(array), device="cuda")

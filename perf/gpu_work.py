@@ -1,0 +1,269 @@
+"""The steps of `make gpu`: what each does in its own process."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from ..bundle import BundleManifest
+from ..engines.backends import probe_backends
+from ..engines.contract import Batch, Engine, Float32
+from ..engines.cuda_memory import current_gpu
+from ..engines.fidelity import reference_scorer
+from ..errors import EdjeError
+from . import gpu_contest as contest
+from .gpu_ceilings import measure_ceilings
+from .gpu_contest import BATCH_SIZES, NUM_WORDPIECES, Pairs, make_pairs, measure_engine, profile_of
+from .gpu_engines import OrtCudaEngine, TorchEngine, built_engine
+from .gpu_steps import Report
+from .harness import ROOT
+from .random_model import full_size_bundle
+
+LIBRARIES = (
+    "numpy", "cuda-bindings", "cuda-core", "pycuda", "cupy-cuda12x", "cupy-cuda13x", "torch",
+    "triton", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt",
+    "tensorrt-rtx-cu13-bindings", "pytest",
+)  # fmt: skip
+LEAN_WORDPIECES = (*NUM_WORDPIECES, 12, 29)  # 80 and 128 slots, then 79 and 96
+FEW_BATCHES = (256, 1024)  # for the lengths that compiling leaves little time for
+FLOAT32_TOLERANCE = 1e-3
+NUM_CHECKED = 16
+_HOST, _DEVICE = "from host", "bare"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing to run.
+
+    Attributes:
+        name, help: for the command line.
+        limit_s: seconds after which it is killed.
+        run: does it, in its own process.
+    """
+
+    name: str
+    help: str
+    limit_s: float
+    run: Callable[[Report], None]
+
+
+def find_step(name: str) -> Step:
+    """Return a step by its name.
+
+    Raises:
+        EdjeError: there is none.
+    """
+    for step in STEPS:
+        if step.name == name:
+            return step
+    raise EdjeError(f"no such step: {name}", hint=f"{', '.join(step.name for step in STEPS)}")
+
+
+def look_around(report: Report) -> None:
+    """Report the GPU, the versions of the libraries, and what each backend can run."""
+    report.put(gpu=asdict(current_gpu()), python=platform.python_version())
+    report.put(versions={name: _version(name) for name in LIBRARIES})
+    backends = {
+        status.name: {"version": status.version, "precisions": dict(status.precisions)}
+        for status in probe_backends()
+    }
+    report.put(backends=backends, torch=_torch_facts(), onnxruntime_providers=_providers())
+
+
+def run_tests(report: Report) -> None:
+    """Run `pytest -m gpu` over the files that have such tests; report counts and failures.
+
+    Raises:
+        EdjeError: pytest itself could not run them.
+    """
+    import pytest
+
+    files = [
+        str(path)
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if "mark.gpu" in path.read_text(encoding="utf-8")
+    ]
+    with TemporaryDirectory() as scratch:
+        xml = Path(scratch) / "junit.xml"
+        arguments = ["-m", "gpu", "-q", f"--rootdir={ROOT}", f"--junitxml={xml}", *files]
+        status = int(pytest.main([*arguments, "-p", "no:cacheprovider"]))
+        if xml.is_file():
+            report.put(**counts_of(xml.read_text(encoding="utf-8")))
+    if status not in (0, 1):
+        raise EdjeError(f"pytest ended with status {status}, expected 0 or 1")
+
+
+def counts_of(junit: str) -> dict[str, Any]:
+    """Return how many tests passed, failed and were skipped, and the failures by name."""
+    cases = list(ElementTree.fromstring(junit).iter("testcase"))
+    bad = [case for case in cases if any(case.find(k) is not None for k in ("failure", "error"))]
+    skipped = [case for case in cases if case.find("skipped") is not None]
+    failures = [f"{case.get('classname')}::{case.get('name')}" for case in bad]
+    return {
+        "passed": len(cases) - len(bad) - len(skipped),
+        "failed": len(bad),
+        "skipped": len(skipped),
+        "failures": failures,
+    }
+
+
+def prepare(report: Report) -> None:
+    """Export the model; check that the float32 reference is the bundle's own graph.
+
+    Raises:
+        EdjeError: it is not.
+    """
+    folder = full_size_bundle()
+    exact = reference_scorer(folder)
+    score, name = contest.float32_scorer(folder)
+    ids, tokens = contest.random_pairs(BundleManifest.read(folder), NUM_CHECKED)
+    length = np.array([ids.shape[1]], np.int32)
+    batch = Batch(ids, length, np.zeros(NUM_CHECKED, np.int32), tokens)
+    difference = float(np.abs(score(batch) - exact(batch)).max())
+    report.put(reference=name, max_abs_diff_to_the_bundle=difference, num_pairs=NUM_CHECKED)
+    if not difference <= FLOAT32_TOLERANCE:
+        raise EdjeError(f"{name} differs from the bundle by {difference:.1e}")
+
+
+def measure_official(report: Report) -> None:
+    """Measure PyTorch eager in float16 as the official code runs it, tokens here and there."""
+    import torch
+
+    from .official_scorer import official_scorer
+
+    folder = full_size_bundle()
+    score = official_scorer(device="cuda", dtype="float16")
+
+    def point(pairs: Pairs, size: int) -> list[dict[str, Any]]:
+        return _measure_official_point(torch, score, pairs, size)
+
+    facts = {"engine": "PyTorch eager, official", "precision": "fp16"}
+    all_pairs = make_pairs(folder, NUM_WORDPIECES)
+    manifest = BundleManifest.read(folder)
+    contest.measure_points(report, facts, manifest, all_pairs, BATCH_SIZES, point)
+
+
+def _measure_official_point(
+    torch: Any, score: Callable[[Batch], Float32], pairs: Pairs, size: int
+) -> list[dict[str, Any]]:
+    """Measure one batch size: tokens on the GPU, and from host memory as NumPy holds them."""
+    num_batches = max(1, contest.NUM_PAIRS // size // 4)
+    rows = np.arange(num_batches * size) % len(pairs.tokens)
+    on_host = [pairs.batch(index * size, size) for index in range(num_batches)]
+    tokens = torch.from_numpy(pairs.tokens).cuda()
+    on_device = [
+        replace(batch, visual_tokens=tokens[start : start + size])
+        for index, batch in enumerate(on_host)
+        for start in [index * size % len(tokens)]
+    ]
+
+    def over(batches: list[Batch]) -> Float32:
+        return np.concatenate([score(batch) for batch in batches])
+
+    runs = {_DEVICE: lambda: over(on_device), _HOST: lambda: over(on_host)}
+    return contest.compare(runs, rows, pairs)
+
+
+def measure_compiled(report: Report) -> None:
+    """Measure our lean PyTorch module: torch.compile, fused attention, CUDA graphs, float16."""
+    name = "torch.compile, CUDA graphs"
+    folder = full_size_bundle()
+    all_pairs = make_pairs(folder, LEAN_WORDPIECES)
+    engine = TorchEngine(folder, profile_of(LEAN_WORDPIECES, BATCH_SIZES))
+    usual, rest = all_pairs[: len(NUM_WORDPIECES)], all_pairs[len(NUM_WORDPIECES) :]
+    measure_engine(report, name, engine, usual, FEW_BATCHES)
+    measure_engine(report, name, engine, rest, FEW_BATCHES)
+    others = [size for size in BATCH_SIZES if size not in FEW_BATCHES]
+    measure_engine(report, name, engine, usual, others)
+
+
+def _measure_opened(name: str, open_engine: Callable[[Path], Engine], report: Report) -> None:
+    """Measure an engine; where it cannot be opened at all, the step fails with the reason."""
+    folder = full_size_bundle()
+    engine = open_engine(folder)
+    try:
+        measure_engine(report, name, engine, make_pairs(folder, NUM_WORDPIECES))
+    finally:
+        engine.close()
+
+
+def _onnxruntime(precision: str) -> Callable[[Report], None]:
+    profile = profile_of(NUM_WORDPIECES, BATCH_SIZES)
+    return partial(
+        _measure_opened,
+        f"ONNX Runtime CUDA {precision}",
+        lambda folder: OrtCudaEngine(folder, precision, profile),
+    )
+
+
+def _backend(backend: str, precision: str) -> Callable[[Report], None]:
+    profile = profile_of(NUM_WORDPIECES, BATCH_SIZES)
+    return partial(
+        _measure_opened,
+        f"{backend} {precision}",
+        lambda folder: built_engine(folder, backend, precision, profile, _tell),
+    )
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _torch_facts() -> dict[str, Any]:
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError as error:
+        return {"fault": str(error)}
+    if not torch.cuda.is_available():
+        return {"version": torch.__version__, "fault": "it sees no GPU"}
+    facts = torch.cuda.get_device_properties(0)
+    return {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda,
+        "memory_bytes": facts.total_memory,
+        "num_multiprocessors": facts.multi_processor_count,
+        "l2_bytes": getattr(facts, "L2_cache_size", None),
+    }
+
+
+def _providers() -> Sequence[str]:
+    try:
+        providers: list[str] = importlib.import_module("onnxruntime").get_available_providers()
+    except ImportError as error:
+        return [str(error)]
+    return providers
+
+
+STEPS = (
+    Step("found", "GPU, driver, libraries and backends", 60, look_around),
+    Step("tests", "pytest -m gpu", 150, run_tests),
+    Step("ceilings", "copies and matrix products of this GPU", 75, measure_ceilings),
+    Step("prepare", "export the model, check the float32 reference", 100, prepare),
+    Step("eager", "PyTorch eager fp16, the official way", 75, measure_official),
+    Step("compiled", "torch.compile + SDPA + CUDA graphs, fp16", 190, measure_compiled),
+    Step("onnxruntime-fp16", "ONNX Runtime CUDA fp16", 70, _onnxruntime("fp16")),
+    Step("onnxruntime-fp32", "ONNX Runtime CUDA fp32", 70, _onnxruntime("fp32")),
+    Step("tensorrt-fp16", "TensorRT fp16", 120, _backend("tensorrt", "fp16")),
+    Step("tensorrt-int8", "TensorRT int8", 120, _backend("tensorrt", "int8")),
+    Step("tensorrt-fp8", "TensorRT fp8", 120, _backend("tensorrt", "fp8")),
+    Step("rtx-fp16", "TensorRT-RTX fp16", 100, _backend("tensorrt-rtx", "fp16")),
+    Step("rtx-fp8", "TensorRT-RTX fp8", 100, _backend("tensorrt-rtx", "fp8")),
+)
