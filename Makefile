@@ -4,11 +4,13 @@
 #                           where pip finds torch's small CPU build; PyPI's Linux build of the
 #                           same version brings CUDA libraries (several GB) and works as well
 #   PIP_ARGS=...            anything else for pip
+# `make gpu VENV= PYTHON=python3` installs nothing and uses that Python as it is.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+GPU_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types sizes bench kernels train clean
+.PHONY: help setup demo test check lint types sizes bench gpu kernels train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +50,11 @@ sizes: $(INSTALLED)
 bench: $(INSTALLED) ## measure end to end against the bare engines (minutes)
 	$(BIN)/python -m edje.perf.bench_end_to_end
 	$(BIN)/python -m edje.perf.bench_precisions
+
+# Without .venv nothing is installed: the package is found through the link that `types` uses.
+gpu: $(if $(VENV),$(INSTALLED)) ## measure all that needs an NVIDIA GPU (9 minutes; GPU_ARGS=--help)
+	@mkdir -p .mypy && ln -sfn .. .mypy/edje
+	$(if $(VENV),$(BIN)/python,PYTHONPATH='$(CURDIR)/.mypy' $(PYTHON)) -m edje.perf.gpu_ladder $(GPU_ARGS)
 
 kernels: $(INSTALLED) ## compile the GPU kernels for every architecture (no GPU; installs Triton)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -q -e '.[kernels]' \

@@ -91,12 +91,12 @@ def run_tests(report: Report) -> None:
 
     files = [
         str(path)
-        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        for path in sorted((ROOT.resolve() / "tests").rglob("test_*.py"))
         if "mark.gpu" in path.read_text(encoding="utf-8")
     ]
     with TemporaryDirectory() as scratch:
         xml = Path(scratch) / "junit.xml"
-        arguments = ["-m", "gpu", "-q", f"--rootdir={ROOT}", f"--junitxml={xml}", *files]
+        arguments = ["-m", "gpu", "-q", f"--rootdir={ROOT.resolve()}", f"--junitxml={xml}", *files]
         status = int(pytest.main([*arguments, "-p", "no:cacheprovider"]))
         if xml.is_file():
             report.put(**counts_of(xml.read_text(encoding="utf-8")))
