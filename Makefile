@@ -47,7 +47,9 @@ types: $(INSTALLED)
 sizes: $(INSTALLED)
 	$(BIN)/python .ci/size_report.py
 
-bench: $(INSTALLED) ## measure end to end against the bare engines (minutes)
+bench: $(INSTALLED) ## measure the store, and end to end against the bare engines (minutes)
+	$(BIN)/python -m edje.perf.bench_store
+	$(BIN)/python -m edje.perf.bench_pipeline
 	$(BIN)/python -m edje.perf.bench_end_to_end
 	$(BIN)/python -m edje.perf.bench_precisions
 

@@ -5,8 +5,9 @@
 Random gathers of 256 of 20,480 full-size records (64 tokens x 384), page cache hot, all into one
 buffer, in turns: the store (verified, unverified, held in memory), `np.load(mmap_mode="r")[rows]`
 of the same records, and a plain copy of the same bytes, which lie together in memory for it. The
-records differ from turn to turn, the same for everyone. Every contestant's output is compared with
-what was appended, before and after the turns.
+records differ from turn to turn; everyone gets the same sets, but never the one that another has
+just had and left in the CPU's cache. Every contestant's output is compared with what was appended,
+before and after the turns.
 
 What is expected is expected of float16. int8 records are half as long and their scales lie apart:
 more system calls a byte, so that they are faster by the record and slower by the byte.
@@ -144,7 +145,8 @@ class Turns:
 
     def contestants(self) -> dict[str, Callable[[], object]]:
         """Return name -> one gather; each goes through the sets one after the other."""
-        return {name: self._in_turn(gather) for name, gather in self._gathers.items()}
+        gathers = self._gathers.items()
+        return {name: self._in_turn(gather, at) for at, (name, gather) in enumerate(gathers)}
 
     def check(self) -> None:
         """Let everyone gather every set.
@@ -164,8 +166,10 @@ class Turns:
         rows = store.rows(self._content.ids)
         return lambda places: store.read(rows[places], self._out, self._scales, verify=verify)
 
-    def _in_turn(self, gather: Callable[[Int64], object]) -> Callable[[], object]:
-        sets = cycle(self._asked)
+    def _in_turn(self, gather: Callable[[Int64], object], at: int) -> Callable[[], object]:
+        """Begin with another set than the others, which the CPU's cache still holds."""
+        first = at * len(self._asked) // len(self._gathers)
+        sets = cycle([*self._asked[first:], *self._asked[:first]])
         return lambda: gather(next(sets))
 
 
