@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle import JOINT_ENCODER, BundleManifest
+from ..engines.backends import require_backend
 from ..engines.cache import cached_engine
 from ..engines.contract import INPUTS, OUTPUT, Batch, DeviceArray, Engine, Float32, Stream
 from ..engines.cuda_memory import current_gpu
@@ -139,6 +140,7 @@ def built_engine(
     Raises:
         EngineError: its library is missing, or this GPU cannot build or run it.
     """
+    require_backend(backend, precision)  # before a build that this GPU could not run
     folder = cached_engine(
         bundle,
         CACHE / f"engines-{source_hash('engines')}",

@@ -113,7 +113,7 @@ def faults_of(result: dict[str, Any]) -> list[str]:
 def summary(result: dict[str, Any], steps: Sequence[StepResult]) -> str:
     """Return what the terminal gets."""
     found = [found_text(step.values) for step in steps if "gpu" in step.values]
-    parts = [*found, "ceilings:", ceilings_text(result["ceilings"])]
+    parts = [*found, ceilings_text(result["ceilings"])]
     return "\n".join(
         [
             *parts,

@@ -88,8 +88,8 @@ def found_text(values: Mapping[str, Any]) -> str:
 
 
 def ceilings_text(rows: Iterable[Row]) -> str:
-    """Return a line for every ceiling."""
-    return "\n".join(f"  {row['name']:34} {_rate(row)}" for row in rows)
+    """Return a heading and a line for every ceiling."""
+    return "\n".join(["ceilings:", *(f"  {row['name']:34} {_rate(row)}" for row in rows)])
 
 
 def _rate(row: Row) -> str:

@@ -1,0 +1,124 @@
+"""What is raced, and how scores are checked: on the CPU, with the tiny bundle."""
+
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from edje.bundle import BundleManifest
+from edje.engines.build import build_engine
+from edje.engines.open import open_engine
+from edje.perf import gpu_contest as contest
+from edje.perf.gpu_steps import Report
+from edje.runtime.device.host import HostDevice
+from edje.runtime.pipeline import Pipeline
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_bundle):
+    score = contest.torch_scorer(tiny_bundle, "cpu", part=5)
+    made = contest.make_pairs(tiny_bundle, [3, 13], num_pairs=24)
+    return [replace(p, expected=score(p.batch(0, 24))) for p in made]
+
+
+def test_pairs_are_seeded_random_and_never_zero(tiny_bundle, pairs):
+    again = contest.make_pairs(tiny_bundle, [3, 13], num_pairs=24)
+    text = BundleManifest.read(tiny_bundle).text
+    for first, second, length in zip(pairs, again, (3, 13), strict=True):
+        assert np.array_equal(first.tokens, second.tokens)
+        assert first.text_ids.shape == (1, length + 2)
+        assert (first.text_ids[0, 0], first.text_ids[0, -1]) == (text.cls_id, text.sep_id)
+        assert np.abs(first.tokens.astype(np.float32)).mean() > 0.5
+        np.testing.assert_allclose(second.expected, first.expected, atol=1e-4)
+        assert second.reference.startswith("ONNX Runtime fp32")
+
+
+def test_batches_go_around(pairs):
+    tokens = pairs[0].tokens
+    assert np.shares_memory(pairs[0].batch(8, 8).visual_tokens, tokens)
+    assert np.array_equal(pairs[0].batch(24 + 16, 8).visual_tokens, tokens[16:])
+    around = pairs[0].batch(20, 8).visual_tokens
+    assert np.array_equal(around, np.concatenate([tokens[20:], tokens[:4]]))
+
+
+def test_the_pipeline_runs_over_host_tokens_and_gives_the_float32_scores(
+    tiny_bundle, pairs, tmp_path
+):
+    build_engine(
+        tiny_bundle,
+        tmp_path / "engine",
+        backend="onnxruntime",
+        precision="fp32",
+        max_pairs=8,
+        text_buckets=(5, 15),
+    )
+    rows, last = np.arange(40) % 24, []
+    with closing(open_engine(tmp_path / "engine")) as engine, closing(HostDevice()) as device:
+        pipeline = Pipeline(engine, contest.HostTokens(pairs[1].tokens), device)
+        with closing(pipeline):
+            run = contest.through_pipeline(pipeline, pairs[1], rows, last)
+            (row,) = contest.compare({"pipeline": run}, rows, pairs[1])
+    assert row["fault"] is None
+    assert row["agreement"]["max_abs_diff"] < 1e-4
+    assert row["agreement"]["num_pairs"] == 40
+    assert row["pairs_per_s"] > 0
+    stages = contest.stages_ms(last[-1], 5)
+    assert list(stages) == ["gather_ms", "upload_ms", "compute_ms", "download_ms"]
+    assert stages["gather_ms"] > 0
+
+
+def test_wrong_scores_have_a_fault_and_no_speed(pairs):
+    rows = np.arange(24)
+    right = pairs[0].expected
+    wrong = {"right": right, "reversed": -right, "nan": np.full(24, np.nan, np.float32)}
+    runs = {name: (lambda scores=scores: scores) for name, scores in wrong.items()}
+    made = {row["via"]: row for row in contest.compare(runs, rows, pairs[0])}
+    assert made["right"]["fault"] is None
+    assert made["right"]["pairs_per_s"] > 0
+    for name in ("reversed", "nan"):
+        assert "disagree with float32" in made[name]["fault"]
+        assert made[name]["pairs_per_s"] is None
+
+
+def test_scores_without_a_known_reference_are_not_compared(pairs):
+    few = replace(pairs[0], expected=pairs[0].expected[:4])
+    scores = np.concatenate([pairs[0].expected[:4], np.zeros(20, np.float32)])
+    found = contest.agreement(few, np.arange(24), scores)
+    assert (found["num_pairs"], found["max_abs_diff"]) == (4, 0.0)
+
+
+def test_a_point_that_fails_is_a_row_and_the_rest_goes_on(tiny_bundle, pairs, tmp_path):
+    def measure(asked, size):
+        if size == 8:
+            raise MemoryError("no 8")
+        return [{"via": "bare", "pairs_per_s": 1.0, "fault": None}]
+
+    report = Report(tmp_path / "report", 60)
+    manifest = BundleManifest.read(tiny_bundle)
+    contest.measure_points(report, {"engine": "e"}, manifest, pairs, (8, 4), measure)
+    found = [(row["batch"], row["wordpieces"], row["fault"]) for row in report.values["rows"]]
+    fault = "MemoryError: no 8"
+    assert found == [(8, 3, fault), (8, 13, fault), (4, 3, None), (4, 13, None)]
+
+
+def test_points_are_left_out_when_the_time_is_up(tiny_bundle, pairs, tmp_path):
+    report = Report(tmp_path / "report", -1)
+    manifest = BundleManifest.read(tiny_bundle)
+    contest.measure_points(report, {}, manifest, pairs, (8,), lambda *_: pytest.fail("started"))
+    assert [point["wordpieces"] for point in report.values["left_out"]] == [3, 13]
+
+
+@pytest.mark.gpu
+def test_the_compiled_engine_on_a_gpu_scores_as_float32_does(tiny_bundle):
+    pytest.importorskip("torch").cuda.init()
+    from edje.perf.gpu_engines import TorchEngine
+
+    made = contest.make_pairs(tiny_bundle, [3], num_pairs=24)
+    engine = TorchEngine(tiny_bundle, contest.profile_of([3], [8]))
+    rows = contest.measure_point(engine, made[0], 8)
+    engine.close()
+    assert [row["via"] for row in rows] == ["bare", "pipeline"]
+    for row in rows:
+        assert row["fault"] is None
+        assert row["agreement"]["max_abs_diff"] < 0.05

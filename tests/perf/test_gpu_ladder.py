@@ -1,0 +1,224 @@
+"""`make gpu` without a GPU: what it says, the steps it chooses, the table and the JSON."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from edje.errors import EdjeError
+from edje.perf import gpu_ladder, gpu_work
+from edje.perf.gpu_ceilings import Probe, _measured, measure_ceilings
+from edje.perf.gpu_ladder import chosen_steps, faults_of, result_of, safe_name, summary
+from edje.perf.gpu_steps import FAILED, OK, SKIPPED, TIMED_OUT, Report, StepResult
+from edje.perf.gpu_table import best_rows, ceilings_of
+
+SIZES = gpu_ladder.random_sizes()
+CEILINGS = [
+    {"name": "h2d", "key": "h2d", "unit": "byte/s", "per_s": 55e9, "fault": None},
+    {"name": "fp16 large", "key": "fp16", "unit": "flop/s", "per_s": 790e12, "fault": None},
+    {"name": "fp8 large", "key": "fp8", "unit": "flop/s", "per_s": None, "fault": "no fp8"},
+]
+
+
+def row(engine="E", via="bare", batch=64, speed=1e5, fault=None, **more):
+    compared = {"max_abs_diff": 0.01, "mean_abs_diff": 0.001, "kendall_tau": 0.99}
+    point = {"wordpieces": 12, "slots": 79, "batch": batch, "precision": "fp16"}
+    return {
+        "engine": engine,
+        "via": via,
+        "pairs_per_s": speed,
+        "fault": fault,
+        "agreement": compared,
+        **point,
+        **more,
+    }
+
+
+def steps_with(rows, *others):
+    return [
+        StepResult("ceilings", OK, 9.0, None, {"ceilings": CEILINGS}),
+        StepResult("compiled", OK, 9.0, None, {"rows": rows}),
+        *others,
+    ]
+
+
+def test_without_a_gpu_it_ends_with_2_and_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_ladder, "gpu_fault", lambda: "no NVIDIA driver here")
+    assert gpu_ladder.main([]) == 2
+    said = capsys.readouterr()
+    assert said.err == "make gpu needs an NVIDIA GPU: no NVIDIA driver here\n"
+    assert said.out == ""
+
+
+def test_steps_are_chosen_by_name_in_their_own_order():
+    names = [step.name for step in gpu_work.STEPS]
+    assert len(set(names)) == len(names)
+    assert [s.name for s in chosen_steps([], [])] == names
+    assert [s.name for s in chosen_steps(["eager", "found"], [])] == ["found", "eager"]
+    assert [s.name for s in chosen_steps(["eager", "found"], ["found"])] == ["eager"]
+    with pytest.raises(EdjeError, match="no such step: nothing, warp") as caught:
+        chosen_steps(["warp"], ["nothing"])
+    assert "tensorrt-fp16" in caught.value.hint
+
+
+def test_the_default_run_ends_inside_nine_minutes():
+    assert gpu_ladder.BUDGET_S + gpu_ladder.MARGIN_S < 9 * 60
+    assert all(step.limit_s > gpu_ladder.LEAST_S for step in gpu_work.STEPS)
+
+
+def test_a_ladder_survives_its_steps(tmp_path):
+    """Real processes, which know no such step."""
+    steps = [gpu_work.Step(name, "help", 60, print) for name in ("warp", "weft")]
+    results = gpu_ladder.run_ladder(steps, tmp_path, 200)
+    assert [result.name for result in results] == ["warp", "weft"]
+    assert {result.status for result in results} == {FAILED}
+    assert results[0].reason.startswith("exit status 1: no such step: warp | Hint: ")
+    result = result_of(results, SIZES, "none")
+    assert set(json.loads(json.dumps(result))["steps"][0]["values"]["clocks"]) == {
+        "before",
+        "after",
+    }
+    assert "weft: failed after" in summary(result, results)
+
+
+def test_steps_are_skipped_when_the_time_is_up(tmp_path):
+    results = gpu_ladder.run_ladder(chosen_steps([], []), tmp_path, 1)
+    assert {result.status for result in results} == {SKIPPED}
+
+
+def test_the_table_shows_the_best_batch_its_share_and_every_fault():
+    rows = [
+        row(batch=64, speed=1e5),
+        row(batch=256, speed=1.2e5),
+        row(via="pipeline", speed=0.9e5, stages_ms=dict.fromkeys(
+            ("gather_ms", "upload_ms", "compute_ms", "download_ms"), 0.25)),
+        row("Other", via="", speed=None, fault="OutOfMemoryError: 4096"),
+        row("Other", via="", batch=256, speed=None, fault="the same again"),
+    ]  # fmt: skip
+    for failed in rows[3:]:
+        del failed["agreement"]  # nothing was compared
+    steps = steps_with(rows, StepResult("rtx-fp8", TIMED_OUT, 100.0, "over its 100 s"))
+    result = result_of(steps, SIZES, "NVIDIA H200")
+    text = summary(result, steps)
+    share = 1.2e5 * 3.230e9 / 790e12
+    best = next(line for line in text.splitlines() if "120,000" in line)
+    assert f"{share:.1%}" in best
+    assert "100,000" not in text
+    assert "0.25 + 0.25 + 0.25 + 0.25" in text
+    assert "Other, 12 words, batch 64: OutOfMemoryError: 4096" in text
+    assert "the same again" not in text
+    assert "rtx-fp8: timed out after 100 s: over its 100 s" in text
+    assert "55.0 GB/s" in text
+    assert "790.0 TFLOP/s" in text
+    assert "not measured: no fp8" in text
+    assert "tokens resident on the device: not built" in text
+    assert faults_of(result) == []
+
+
+def test_the_json_keeps_every_row_with_its_roofs_and_conditions():
+    steps = steps_with([row(), row(precision="fp8"), row(precision="fp32")])
+    result = json.loads(json.dumps(result_of(steps, SIZES, "NVIDIA H200")))
+    assert result["resident"] == "not built"
+    assert result["conditions"]["gpu"] == "NVIDIA H200"
+    assert "random" in result["conditions"]["data"]
+    fp16, fp8, fp32 = result["ladder"]
+    assert fp16["roofs"]["product"] == pytest.approx(790e12 / 3.230e9, rel=1e-3)
+    assert fp16["share_of_roof"] == pytest.approx(1e5 / fp16["roofs"]["product"])
+    assert fp8["share_of_roof"] is None  # its ceiling was not measured
+    assert fp32["share_of_roof"] is None
+    assert result["steps"][1]["values"] == {}  # rows stand once
+
+
+def test_failing_tests_and_wrong_scores_fail_the_run():
+    wrong = row(speed=None, fault="scores disagree with float32")
+    tests = StepResult("tests", OK, 1.0, None, {"failures": ["tests.a::test_b"]})
+    lost = StepResult("prepare", FAILED, 1.0, "no disk")
+    faults = faults_of(result_of(steps_with([wrong], tests, lost), SIZES, "g"))
+    assert faults == [
+        "prepare: no disk",
+        "tests.a::test_b",
+        "E bare, batch 64: scores disagree with float32",
+    ]
+
+
+def test_best_rows_prefer_any_speed_to_a_fault():
+    rows = [row(speed=None, fault="no"), row(speed=1.0), row(speed=None, fault="no")]
+    assert [r["pairs_per_s"] for r in best_rows(rows)] == [1.0]
+
+
+def test_a_file_is_named_after_the_gpu():
+    assert safe_name("NVIDIA GeForce RTX 4090 / D (x)") == "nvidia-geforce-rtx-4090-d-x"
+
+
+def test_pytest_counts_come_from_its_report():
+    junit = """<testsuites><testsuite><testcase classname="a" name="ok"/>
+    <testcase classname="a" name="bad"><failure/></testcase>
+    <testcase classname="" name="broken"><error/></testcase>
+    <testcase classname="a" name="off"><skipped/></testcase></testsuite></testsuites>"""
+    assert gpu_work.counts_of(junit) == {
+        "passed": 1,
+        "failed": 2,
+        "skipped": 1,
+        "failures": ["a::bad", "::broken"],
+    }
+
+
+def test_ceilings_without_a_library_name_both(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(EdjeError, match="no library here") as caught:
+        measure_ceilings(Report(tmp_path / "r", 9))
+    assert len(caught.value.faults) == 2
+
+
+def test_a_ceiling_is_amount_over_time_and_a_failing_one_has_its_reason():
+    class Clock:
+        def least_seconds(self, run):
+            return run()
+
+    def fail():
+        raise RuntimeError("no int8 here")
+
+    good = _measured(Clock(), Probe("memory", "memory", "byte", 100, lambda: lambda: 0.5))
+    bad = _measured(Clock(), Probe("int8", "int8", "flop", 1, fail))
+    assert (good["per_s"], good["unit"], good["fault"]) == (200.0, "byte/s", None)
+    assert (bad["per_s"], bad["fault"]) == (None, "RuntimeError: no int8 here")
+    assert ceilings_of([good, bad]) == {"memory": 200.0}
+
+
+def test_what_was_found_is_printed():
+    values = {
+        "gpu": {"name": "NVIDIA H200", "capability": "9.0", "cuda_version": "13.0"},
+        "python": "3.12.3",
+        "versions": {"torch": "2.11.0", "tensorrt": None},
+        "onnxruntime_providers": ["CPUExecutionProvider"],
+        "backends": {
+            "tensorrt": {"version": None, "precisions": {"fp16": "is not installed"}},
+            "tensorrt-rtx": {"version": "1", "precisions": {"fp16": None, "int8": "no"}},
+        },
+    }
+    steps = [StepResult("found", OK, 1.0, None, values)]
+    text = summary(result_of(steps, SIZES, "g"), steps)
+    assert "NVIDIA H200, compute capability 9.0" in text
+    assert "here: torch 2.11.0" in text
+    assert "not here: tensorrt" in text
+    assert "tensorrt: nothing: is not installed" in text
+    assert "tensorrt-rtx: fp16" in text
+
+
+def test_the_official_scorer_takes_tensors_and_another_type():
+    """Half precision on the CPU: what the GPU step runs, but for the device."""
+    torch = pytest.importorskip("torch")
+    from edje.engines.contract import Batch
+    from edje.perf.official_scorer import official_scorer
+
+    random = np.random.default_rng(0)
+    tokens = random.standard_normal((4, 64, 384)).astype(np.float16)
+    ids = random.integers(5, 1000, (1, 5)).astype(np.int32)
+    length, asks = np.array([5], np.int32), np.zeros(4, np.int32)
+    exact = official_scorer()(Batch(ids, length, asks, tokens))
+    half = official_scorer(dtype="bfloat16")(Batch(ids, length, asks, torch.from_numpy(tokens)))
+    assert half.dtype == np.float32
+    np.testing.assert_allclose(half, exact, atol=0.5)
+    assert np.abs(half - exact).max() > 0
