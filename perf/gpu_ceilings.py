@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from ..errors import EdjeError
@@ -96,9 +97,7 @@ class _Library:
 
 class _PyTorch(_Library):
     def __init__(self) -> None:
-        import torch
-
-        self.torch = torch
+        self.torch: Any = import_module("torch")
 
     def probes(self) -> Iterator[Probe]:
         yield Probe("h2d", "h2d", "byte", H2D_BYTES, lambda: self._copy(True, False))
@@ -166,23 +165,21 @@ class _PyTorch(_Library):
 
 class _CuPy(_Library):
     def __init__(self) -> None:
-        import cupy
-
-        self.cupy = cupy
+        self.cupy: Any = import_module("cupy")
 
     def probes(self) -> Iterator[Probe]:
         yield Probe("h2d", "h2d", "byte", H2D_BYTES, self._from_host)
         yield Probe("memory", "memory", "byte", 2 * COPY_BYTES, self._on_device)
-        products = [("large", "fp16", LARGE, LARGE, LARGE)]
-        products += [(name, None, p * SLOTS, k, n) for p in PAIRS for name, k, n in SHAPES]
-        for name, key, m, k, n in products:
-            yield Probe(
-                f"fp16 {name} {m} x {k} x {n}",
-                key,
-                "flop",
-                2 * m * k * n,
-                lambda m=m, k=k, n=n: self._product(m, k, n),
-            )
+        yield self._probe("large", "fp16", LARGE, LARGE, LARGE)
+        for num_pairs in PAIRS:
+            for name, k, n in SHAPES:
+                yield self._probe(name, None, num_pairs * SLOTS, k, n)
+
+    def _probe(self, name: str, key: str | None, m: int, k: int, n: int) -> Probe:
+        def make() -> Run:
+            return self._product(m, k, n)
+
+        return Probe(f"fp16 {name} {m} x {k} x {n}", key, "flop", 2 * m * k * n, make)
 
     def timed(self, run: Run, times: int) -> float:
         begin, end = self.cupy.cuda.Event(), self.cupy.cuda.Event()

@@ -301,7 +301,7 @@ def _bare(
     batches: list[Any] = []
     for index in range(NUM_RESIDENT):
         batch = pairs.batch(index * size, size)
-        arrays = {
+        arrays: dict[str, Any] = {
             name: memory.upload(np.ascontiguousarray(getattr(batch, name))) for name in fields
         }
         stream.synchronize()

@@ -7,6 +7,7 @@ compiles or captures.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,10 +39,9 @@ class TorchEngine(Engine):
 
     def __init__(self, bundle: Path, profile: Profile):
         """Read the weights; compiling comes with the first batch of a shape."""
-        import torch
-
         from .lean_scorer import load_scorer
 
+        torch: Any = import_module("torch")
         super().__init__(manifest_of(bundle, "PyTorch", torch.__version__, "fp16", profile))
         self._torch = torch
         self._scorer = load_scorer(bundle, device="cuda", dtype="float16", compiled=True)

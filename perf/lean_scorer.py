@@ -133,7 +133,7 @@ def _after_attention(
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
     """Return [P, heads, S, d] for [P, S, H]."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:-1], num_heads, -1).transpose(1, 2)
 
 
 def _linear(x: Tensor, weights: Weights, name: str) -> Tensor:
