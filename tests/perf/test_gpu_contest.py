@@ -1,5 +1,6 @@
 """What is raced, and how scores are checked: on the CPU, with the tiny bundle."""
 
+import sys
 from contextlib import closing
 from dataclasses import replace
 
@@ -7,12 +8,18 @@ import numpy as np
 import pytest
 
 from edje.bundle import BundleManifest
+from edje.engines import cuda_memory
 from edje.engines.build import build_engine
+from edje.engines.contract import Batch, Engine
 from edje.engines.open import open_engine
 from edje.perf import gpu_contest as contest
+from edje.perf.gpu_engines import manifest_of
 from edje.perf.gpu_steps import Report
+from edje.runtime.device.cuda_core import CudaCoreDevice
 from edje.runtime.device.host import HostDevice
 from edje.runtime.pipeline import Pipeline
+from recording_cuda import Machine, make_core, make_driver
+from recording_trt import Recording, array_at, make_cuda_runtime
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +114,63 @@ def test_points_are_left_out_when_the_time_is_up(tiny_bundle, pairs, tmp_path):
     manifest = BundleManifest.read(tiny_bundle)
     contest.measure_points(report, {}, manifest, pairs, (8,), lambda *_: pytest.fail("started"))
     assert [point["wordpieces"] for point in report.values["left_out"]] == [3, 13]
+
+
+class OnAddresses(Engine):
+    """The lean scorer over memory that a stand-in calls the GPU's."""
+
+    on_device = True
+
+    def __init__(self, bundle, profile):
+        super().__init__(manifest_of(bundle, "stand-in", "0", "fp32", profile))
+        self._score = contest.torch_scorer(bundle, "cpu")
+
+    def _enqueue(self, batch, scores, stream):
+        names = ("text_ids", "text_length", "query_of_pair", "visual_tokens")
+        arrays = [getattr(batch, name) for name in names]
+        views = [array_at(a.address, a.shape, a.dtype) for a in arrays]
+        array_at(scores.address, scores.shape, scores.dtype)[:] = self._score(Batch(*views))
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """Device memory is host memory, so both ways of an engine on a GPU run for real."""
+    machine = Machine()
+    cached = (cuda_memory._cudart, cuda_memory.current_gpu, contest._stream)
+    monkeypatch.setattr(cuda_memory, "DRIVER", None)
+    monkeypatch.setattr("edje.runtime.device.cuda_core.gpu_fault", lambda: None)
+    # The stand-in lends no stream that can wait; the pipeline gets one of its own.
+    monkeypatch.setattr(CudaCoreDevice, "borrow", lambda device, stream: device.stream())
+    monkeypatch.setitem(sys.modules, "cuda.core", make_core(machine))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", make_driver(machine))
+    monkeypatch.setitem(sys.modules, cuda_memory.RUNTIME, make_cuda_runtime(Recording()))
+    for function in cached:
+        function.cache_clear()
+    yield machine
+    for function in cached:
+        function.cache_clear()
+
+
+def test_a_point_is_measured_bare_and_through_the_pipeline(
+    tiny_bundle, pairs, pretended_gpu, monkeypatch
+):
+    monkeypatch.setattr(contest, "NUM_PAIRS", 24)
+    profile = contest.profile_of([3, 13], [8, 4])
+    assert (profile.max_pairs, profile.text_buckets) == (8, (5, 15))
+    engine = OnAddresses(tiny_bundle, profile)
+    for size in (8, 4):
+        bare, piped = contest.measure_point(engine, pairs[1], size)
+        assert (bare["via"], piped["via"]) == ("bare", "pipeline")
+        assert set(piped["stages_ms"]) == {"gather_ms", "upload_ms", "compute_ms", "download_ms"}
+        for row in (bare, piped):
+            assert row["fault"] is None
+            assert row["agreement"]["max_abs_diff"] < 1e-4
+            assert row["agreement"]["num_pairs"] == max(4, 24 // size) * size
+    assert engine.manifest.profile == profile
+    assert not any(pretended_gpu.alive.get(kind) for kind in ("pinned", "device"))
 
 
 @pytest.mark.gpu
