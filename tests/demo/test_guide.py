@@ -102,7 +102,7 @@ def test_the_readme_example_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (example,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
+    example, *_ = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
     monkeypatch.chdir(folder.parent)
     scope: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), scope)
