@@ -6,6 +6,7 @@ Values are random: zeros run faster than any real data.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -77,16 +78,16 @@ def _measured(library: _Library, probe: Probe) -> dict[str, Any]:
     return {**row, "per_s": probe.amount / seconds, "fault": None}
 
 
-class _Library:
+class _Library(ABC):
     """Times runs on the GPU by events; subclasses know how to allocate and multiply."""
 
+    @abstractmethod
     def probes(self) -> Iterator[Probe]:
         """Yield everything to measure, the ceilings that others are shares of first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def timed(self, run: Run, times: int) -> float:
         """Return the seconds of `times` runs on the GPU."""
-        raise NotImplementedError
 
     def least_seconds(self, run: Run) -> float:
         """Return the least time of one run, warmed up."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -237,30 +236,16 @@ def _watched(
     description: str,
 ) -> Iterator[tuple[Callable[[int, int], None], Callable[[SkippedImage], None]]]:
     """Yield `progress` and `on_skip`, shown as a bar with images/s, ETA and skips on stderr."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from .cli_output import progress_bar
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}, {task.fields[skipped]} skipped"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=None, rate="", skipped=0)
-        skipped = count(1)
+    num_skipped = 0
 
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-            bar.update(task, rate=f"{bar.tasks[0].speed or 0:,.0f} images/s")
+    def on_skip(_: SkippedImage) -> None:
+        nonlocal num_skipped
+        num_skipped += 1
 
-        yield progress, lambda _: bar.update(task, skipped=next(skipped))
+    def text(images_per_s: float) -> str:
+        return f"{images_per_s:,.0f} images/s, {num_skipped:,} skipped"
+
+    with progress_bar(description, text=text) as progress:
+        yield progress, on_skip

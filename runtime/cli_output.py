@@ -26,8 +26,13 @@ def note(message: str) -> None:
 
 
 @contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield `update(done, total)`, shown as a bar on stderr."""
+def progress_bar(
+    description: str, *, text: Callable[[float], str] | None = None
+) -> Iterator[Callable[[int, int], None]]:
+    """Yield `update(done, total)`, shown as a bar on stderr.
+
+    `text` gives what stands beside the counts, from the speed a second.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -42,12 +47,19 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        *([TextColumn("{task.fields[text]}")] if text else []),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(description, total=None, text="")
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if text:
+                bar.update(task, text=text(bar.tasks[0].speed or 0.0))
+
+        yield update
 
 
 @contextmanager

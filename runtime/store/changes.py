@@ -176,7 +176,6 @@ class StoreWriter:
         self, verb: str, ids: Sequence[str], index: RecordIndex, *, present: bool
     ) -> Int64:
         """Return the rows of `ids`, which must all be there, or must all be new (`present`)."""
-        _ = self.appender
         wrong = [f"{image_id!r:.80} {why}" for image_id in ids if (why := id_fault(image_id))]
         faults = [f"{len(wrong)} are no ids: {'; '.join(wrong[:20])}"] if wrong else []
         rows = np.empty(0, np.int64)

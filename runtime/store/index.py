@@ -1,6 +1,6 @@
 """The records of a store in memory: id -> row handle -> what the record must hash to.
 
-About 40 bytes a record. An id is known by its xxh3-128 digest: the low half is looked up in a
+About 50 bytes a record. An id is known by its xxh3-128 digest: the low half is looked up in a
 sorted table, through buckets of its leading bits, the high half confirms it. Two ids with one
 digest are refused when the second is appended.
 """

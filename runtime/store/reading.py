@@ -106,7 +106,7 @@ class ReadableStore:
     def prefetch(self, rows: Int64) -> None:
         """Ask the system to fetch records that will be read soon; returns at once."""
         if len(rows) and not self._closed:
-            self._open_reader().prefetch(np.sort(rows))
+            self._open_reader().prefetch(rows)
 
     def iterate(
         self, batch_size: int = 256, *, bad: Literal["raise", "mark"] = "raise"
