@@ -245,6 +245,33 @@ class Engine(ABC):
         )
         self._enqueue(batch, scores, stream)
 
+    def why_not_capture(self, stream: Stream, bucket: int) -> str | None:
+        """Return why forwards cannot be captured into a CUDA graph, None where they can.
+
+        Asked once a forward of `bucket` was enqueued on `stream`. An engine that says None also
+        thinks of `capturable`.
+        """
+        return f"{self.manifest.backend} has no forward that can be captured"
+
+    def capturable(self, batch: Batch, scores: Float32, stream: Stream) -> Callable[[Stream], None]:
+        """Return a forward of these very arrays, to be enqueued once and then captured.
+
+        What it returns enqueues that forward on the stream it is given, which has the handle of
+        `stream`: first as any other, which makes it warm, then once more while that stream is
+        captured, with nothing on the stream in between. Whoever launches the graph keeps the
+        arrays and what was returned as long as the graph, and launches on `stream` only.
+
+        An engine whose enqueued work uses state that later forwards change gives it a state of
+        its own here.
+
+        Args:
+            batch, scores: accepted by `enqueue` before; they stay the caller's.
+
+        Raises:
+            EngineError: there is no room for one more.
+        """
+        return lambda on: self.enqueue(batch, scores, stream=on)
+
     @abstractmethod
     def _enqueue(self, batch: Batch, scores: Float32, stream: Stream) -> None: ...
 

@@ -113,6 +113,20 @@ class CudaStream:
         _call(self._cudart, "cudaStreamSynchronize", self.handle)
 
 
+def allocate(num_bytes: int) -> int:
+    """Return the address of new memory on the current GPU, to be given to `free`.
+
+    Raises:
+        EngineError: the GPU's memory is full.
+    """
+    return int(_call(_cudart(), "cudaMalloc", num_bytes))
+
+
+def free(address: int) -> None:
+    """Free what `allocate` returned."""
+    _call(_cudart(), "cudaFree", address)
+
+
 class DeviceMemory:
     """Allocations that live as long as the `with` block; copies in the order of a stream."""
 
@@ -127,12 +141,12 @@ class DeviceMemory:
     def __exit__(self, *_: object) -> None:
         self._stream.synchronize()
         while self._addresses:
-            _call(self._cudart, "cudaFree", self._addresses.pop())
+            free(self._addresses.pop())
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
         """Allocate an array; its values are undefined."""
         array = DeviceArray(0, shape, np.dtype(dtype))
-        address = int(_call(self._cudart, "cudaMalloc", max(array.nbytes, 1)))
+        address = allocate(max(array.nbytes, 1))
         self._addresses.append(address)
         return replace(array, address=address)
 

@@ -6,7 +6,7 @@ needs them; what it compiled is kept beside the plan for the next opening.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -17,15 +17,17 @@ from .contract import OUTPUT, Batch, Engine, Float32, OpenOptions, Stream, raise
 from .manifest import EngineManifest
 from .trt_build import PLAN, write_atomically
 from .trt_library import TrtLibrary
+from .trt_scratch import Scratch
 
 RUNTIME_CACHE = "runtime_cache"
+_GRAPHS, _KERNELS = "cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy"
 _CHOICES = {
-    "cuda_graph_strategy": ("disabled", "whole_graph_capture"),
-    "dynamic_shapes_kernel_specialization_strategy": ("lazy", "eager", "none"),
+    _GRAPHS: ("disabled", "whole_graph_capture"),
+    _KERNELS: ("lazy", "eager", "none"),
 }
 _CHOICE_CLASSES = {
-    "cuda_graph_strategy": "CudaGraphStrategy",
-    "dynamic_shapes_kernel_specialization_strategy": "DynamicShapesKernelSpecializationStrategy",
+    _GRAPHS: "CudaGraphStrategy",
+    _KERNELS: "DynamicShapesKernelSpecializationStrategy",
 }
 
 
@@ -102,6 +104,9 @@ class TrtEngine(Engine):
     A lane's contexts (one a text bucket) are made when the lane first uses the bucket, which
     allocates and may compile: warm every bucket up before measuring or capturing. Two threads
     may enqueue at once on two streams, never on one.
+
+    A graph is undefined once its context has seen other shapes or addresses, so a captured
+    forward has a context of its own; all of a stream's share their scratch memory, the large part.
     """
 
     on_device = True
@@ -120,6 +125,7 @@ class TrtEngine(Engine):
         self._engine = engine
         self._settings = settings
         self._lanes: dict[tuple[int, int], Any] = {}
+        self._scratch = Scratch()
         self._lock = Lock()
         self._profiles = {t: index for index, t in enumerate(manifest.profile.text_buckets)}
         self._runtime_config, self._kernel_cache = self._configured()
@@ -130,13 +136,19 @@ class TrtEngine(Engine):
         if num_queries > most:
             raise_faults([f"queries: got {num_queries}, expected at most {most} (one a pair)"])
         context = self.context(stream, bucket)
-        done = all(_bind(context, name, array) for name, array in _inputs(batch))
-        done = done and context.set_tensor_address(OUTPUT, _address(scores))
-        if not (done and context.execute_async_v3(stream.handle)):
-            raise EngineError(
-                f"{self._library.title} failed on a batch of {len(batch)}",
-                faults=self._library.log.errors(),
-            )
+        if not _bind_all(context, batch, scores):
+            raise self._failed(batch)
+        self._execute(context, batch, stream)
+
+    def _execute(self, context: Any, batch: Batch, stream: Stream) -> None:
+        if not context.execute_async_v3(stream.handle):
+            raise self._failed(batch)
+
+    def _failed(self, batch: Batch) -> EngineError:
+        return EngineError(
+            f"{self._library.title} failed on a batch of {len(batch)}",
+            faults=self._library.log.errors(),
+        )
 
     def context(self, stream: Stream, bucket: int) -> Any:
         """Return the lane's execution context for a text bucket, made at its first use.
@@ -151,7 +163,7 @@ class TrtEngine(Engine):
     @property
     def cuda_graph_strategy(self) -> str:
         """`whole_graph_capture` where the library captures CUDA graphs itself, else `disabled`."""
-        return self._settings.choices.get("cuda_graph_strategy", "disabled")
+        return self._settings.choices.get(_GRAPHS, "disabled")
 
     def is_stream_capturable(self, stream: Stream, bucket: int) -> bool:
         """Return whether a forward on `stream` can be captured into a CUDA graph by the caller.
@@ -163,6 +175,29 @@ class TrtEngine(Engine):
         if not hasattr(context, "is_stream_capturable"):
             return True
         return bool(context.is_stream_capturable(stream.handle))
+
+    def why_not_capture(self, stream: Stream, bucket: int) -> str | None:
+        title = self._library.title
+        if self.cuda_graph_strategy != "disabled":
+            return f"{title} captures graphs itself: {_GRAPHS} is {self.cuda_graph_strategy}"
+        if self._library.is_rtx and self._settings.choices.get(_KERNELS, "lazy") == "lazy":
+            return (
+                f"{title} may still replace its kernels, and a graph would keep the slow ones: "
+                f"set {_KERNELS} to eager or none, or {_GRAPHS} to whole_graph_capture"
+            )
+        if not self.is_stream_capturable(stream, bucket):
+            return f"{title} says that this engine cannot be captured"
+        return None
+
+    def capturable(self, batch: Batch, scores: Float32, stream: Stream) -> Callable[[Stream], None]:
+        profile = self._profiles[batch.text_ids.shape[1]]
+        with self._lock:
+            context = self._make_context(stream.handle, profile, "USER_MANAGED")
+            if not _bind_all(context, batch, scores):
+                raise self._failed(batch)
+            num_bytes = int(context.update_device_memory_size_for_shapes())
+            context.set_device_memory(*self._scratch.block(stream.handle, num_bytes))
+        return lambda on: self._execute(context, batch, on)
 
     def save_runtime_cache(self) -> bool:
         """Write the kernels compiled so far to the runtime cache; False where nothing was written.
@@ -184,21 +219,16 @@ class TrtEngine(Engine):
         if self._lanes:
             self.save_runtime_cache()
         self._lanes.clear()  # contexts, then engine, then runtime
+        self._scratch.close()
         self._runtime_config = self._kernel_cache = None
         self._engine = None
         self._runtime = None
-
-    @property
-    def _allocation(self) -> Any:
-        """How contexts allocate: for their own profile only, not for the largest of all."""
-        return self._library.module.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
 
     def _configured(self) -> tuple[Any, Any]:
         """Return TensorRT-RTX's runtime configuration and kernel cache; nothing for TensorRT."""
         if not self._library.is_rtx:
             return None, None
         config = self._engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(self._allocation)
         for name, choice in self._settings.choices.items():
             kind = getattr(self._library.module, _CHOICE_CLASSES[name])
             setattr(config, name, getattr(kind, choice.upper()))
@@ -210,21 +240,28 @@ class TrtEngine(Engine):
 
     def _new_context(self, handle: int, profile: int) -> Any:
         with self._lock:
-            if self._engine is None:
-                raise EngineError("the engine is closed")
             lane = (handle, profile)
             if lane not in self._lanes:
-                config = self._runtime_config
-                how = self._allocation if config is None else config
-                context = self._engine.create_execution_context(how)
-                if context is None or not context.set_optimization_profile_async(profile, handle):
-                    raise EngineError(
-                        f"{self._library.title} cannot make a context for another stream",
-                        faults=self._library.log.errors(),
-                        hint="use fewer streams, text buckets or --max-pairs",
-                    )
-                self._lanes[lane] = context
+                # For their own profile only, not for the largest of all.
+                self._lanes[lane] = self._make_context(handle, profile, "ON_PROFILE_CHANGE")
             return self._lanes[lane]
+
+    def _make_context(self, handle: int, profile: int, allocation: str) -> Any:
+        """Make a context that gets its scratch memory as `allocation` says; the lock is held."""
+        if self._engine is None:
+            raise EngineError("the engine is closed")
+        how = getattr(self._library.module.ExecutionContextAllocationStrategy, allocation)
+        config = self._runtime_config
+        if config is not None:
+            config.set_execution_context_allocation_strategy(how)
+        context = self._engine.create_execution_context(how if config is None else config)
+        if context is None or not context.set_optimization_profile_async(profile, handle):
+            raise EngineError(
+                f"{self._library.title} cannot make another context",
+                faults=self._library.log.errors(),
+                hint="use fewer streams, text buckets or --max-pairs",
+            )
+        return context
 
 
 def _inputs(batch: Batch) -> Iterator[tuple[str, Any]]:
@@ -236,13 +273,14 @@ def _inputs(batch: Batch) -> Iterator[tuple[str, Any]]:
         yield "visual_scales", batch.visual_scales
 
 
+def _bind_all(context: Any, batch: Batch, scores: Any) -> bool:
+    done = all(_bind(context, name, array) for name, array in _inputs(batch))
+    return bool(done and context.set_tensor_address(OUTPUT, scores.address))
+
+
 def _bind(context: Any, name: str, array: Any) -> bool:
     bound = context.set_input_shape(name, array.shape)
     return bool(bound and context.set_tensor_address(name, array.address))
-
-
-def _address(scores: Any) -> int:
-    return int(scores.address)
 
 
 def _check_validity(library: TrtLibrary, runtime: Any, plan: bytes, folder: Path) -> None:

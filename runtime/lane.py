@@ -10,10 +10,10 @@ import os
 import threading
 from contextlib import suppress
 
-from ..engines.contract import Engine
 from ..errors import EdjeError, EngineError
 from .batcher import PlannedBatch
 from .device.protocol import Device, Stream
+from .graphs import Graphs
 from .staging import Slot
 
 _FAILED = {
@@ -25,7 +25,11 @@ _FAILED = {
 
 
 class Lane:
-    """Takes the batches of any number of threads, one batch's work at a time."""
+    """Takes the batches of any number of threads, one batch's work at a time.
+
+    Attributes:
+        borrowed: whether it computes on a stream of the caller's.
+    """
 
     def __init__(self, device: Device, *, borrowed: object | None = None):
         """Make the streams; the device stays the caller's.
@@ -38,6 +42,7 @@ class Lane:
         self._lost: str | None = None
         self._turn = threading.Lock()  # keeps one batch's work together in the streams
         self._overlapped = not device.shares_memory
+        self.borrowed = borrowed is not None
         with device.current():
             self._compute = device.stream() if borrowed is None else device.borrow(borrowed)
             self._copy: Stream = device.stream() if self._overlapped else self._compute
@@ -58,7 +63,7 @@ class Lane:
                 hint="open it again in this one, or start processes with `spawn`",
             )
 
-    def enqueue(self, slot: Slot, planned: PlannedBatch, engine: Engine) -> None:
+    def enqueue(self, slot: Slot, planned: PlannedBatch, graphs: Graphs) -> None:
         """Put one filled slot's way through the device into the streams; returns at once.
 
         The slot may be touched again once `slot.finished` was passed, after an error as well.
@@ -68,7 +73,7 @@ class Lane:
         """
         with self._turn:
             try:
-                self._enqueue(slot, planned, engine)
+                self._enqueue(slot, planned, graphs)
             except BaseException:
                 with suppress(Exception):
                     self._close_order(slot)
@@ -100,7 +105,7 @@ class Lane:
         slot.stage = "collect"
         slot.finished.synchronize()
 
-    def _enqueue(self, slot: Slot, planned: PlannedBatch, engine: Engine) -> None:
+    def _enqueue(self, slot: Slot, planned: PlannedBatch, graphs: Graphs) -> None:
         slot.stage = "copy"
         if self._overlapped:
             self._copy.record(slot.started)
@@ -109,8 +114,7 @@ class Lane:
             self._compute.wait(slot.uploaded)
         self._compute.record(slot.began)
         slot.stage = "compute"
-        batch, scores = slot.engine_views(planned)
-        engine.enqueue(batch, scores, stream=self._compute)
+        graphs.enqueue(slot, planned, self._compute)
         self._compute.record(slot.computed)
         slot.stage = "collect"
         if self._overlapped:

@@ -22,6 +22,7 @@ from ..engines.precision.quantize import QUANTIZED
 from ..errors import StoppedError
 from .batcher import PlannedBatch, plan_batches
 from .device.protocol import Device
+from .graphs import GraphReport, Graphs
 from .lane import Lane
 from .staging import Slot, SlotRing
 from .store import BadRecord
@@ -120,6 +121,8 @@ class Pipeline:
         num_slots: int = NUM_SLOTS,
         beside: Pipeline | None = None,
         stream: object | None = None,
+        exclusive: bool = False,
+        graphs: bool = True,
     ):
         """Allocate the slots. Engine, source and device stay the caller's, to close after it.
 
@@ -127,6 +130,9 @@ class Pipeline:
             beside: a pipeline whose lane this one shares, so that two engines never compute
                 at once and fight for the same cores.
             stream: the caller's own stream to compute on (see `Device.borrow`); None makes one.
+            exclusive: nobody else submits to `stream` while a request runs, so that graphs may be
+                captured on it as well.
+            graphs: whether batches of sizes that come again are captured as CUDA graphs.
         """
         self._engine = engine
         self._source = source
@@ -139,6 +145,13 @@ class Pipeline:
         self._lane: Lane = lane
         with device.current():
             self._ring = SlotRing([Slot(device, engine.manifest) for _ in range(num_slots)])
+        borrowed = lane.borrowed and not exclusive
+        self._graphs = Graphs(engine, device, wanted=graphs, borrowed=borrowed)
+
+    @property
+    def graphs(self) -> GraphReport:
+        """What became of the batches so far: graphs captured and launched, batches run plainly."""
+        return self._graphs.report()
 
     def run(self, request: Request) -> Scored:
         """Score every pair of `request`. Safe to call from many threads; they share the slots.
@@ -189,7 +202,7 @@ class Pipeline:
             slot.fill_text(request.queries, planned)
             damaged, broken = self._gather(request.rows[planned.pairs], planned, slot)
             gather_ms = (perf_counter() - began) * 1e3
-            self._lane.enqueue(slot, planned, self._engine)
+            self._lane.enqueue(slot, planned, self._graphs)
         except Exception as error:
             failure = self._lane.failure(error, slot)
             self._settle(slot)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -78,11 +79,17 @@ class _CapturingStream(CoreStream):
 class CoreGraph:
     """A CUDA graph."""
 
-    def __init__(self, raw: Any):
+    def __init__(self, raw: Any, graphs: set[protocol.Graph]):
         self._raw = raw
+        self._graphs = graphs
+        graphs.add(self)
 
     def launch(self, stream: protocol.Stream) -> None:
         self._raw.launch(own(stream, CoreStream).raw)
+
+    def close(self) -> None:
+        self._graphs.discard(self)
+        self._raw.close()
 
 
 class CoreKernel:
@@ -122,6 +129,8 @@ class CoreModule:
 class CudaCoreDevice(GpuDevice):
     """One GPU in its primary context. Thread-safe; the opening thread's device is put back."""
 
+    offers_graphs = True
+
     def __init__(self, index: int = 0):
         """Open GPU `index`, in the order of CUDA_VISIBLE_DEVICES.
 
@@ -155,24 +164,25 @@ class CudaCoreDevice(GpuDevice):
             raise EngineError(f"the stream is of GPU {found}, expected {self._raw.device_id}")
         return CoreStream(raw, self._driver)
 
-    def capture(self, work: Callable[[protocol.Stream], None]) -> CoreGraph:
+    def capture(
+        self, work: Callable[[protocol.Stream], None], stream: protocol.Stream
+    ) -> CoreGraph:
+        raw = own(stream, CoreStream).raw
         with self.current():
-            builder = self._set_up.create_graph_builder()
+            builder = raw.create_graph_builder()
             try:
-                builder.begin_building("relaxed")
-                try:
-                    work(_CapturingStream(self._set_up, self._driver))
-                finally:
-                    builder.end_building()
+                builder.begin_building("relaxed")  # other threads go on copying and allocating
+                work(_CapturingStream(raw, self._driver))
+                builder.end_building()
                 graph = builder.complete()
             except EngineError:
                 raise
             except Exception as error:
                 raise EngineError(f"this work cannot be captured as a graph: {error}") from error
             finally:
-                builder.close()
-        self._owned.append(graph.close)
-        return CoreGraph(graph)
+                _end(builder)
+                del builder  # or the error's traceback keeps it, to end a later capture
+        return CoreGraph(graph, self._graphs)
 
     def load_module(self, code: bytes) -> CoreModule:
         try:
@@ -238,6 +248,17 @@ class _Foreign:
 
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self._handle
+
+
+def _end(builder: Any) -> None:
+    """Close a graph builder; the stream then takes work again, whatever went wrong.
+
+    A capture that broke is ended by the first call, which raises that it was broken; the second
+    finds none to end and frees the rest.
+    """
+    for _ in range(2):
+        with suppress(Exception):
+            builder.close()
 
 
 def _load() -> tuple[Any, Any]:

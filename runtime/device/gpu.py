@@ -92,10 +92,12 @@ class GpuDevice(ABC):
     name: str
     compute_capability: tuple[int, int]
     shares_memory = False
+    offers_graphs: bool
 
     def __init__(self) -> None:
         self._process = os.getpid()
         self._owned: list[Free] = []
+        self._graphs: set[protocol.Graph] = set()  # made and freed while requests run
         self._usage = protocol.DeviceUsage()
         self._closed = False
 
@@ -138,7 +140,7 @@ class GpuDevice(ABC):
         return event
 
     def usage(self) -> protocol.DeviceUsage:
-        return self._usage
+        return replace(self._usage, num_graphs=len(self._graphs))
 
     def close(self) -> None:
         """Wait for the GPU and free everything, the last made first; errors end nothing.
@@ -152,11 +154,15 @@ class GpuDevice(ABC):
         with suppress(Exception), self.current():  # a lost device cannot even be entered
             with suppress(Exception):
                 self._synchronize()
+            for graph in tuple(self._graphs):
+                with suppress(Exception):
+                    graph.close()
             while self._owned:
                 with suppress(Exception):
                     self._owned.pop()()
             self._release()
         self._owned.clear()
+        self._graphs.clear()
 
     def _allocated(
         self, kind: str, num_bytes: int, allocate: Callable[[int], tuple[Any, Free]]

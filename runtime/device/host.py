@@ -143,12 +143,18 @@ class HostStream:
 class HostGraph:
     """Work captured from a stream, submitted again at every launch."""
 
-    def __init__(self, captured: list[Work]):
+    def __init__(self, captured: list[Work], graphs: set[HostGraph]):
         self._captured = tuple(captured)
+        self._graphs = graphs
+        graphs.add(self)
 
     def launch(self, stream: protocol.Stream) -> None:
         for work in self._captured:
             stream.submit(work)
+
+    def close(self) -> None:
+        self._graphs.discard(self)
+        self._captured = ()
 
 
 class _CapturingStream(HostStream):
@@ -172,10 +178,12 @@ class HostDevice:
 
     name = "host"
     shares_memory = True
+    offers_graphs = True
 
     def __init__(self) -> None:
         self._process = os.getpid()
         self._streams: list[HostStream] = []
+        self._graphs: set[HostGraph] = set()
         self._usage = protocol.DeviceUsage()
 
     def current(self) -> AbstractContextManager[object]:
@@ -203,10 +211,12 @@ class HostDevice:
         self._usage = replace(self._usage, num_events=self._usage.num_events + 1)
         return HostEvent()
 
-    def capture(self, work: Callable[[protocol.Stream], None]) -> HostGraph:
-        stream = _CapturingStream()
-        work(stream)
-        return HostGraph(stream.captured)
+    def capture(
+        self, work: Callable[[protocol.Stream], None], stream: protocol.Stream
+    ) -> HostGraph:
+        capturing = _CapturingStream()
+        work(capturing)
+        return HostGraph(capturing.captured, self._graphs)
 
     def load_module(self, code: bytes) -> protocol.Module:
         raise EngineError("the host device runs no device code")
@@ -215,13 +225,14 @@ class HostDevice:
         return None
 
     def usage(self) -> protocol.DeviceUsage:
-        return replace(self._usage, num_streams=len(self._streams))
+        return replace(self._usage, num_streams=len(self._streams), num_graphs=len(self._graphs))
 
     def close(self) -> None:
         """Finish the streams; in a forked child, which has none of their threads, do nothing."""
         if os.getpid() == self._process:
             while self._streams:
                 self._streams.pop().close()
+        self._graphs.clear()
         self._usage = protocol.DeviceUsage()
 
 

@@ -5,7 +5,8 @@
 - Order is explicit: work on one stream runs in the order it was submitted, an event marks a place
   in that order, `Stream.wait` orders two streams, and nothing else orders anything.
 - Memory, streams and events are made at set-up only and live until `Device.close`. `Device.usage`
-  counts them, so that a test sees it when serving makes more.
+  counts them, so that a test sees it when serving makes more. Graphs are made while requests run
+  (`runtime/graphs.py` says when) and live until they or their device are closed.
 - Any thread may call. It enters `Device.current()` first, which makes the device the thread's own
   and puts back what was before.
 - A device belongs to the process that opened it. In a forked child nothing of it works; whoever
@@ -34,12 +35,14 @@ class DeviceUsage:
         pinned_bytes: host memory that the device reaches; ordinary memory on the host device.
         device_bytes: memory of the device itself; 0 where host and device share.
         num_streams, num_events: borrowed streams do not count.
+        num_graphs: captured and not closed.
     """
 
     pinned_bytes: int = 0
     device_bytes: int = 0
     num_streams: int = 0
     num_events: int = 0
+    num_graphs: int = 0
 
 
 class PinnedBuffer(Protocol):
@@ -117,10 +120,17 @@ class Stream(Protocol):
 
 
 class Graph(Protocol):
-    """Captured work, ready to run again on the same buffers."""
+    """Captured work, ready to run again on the same buffers; owned by its device.
+
+    What the work uses besides (an engine's scratch memory) must live as long.
+    """
 
     def launch(self, stream: Stream) -> None:
         """Run the captured work in the order of `stream`; returns at once."""
+        ...
+
+    def close(self) -> None:
+        """Free it, once no stream runs it any more. Calling it twice is allowed."""
         ...
 
 
@@ -173,6 +183,11 @@ class Device(Protocol):
         """Whether engines read host memory: then nothing is copied, and one stream is enough."""
         ...
 
+    @property
+    def offers_graphs(self) -> bool:
+        """Whether `capture` can work here at all."""
+        ...
+
     def current(self) -> AbstractContextManager[object]:
         """Return a `with` block in which this thread's calls go to this device."""
         ...
@@ -205,14 +220,20 @@ class Device(Protocol):
         """Return a new event that also takes the time."""
         ...
 
-    def capture(self, work: Callable[[Stream], None]) -> Graph:
+    def capture(self, work: Callable[[Stream], None], stream: Stream) -> Graph:
         """Record what `work` submits to the stream it is given, without running it.
 
-        Run the same work once before: what is allocated or compiled at first use cannot be
-        captured.
+        Run the same work once before on `stream`: what is allocated or compiled at first use
+        cannot be captured, and an engine keeps its state by the stream's handle.
+
+        Args:
+            work: gets a stream with the handle of `stream`, and may submit to that one only.
+            stream: whose order is recorded. What anybody else submits to it meanwhile would be
+                recorded as well, so nobody may; what was submitted before still runs.
 
         Raises:
-            EngineError: this device offers no graphs (it says why), or the work cannot be one.
+            EngineError: this device offers no graphs (it says why), or the work cannot be one;
+                `stream` takes work as before.
         """
         ...
 

@@ -100,6 +100,8 @@ class PycudaModule:
 class PycudaDevice(GpuDevice):
     """One GPU in its primary context, or in the context that the caller made."""
 
+    offers_graphs = False
+
     def __init__(self, index: int = 0, *, context: object | None = None):
         """Open GPU `index`, in the order of CUDA_VISIBLE_DEVICES.
 
@@ -133,7 +135,9 @@ class PycudaDevice(GpuDevice):
             )
         return PycudaStream(stream, self._driver)
 
-    def capture(self, work: Callable[[protocol.Stream], None]) -> protocol.Graph:
+    def capture(
+        self, work: Callable[[protocol.Stream], None], stream: protocol.Stream
+    ) -> protocol.Graph:
         raise EngineError(
             "pycuda offers no CUDA graphs", hint="use the cuda_core device, which captures them"
         )
