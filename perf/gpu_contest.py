@@ -255,7 +255,8 @@ def measure_point(engine: Engine, pairs: Pairs, size: int) -> list[dict[str, Any
     rows = np.arange(num_batches * size) % (NUM_RESIDENT * size) % len(pairs.tokens)
     with _narrowed(engine, size), closing(CudaCoreDevice()) as device:
         stream = _stream()
-        pipeline = Pipeline(engine, HostTokens(pairs.tokens), device, stream=stream)
+        tokens = HostTokens(pairs.tokens)  # the two contestants take turns, so it is the stream's
+        pipeline = Pipeline(engine, tokens, device, stream=stream, exclusive=True)
         with DeviceMemory(stream) as memory, closing(pipeline):
             last: list[Scored] = []
             through = through_pipeline(pipeline, pairs, rows, last)

@@ -312,6 +312,42 @@ def test_a_failed_run_and_a_closed_engine(engine, recording):
 def test_capture_is_the_callers(engine):
     assert engine.is_stream_capturable(STREAM, 8)
     assert engine.cuda_graph_strategy == "disabled"
+    assert engine.why_not_capture(STREAM, 8) is None
+
+
+def test_a_captured_forward_has_a_context_that_nothing_else_changes(engine, recording):
+    host, other_host = batch(3), batch(5)
+    device, views, scores = on_device(host)
+    engine.enqueue(device, scores, stream=STREAM)
+    expected = views.copy()
+    forward = engine.capturable(device, scores, STREAM)
+    assert len(recording.named("create_execution_context")) == 2
+    other, _, other_scores = on_device(other_host)
+    engine.enqueue(other, other_scores, stream=STREAM)
+    recording.calls.clear()
+    views[:] = np.nan
+    forward(SimpleNamespace(handle=STREAM.handle))
+    assert recording.names() == ["execute_async_v3"], "shapes and addresses are set before"
+    assert np.array_equal(views, expected)
+    recording.refused.execute = True
+    with pytest.raises(EngineError, match="TensorRT failed on a batch of 3"):
+        forward(STREAM)
+
+
+def test_captured_forwards_of_a_stream_share_their_scratch_memory(engine, machine, recording):
+    hosts = [batch(num_pairs) for num_pairs in (3, 2, 5, 4, 1)]
+    kept = [on_device(host) for host in hosts]
+    for device, _, scores in kept:
+        engine.capturable(device, scores, STREAM)
+    given = recording.named("set_device_memory")
+    assert [size for _, size in given] == [1 << 22, 1 << 22, 1 << 23, 1 << 22, 1 << 22]
+    assert len({address for address, _ in given}) == len(machine.memory) == 2
+    engine.capturable(*kept[0][::2], SimpleNamespace(handle=5))
+    assert recording.named("set_device_memory")[-1][0] not in {address for address, _ in given}
+    engine.close()
+    assert machine.memory == {}
+    with pytest.raises(EngineError, match="the engine is closed"):
+        engine.capturable(*kept[0][::2], STREAM)
 
 
 def test_a_host_batch_is_scored_on_the_device(engine, machine, recording):

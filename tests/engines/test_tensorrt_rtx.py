@@ -16,7 +16,7 @@ from edje.bundle import JOINT_ENCODER, BundleManifest
 from edje.engines import cuda_memory
 from edje.engines.backends import load_backend, require_builder
 from edje.engines.build import build_engine
-from edje.engines.contract import BuildJob, BuildOptions, OpenOptions
+from edje.engines.contract import Batch, BuildJob, BuildOptions, DeviceArray, OpenOptions
 from edje.engines.fidelity import Fidelity, measure_fidelity
 from edje.engines.manifest import PRECISIONS, EngineManifest, Profile
 from edje.engines.open import open_engine
@@ -304,6 +304,45 @@ def test_compiled_kernels_are_kept_beside_the_plan(rtx, tmp_path):
     rtx_engine(rtx, tmp_path, again, dynamic_shapes_kernel_specialization_strategy="eager").close()
     assert again.named("cache.deserialize") == [(KERNELS,)]
     assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+
+
+def test_captures_are_left_to_who_can_do_them(rtx, tmp_path, monkeypatch):
+    """A graph keeps the kernels of its capture, so they must be the last ones."""
+    stream = SimpleNamespace(handle=5)
+
+    def why_not(**settings):
+        return rtx_engine(rtx, tmp_path, Recording(), **settings).why_not_capture(stream, 8)
+
+    kernels = "dynamic_shapes_kernel_specialization_strategy"
+    assert "captures graphs itself" in why_not(cuda_graph_strategy="whole_graph_capture")
+    assert f"set {kernels} to eager or none" in why_not()
+    assert f"set {kernels} to eager or none" in why_not(**{kernels: "lazy"})
+    assert why_not(**{kernels: "eager"}) is None
+    refuses = "recording_trt.ExecutionContext.is_stream_capturable"
+    monkeypatch.setattr(refuses, lambda context, handle: handle != 5, raising=False)
+    assert "cannot be captured" in why_not(**{kernels: "eager"})
+
+
+def test_a_captured_forward_has_its_allocation_from_the_configuration(rtx, tmp_path, monkeypatch):
+    recording, cudart = Recording(), make_cuda_runtime(Recording())
+    monkeypatch.setattr(cuda_memory, "_cudart", lambda: cudart)
+    engine = rtx_engine(rtx, tmp_path, recording)
+    array = np.zeros(64, np.int32)
+    views = {
+        "text_ids": (1, 8),
+        "text_length": (1,),
+        "query_of_pair": (2,),
+        "visual_tokens": (2, 4, 8),
+    }
+    batch = Batch(**{n: DeviceArray(array.ctypes.data, s, array.dtype) for n, s in views.items()})
+    engine.capturable(batch, batch.query_of_pair, SimpleNamespace(handle=5))
+    engine.context(SimpleNamespace(handle=5), 8)
+    allocations = recording.named("set_execution_context_allocation_strategy")
+    assert allocations == [("USER_MANAGED",), ("ON_PROFILE_CHANGE",)]
+    ((address, size),) = recording.named("set_device_memory")
+    assert (list(cudart.memory), size) == ([address], 1 << 21)
+    engine.close()
+    assert cudart.memory == {}
 
 
 def test_a_folder_that_cannot_be_written_is_no_fault(rtx, tmp_path):

@@ -1,13 +1,14 @@
 """The pipeline over random schedules: whatever order a device finishes in, nothing is early.
 
-2,000 schedules run in all, over the recording device and over the host.
+2,200 schedules run in all, over the recording device and over the host; about half of them with
+CUDA graphs, and half of these with room for two graphs a slot.
 """
 
 from __future__ import annotations
 
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edje.errors import EdjeError, EngineError, StoppedError, StoreError
+from edje.runtime import graphs as graphs_module
 from edje.runtime import pipeline as pipeline_module
 from edje.runtime.device.host import HostDevice
 from edje.runtime.lane import Lane
 from edje.runtime.pipeline import Pipeline, Request
 from edje.runtime.staging import Slot, SlotRing
 from edje.runtime.text import TokenizedQueries
-from recording_device import RecordingDevice, WatchedEngine
+from recording_device import (
+    CapturableEngine,
+    RecordingDevice,
+    RecordingGraph,
+    RecordingStream,
+    poison,
+)
 from toy_engine import ToySource
 
 BROKEN_ROW = 700
 SLOTS = st.integers(1, 4)
+GRAPHS = st.sampled_from(["off", "on", "tight"])
 
 
 class WatchedSlot(Slot):
@@ -46,6 +55,14 @@ class WatchedSlot(Slot):
         self._touch(tokens, scales, writes=True)
         return tokens, scales
 
+    def upload(self, stream, planned):
+        """Poison what the engine shall write as well: a graph that writes nothing is found out."""
+        super().upload(stream, planned)
+        scores = self.engine_views(planned)[1]
+        if isinstance(stream, RecordingStream):
+            writes = stream.device.buffers_of(scores)
+            stream.submit(lambda: poison(scores), what="poison", writes=writes)
+
     def scores(self, planned):
         scores = super().scores(planned)
         self._touch(scores, writes=False)
@@ -55,6 +72,10 @@ class WatchedSlot(Slot):
 @pytest.fixture(autouse=True)
 def watched_slots(monkeypatch):
     monkeypatch.setattr(pipeline_module, "Slot", WatchedSlot)
+    for name in ("MOST_GRAPHS", "IDLE_BATCHES"):
+        monkeypatch.setattr(
+            graphs_module, name, getattr(graphs_module, name)
+        )  # put back at the end
 
 
 @dataclass
@@ -63,10 +84,19 @@ class Rig:
 
     device: Any
     num_slots: int
+    graphs: str = "off"
 
     def __post_init__(self):
-        self.engine, self.source = WatchedEngine(before=fail_on_broken), ToySource()
-        self.pipeline = Pipeline(self.engine, self.source, self.device, num_slots=self.num_slots)
+        tight = self.graphs == "tight"
+        graphs_module.MOST_GRAPHS, graphs_module.IDLE_BATCHES = (2, 1) if tight else (16, 256)
+        self.engine, self.source = CapturableEngine(before=fail_on_broken), ToySource()
+        self.pipeline = Pipeline(
+            self.engine,
+            self.source,
+            self.device,
+            num_slots=self.num_slots,
+            graphs=self.graphs != "off",
+        )
         self.made = self.device.usage()
 
     def check(self, request):
@@ -84,7 +114,10 @@ class Rig:
     def finish(self):
         assert getattr(self.device, "races", []) == []
         assert len(self.pipeline._ring._free) == self.num_slots
-        assert self.device.usage() == self.made
+        assert replace(self.device.usage(), num_graphs=0) == self.made
+        report = self.pipeline.graphs
+        assert self.device.usage().num_graphs == report.captured - report.dropped
+        assert report.captured <= graphs_module.MOST_GRAPHS * self.num_slots + report.dropped
         self.pipeline.close()
         self.device.close()
 
@@ -132,20 +165,20 @@ few = settings(many, max_examples=100)
 
 
 @many
-@given(DEVICES, st.lists(requests(), min_size=1, max_size=3), SLOTS)
-def test_every_schedule_gives_every_pair_its_own_score(device, asked, num_slots):
-    rig = Rig(device, num_slots)
-    for request in asked:
+@given(DEVICES, st.lists(requests(), min_size=1, max_size=3), SLOTS, GRAPHS, st.integers(1, 4))
+def test_every_schedule_gives_every_pair_its_own_score(device, asked, num_slots, graphs, rounds):
+    rig = Rig(device, num_slots, graphs)
+    for request in asked * rounds:
         rig.check(request)
     rig.finish()
 
 
 @some
-@given(DEVICES, st.lists(requests(), min_size=2, max_size=4), SLOTS)
-def test_threads_that_share_the_slots_do_not_meet_in_them(device, asked, num_slots):
-    rig = Rig(device, num_slots)
+@given(DEVICES, st.lists(requests(), min_size=2, max_size=4), SLOTS, GRAPHS)
+def test_threads_that_share_the_slots_do_not_meet_in_them(device, asked, num_slots, graphs):
+    rig = Rig(device, num_slots, graphs)
     with ThreadPoolExecutor(len(asked)) as pool:
-        list(pool.map(rig.check, asked))
+        list(pool.map(rig.check, asked * (1 if graphs == "off" else 3)))
     rig.finish()
 
 
@@ -164,13 +197,18 @@ BREAKS = {
     st.integers(0, 2**32),
     requests(),
     SLOTS,
+    GRAPHS,
     st.sampled_from(list(BREAKS)),
     st.integers(0, 39),
     st.integers(1, 12),
 )
-def test_a_failure_at_any_stage_reaches_its_caller_by_name(seed, request_, num_slots, what, at, n):
+def test_a_failure_at_any_stage_reaches_its_caller_by_name(
+    seed, request_, num_slots, graphs, what, at, n
+):
     device = RecordingDevice(seed)
-    rig = Rig(device, num_slots)
+    rig = Rig(device, num_slots, graphs)
+    for _ in range(0 if graphs == "off" else 3 * num_slots):
+        rig.check(request_)
     sound = make_request([5], np.zeros(20), np.arange(20))
     place = at % len(request_.rows)
     if what == "gather":
@@ -189,6 +227,60 @@ def test_a_failure_at_any_stage_reaches_its_caller_by_name(seed, request_, num_s
     rig.source.fail = {}
     device.failures.clear()
     rig.check(sound)
+    rig.finish()
+
+
+GRAPH_BREAKS = {"capture": "a capture failed", "launch": "a launch failed", "launching": None}
+
+
+@few
+@given(
+    st.integers(0, 2**32),
+    requests(),
+    SLOTS,
+    st.sampled_from(["on", "tight"]),
+    st.sampled_from(list(GRAPH_BREAKS)),
+    st.integers(1, 8),
+)
+def test_a_failing_graph_is_compute_or_nobodys_error_and_is_reported(
+    seed, request_, num_slots, graphs, what, n
+):
+    device = RecordingDevice(seed)
+    rig = Rig(device, num_slots, graphs)
+    device.failures[what] = n
+    errors = [error for _ in range(12) if (error := rig.outcome(request_)) is not None]
+    failed = device.failures[what] <= 0
+    assert [error.stage for error in errors] == (
+        ["compute"] if failed and what != "capture" else []
+    )
+    assert all(isinstance(error, EngineError) for error in errors)
+    assert all(f"{what} broke" in str(error) for error in errors)
+    told = f"{GRAPH_BREAKS[what]}: RuntimeError: {what} broke"
+    assert failures_of(rig) == ([told] if failed and what != "launching" else [])
+    rig.finish()
+
+
+def failures_of(rig):
+    """Return why slots run sizes plainly after a failure."""
+    slots = rig.pipeline._graphs._slots.values()
+    return [reason for mine in slots for reason in mine.failed.values()]
+
+
+@few
+@given(st.integers(0, 2**32), st.lists(requests(), min_size=1, max_size=2), SLOTS)
+def test_sizes_that_have_their_graphs_are_launched_and_nothing_is_captured(seed, asked, num_slots):
+    rig = Rig(RecordingDevice(seed), num_slots, "on")
+    for request in asked * (12 * num_slots):
+        rig.check(request)
+    warm, made = rig.pipeline.graphs, rig.device.usage()
+    assert warm.captured > 0
+    before = len(rig.engine.batches)
+    for request in asked * 2:
+        rig.check(request)
+    after = rig.pipeline.graphs
+    assert (after.captured, after.dropped, after.plain) == (warm.captured, 0, warm.plain)
+    assert after.launched - warm.launched == len(rig.engine.batches) - before > 0
+    assert rig.device.usage() == made
     rig.finish()
 
 
@@ -282,6 +374,10 @@ SPOILT = {
     "scores are read before they arrived": ("collect", None),
     "slots come back before they are free": ("give_back", None),
     "the device is not made current": ("current", None),
+    "a graph runs over another slot's buffers": ("graphs", None),
+    "a graph holds nothing": ("empty", None),
+    "a graph is freed while it runs": ("free", None),
+    "somebody submits while a graph is captured": ("capture", None),
 }
 
 
@@ -293,7 +389,7 @@ def test_the_recording_device_finds_a_spoilt_pipeline(spoilt, monkeypatch):
     for seed in range(20):
         device = RecordingDevice(seed)
         with monkeypatch.context() as patch:
-            rig = Rig(device, 2)
+            rig = Rig(device, 2, "on")
             spoil(rig, what, which, patch)
             request = make_request([5], np.zeros(40), np.arange(40))
             try:
@@ -302,6 +398,23 @@ def test_the_recording_device_finds_a_spoilt_pipeline(spoilt, monkeypatch):
                 error = wrong
             found += error is not None or bool(device.races)
     assert found == 20
+
+
+def intruding(work, stream):
+    """Return `work` with another's work on the stream that is captured meanwhile."""
+
+    def both(capturing):
+        work(capturing)
+        stream.submit(lambda: None)
+
+    return both
+
+
+class SharedByAll(dict):
+    """One slot's graphs, given to every slot."""
+
+    def get(self, slot):
+        return next(iter(self.values()), None)
 
 
 def spoil(rig, what, which, patch):
@@ -317,6 +430,16 @@ def spoil(rig, what, which, patch):
     elif what == "give_back":
         ring = rig.pipeline._ring
         patch.setattr(ring, "try_take", lambda: ring._free[0])
+    elif what == "graphs":
+        patch.setattr(rig.pipeline._graphs, "_slots", SharedByAll())
+    elif what == "empty":
+        patch.setattr(RecordingGraph, "launch", lambda graph, stream: None)
+    elif what == "free":
+        launch = RecordingGraph.launch
+        patch.setattr(RecordingGraph, "launch", lambda *known: (launch(*known), known[0].close()))
+    elif what == "capture":
+        capture = rig.device.capture
+        patch.setattr(rig.device, "capture", lambda work, on: capture(intruding(work, on), on))
     else:
         patch.setattr(rig.device, "current", HostDevice().current)
     assert isinstance(rig.pipeline._ring, SlotRing)

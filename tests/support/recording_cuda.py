@@ -38,6 +38,8 @@ class Machine:
     free_bytes: int = 1 << 30
     host_pools: bool = True
     capturing: list[Any] | None = None
+    capturing_stream: int | None = None
+    breaks_captures: bool = False
     threads: threading.local = field(default_factory=threading.local)
 
     @property
@@ -73,7 +75,7 @@ class Machine:
 
     def copy(self, target: int, source: int, num_bytes: int, stream: int) -> None:
         self.call("copy", (num_bytes, stream))
-        if self.capturing is not None:
+        if self.capturing is not None and stream == self.capturing_stream:
             self.capturing.append((target, source, num_bytes))
         else:
             ctypes.memmove(target, source, num_bytes)
@@ -145,26 +147,39 @@ class FakeStream(Thing):
         return True
 
     def create_graph_builder(self) -> FakeBuilder:
-        return FakeBuilder(self.machine)
+        return FakeBuilder(self.machine, self.handle)
 
 
 class FakeBuilder(Thing):
-    def __init__(self, machine: Machine):
+    """As cuda.core has it: a capture that broke is ended by `close` only, which then raises."""
+
+    def __init__(self, machine: Machine, stream: int):
         super().__init__(machine, "graph builder")
+        self.stream = stream
 
     def begin_building(self, mode: str) -> None:
-        self.machine.call("begin_building", mode)
-        self.machine.capturing = []
+        self.machine.call("begin_building", (mode, self.stream))
+        self.machine.capturing, self.machine.capturing_stream = [], self.stream
 
     def end_building(self) -> None:
+        if self.machine.breaks_captures:
+            raise Refused("build process has been invalidated")
         self.captured, self.machine.capturing = self.machine.capturing, None
 
     def complete(self) -> FakeGraph:
         return FakeGraph(self.machine, "graph", self.captured)
 
+    def close(self) -> None:
+        was_capturing, self.machine.capturing = self.machine.capturing is not None, None
+        if was_capturing and self.machine.breaks_captures:
+            raise Refused("operation failed due to a previous error during capture")
+        super().close()
+
 
 class FakeGraph(Thing):
     def launch(self, stream: FakeStream) -> None:
+        assert self.is_alive, "a graph was launched after it was closed"
+        self.machine.call("launch graph", stream.handle)
         for target, source, num_bytes in self.options:
             self.machine.copy(target, source, num_bytes, stream.handle)
 
@@ -257,7 +272,11 @@ class FakeCoreDevice:
             return FakeStream(self.machine, "stream", options)
         _, handle = obj.__cuda_stream__()
         device = SimpleNamespace(device_id=getattr(obj.owner, "gpu", 0))
-        return SimpleNamespace(handle=handle, device=device)
+        return SimpleNamespace(
+            handle=handle,
+            device=device,
+            create_graph_builder=lambda: FakeBuilder(self.machine, handle),
+        )
 
     def create_event(self, options: Any) -> FakeEvent:
         return FakeEvent(self.machine, "event", options)

@@ -7,6 +7,7 @@ happens late, and in every order.
 Races are found exactly, not by luck: every operation carries a vector clock (what is certain to
 have run before it), and so does the host (what it has waited for). An access that is not ordered
 after the last conflicting one is written into `races`, however the scheduler happened to run it.
+A graph's launch submits what was captured again, with the same buffers, so both see into graphs.
 What clocks cannot see, poison shows: memory starts as NaN (or the least integer), the target of a
 pending download is poisoned, and the source of a pending copy must not change.
 """
@@ -115,6 +116,7 @@ class RecordingStream:
     queue: deque[Operation] = field(default_factory=deque)
     clock: Clock = field(default_factory=dict)
     error: BaseException | None = None
+    is_captured: bool = False
     handle: int = 0
 
     def submit(
@@ -126,6 +128,7 @@ class RecordingStream:
         writes: Sequence[RecordingBuffer] = (),
     ) -> None:
         with self.device.call(what):
+            self._check_not_captured(what)
             self.clock[self.place] = self.clock.get(self.place, 0) + 1
             join(self.clock, self.device.host_clock)
             access = Access(self.place, self.clock[self.place], what)
@@ -160,14 +163,20 @@ class RecordingStream:
 
     def record(self, event: RecordingEvent) -> None:
         with self.device.call("record"):
+            self._check_not_captured("record")
             event.mark = Mark(dict(self.clock))
             self.queue.append(Operation("record", passes=event.mark))
 
     def wait(self, event: RecordingEvent) -> None:
         with self.device.call("wait"):
+            self._check_not_captured("wait")
             if event.mark is not None:
                 join(self.clock, event.mark.clock)
                 self.queue.append(Operation("wait", awaits=event.mark))
+
+    def _check_not_captured(self, what: str) -> None:
+        if self.is_captured:
+            self.device.races.append(f"{what} was swallowed by a capture")
 
     def may_run(self) -> bool:
         return bool(self.queue) and (self.queue[0].awaits is None or self.queue[0].awaits.passed)
@@ -188,11 +197,57 @@ class RecordingStream:
                 self.error = error
 
 
+class CapturingStream(RecordingStream):
+    """Takes down what is submitted, with its buffers; events have no place inside a graph."""
+
+    def __init__(self, stream: RecordingStream):
+        super().__init__(stream.device, stream.place)
+        self.captured: list[tuple[Callable[[], None], dict[str, Any]]] = []
+
+    def submit(self, work: Callable[[], None], **known: Any) -> None:
+        self.captured.append((work, known))
+
+    def record(self, event: RecordingEvent) -> None:
+        raise EngineError("an event cannot be recorded while a graph is captured")
+
+    wait = record
+
+
+class RecordingGraph:
+    """Submits its work again at every launch; knows whether it may be freed."""
+
+    def __init__(self, device: RecordingDevice, captured: Any):
+        self._device = device
+        self._captured = captured
+        self._launched: Access | None = None
+        device.graphs.add(self)
+
+    def launch(self, stream: RecordingStream) -> None:
+        assert self in self._device.graphs, "a graph was launched after it was closed"
+        self._device.fail_if_asked("launch")
+        for work, known in self._captured:
+            stream.submit(self._failing(work), **known)
+        self._launched = Access(stream.place, stream.clock[stream.place], "a launch")
+
+    def close(self) -> None:
+        if self._launched is not None and not self._launched.is_before(self._device.host_clock):
+            self._device.races.append("a graph was freed that may still run")
+        self._device.graphs.discard(self)
+
+    def _failing(self, work: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            self._device.fail_if_asked("launching")
+            work()
+
+        return run
+
+
 class RecordingDevice:
     """See the module. `seed` decides the order; `races` must stay empty."""
 
     name = "recording"
     shares_memory = False
+    offers_graphs = True
 
     def __init__(self, seed: int):
         self._random = Random(seed)
@@ -201,6 +256,7 @@ class RecordingDevice:
         self._streams: list[RecordingStream] = []
         self._buffers: list[RecordingBuffer] = []
         self._num_events = 0
+        self.graphs: set[RecordingGraph] = set()
         self.host_clock: Clock = {}
         self.races: list[str] = []
         self.lost: str | None = None
@@ -235,8 +291,17 @@ class RecordingDevice:
         self._num_events += 1
         return RecordingEvent(self)
 
-    def capture(self, work: object) -> None:
-        raise EngineError("the recording device offers no graphs")
+    def capture(
+        self, work: Callable[[RecordingStream], None], stream: RecordingStream
+    ) -> RecordingGraph:
+        with self.call("capture"):
+            self.fail_if_asked("capture")
+        capturing, stream.is_captured = CapturingStream(stream), True
+        try:
+            work(capturing)
+        finally:
+            stream.is_captured = False
+        return RecordingGraph(self, capturing.captured)
 
     def load_module(self, code: bytes) -> None:
         raise EngineError("the recording device runs no device code")
@@ -248,7 +313,8 @@ class RecordingDevice:
         num_bytes = {False: 0, True: 0}
         for buffer in self._buffers:
             num_bytes[buffer.name.startswith("pinned")] += buffer.memory.nbytes
-        return DeviceUsage(num_bytes[True], num_bytes[False], len(self._streams), self._num_events)
+        made = len(self._streams), self._num_events, len(self.graphs)
+        return DeviceUsage(num_bytes[True], num_bytes[False], *made)
 
     def close(self) -> None:
         """Run what is queued."""
@@ -350,3 +416,21 @@ class WatchedEngine(ToyEngine):
             reads=buffers(*inputs, batch.visual_scales),
             writes=buffers(scores),
         )
+
+
+class CapturableEngine(WatchedEngine):
+    """The watched engine as TensorRT is: a captured forward must be warm, and is captured once."""
+
+    def why_not_capture(self, stream: Any, bucket: int) -> str | None:
+        return None
+
+    def capturable(self, batch: Any, scores: np.ndarray, stream: Any) -> Callable[[Any], None]:
+        runs: list[bool] = []
+
+        def forward(on: Any) -> None:
+            runs.append(isinstance(on, CapturingStream))
+            assert runs in ([False], [False, True]), "captured cold, or twice"
+            assert on.place == stream.place, "captured on another stream"
+            self.enqueue(batch, scores, stream=on)
+
+        return forward

@@ -275,6 +275,13 @@ class ExecutionContext:
         self.addresses[name] = address
         return True
 
+    def update_device_memory_size_for_shapes(self) -> int:
+        self.recording.add("update_device_memory_size_for_shapes", dict(self.shapes))
+        return 1_000_000 * self.shapes["query_of_pair"][0]
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        self.recording.add("set_device_memory", memory, size)
+
     def execute_async_v3(self, stream: int) -> bool:
         self.recording.add("execute_async_v3", stream, self.profile)
         if self.recording.refused.execute:

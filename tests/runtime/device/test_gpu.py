@@ -272,48 +272,103 @@ def test_pycuda_works_in_the_callers_context(machine):
     device.close()
 
 
-def test_a_graph_copies_again_at_every_launch(core, machine):
+def round_trip(core):
+    """Return memory on the host, where it comes back, and the copies between, with a stream."""
+    pinned, back = (core.pinned(8, np.dtype(np.int8)) for _ in range(2))
+    mirror, stream = core.mirror(pinned), core.stream()
+    pinned.view((8,))[:] = 1
+    back.view((8,))[:] = 0
+
+    def work(on):
+        on.upload(mirror, pinned, 8)
+        on.download(back, mirror, 8)
+
+    return pinned.view((8,)), back.view((8,)), work, stream
+
+
+def test_a_graph_copies_again_at_every_launch_until_it_is_closed(core, machine):
     with core.current():
-        pinned, back = (core.pinned(8, np.dtype(np.int8)) for _ in range(2))
-        mirror, stream = core.mirror(pinned), core.stream()
-        pinned.view((8,))[:] = 1
-        back.view((8,))[:] = 0
-
-        def work(capturing):
-            capturing.upload(mirror, pinned, 8)
-            capturing.download(back, mirror, 8)
-
-        graph = core.capture(work)
-        assert back.view((8,)).tolist() == [0] * 8
+        pinned, back, work, stream = round_trip(core)
+        graph = core.capture(work, stream)
+        assert back.tolist() == [0] * 8
         for value in (1, 2):
-            pinned.view((8,))[:] = value
+            pinned[:] = value
             graph.launch(stream)
-            assert back.view((8,)).tolist() == [value] * 8
-    assert machine.named("begin_building") == ["relaxed"]
+            assert back.tolist() == [value] * 8
+        assert core.usage().num_graphs == machine.alive["graph"] == 1
+        graph.close()
+        graph.close()
+    assert core.usage().num_graphs == machine.alive["graph"] == machine.alive["graph builder"] == 0
+    assert machine.named("begin_building") == [("relaxed", stream.handle)]
+    assert machine.named("launch graph") == [stream.handle] * 2
+
+
+def test_a_capture_takes_the_work_of_its_own_stream_only(core, machine):
+    """The engine finds the state that it has for the stream; other streams go on."""
+    with core.current():
+        _, back, work, stream = round_trip(core)
+        _, elsewhere, other_work, other = round_trip(core)
+        seen = []
+
+        def both(on):
+            seen.append(on.handle)
+            other_work(other)
+            work(on)
+
+        core.capture(both, stream)
+    assert seen == [stream.handle]
+    assert (elsewhere.tolist(), back.tolist()) == ([1] * 8, [0] * 8)
+
+
+def test_a_borrowed_stream_can_be_captured(core, machine):
+    with core.current():
+        _, back, work, _ = round_trip(core)
+        core.capture(work, core.borrow(Foreign()))
+    assert machine.named("begin_building") == [("relaxed", 4711)]
+    assert back.tolist() == [0] * 8
+
+
+def test_closing_the_device_frees_the_graphs_first(core, machine):
+    with core.current():
+        _, _, work, stream = round_trip(core)
+        core.capture(work, stream)
+    core.close()
+    freed = [name for name, _ in machine.calls if name in ("close graph", "close stream")]
+    assert freed[0] == "close graph"
+    assert not any(machine.alive.values()), machine.alive
 
 
 def test_work_that_is_no_graph_is_refused_and_the_capture_ends(core, machine):
-    event = core_event(core)
+    with core.current():
+        event, stream = core.event(), core.stream()
     with pytest.raises(EngineError, match="event cannot be recorded while a graph"):
-        core.capture(lambda stream: stream.record(event))
+        core.capture(lambda on: on.record(event), stream)
     with pytest.raises(EngineError, match="event cannot be waited for while a graph"):
-        core.capture(lambda stream: stream.wait(event))
+        core.capture(lambda on: on.wait(event), stream)
     with pytest.raises(EngineError, match="cannot be captured as a graph: division"):
-        core.capture(lambda stream: 1 / 0)
+        core.capture(lambda on: 1 / 0, stream)
     assert machine.capturing is None
     assert machine.alive["graph builder"] == 0
+    assert core.usage().num_graphs == 0
     assert not machine.contexts
 
 
-def core_event(device):
-    with device.current():
-        return device.event()
+def test_a_capture_that_breaks_says_so_and_leaves_the_stream_as_it_was(core, machine):
+    with core.current():
+        _, back, work, stream = round_trip(core)
+        machine.breaks_captures = True
+        with pytest.raises(EngineError, match=r"cannot be captured as a graph: .*invalidated"):
+            core.capture(work, stream)
+        assert (machine.capturing, machine.alive["graph builder"]) == (None, 0)
+        work(stream)
+    assert back.tolist() == [1] * 8
 
 
 def test_pycuda_says_that_it_has_no_graphs(machine):
     device = PycudaDevice()
-    with pytest.raises(EngineError, match="no CUDA graphs") as error:
-        device.capture(lambda stream: None)
+    assert not device.offers_graphs
+    with device.current(), pytest.raises(EngineError, match="no CUDA graphs") as error:
+        device.capture(lambda stream: None, device.stream())
     assert "cuda_core" in error.value.hint
     device.close()
 
@@ -403,7 +458,7 @@ def test_a_real_gpu_captures_copies_and_borrows_a_stream():
             on.download(back, mirror, 64)
 
         work(stream)
-        graph = device.capture(work)
+        graph = device.capture(work, stream)
         borrowed = device.borrow(stream.raw)
         assert borrowed.handle == stream.handle
         for value in (3, 4):
@@ -414,3 +469,86 @@ def test_a_real_gpu_captures_copies_and_borrows_a_stream():
             event.synchronize()
             assert (back.view((64,)) == value).all()
     device.close()
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_captures_the_work_of_a_lane_while_others_copy():
+    pytest.importorskip("cuda.core")
+    device = CudaCoreDevice()
+    with device.current():
+        pinned, back = (device.pinned(1 << 20, np.dtype(np.int32)) for _ in range(2))
+        mirror, copy, compute = device.mirror(pinned), device.stream(), device.stream()
+        copied, done = device.event(), device.event()
+
+        def work(on):
+            on.download(back, mirror, 1 << 20)
+
+        def work_and_others(on):
+            copy.upload(mirror, pinned, 1 << 20)  # on another stream: runs, is not captured
+            work(on)
+
+        pinned.view((1 << 20,))[:] = 1
+        work(compute)
+        graph = device.capture(work_and_others, compute)
+        with pytest.raises(EngineError, match="captured as a graph: division"):
+            device.capture(lambda on: (work(on), 1 / 0), compute)
+        for value in (5, 6):
+            copied.synchronize()
+            done.synchronize()
+            pinned.view((1 << 20,))[:] = value
+            copy.upload(mirror, pinned, 1 << 20)
+            copy.record(copied)
+            compute.wait(copied)
+            graph.launch(compute)
+            compute.record(done)
+            done.synchronize()
+            assert (back.view((1 << 20,)) == value).all()
+        assert device.usage().num_graphs == 1
+        graph.close()
+        work(compute)
+        compute.record(done)
+        done.synchronize()
+    assert device.usage().num_graphs == 0
+    assert device.fault() is None
+    device.close()
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_scores_by_graphs_as_without_them():
+    """The engine adds nothing but copies: what counts is that every slot gets its own scores."""
+    pytest.importorskip("cuda.core")
+    device = CudaCoreDevice()
+    pipelines = [
+        Pipeline(CopyingEngine(toy_manifest()), ToySource(), device, graphs=graphs)
+        for graphs in (True, False)
+    ]
+    for start in range(20):
+        rows = np.arange(start, start + 40)
+        found = [pipeline.run(make_request(rows)).scores for pipeline in pipelines]
+        assert np.array_equal(found[0], found[1])
+    reports = [pipeline.graphs for pipeline in pipelines]
+    assert (reports[0].captured, reports[1].captured) == (3, 0)
+    assert reports[0].launched == 20 * 5 - 6
+    device.close()
+
+
+class CopyingEngine(Engine):
+    """On a real GPU: a pair's score is the bits of its first two token values."""
+
+    on_device = True
+
+    def why_not_capture(self, stream, bucket):
+        return None
+
+    def _enqueue(self, batch, scores, stream):
+        from cuda.bindings import driver
+
+        tokens = batch.visual_tokens
+        stride = tokens.nbytes // len(batch)
+        for pair in range(len(batch)):
+            source = tokens.address + pair * stride
+            (error,) = driver.cuMemcpyAsync(scores.address + 4 * pair, source, 4, stream.handle)
+            assert int(error) == 0
+
+    def close(self):
+        pass

@@ -114,15 +114,18 @@ def test_a_graph_runs_its_work_again_at_every_launch(device):
         capturing.submit(lambda: seen.append("a"))
         capturing.submit(lambda: seen.append("b"))
 
-    graph = device.capture(work)
+    graph = device.capture(work, stream)
     assert seen == []
+    assert device.usage().num_graphs == 1
     graph.launch(stream)
     graph.launch(stream)
     stream.record(event)
     event.synchronize()
     assert seen == ["a", "b", "a", "b"]
+    graph.close()
+    assert device.usage().num_graphs == 0
     with pytest.raises(EngineError, match="event"):
-        device.capture(lambda capturing: capturing.record(HostEvent()))
+        device.capture(lambda capturing: capturing.record(HostEvent()), stream)
 
 
 def test_an_event_that_was_never_recorded_is_passed(device):
