@@ -61,6 +61,8 @@ class _Views:
 class Slot:
     """Everything one batch needs, allocated once for the largest batch of the engine's profile.
 
+    Views of the same sizes are always the same memory: captured graphs hold their addresses.
+
     Whoever took the slot from the ring owns it until `SlotRing.give_back`; the engine may read
     it until `finished` was passed.
 

@@ -1,7 +1,7 @@
 """The pipeline over random schedules: whatever order a device finishes in, nothing is early.
 
-2,200 schedules run in all, over the recording device and over the host; about half of them with
-CUDA graphs, and half of these with room for two graphs a slot.
+2,200 schedules run in all, over the recording device and over the host; more than half of
+them with CUDA graphs, and some of these with room for two graphs a slot.
 """
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ def test_sizes_that_have_their_graphs_are_launched_and_nothing_is_captured(seed,
 @few
 @given(DEVICES, st.integers(2, 6), st.data())
 def test_only_the_callers_of_failing_batches_see_the_failure(device, num_callers, data):
-    rig = Rig(device, 3)
+    rig = Rig(device, 3, "on")
     broken = data.draw(st.sets(st.integers(0, num_callers - 1)))
 
     def call(number):
@@ -305,7 +305,7 @@ def test_only_the_callers_of_failing_batches_see_the_failure(device, num_callers
 @few
 @given(DEVICES, requests(), SLOTS, st.integers(0, 8))
 def test_close_during_work_leaves_nothing_running(device, request_, num_slots, after):
-    rig = Rig(device, num_slots)
+    rig = Rig(device, num_slots, "on")
     read, reads = rig.source.read, []
 
     def closing_read(*arguments, **named):
@@ -330,7 +330,7 @@ def test_close_during_work_leaves_nothing_running(device, request_, num_slots, a
 def test_a_request_nobody_wants_any_more_stops_and_gives_its_slots_back(
     device, request_, num_slots, after
 ):
-    rig = Rig(device, num_slots)
+    rig = Rig(device, num_slots, "on")
     asked = []
     unwanted = Request(
         request_.queries,
@@ -348,7 +348,7 @@ def test_a_request_nobody_wants_any_more_stops_and_gives_its_slots_back(
 @given(st.integers(0, 2**32), requests(), SLOTS, st.integers(0, 60))
 def test_a_lost_device_says_so_and_takes_no_more_work(seed, request_, num_slots, at):
     device = RecordingDevice(seed)
-    rig = Rig(device, num_slots)
+    rig = Rig(device, num_slots, "on")
     run_one = device._run_one
 
     def losing_run_one():
