@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from ..engines.contract import Engine
 from ..errors import EdjeError, EngineError
@@ -66,13 +67,40 @@ class Lane:
         Raises:
             EngineError: the engine refuses the batch, or the device is lost.
         """
-        with self._turn:
-            try:
-                self._enqueue(slot, planned, engine)
-            except BaseException:
-                with suppress(Exception):
-                    self._close_order(slot)
-                raise
+        with self._taking_turn(slot):
+            slot.stage = "copy"
+            if self._overlapped:
+                self._copy.record(slot.started)
+                slot.upload(self._copy, planned)
+                self._copy.record(slot.uploaded)
+                self._compute.wait(slot.uploaded)
+            self._compute.record(slot.began)
+            slot.stage = "compute"
+            slot.tokens.assemble(self._compute)
+            batch, scores = slot.engine_views(planned)
+            engine.enqueue(batch, scores, stream=self._compute)
+            self._compute.record(slot.computed)
+            slot.stage = "collect"
+            if self._overlapped:
+                self._result.wait(slot.computed)
+                slot.download(self._result, len(planned.pairs))
+                self._result.record(slot.finished)
+
+    def load(self, slot: Slot) -> None:
+        """Bring the tokens that a slot gathered to the device, and score nothing.
+
+        Else as `enqueue`; only where host and device do not share memory.
+        """
+        with self._taking_turn(slot):
+            slot.stage = "copy"
+            self._copy.record(slot.started)
+            slot.tokens.upload(self._copy)
+            self._copy.record(slot.uploaded)
+            self._compute.wait(slot.uploaded)
+            slot.tokens.assemble(self._compute)
+            self._compute.record(slot.computed)
+            self._result.wait(slot.computed)
+            self._result.record(slot.finished)
 
     def failure(self, error: Exception, slot: Slot) -> EdjeError:
         """Return `error` as callers get it, with the stage that `slot` was in; notice a loss."""
@@ -100,23 +128,16 @@ class Lane:
         slot.stage = "collect"
         slot.finished.synchronize()
 
-    def _enqueue(self, slot: Slot, planned: PlannedBatch, engine: Engine) -> None:
-        slot.stage = "copy"
-        if self._overlapped:
-            self._copy.record(slot.started)
-            slot.upload(self._copy, planned)
-            self._copy.record(slot.uploaded)
-            self._compute.wait(slot.uploaded)
-        self._compute.record(slot.began)
-        slot.stage = "compute"
-        batch, scores = slot.engine_views(planned)
-        engine.enqueue(batch, scores, stream=self._compute)
-        self._compute.record(slot.computed)
-        slot.stage = "collect"
-        if self._overlapped:
-            self._result.wait(slot.computed)
-            slot.download(self._result, len(planned.pairs))
-            self._result.record(slot.finished)
+    @contextmanager
+    def _taking_turn(self, slot: Slot) -> Iterator[None]:
+        """Keep a slot's work together; whatever fails, `finished` follows all of it."""
+        with self._turn:
+            try:
+                yield
+            except BaseException:
+                with suppress(Exception):
+                    self._close_order(slot)
+                raise
 
     def _close_order(self, slot: Slot) -> None:
         """Let `finished` follow whatever of the slot's work is in any stream."""

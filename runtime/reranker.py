@@ -17,6 +17,7 @@ from ..engines.contract import Engine, OpenOptions
 from ..errors import EngineError, RequestError, StoreError
 from .cascade import Cascade, check_margin, check_same_model, learned_margin
 from .device.host import HostDevice
+from .lane import Lane
 from .pipeline import Pipeline, Request, Scored
 from .results import EngineLabel, Fault, Hit, RankResult, Rescoring, StageTimes
 from .store import TokenStore
@@ -57,12 +58,13 @@ class Reranker:
         self._store = store
         self._owns_store = False
         self._device = HostDevice()
-        fast = Pipeline(engine, _source(engine, store), self._device)
+        lane = Lane(self._device)
+        fast = Pipeline(engine, _source(engine, store), self._device, lane=lane)
         self._pipelines = [fast]
         self._labels = [_label(each, store, self._device.name) for each in self._engines]
         self._cascade: Cascade | None = None
         if rescore is not None:
-            precise = Pipeline(rescore, _source(rescore, store), self._device, beside=fast)
+            precise = Pipeline(rescore, _source(rescore, store), self._device, lane=lane)
             self._pipelines.append(precise)
             self._cascade = Cascade(fast, precise, self._labels[-1], margin)
         self._process = os.getpid()
