@@ -77,7 +77,9 @@ class ResidentMap:
         """Return those of `rows` that are not held now; keeps nothing."""
         numbers = self._numbers(rows)
         with self._lock:
-            return rows[self._place_of[numbers] == NOWHERE]
+            is_missing = self._place_of[numbers] == NOWHERE
+        found: Int64 = rows[is_missing]
+        return found
 
     def take(self, rows: Int64) -> Int32:
         """Take a place for each row that is to be held, driving out the least recently used.
@@ -136,7 +138,7 @@ class ResidentMap:
         """Return up to `count` places that nobody needs, empty ones first."""
         num_pops = min(count, self._num_empty)
         self._num_empty -= num_pops
-        taken = self._empty[self._num_empty : self._num_empty + num_pops][::-1].copy()
+        taken: Int32 = self._empty[self._num_empty : self._num_empty + num_pops][::-1].copy()
         if num_pops == count:
             return taken
         driven_out = self._drive_out(count - num_pops)
@@ -149,7 +151,7 @@ class ResidentMap:
         self._hand = (self._hand + span) % self.capacity
         oldest_open = min(self._open_tickets, default=self._last_ticket + 1)
         is_idle = (self._number_at[under] != NOWHERE) & (self._used_by[under] < oldest_open)
-        idle = under[is_idle]
+        idle: Int32 = under[is_idle]
         if len(idle) > count:
             idle = idle[np.argpartition(self._used_by[idle], count)[:count]]
         self._place_of[self._number_at[idle]] = NOWHERE
