@@ -11,7 +11,7 @@ import pytest
 from edje.errors import EngineError
 from edje.kernels import build
 from edje.kernels.manifest import CUBINS, MANIFEST, KernelEntry, read_manifest
-from edje.kernels.variants import Variant, all_variants
+from edje.kernels.variants import COMPUTE_CAPABILITIES, Variant, all_variants
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="Triton is made for Linux only")
 VARIANTS = {variant.name: variant for variant in all_variants()}
@@ -26,16 +26,10 @@ def committed() -> dict[str, bytes]:
 
 
 @linux_only
-@pytest.mark.parametrize(
-    "name",
-    [
-        "gather_tokens_int8_by_int64",
-        "scatter_tokens_float16_by_int32",
-        "assemble_float16_to_bfloat16_512",
-    ],
-)
-@pytest.mark.parametrize("capability", ["8.0", "12.0"])
-def test_compiling_again_gives_the_committed_bytes(name: str, capability: str) -> None:
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiling_again_gives_the_committed_bytes(name: str) -> None:
+    # One architecture for each: in turn all of them, in a sixth of the time of `--check`.
+    capability = COMPUTE_CAPABILITIES[list(VARIANTS).index(name) % len(COMPUTE_CAPABILITIES)]
     compiled = build._compile(VARIANTS[name], capability)
     assert compiled.code == committed()[compiled.record.file]
     assert compiled.record in read_manifest().kernels[name].cubins

@@ -9,9 +9,10 @@ import pytest
 
 from edje.errors import EngineError
 from edje.kernels.launch import KernelLibrary
-from edje.kernels.manifest import read_manifest
+from edje.kernels.manifest import CUBINS, read_manifest
 from edje.kernels.operations import Assemble, DeviceEmbeddings, TopK
 from edje.kernels.records import GatherTokens, ScatterTokens
+from edje.kernels.variants import COMPUTE_CAPABILITIES
 from recording_loader import FakeMemory, RecordingLoader, fake_memory
 
 RECORDS = fake_memory(1 << 20, (1000, 64, 384), "int8")
@@ -178,6 +179,21 @@ def test_scatter_refuses_what_does_not_fit(
     with pytest.raises(EngineError, match=fault):
         scatter.enqueue(**scatter_arrays(**changes), stream=None)
     assert loader.launches == []
+
+
+@pytest.mark.parametrize("capability", COMPUTE_CAPABILITIES)
+@pytest.mark.parametrize("token_dtype", ["float16", "int8"])
+@pytest.mark.parametrize("row_dtype", ["int32", "int64"])
+def test_records_of_every_dtype_are_copied_on_every_gpu(
+    loader: RecordingLoader, capability: str, token_dtype: str, row_dtype: str
+) -> None:
+    major, _, minor = capability.partition(".")
+    library = KernelLibrary(loader, (int(major), int(minor)))
+    GatherTokens(library, token_dtype=token_dtype, row_dtype=row_dtype)
+    ScatterTokens(library, token_dtype=token_dtype, place_dtype=row_dtype)
+    end = f"_tokens_{token_dtype}_by_{row_dtype}.sm_{capability.replace('.', '')}.cubin"
+    expected = [(CUBINS / f"{kernel}{end}").read_bytes() for kernel in ("gather", "scatter")]
+    assert loader.loaded == expected
 
 
 def embeddings(**changes: Any) -> DeviceEmbeddings:
