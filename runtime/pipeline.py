@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engines.contract import Engine, even_parts
+from ..engines.manifest import EngineManifest
 from ..engines.precision.quantize import QUANTIZED
 from ..errors import StoppedError
 from .batcher import PlannedBatch, plan_batches
@@ -125,10 +126,7 @@ class Pipeline:
         """
         self._engine = engine
         self._source = source
-        # Rounding to int8 or fp8 turns NaN into a number, and the score into a wrong one.
-        self._hides_nan = (
-            engine.manifest.precision in QUANTIZED or engine.manifest.token_dtype == "int8"
-        )
+        self._hides_nan = hides_nan(engine.manifest)
         self._device = device
         self._pool = pool
         self._lane = Lane(device) if lane is None else lane
@@ -166,6 +164,27 @@ class Pipeline:
                     self._settle(flight.slot)
         return result
 
+    @property
+    def max_pairs(self) -> int:
+        """How many pairs a batch holds at most."""
+        return self._engine.manifest.profile.max_pairs
+
+    def warm_up(self, rows: npt.NDArray[np.int64]) -> None:
+        """Score `rows` for a query of every text bucket; on a GPU twice in every slot.
+
+        Raises:
+            As `run`.
+        """
+        text, profile = self._engine.manifest.bundle.text, self._engine.manifest.profile
+        asked = np.zeros(len(rows), np.int64)
+        for bucket in profile.text_buckets:
+            length = min(bucket, text.max_wordpieces + 2)
+            ids = np.zeros((1, length), np.int32)
+            ids[0, 0], ids[0, -1] = text.cls_id, text.sep_id
+            queries = TokenizedQueries(ids, np.array([length], np.int32), np.zeros(1, np.bool_))
+            for _ in range(1 if self._device.shares_memory else 2 * len(self._ring)):
+                self.run(Request(queries, asked, rows))
+
     def load(self, rows: npt.NDArray[np.int64]) -> None:
         """Bring records (int64 [N], none twice) into the pool before anybody asks for them.
 
@@ -177,7 +196,7 @@ class Pipeline:
         waiting: deque[Slot] = deque()
         with self._device.current():
             try:
-                for part in even_parts(len(rows), self._engine.manifest.profile.max_pairs):
+                for part in even_parts(len(rows), self.max_pairs):
                     slot = self._ring.try_take() or self._land(waiting.popleft())
                     waiting.append(slot)
                     self._load_one(slot, rows[part])
@@ -296,3 +315,8 @@ class Pipeline:
             slot.finished.synchronize()
         slot.tokens.let_go()
         self._ring.give_back(slot)
+
+
+def hides_nan(manifest: EngineManifest) -> bool:
+    """Whether an engine's rounding turns NaN into a number, and the score into a wrong one."""
+    return manifest.precision in QUANTIZED or manifest.token_dtype == "int8"

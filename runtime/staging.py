@@ -141,9 +141,14 @@ class SlotRing:
 
     def __init__(self, slots: Sequence[Slot]):
         self._free = deque(slots)
+        self._num_slots = len(slots)
         self._queue: deque[_Ticket] = deque()
         self._lock = threading.Lock()
         self._closed = False
+
+    def __len__(self) -> int:
+        """How many slots there are, free or not."""
+        return self._num_slots
 
     def try_take(self) -> Slot | None:
         """Return a free slot, or None when there is none or others wait for one.

@@ -6,7 +6,7 @@ on the device. Stages overlap, so the slowest one decides how many pairs a secon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from statistics import median
@@ -24,7 +24,7 @@ from ..pipeline import Pipeline, Request, Scored
 from ..results import Residency
 from ..store import TokenStore
 from ..text import TokenizedQueries
-from ..token_source import HeldTokens, TokenSource
+from ..token_source import HeldTokens, TokenSource, tokens_for
 from .plan import PoolPlan
 from .token_pool import TokenPool, record_bytes
 
@@ -45,18 +45,18 @@ class Trial:
     """What the places are tried with.
 
     Attributes:
-        source: reads the store as the engine wants it.
-        plan: what a pool would hold; None where there cannot be one.
+        queries: one query.
+        plan: what a pool would hold; None where there cannot be one, and `no_pool` says why.
         may_load: whether the store may be loaded into this machine's memory instead.
     """
 
     engine: Engine
     store: TokenStore
-    source: TokenSource
     device: Device
     lane: Lane
     queries: TokenizedQueries
     plan: PoolPlan | None
+    no_pool: str
     may_load: bool
 
     def run(self) -> Residency:
@@ -70,20 +70,21 @@ class Trial:
             return Residency(here, "all", 0, 0, "the store is empty", {})
         speeds, left_out = self._measured(here)
         place = choose(speeds)
-        reason = _reason(place, speeds) + "".join(f"; no {name}: {left_out[name]}" for name in left_out)
+        reason = _reason(place, speeds, left_out)
         if place == "device" and self.plan is not None:
             return replace(self.plan.residency(reason), pairs_per_s=speeds)
         return place_of(self.store, place, reason, speeds)
 
     def _measured(self, here: str) -> tuple[dict[str, float], dict[str, str]]:
         """Return pairs/s by place, and why other places were left out."""
-        rows = self._sample()
-        speeds, left_out = {}, {}
+        rows, source = self._sample(), tokens_for(self.engine, self.store)
+        speeds: dict[str, float] = {}
+        left_out = {} if self.plan else {"device": self.no_pool}
         with closing(self.device.sibling()) as scratch:  # what the trial makes is freed with it
             makers = {
-                here: lambda: self._pipeline(scratch, self.source),
-                "host": lambda: self._pipeline(scratch, self._held(rows)),
-                "device": lambda: self._pooled(scratch, rows),
+                here: lambda: self._pipeline(scratch, source),
+                "host": lambda: self._pipeline(scratch, self._held(source, rows)),
+                "device": lambda: self._pooled(scratch, source, rows),
             }
             for name in self._places(here, left_out):
                 try:
@@ -126,16 +127,16 @@ class Trial:
     ) -> Pipeline:
         return Pipeline(self.engine, source, device, num_slots=1, lane=self.lane, pool=pool)
 
-    def _held(self, rows: list[Int64]) -> HeldTokens:
+    def _held(self, source: TokenSource, rows: list[Int64]) -> HeldTokens:
         every = np.unique(np.concatenate(rows))
-        return HeldTokens.read_from(self.source, every, self._shape, self.engine.manifest.token_dtype)
+        return HeldTokens.read_from(source, every, self._shape, self.engine.manifest.token_dtype)
 
-    def _pooled(self, device: Device, rows: list[Int64]) -> Pipeline:
+    def _pooled(self, device: Device, source: TokenSource, rows: list[Int64]) -> Pipeline:
         every, dtype = np.unique(np.concatenate(rows)), self.engine.manifest.token_dtype
         pool = TokenPool(
             device, every, len(every), shape=self._shape, dtype=dtype, checks_finite=False
         )
-        pipeline = self._pipeline(device, self.source, pool)
+        pipeline = self._pipeline(device, source, pool)
         pipeline.load(every)
         return pipeline
 
@@ -144,7 +145,7 @@ class Trial:
         asked = np.zeros(len(rows[0]), np.int64)
         done: list[Scored] = [pipeline.run(Request(self.queries, asked, some)) for some in rows]
         slowest_ms = max(median(getattr(run, stage) for run in done[1:]) for stage in _STAGES)
-        return len(asked) / max(slowest_ms, 1e-6) * 1e3
+        return float(len(asked) / max(slowest_ms, 1e-6) * 1e3)
 
 
 def choose(pairs_per_s: Mapping[str, float]) -> Any:
@@ -162,6 +163,7 @@ def place_of(
     return Residency(place, "all", num_images, num_images * each, reason, pairs_per_s)
 
 
-def _reason(place: str, pairs_per_s: Mapping[str, float]) -> str:
+def _reason(place: str, pairs_per_s: Mapping[str, float], left_out: Mapping[str, str]) -> str:
     figures = ", ".join(f"{name} {pairs_per_s[name]:,.0f}" for name in ORDER if name in pairs_per_s)
-    return f"measured pairs/s: {figures}; {place} is the cheapest that keeps up"
+    others = "".join(f"; not {name}: {why}" for name, why in left_out.items())
+    return f"measured pairs/s: {figures}; {place} is the cheapest that keeps up{others}"

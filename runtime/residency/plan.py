@@ -76,18 +76,19 @@ class PoolPlan:
         capacity: records there is room for.
         ahead: int64: rows to load before the first request.
         num_images: images of the store.
-        record_bytes: of one record in the pool.
+        shape, dtype: (m, H) of a record, as the engine reads it.
     """
 
     policy: Policy
     capacity: int
     ahead: Int64
     num_images: int
-    record_bytes: int
+    shape: tuple[int, int]
+    dtype: str
 
     def residency(self, reason: str) -> Residency:
         """Say it to the caller."""
-        num_bytes = self.capacity * self.record_bytes
+        num_bytes = self.capacity * record_bytes(self.shape, self.dtype)
         says = f"{reason}; {_POLICIES[self.policy]}"
         return Residency("device", self.policy, self.capacity, num_bytes, says, {})
 
@@ -121,22 +122,16 @@ def plan_pool(
             "--tokens int8 for half the bytes",
         )
     if listed is not None:
-        return PoolPlan("listed", len(listed), listed, len(rows), each)
+        return PoolPlan("listed", len(listed), listed, len(rows), shape, dtype)
     if len(rows) <= most:
-        return PoolPlan("all", len(rows), rows, len(rows), each)
-    return PoolPlan("recent", most, rows[:0], len(rows), each)
+        return PoolPlan("all", len(rows), rows, len(rows), shape, dtype)
+    return PoolPlan("recent", most, rows[:0], len(rows), shape, dtype)
 
 
 def make_pool(
-    store: TokenStore,
-    plan: PoolPlan,
-    device: Device,
-    *,
-    shape: tuple[int, int],
-    dtype: str,
-    checks_finite: bool,
+    store: TokenStore, plan: PoolPlan, device: Device, *, checks_finite: bool
 ) -> TokenPool:
-    """Allocate the pool of a plan.
+    """Allocate the pool of a plan; see `TokenPool`.
 
     Raises:
         EngineError: the device runs no kernels, or has not so much memory.
@@ -145,7 +140,7 @@ def make_pool(
         device,
         store.live_rows(),
         plan.capacity,
-        shape=shape,
-        dtype=dtype,
+        shape=plan.shape,
+        dtype=plan.dtype,
         checks_finite=checks_finite,
     )

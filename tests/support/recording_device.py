@@ -243,8 +243,8 @@ class RecordingDevice:
     def free_bytes(self) -> int:
         return 1 << 20
 
-    def sibling(self) -> RecordingDevice:
-        return RecordingDevice(self._random.getrandbits(32))
+    def sibling(self) -> RecordingSibling:
+        return RecordingSibling(self)
 
     def stream(self) -> RecordingStream:
         self._streams.append(RecordingStream(self, len(self._streams)))
@@ -351,6 +351,22 @@ class RecordingDevice:
         self.num_run += 1
         self._random.choice(ready).run_head()
         return True
+
+
+class RecordingSibling:
+    """The same device once more; what it makes goes with it."""
+
+    def __init__(self, device: RecordingDevice):
+        self._device, self._before = device, len(device._buffers)
+        self._num_events = device._num_events
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
+
+    def close(self) -> None:
+        assert self._device.is_idle(), "it is still in use"
+        del self._device._buffers[self._before :]
+        self._device._num_events = self._num_events
 
 
 @dataclass(frozen=True)
