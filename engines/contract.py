@@ -309,9 +309,9 @@ class HostEngine(Engine):
 
 
 def even_parts(num_pairs: int, most: int) -> Iterator[slice]:
-    """Cut `num_pairs` into the fewest slices of at most `most`, equal within one."""
+    """Cut `num_pairs` into the fewest slices of at most `most`, equal within one; 0 into none."""
     num_parts = -(-num_pairs // most)
-    ends = [num_pairs * part // num_parts for part in range(num_parts + 1)]
+    ends = [num_pairs * part // max(1, num_parts) for part in range(num_parts + 1)]
     return (slice(start, end) for start, end in pairwise(ends))
 
 

@@ -33,7 +33,7 @@ class Scratch:
         return blocks[found], found
 
     def close(self) -> None:
-        """Free all of it; every graph over it must be closed. May be called twice."""
+        """Free all of it; no graph over it is launched any more. May be called twice."""
         while self._blocks:
             _, blocks = self._blocks.popitem()
             for address in blocks.values():

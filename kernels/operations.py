@@ -1,5 +1,6 @@
 """The kernels as typed calls: check arrays in device memory, count programs, launch.
 
+`GatherTokens` and `ScatterTokens` are in `records`, what computes with values is here.
 Everything is allocated by the caller, at set-up; a call only queues work on a stream. Where a
 call would read values (row numbers, ids), the caller vouches for nothing: the kernels never read
 outside an array, and what an index outside its table touches becomes NaN.
@@ -8,43 +9,29 @@ outside an array, and what an index outside its table touches becomes NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from ..errors import EngineError
+from .arrays import (
+    DeviceArray,
+    array_faults,
+    bounds_faults,
+    choice_faults,
+    raise_faults,
+    scales_faults,
+)
 from .launch import KernelLibrary
 from .variants import (
     ASSEMBLE_COLUMNS,
-    GATHER_VECTORS,
     MAX_SCORES,
     TOP_K_BLOCK,
     TOP_K_SIZES,
     assemble_name,
-    gather_name,
     top_k_names,
 )
-
-VECTOR_BYTES = 16
-DTYPES = {
-    name: np.dtype(name) for name in ("float16", "float32", "int8", "int32", "int64", "uint16")
-}
-
-
-class DeviceArray(Protocol):
-    """A C-contiguous array in device memory, as `engines.contract.DeviceArray`."""
-
-    @property
-    def address(self) -> int: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,84 +44,6 @@ class DeviceEmbeddings:
     norm_bias: DeviceArray
     epsilon: float
     sep_id: int
-
-
-class GatherTokens:
-    """`references.gather_tokens` on the device, for one dtype of tokens and of row numbers."""
-
-    def __init__(self, library: KernelLibrary, *, token_dtype: str, row_dtype: str = "int64"):
-        """Load the kernel.
-
-        Args:
-            token_dtype: `float16`, or `int8` with scales.
-            row_dtype: `int32` or `int64`.
-
-        Raises:
-            EngineError: other dtypes, or no kernel for this GPU.
-        """
-        tokens = _choice("token_dtype", token_dtype, ("float16", "int8"))
-        _raise("gather_tokens", chain(tokens, _choice("row_dtype", row_dtype, ("int32", "int64"))))
-        self._token_dtype, self._row_dtype = token_dtype, row_dtype
-        self._kernel = library.kernel(gather_name(token_dtype, row_dtype))
-
-    def enqueue(
-        self,
-        records: DeviceArray,
-        rows: DeviceArray,
-        out: DeviceArray,
-        *,
-        stream: Any,
-        scales: DeviceArray | None = None,
-        out_scales: DeviceArray | None = None,
-    ) -> None:
-        """Copy record `rows[p]` to place p of `out` in the order of `stream`; returns at once.
-
-        The arrays belong to the caller and must live, unchanged, until the stream has passed.
-
-        Args:
-            records: [R, m, H] of the token dtype, on 16 bytes; a record is a multiple of 16 bytes.
-            rows: [P] of the row dtype; a negative row leaves its place, one past the store
-                makes it NaN.
-            out: [P, m, H], written.
-            scales, out_scales: float16 [R, m] and [P, m], with int8 tokens and only with them.
-
-        Raises:
-            EngineError: arrays that do not fit (all faults at once).
-        """
-        _raise("gather_tokens", self._faults(records, rows, out, scales, out_scales))
-        vectors = math.prod(records.shape[1:]) * records.dtype.itemsize // VECTOR_BYTES
-        addresses = {"tokens": records.address, "rows": rows.address, "out_tokens": out.address}
-        if scales is not None and out_scales is not None:
-            addresses |= {"scales": scales.address, "out_scales": out_scales.address}
-            addresses["num_scales"] = records.shape[1]
-        self._kernel.launch(
-            stream,
-            rows.shape[0] * -(-vectors // GATHER_VECTORS),
-            num_records=records.shape[0],
-            record_vectors=vectors,
-            **addresses,
-        )
-
-    def _faults(
-        self,
-        records: DeviceArray,
-        rows: DeviceArray,
-        out: DeviceArray,
-        scales: DeviceArray | None,
-        out_scales: DeviceArray | None,
-    ) -> Iterator[str]:
-        if len(records.shape) != 3 or len(rows.shape) != 1 or not rows.shape[0]:
-            yield f"records, rows: got {records.shape}, {rows.shape}, expected [R, m, H], [P]"
-            return
-        num_records, num_tokens, hidden = records.shape
-        yield from _array("records", records, self._token_dtype, records.shape)
-        yield from _array("rows", rows, self._row_dtype, rows.shape)
-        yield from _array("out", out, self._token_dtype, (rows.shape[0], num_tokens, hidden))
-        has_scales = self._token_dtype == "int8"
-        yield from _optional("scales", scales, has_scales, (num_records, num_tokens))
-        yield from _optional("out_scales", out_scales, has_scales, (rows.shape[0], num_tokens))
-        if (record_bytes := num_tokens * hidden * records.dtype.itemsize) % VECTOR_BYTES:
-            yield f"records: {record_bytes} bytes each, expected a multiple of {VECTOR_BYTES}"
 
 
 class Assemble:
@@ -159,7 +68,7 @@ class Assemble:
             EngineError: tables or dtypes that no kernel takes (all faults at once).
         """
         hidden = embeddings.words.shape[-1]
-        _raise("assemble", _table_faults(embeddings, token_dtype, out_dtype))
+        raise_faults("assemble", _table_faults(embeddings, token_dtype, out_dtype))
         columns = min(size for size in ASSEMBLE_COLUMNS if size >= hidden)
         self._kernel = library.kernel(assemble_name(token_dtype, out_dtype, columns))
         self._token_dtype, self._out_dtype, self._hidden = token_dtype, out_dtype, hidden
@@ -203,7 +112,7 @@ class Assemble:
             EngineError: arrays that do not fit (all faults at once).
         """
         batch = (text_ids, text_length, query_of_pair)
-        _raise("assemble", self._faults(batch, records, rows, hidden_states, scales))
+        raise_faults("assemble", self._faults(batch, records, rows, hidden_states, scales))
         (num_queries, text_slots), num_pairs = text_ids.shape, query_of_pair.shape[0]
         num_slots = num_pairs * (text_slots + records.shape[1] + 1)
         self._kernel.launch(
@@ -239,16 +148,16 @@ class Assemble:
             return
         num_pairs, (num_records, num_tokens, _) = query_of_pair.shape[0], records.shape
         num_slots = ids.shape[1] + num_tokens + 1
-        yield from _array("text_ids", ids, "int32", ids.shape)
-        yield from _array("text_length", length, "int32", ids.shape[:1])
-        yield from _array("query_of_pair", query_of_pair, "int32", (num_pairs,))
+        yield from array_faults("text_ids", ids, "int32", ids.shape)
+        yield from array_faults("text_length", length, "int32", ids.shape[:1])
+        yield from array_faults("query_of_pair", query_of_pair, "int32", (num_pairs,))
         shape = (num_records, num_tokens, self._hidden)
-        yield from _array("records", records, self._token_dtype, shape)
-        yield from _array("rows", rows, "int32", (num_pairs,))
-        yield from _optional("scales", scales, self._token_dtype == "int8", shape[:2])
+        yield from array_faults("records", records, self._token_dtype, shape)
+        yield from array_faults("rows", rows, "int32", (num_pairs,))
+        yield from scales_faults("scales", scales, self._token_dtype == "int8", shape[:2])
         out_dtype = "uint16" if hidden_states.dtype == np.uint16 else self._out_dtype
         shape = (num_pairs, num_slots, self._hidden)
-        yield from _array("hidden_states", hidden_states, out_dtype, shape)
+        yield from array_faults("hidden_states", hidden_states, out_dtype, shape)
         if not 0 < num_pairs * num_slots < 2**31 - 8:
             yield f"pairs: got {num_pairs} of {num_slots} slots, expected 1 to 2^31 slots together"
 
@@ -265,7 +174,7 @@ class TopK:
         Raises:
             EngineError: `max_k` is out of range, or no kernel for this GPU.
         """
-        _raise("top_k", _bounds("max_k", max_k, TOP_K_SIZES[-1]))
+        raise_faults("top_k", bounds_faults("max_k", max_k, TOP_K_SIZES[-1]))
         self._size = min(size for size in TOP_K_SIZES if size >= max_k)
         blocks, merge = top_k_names(self._size)
         self._blocks, self._merge = library.kernel(blocks), library.kernel(merge)
@@ -295,7 +204,7 @@ class TopK:
         Raises:
             EngineError: arrays that do not fit (all faults at once).
         """
-        _raise("top_k", self._faults(scores, keys, indices, values))
+        raise_faults("top_k", self._faults(scores, keys, indices, values))
         num_blocks = -(-scores.shape[0] // TOP_K_BLOCK)
         self._blocks.launch(
             stream,
@@ -318,12 +227,12 @@ class TopK:
     def _faults(
         self, scores: DeviceArray, keys: DeviceArray, indices: DeviceArray, values: DeviceArray
     ) -> Iterator[str]:
-        yield from _array("scores", scores, "float32", (math.prod(scores.shape),))
-        yield from _array("indices", indices, "int32", (math.prod(indices.shape),))
-        yield from _array("values", values, "float32", indices.shape)
+        yield from array_faults("scores", scores, "float32", (math.prod(scores.shape),))
+        yield from array_faults("indices", indices, "int32", (math.prod(indices.shape),))
+        yield from array_faults("values", values, "float32", indices.shape)
         num_scores = math.prod(scores.shape)
-        yield from _bounds("scores", num_scores, MAX_SCORES)
-        yield from _bounds("k", math.prod(indices.shape), min(self._size, num_scores))
+        yield from bounds_faults("scores", num_scores, MAX_SCORES)
+        yield from bounds_faults("k", math.prod(indices.shape), min(self._size, num_scores))
         if keys.dtype != np.int64 or math.prod(keys.shape) < self.num_keys(num_scores):
             yield (
                 f"keys: got {keys.dtype} {list(keys.shape)}, expected int64 with at least "
@@ -331,50 +240,15 @@ class TopK:
             )
 
 
-def _raise(operation: str, faults: Iterator[str]) -> None:
-    if found := list(faults):
-        raise EngineError(f"{operation} does not take these arrays", faults=found)
-
-
 def _table_faults(tables: DeviceEmbeddings, token_dtype: str, out_dtype: str) -> Iterator[str]:
     """Yield one sentence for every table or dtype that no kernel takes."""
-    yield from _choice("token_dtype", token_dtype, ("float16", "int8"))
-    yield from _choice("out_dtype", out_dtype, ("float16", "bfloat16"))
+    yield from choice_faults("token_dtype", token_dtype, ("float16", "int8"))
+    yield from choice_faults("out_dtype", out_dtype, ("float16", "bfloat16"))
     words, hidden = tables.words, tables.words.shape[-1]
-    yield from _array("words", words, "float32", (words.shape[0], hidden))
+    yield from array_faults("words", words, "float32", (words.shape[0], hidden))
     max_positions = tables.positions.shape[1] if len(tables.positions.shape) == 3 else 0
-    yield from _array("positions", tables.positions, "float32", (2, max_positions, hidden))
-    yield from _array("norm_weight", tables.norm_weight, "float32", (hidden,))
-    yield from _array("norm_bias", tables.norm_bias, "float32", (hidden,))
+    yield from array_faults("positions", tables.positions, "float32", (2, max_positions, hidden))
+    yield from array_faults("norm_weight", tables.norm_weight, "float32", (hidden,))
+    yield from array_faults("norm_bias", tables.norm_bias, "float32", (hidden,))
     if hidden % 16 or not 16 <= hidden <= ASSEMBLE_COLUMNS[-1]:
         yield f"hidden: got {hidden}, expected a multiple of 16 up to {ASSEMBLE_COLUMNS[-1]}"
-
-
-def _array(name: str, array: DeviceArray, dtype: str, shape: tuple[int, ...]) -> Iterator[str]:
-    # A dtype's name takes microseconds to make; bfloat16 is no dtype of NumPy's own.
-    known = DTYPES.get(dtype)
-    same = array.dtype == known if known is not None else array.dtype.name == dtype
-    if not same or array.shape != shape:
-        yield f"{name}: got {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}"
-
-
-def _optional(
-    name: str, array: DeviceArray | None, wanted: bool, shape: tuple[int, ...]
-) -> Iterator[str]:
-    """Yield what is wrong with scales, which int8 tokens have and float16 tokens have not."""
-    if array is None and wanted:
-        yield f"{name}: got none, int8 tokens need float16 {list(shape)}"
-    elif array is not None and not wanted:
-        yield f"{name}: got an array, float16 tokens have none"
-    elif array is not None:
-        yield from _array(name, array, "float16", shape)
-
-
-def _choice(name: str, value: str, known: Sequence[str]) -> Iterator[str]:
-    if value not in known:
-        yield f"{name}: got {value!r}, expected one of {list(known)}"
-
-
-def _bounds(name: str, value: int, most: int) -> Iterator[str]:
-    if not 1 <= value <= most:
-        yield f"{name}: got {value}, expected 1 to {most}"

@@ -76,6 +76,31 @@ def gather_tokens(
         target.view(np.uint8)[missing] = 0xFF
 
 
+def scatter_tokens(
+    tokens: Array,
+    places: Array,
+    pool: Array,
+    *,
+    scales: Float16 | None = None,
+    pool_scales: Float16 | None = None,
+) -> None:
+    """Copy record p of `tokens` to place `places[p]` of `pool`, and its scales with it.
+
+    A place outside the pool, negative or past it, is skipped; the rest of the pool stays as it
+    is. No two records may go to the same place.
+
+    Args:
+        tokens: float16 or int8 [P, m, H].
+        places: int32 or int64 [P].
+        pool: [R, m, H] of the same dtype, written.
+        scales, pool_scales: float16 [P, m] and [R, m], of int8 tokens only.
+    """
+    kept = np.flatnonzero((places >= 0) & (places < len(pool)))
+    pool[places[kept]] = tokens[kept]
+    if scales is not None and pool_scales is not None:
+        pool_scales[places[kept]] = scales[kept]
+
+
 def assemble(
     text_ids: Int32,
     text_length: Int32,

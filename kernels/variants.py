@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-SOURCES = ("assemble.py", "gather_tokens.py", "top_k.py")
+SOURCES = ("assemble.py", "gather_scatter.py", "top_k.py")
 COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 MAX_REGISTERS = 255  # of a thread, on every GPU
 MAX_SHARED_BYTES = 48 << 10  # of a block, without asking the driver for more
 
-# 8 kB a program: four loads of 16 bytes in flight in each of 128 threads.
-GATHER_VECTORS = 512
+# Of a gather or scatter, 8 kB a program: four loads of 16 bytes in flight in each of 128 threads.
+COPY_VECTORS = 512
 # Candidates that one program sorts. Twice as many double the cubins and save little: the blocks
 # run at once, and merging 32 of them takes microseconds.
 TOP_K_BLOCK = 2048
@@ -43,7 +43,7 @@ class Variant:
 
     Attributes:
         name: unique, names the cubins.
-        function: the Triton function, in the source of the same name or in `source`.
+        source, function: the module without `.py`, and the Triton function in it.
         parameters: in order, without those that are constants.
         constants: constexpr arguments; None is an array that this variant has not.
     """
@@ -61,6 +61,11 @@ def gather_name(token_dtype: str, row_dtype: str) -> str:
     return f"gather_tokens_{token_dtype}_by_{row_dtype}"
 
 
+def scatter_name(token_dtype: str, place_dtype: str) -> str:
+    """Return the name of the variant for these dtypes, as NumPy names them."""
+    return f"scatter_tokens_{token_dtype}_by_{place_dtype}"
+
+
 def assemble_name(token_dtype: str, out_dtype: str, columns: int) -> str:
     """Return the name of the variant for these dtypes and rows of at most `columns` values."""
     return f"assemble_{token_dtype}_to_{out_dtype}_{columns}"
@@ -75,6 +80,7 @@ def all_variants() -> tuple[Variant, ...]:
     """Return every kernel that is built, in a fixed order."""
     return (
         *(_gather(token, row) for token in ("float16", "int8") for row in ("int32", "int64")),
+        *(_scatter(token, place) for token in ("float16", "int8") for place in ("int32", "int64")),
         *(
             _assemble(token, out, columns)
             for token in ("float16", "int8")
@@ -86,22 +92,36 @@ def all_variants() -> tuple[Variant, ...]:
 
 
 def _gather(token_dtype: str, row_dtype: str) -> Variant:
+    rows = Parameter("rows", _address(row_dtype))
+    return _copy("gather_tokens", gather_name(token_dtype, row_dtype), token_dtype, rows)
+
+
+def _scatter(token_dtype: str, place_dtype: str) -> Variant:
+    places = Parameter("places", _address(place_dtype))
+    return _copy("scatter_tokens", scatter_name(token_dtype, place_dtype), token_dtype, places)
+
+
+def _address(dtype: str) -> str:
+    return "*i32" if dtype == "int32" else "*i64"
+
+
+def _copy(function: str, name: str, token_dtype: str, numbers: Parameter) -> Variant:
+    """Return a gather or a scatter, which differ in whose places the `numbers` are."""
     has_scales = token_dtype == "int8"
     parameters = [
         Parameter("tokens", "*i32", 16),
         *([Parameter("scales", "*i16")] if has_scales else []),
-        Parameter("rows", "*i32" if row_dtype == "int32" else "*i64"),
+        numbers,
         Parameter("out_tokens", "*i32", 16),
         *([Parameter("out_scales", "*i16")] if has_scales else []),
         Parameter("num_records", "i64"),
         Parameter("record_vectors", "i32"),
         *([Parameter("num_scales", "i32")] if has_scales else []),
     ]
-    constants: dict[str, int | None] = {"VECTORS": GATHER_VECTORS}
+    constants: dict[str, int | None] = {"VECTORS": COPY_VECTORS}
     if not has_scales:
         constants |= {"scales": None, "out_scales": None, "num_scales": None}
-    name = gather_name(token_dtype, row_dtype)
-    return Variant(name, "gather_tokens", "gather_tokens", tuple(parameters), constants)
+    return Variant(name, "gather_scatter", function, tuple(parameters), constants)
 
 
 def _assemble(token_dtype: str, out_dtype: str, columns: int) -> Variant:

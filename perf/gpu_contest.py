@@ -24,6 +24,7 @@ from ..engines.contract import Batch, Engine, Float16, Float32, Int32
 from ..engines.cuda_memory import CudaStream, DeviceMemory
 from ..engines.fidelity import reference_scorer
 from ..engines.manifest import EngineManifest, Profile
+from ..runtime.lane import Lane
 from ..runtime.pipeline import Pipeline, Request, Scored
 from ..runtime.store import BadRecord
 from ..runtime.text import TokenizedQueries
@@ -255,8 +256,8 @@ def measure_point(engine: Engine, pairs: Pairs, size: int) -> list[dict[str, Any
     rows = np.arange(num_batches * size) % (NUM_RESIDENT * size) % len(pairs.tokens)
     with _narrowed(engine, size), closing(CudaCoreDevice()) as device:
         stream = _stream()
-        tokens = HostTokens(pairs.tokens)  # the two contestants take turns, so it is the stream's
-        pipeline = Pipeline(engine, tokens, device, stream=stream, exclusive=True)
+        lane = Lane(device, borrowed=stream, exclusive=True)  # the two contestants take turns
+        pipeline = Pipeline(engine, HostTokens(pairs.tokens), device, lane=lane)
         with DeviceMemory(stream) as memory, closing(pipeline):
             last: list[Scored] = []
             through = through_pipeline(pipeline, pairs, rows, last)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -16,6 +16,9 @@ from ..errors import EdjeError
 from .cli_build import build
 from .cli_index import IndexCommand, index
 from .cli_store import store_app
+
+if TYPE_CHECKING:
+    from .residency.plan import Place
 
 EXIT_BROKEN_LIMITS = 1
 EXIT_BAD_INPUT = 2
@@ -134,6 +137,17 @@ def rerank(
         typer.Option(help="How far ENGINE may score below RESCORE; default: as measured."),
     ] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="host, cuda_core (:1 for the next GPU) or pycuda."),
+    ] = None,
+    residency: Annotated[
+        str | None, typer.Option(help="Read tokens from disk (default), host, device or auto.")
+    ] = None,
+    resident_gb: Annotated[
+        float | None, typer.Option(help="GPU memory for tokens, in 1e9 bytes; default: most.")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
     as_json: Json = False,
 ) -> None:
     """Rank images of a store for a query, best first.
@@ -142,7 +156,7 @@ def rerank(
     Example:
       edje rerank engine --store photos.store --query "a dog in the snow" --top-k 10
     """
-    from .cli_output import print_json, print_ranking
+    from .cli_output import note, print_json, print_ranking
     from .id_list import read_ids
     from .reranker import Reranker
 
@@ -153,11 +167,17 @@ def rerank(
         rescore=rescore,
         rescore_margin=rescore_margin,
         num_threads=num_threads,
+        device=device,
+        residency=cast("Place | None", residency),  # checked where it is used
+        resident_bytes=None if resident_gb is None else int(resident_gb * 1e9),
     ) as reranker:
-        result = reranker.rank(query, ids, top_k)
+        result = reranker.rank(query, ids, top_k, timeout_s=timeout)
     if as_json:
-        print_json({"query": query, **result.to_json()})
+        tokens = asdict(reranker.residency)
+        print_json({"query": query, **result.to_json(), "residency": tokens})
     else:
+        if residency is not None:
+            note(f"tokens are read from {reranker.residency.place}: {reranker.residency.reason}")
         print_ranking(result)
 
 

@@ -115,16 +115,16 @@ class Graphs:
     Graphs live until they are dropped or their device is closed.
     """
 
-    def __init__(self, engine: Engine, device: Device, *, wanted: bool, borrowed: bool):
+    def __init__(self, engine: Engine, device: Device, *, wanted: bool, exclusive: bool):
         """Make none yet; engine and device stay the caller's.
 
         Args:
             wanted: False runs every batch plainly.
-            borrowed: the stream is somebody's who may submit to it while it is captured.
+            exclusive: nobody else submits to the stream while it is captured.
         """
         self._engine = engine
         self._device = device
-        self._never = _why_never(device, wanted=wanted, borrowed=borrowed)
+        self._never = _why_never(device, wanted=wanted, exclusive=exclusive)
         self._slots: dict[Slot, _SlotGraphs] = {}
         self._plain: Counter[str] = Counter()
         self._captured = self._dropped = self._launched = 0
@@ -207,7 +207,7 @@ class Graphs:
             kept.graph.close()
 
 
-def _why_never(device: Device, *, wanted: bool, borrowed: bool) -> str | None:
+def _why_never(device: Device, *, wanted: bool, exclusive: bool) -> str | None:
     """Return why no batch on `device` gets a graph, None where some may."""
     if not wanted:
         return "graphs are turned off"
@@ -215,7 +215,7 @@ def _why_never(device: Device, *, wanted: bool, borrowed: bool) -> str | None:
         return f"the {device.name} launches no kernels: a graph would save nothing"
     if not device.offers_graphs:
         return f"this library offers no graphs on {device.name}: use the cuda_core device"
-    if borrowed:
+    if not exclusive:
         return "the stream is the caller's, whose other work a capture could swallow"
     return None
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from ..errors import EdjeError, EngineError
 from .batcher import PlannedBatch
@@ -28,21 +29,23 @@ class Lane:
     """Takes the batches of any number of threads, one batch's work at a time.
 
     Attributes:
-        borrowed: whether it computes on a stream of the caller's.
+        exclusive: whether nobody else submits to the stream it computes on.
     """
 
-    def __init__(self, device: Device, *, borrowed: object | None = None):
+    def __init__(self, device: Device, *, borrowed: object | None = None, exclusive: bool = False):
         """Make the streams; the device stays the caller's.
 
         Args:
             borrowed: the caller's own stream to compute on (see `Device.borrow`).
+            exclusive: nobody else submits to that stream while a request runs, so that graphs may
+                be captured on it as well.
         """
         self._device = device
         self._process = os.getpid()
         self._lost: str | None = None
         self._turn = threading.Lock()  # keeps one batch's work together in the streams
         self._overlapped = not device.shares_memory
-        self.borrowed = borrowed is not None
+        self.exclusive = exclusive or borrowed is None
         with device.current():
             self._compute = device.stream() if borrowed is None else device.borrow(borrowed)
             self._copy: Stream = device.stream() if self._overlapped else self._compute
@@ -71,13 +74,39 @@ class Lane:
         Raises:
             EngineError: the engine refuses the batch, or the device is lost.
         """
-        with self._turn:
-            try:
-                self._enqueue(slot, planned, graphs)
-            except BaseException:
-                with suppress(Exception):
-                    self._close_order(slot)
-                raise
+        with self._taking_turn(slot):
+            slot.stage = "copy"
+            if self._overlapped:
+                self._copy.record(slot.started)
+                slot.upload(self._copy, planned)
+                self._copy.record(slot.uploaded)
+                self._compute.wait(slot.uploaded)
+            self._compute.record(slot.began)
+            slot.stage = "compute"
+            slot.tokens.assemble(self._compute)
+            graphs.enqueue(slot, planned, self._compute)
+            self._compute.record(slot.computed)
+            slot.stage = "collect"
+            if self._overlapped:
+                self._result.wait(slot.computed)
+                slot.download(self._result, len(planned.pairs))
+                self._result.record(slot.finished)
+
+    def load(self, slot: Slot) -> None:
+        """Bring the tokens that a slot gathered to the device, and score nothing.
+
+        Else as `enqueue`; only where host and device do not share memory.
+        """
+        with self._taking_turn(slot):
+            slot.stage = "copy"
+            self._copy.record(slot.started)
+            slot.tokens.upload(self._copy)
+            self._copy.record(slot.uploaded)
+            self._compute.wait(slot.uploaded)
+            slot.tokens.assemble(self._compute)
+            self._compute.record(slot.computed)
+            self._result.wait(slot.computed)
+            self._result.record(slot.finished)
 
     def failure(self, error: Exception, slot: Slot) -> EdjeError:
         """Return `error` as callers get it, with the stage that `slot` was in; notice a loss."""
@@ -105,22 +134,16 @@ class Lane:
         slot.stage = "collect"
         slot.finished.synchronize()
 
-    def _enqueue(self, slot: Slot, planned: PlannedBatch, graphs: Graphs) -> None:
-        slot.stage = "copy"
-        if self._overlapped:
-            self._copy.record(slot.started)
-            slot.upload(self._copy, planned)
-            self._copy.record(slot.uploaded)
-            self._compute.wait(slot.uploaded)
-        self._compute.record(slot.began)
-        slot.stage = "compute"
-        graphs.enqueue(slot, planned, self._compute)
-        self._compute.record(slot.computed)
-        slot.stage = "collect"
-        if self._overlapped:
-            self._result.wait(slot.computed)
-            slot.download(self._result, len(planned.pairs))
-            self._result.record(slot.finished)
+    @contextmanager
+    def _taking_turn(self, slot: Slot) -> Iterator[None]:
+        """Keep a slot's work together; whatever fails, `finished` follows all of it."""
+        with self._turn:
+            try:
+                yield
+            except BaseException:
+                with suppress(Exception):
+                    self._close_order(slot)
+                raise
 
     def _close_order(self, slot: Slot) -> None:
         """Let `finished` follow whatever of the slot's work is in any stream."""

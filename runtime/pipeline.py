@@ -16,22 +16,22 @@ from time import monotonic, perf_counter
 import numpy as np
 import numpy.typing as npt
 
-from ..engines.contract import Engine
-from ..engines.int8_tokens import not_finite
+from ..engines.contract import Engine, even_parts
+from ..engines.manifest import EngineManifest
 from ..engines.precision.quantize import QUANTIZED
 from ..errors import StoppedError
 from .batcher import PlannedBatch, plan_batches
 from .device.protocol import Device
 from .graphs import GraphReport, Graphs
 from .lane import Lane
+from .residency.token_pool import TokenPool
+from .slot_tokens import Gathered
 from .staging import Slot, SlotRing
-from .store import BadRecord
 from .text import TokenizedQueries
 from .token_source import TokenSource
 
 # One batch computes, one waits in the stream, one is being gathered.
 NUM_SLOTS = 3
-_NONE: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +96,11 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """A batch on its way: its slot comes back when it is collected.
-
-    Attributes:
-        not_finite: int64: which of its pairs' tokens hold NaN or infinity.
-    """
+    """A batch on its way: its slot comes back when it is collected."""
 
     slot: Slot
     planned: PlannedBatch
-    damaged: list[BadRecord]
-    not_finite: npt.NDArray[np.int64]
+    gathered: Gathered
     gather_ms: float
 
 
@@ -119,34 +114,29 @@ class Pipeline:
         device: Device,
         *,
         num_slots: int = NUM_SLOTS,
-        beside: Pipeline | None = None,
-        stream: object | None = None,
-        exclusive: bool = False,
+        lane: Lane | None = None,
+        pool: TokenPool | None = None,
         graphs: bool = True,
     ):
-        """Allocate the slots. Engine, source and device stay the caller's, to close after it.
+        """Allocate the slots. All that is handed in stays the caller's, to close after it.
 
         Args:
-            beside: a pipeline whose lane this one shares, so that two engines never compute
-                at once and fight for the same cores.
-            stream: the caller's own stream to compute on (see `Device.borrow`); None makes one.
-            exclusive: nobody else submits to `stream` while a request runs, so that graphs may be
-                captured on it as well.
+            lane: the streams to go through, for pipelines that take turns (two engines that
+                compute at once fight for the same cores) or use the caller's own stream; None
+                makes some.
+            pool: tokens that stay on the device; None sends them with every batch.
             graphs: whether batches of sizes that come again are captured as CUDA graphs.
         """
         self._engine = engine
         self._source = source
-        # Rounding to int8 or fp8 turns NaN into a number, and the score into a wrong one.
-        self._hides_nan = (
-            engine.manifest.precision in QUANTIZED or engine.manifest.token_dtype == "int8"
-        )
+        self._hides_nan = hides_nan(engine.manifest)
         self._device = device
-        lane = Lane(device, borrowed=stream) if beside is None else beside._lane
-        self._lane: Lane = lane
+        self._pool = pool
+        self._lane = Lane(device) if lane is None else lane
         with device.current():
-            self._ring = SlotRing([Slot(device, engine.manifest) for _ in range(num_slots)])
-        borrowed = lane.borrowed and not exclusive
-        self._graphs = Graphs(engine, device, wanted=graphs, borrowed=borrowed)
+            self._ring = SlotRing([Slot(device, engine.manifest, pool) for _ in range(num_slots)])
+        exclusive = self._lane.exclusive
+        self._graphs = Graphs(engine, device, wanted=graphs, exclusive=exclusive)
 
     @property
     def graphs(self) -> GraphReport:
@@ -174,7 +164,7 @@ class Pipeline:
                 for planned, following in zip_longest(batches, batches[1:]):
                     request.check_wanted()
                     if following is not None:
-                        self._source.prefetch(request.rows[following.pairs])
+                        self._prefetch(request.rows[following.pairs])
                     slot = self._take_slot(request, flights, result)
                     flights.append(self.step(request, planned, slot))
                 while flights:
@@ -183,6 +173,48 @@ class Pipeline:
                 for flight in flights:  # only after an error: their slots must come back
                     self._settle(flight.slot)
         return result
+
+    @property
+    def max_pairs(self) -> int:
+        """How many pairs a batch holds at most."""
+        return self._engine.manifest.profile.max_pairs
+
+    def warm_up(self, rows: npt.NDArray[np.int64]) -> None:
+        """Score `rows` for a query of every text bucket; on a GPU twice in every slot.
+
+        Raises:
+            As `run`.
+        """
+        text, profile = self._engine.manifest.bundle.text, self._engine.manifest.profile
+        asked = np.zeros(len(rows), np.int64)
+        for bucket in profile.text_buckets:
+            length = min(bucket, text.max_wordpieces + 2)
+            ids = np.zeros((1, length), np.int32)
+            ids[0, 0], ids[0, -1] = text.cls_id, text.sep_id
+            queries = TokenizedQueries(ids, np.array([length], np.int32), np.zeros(1, np.bool_))
+            for _ in range(1 if self._device.shares_memory else 2 * len(self._ring)):
+                self.run(Request(queries, asked, rows))
+
+    def load(self, rows: npt.NDArray[np.int64]) -> None:
+        """Bring records (int64 [N], none twice) into the pool before anybody asks for them.
+
+        As far as it takes them in; damaged ones stay out. At set-up only: no request runs yet.
+
+        Raises:
+            EngineError, StoreError: as `run`.
+        """
+        waiting: deque[Slot] = deque()
+        with self._device.current():
+            try:
+                for part in even_parts(len(rows), self.max_pairs):
+                    slot = self._ring.try_take() or self._land(waiting.popleft())
+                    waiting.append(slot)
+                    self._load_one(slot, rows[part])
+                for slot in waiting:
+                    self._land(slot)
+            finally:
+                for slot in waiting:
+                    self._settle(slot)
 
     def check(self) -> None:
         """Refuse a request that cannot run.
@@ -200,7 +232,8 @@ class Pipeline:
             slot.stage = "gather"
             self._lane.check()
             slot.fill_text(request.queries, planned)
-            damaged, broken = self._gather(request.rows[planned.pairs], planned, slot)
+            rows = request.rows[planned.pairs]
+            gathered = slot.tokens.gather(self._source, rows, check_finite=self._hides_nan)
             gather_ms = (perf_counter() - began) * 1e3
             self._lane.enqueue(slot, planned, self._graphs)
         except Exception as error:
@@ -210,20 +243,17 @@ class Pipeline:
         except BaseException:
             self._settle(slot)
             raise
-        return Flight(slot, planned, damaged, broken, gather_ms)
+        return Flight(slot, planned, gathered, gather_ms)
 
     def collect(self, flight: Flight, result: Scored) -> None:
         """Wait for one batch and put its scores where its pairs stand in the request."""
         slot, pairs = flight.slot, flight.planned.pairs
-        try:
-            self._lane.collect(slot)
-        except Exception as error:
-            failure = self._lane.failure(error, slot)
-            raise failure from (None if failure is error else error)
+        self._collected(slot)
+        slot.tokens.landed()
         result.scores[pairs] = slot.scores(flight.planned)
-        if flight.not_finite.size:
-            result.scores[pairs[flight.not_finite]] = np.nan
-        for record in flight.damaged:
+        if flight.gathered.not_finite.size:
+            result.scores[pairs[flight.gathered.not_finite]] = np.nan
+        for record in flight.gathered.damaged:
             place = int(pairs[record.position])
             result.scores[place] = np.nan
             result.damaged[place] = record.reason
@@ -236,13 +266,33 @@ class Pipeline:
         """Refuse further batches; those on their way still finish. May be called twice."""
         self._ring.close()
 
-    def _gather(
-        self, rows: npt.NDArray[np.int64], planned: PlannedBatch, slot: Slot
-    ) -> tuple[list[BadRecord], npt.NDArray[np.int64]]:
-        """Fill the slot's tokens; return the damaged records, and which are not finite."""
-        tokens, scales = slot.token_views(planned)
-        damaged = self._source.read(rows, tokens, scales, bad="mark")
-        return damaged, not_finite(tokens, scales) if self._hides_nan else _NONE
+    def _load_one(self, slot: Slot, rows: npt.NDArray[np.int64]) -> None:
+        """Gather records and send them into the pool; does not wait for them."""
+        try:
+            slot.stage = "gather"
+            slot.tokens.gather(self._source, rows, check_finite=False)
+            self._lane.load(slot)
+        except Exception as error:
+            failure = self._lane.failure(error, slot)
+            raise failure from (None if failure is error else error)
+
+    def _land(self, slot: Slot) -> Slot:
+        """Wait until what `_load_one` sent is in the pool."""
+        self._collected(slot)
+        slot.tokens.landed()
+        return slot
+
+    def _collected(self, slot: Slot) -> None:
+        """Wait for a slot's work; a failure carries its stage."""
+        try:
+            self._lane.collect(slot)
+        except Exception as error:
+            failure = self._lane.failure(error, slot)
+            raise failure from (None if failure is error else error)
+
+    def _prefetch(self, rows: npt.NDArray[np.int64]) -> None:
+        """Announce the rows that will have to be read."""
+        self._source.prefetch(rows if self._pool is None else self._pool.map.missing(rows))
 
     def _take_slot(self, request: Request, flights: deque[Flight], result: Scored) -> Slot:
         """Take a slot; while none is free, collect this request's oldest batch first."""
@@ -273,4 +323,10 @@ class Pipeline:
         """Give a slot back after an error, once no stream touches it any more."""
         with suppress(Exception):
             slot.finished.synchronize()
+        slot.tokens.let_go()
         self._ring.give_back(slot)
+
+
+def hides_nan(manifest: EngineManifest) -> bool:
+    """Whether an engine's rounding turns NaN into a number, and the score into a wrong one."""
+    return manifest.precision in QUANTIZED or manifest.token_dtype == "int8"

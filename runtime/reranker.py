@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
 from ..engines.contract import Engine, OpenOptions
-from ..errors import EngineError, RequestError, StoreError
+from ..engines.manifest import EngineManifest
+from ..errors import EngineError, RequestError
 from .cascade import Cascade, check_margin, check_same_model, learned_margin
 from .device.host import HostDevice
-from .pipeline import Pipeline, Request, Scored
-from .results import EngineLabel, Fault, Hit, RankResult, Rescoring, StageTimes
+from .device.open import open_device
+from .device.protocol import Device
+from .lane import Lane
+from .pipeline import Request, Scored
+from .pipelines import open_pipelines
+from .ranking import faults_of, hits_of, raise_faults
+from .residency.plan import Place, Wish
+from .results import EngineLabel, RankResult, Rescoring, StageTimes
 from .store import TokenStore
+from .store.store import Access
 from .text import QueryTokenizer
-from .token_source import TokenSource, float16_tokens
+from .token_source import check_store
 
 StrPath = str | os.PathLike[str]
 
@@ -32,6 +41,9 @@ class Reranker:
     With a second, precise engine (`rescore`) it is a cascade: `rank` returns the precise engine's
     top k with its scores, but lets it score only the images that the first, fast engine cannot
     rule out. Make it with `Reranker.open`; end it with `close` or a `with` block.
+
+    Attributes:
+        residency: where it reads its tokens from, and why.
     """
 
     def __init__(
@@ -42,33 +54,53 @@ class Reranker:
         *,
         rescore: Engine | None = None,
         rescore_margin: float | None = None,
+        device: Device | None = None,
+        stream: object | None = None,
+        wish: Wish | None = None,
+        reopen: Callable[[], TokenStore] | None = None,
     ):
-        """Join opened parts. `close` closes the engines; the store stays the caller's.
+        """Join opened parts. `close` closes the engines; device and store stay the caller's.
+
+        Args:
+            device: where the engines run; None is the host, made here.
+            stream: the caller's own stream to compute on (see `Device.borrow`); None makes one.
+            wish: where tokens shall be read from; None: as the store reads.
+            reopen: opens the store again with its records in memory, should that be decided; the
+                reranker then closes both.
 
         Raises:
             StoreError: the store was made by another encoder, or holds other tokens.
-            EngineError: the engines are of two models, or no margin was given or can be learned.
-            RequestError: `rescore_margin` is negative, not finite or without `rescore`.
+            EngineError: the engines are of two models, no margin was given or can be learned, or
+                the device gives no stream or not enough memory.
+            RequestError: `rescore_margin` is negative, not finite or without `rescore`; or a wish
+                that cannot be granted.
         """
         check_store(engine, store)
         margin = _margin(engine, rescore, rescore_margin)
         self._engines = [engine] if rescore is None else [engine, rescore]
         self._tokenizer = tokenizer
-        self._store = store
-        self._owns_store = False
-        self._device = HostDevice()
-        fast = Pipeline(engine, _source(engine, store), self._device)
-        self._pipelines = [fast]
-        self._labels = [_label(each, store, self._device.name) for each in self._engines]
-        self._cascade: Cascade | None = None
-        if rescore is not None:
-            precise = Pipeline(rescore, _source(rescore, store), self._device, beside=fast)
-            self._pipelines.append(precise)
-            self._cascade = Cascade(fast, precise, self._labels[-1], margin)
         self._process = os.getpid()
         self._idle = threading.Condition()
         self._num_running = 0
         self._closed = False
+        with ExitStack() as undo:
+            self._device: Device = HostDevice() if device is None else device
+            if device is None:
+                undo.callback(self._device.close)
+            lane = Lane(self._device, borrowed=stream)
+            opened = open_pipelines(
+                self._engines, store, self._device, lane, tokenizer, wish or Wish(), reopen
+            )
+            self._store, self._pipelines, self.residency = opened
+            if self._store is not store:
+                undo.callback(self._store.close)
+            self._owned = undo.pop_all()
+        names = self._device.name, self._store.layout.dtype, self.residency.place
+        self._labels = [_label(each, *names) for each in self._engines]
+        self._cascade: Cascade | None = None
+        if rescore is not None:
+            fast, precise = self._pipelines
+            self._cascade = Cascade(fast, precise, self._labels[-1], margin)
 
     @classmethod
     def open(
@@ -80,6 +112,11 @@ class Reranker:
         rescore_margin: float | None = None,
         num_threads: int | None = None,
         backend_settings: Mapping[str, str] | None = None,
+        device: str | Device | None = None,
+        stream: object | None = None,
+        residency: Place | None = None,
+        resident_bytes: int | None = None,
+        resident_ids: Sequence[str] | None = None,
     ) -> Reranker:
         """Open the engine folder `engine` over a token store.
 
@@ -93,34 +130,67 @@ class Reranker:
                 `rescore`; None takes it from the fidelity that was measured at build.
             num_threads: CPU threads of an engine; None leaves the choice to the backend.
             backend_settings: settings handed to the backend (of both engines) as they are.
+            device: `host`, `cuda_core`, `pycuda`, or `cuda_core:1` for another GPU; or an open
+                `Device`, which stays the caller's; None: what the engine was built for.
+            stream: the caller's own CUDA stream to compute on (torch, cupy, pycuda): it must live
+                as long as the reranker, and outlasts it.
+            residency: where tokens are read from: `disk`, `host` (loaded into this machine's
+                memory now), `device` (kept in the GPU's), or `auto`, which measures them and
+                takes the cheapest that keeps up; None: `disk`, or as the open store reads.
+                `Reranker.residency` says what it is.
+            resident_bytes: device memory for tokens; None: most of what is free. A store that does
+                not fit has the images there that were asked for last.
+            resident_ids: the images to keep on the device; None: all that fit.
 
         Raises:
             EngineError: no engine there, one that is stale on this machine, engines of two
-                models, or no margin was given or can be learned.
+                models, no margin was given or can be learned, or no such device.
             StoreError: no store there, or one made by another encoder.
-            RequestError: `rescore_margin` is negative, not finite or without `rescore`.
+            RequestError: `rescore_margin` is negative, not finite or without `rescore`; or
+                tokens cannot be kept so.
         """
         from ..engines.open import open_engine
 
-        folder = Path(engine)
+        folder, wish = Path(engine), Wish(residency, resident_bytes, resident_ids)
+        wish.check()
         options = OpenOptions(num_threads, backend_settings or {})
         with ExitStack() as undo:
-            opened = store if isinstance(store, TokenStore) else TokenStore.open(store)
-            if opened is not store:
-                undo.callback(opened.close)
-            model = open_engine(folder, options)
-            undo.callback(model.close)
-            precise = None if rescore is None else open_engine(Path(rescore), options)
-            if precise is not None:
-                undo.callback(precise.close)
-            tokenizer = QueryTokenizer.open(folder, model.manifest.bundle.text)
-            reranker = cls(model, tokenizer, opened, rescore=precise, rescore_margin=rescore_margin)
-            undo.pop_all()
-        reranker._owns_store = opened is not store
+            opened, reopen = store, None
+            if not isinstance(opened, TokenStore):
+                access: Access = "resident" if residency == "host" else "cached"
+                reopen = partial(TokenStore.open, opened, access="resident")
+                opened = undo.enter_context(TokenStore.open(opened, access=access))
+            runs_on = device
+            if runs_on is None or isinstance(runs_on, str):
+                runs_on = open_device(runs_on, EngineManifest.read(folder))
+                undo.callback(runs_on.close)
+            engines = []
+            for path in (folder, *([] if rescore is None else [Path(rescore)])):
+                with runs_on.current():
+                    engines.append(open_engine(path, options))
+                undo.callback(engines[-1].close)
+            reranker = cls(
+                engines[0],
+                QueryTokenizer.open(folder, engines[0].manifest.bundle.text),
+                opened,
+                rescore=engines[1] if rescore is not None else None,
+                rescore_margin=rescore_margin,
+                device=runs_on,
+                stream=stream,
+                wish=wish,
+                reopen=reopen,
+            )
+            reranker._owned.push(undo.pop_all())
         return reranker
 
     def rank(
-        self, query: str, candidates: Sequence[str] | None = None, top_k: int | None = None
+        self,
+        query: str,
+        candidates: Sequence[str] | None = None,
+        top_k: int | None = None,
+        *,
+        timeout_s: float | None = None,
+        cancelled: Callable[[], bool] | None = None,
     ) -> RankResult:
         """Rank `candidates` (ids of the store) for `query`, best first.
 
@@ -129,8 +199,11 @@ class Reranker:
             candidates: ids, duplicates allowed (equal scores); None ranks the whole store.
             top_k: how many hits to return; None returns all. A cascade needs it: without, or
                 with as many images as that, the precise engine alone scores everything.
+            timeout_s: seconds after which no further batch is started; None: no limit.
+            cancelled: asked before each batch, on this thread; True ends the request.
 
         Raises:
+            StoppedError: the time was up, or the caller cancelled.
             RequestError: an empty query, ids the store does not hold (all named, up to 20), or a
                 `top_k` below 1.
             EngineError: the engine failed or the reranker is closed.
@@ -144,24 +217,35 @@ class Reranker:
             ids = self._store.ids() if candidates is None else _checked_ids(candidates)
             rows, place = np.unique(self._store.rows(ids), return_inverse=True)
             resolved = perf_counter()
-            request = Request(queries, np.zeros(len(rows), np.int64), rows)
+            asked = np.zeros(len(rows), np.int64)
+            request = Request(queries, asked, rows, _deadline(timeout_s), cancelled)
             scored, label, rescoring = self._score(request, top_k)
             return RankResult(
-                _hits(ids, scored.scores[place], top_k),
-                _faults(ids, scored, place),
+                hits_of(ids, scored.scores[place], top_k),
+                faults_of(ids, scored, place),
                 bool(queries.truncated[0]),
                 _times(began, tokenized, resolved, scored),
                 label,
                 rescoring,
             )
 
-    def predict(self, pairs: Sequence[tuple[str, str]]) -> npt.NDArray[np.float32]:
+    def predict(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        timeout_s: float | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> npt.NDArray[np.float32]:
         """Score (query, id) pairs of any number of queries; a cascade's precise engine does it.
+
+        Args:
+            timeout_s, cancelled: as in `rank`.
 
         Returns:
             float32 [N]: raw logits in the order of `pairs`, owned by the caller.
 
         Raises:
+            StoppedError: the time was up, or the caller cancelled.
             RequestError: an empty query, or ids the store does not hold.
             EngineError: the engine failed or the reranker is closed.
             StoreError: a stored record is damaged or gave no finite score (all named).
@@ -175,11 +259,25 @@ class Reranker:
             asked = np.array([number[text] for text in texts], np.int64)
             pair = np.stack([asked, self._store.rows(ids)], axis=1)
             unique, place = np.unique(pair, axis=0, return_inverse=True)
-            request = Request(queries, unique[:, 0].copy(), unique[:, 1].copy())
+            columns = unique[:, 0].copy(), unique[:, 1].copy()
+            request = Request(queries, *columns, _deadline(timeout_s), cancelled)
             scored = self._pipelines[-1].run(request)
             place = place.reshape(-1)
-            _raise_faults(_faults(ids, scored, place))
+            raise_faults(faults_of(ids, scored, place))
             return scored.scores[place]
+
+    def warm_up(self) -> None:
+        """Score a full batch of every text bucket, twice: allocate, compile and capture now.
+
+        Otherwise the first requests of each length pay for it. The images are drawn at random.
+
+        Raises:
+            As `rank`.
+        """
+        with self._running():
+            rows = self._store.live_rows()
+            for pipeline in self._pipelines if len(rows) else ():
+                pipeline.warm_up(np.random.default_rng(0).choice(rows, pipeline.max_pairs))
 
     def close(self) -> None:
         """Refuse new requests, let batches on their way finish, free everything.
@@ -196,11 +294,10 @@ class Reranker:
             for pipeline in self._pipelines:
                 pipeline.close()
             self._idle.wait_for(lambda: self._num_running == 0)
-        self._device.close()
-        for engine in self._engines:
-            engine.close()
-        if self._owns_store:
-            self._store.close()
+        with suppress(EngineError), self._device.current():  # a lost device cannot be entered
+            for engine in self._engines:
+                engine.close()
+        self._owned.close()
 
     def __enter__(self) -> Reranker:
         return self
@@ -238,49 +335,22 @@ class Reranker:
                 self._idle.notify_all()
 
 
-def check_store(engine: Engine, store: TokenStore) -> None:
-    """Check that `store` holds what `engine` was trained to read.
+def _label(engine: Engine, device: str, token_dtype: str, place: str) -> EngineLabel:
+    manifest = engine.manifest
+    return EngineLabel(manifest.backend, manifest.precision, device, token_dtype, place)
 
-    An engine that takes float16 tokens reads an int8 store as well (see `Float16Tokens`).
+
+def _deadline(timeout_s: float | None) -> float | None:
+    """Return when the time is up, as `time.monotonic` counts.
 
     Raises:
-        StoreError: another encoder made the tokens (both fingerprints named), their shape
-            differs, or the engine takes int8 tokens and the store holds none.
+        RequestError: it is not a time.
     """
-    bundle, layout = engine.manifest.bundle, store.layout
-    faults = []
-    if layout.fingerprint_encoder != bundle.fingerprint_encoder:
-        faults.append(
-            f"encoder: the store's is {layout.fingerprint_encoder}, "
-            f"the engine's is {bundle.fingerprint_encoder}"
-        )
-    got, expected = store.record_shape, (bundle.sizes.num_tokens, bundle.sizes.hidden)
-    if got != expected:
-        faults.append(
-            f"tokens: the store holds {list(got)} an image, the engine reads {list(expected)}"
-        )
-    hint = (
-        "tokens of two encoders do not compare: index the same images with this one, "
-        f"edje store ids {store.path} > ids.txt && "
-        "edje index ENGINE_OR_BUNDLE IMAGES --into NEW_STORE --from ids.txt"
-    )
-    if engine.manifest.token_dtype == "int8" and layout.dtype != "int8":
-        faults.append(f"dtype: the store holds {layout.dtype} tokens, the engine reads int8 ones")
-        hint += " --dtype int8; or build an engine without --tokens int8, which reads both"
-    if faults:
-        raise StoreError(
-            f"the store {store.path} was not made for this engine", faults=faults, hint=hint
-        )
-
-
-def _source(engine: Engine, store: TokenStore) -> TokenSource:
-    """Return what reads the store's tokens as the engine takes them."""
-    return store if engine.manifest.token_dtype == "int8" else float16_tokens(store)
-
-
-def _label(engine: Engine, store: TokenStore, device: str) -> EngineLabel:
-    manifest = engine.manifest
-    return EngineLabel(manifest.backend, manifest.precision, device, store.layout.dtype)
+    if timeout_s is None:
+        return None
+    if not timeout_s >= 0:
+        raise RequestError(f"timeout_s is {timeout_s}, expected 0 or more seconds, or None")
+    return monotonic() + timeout_s
 
 
 def _margin(engine: Engine, rescore: Engine | None, given: float | None) -> float:
@@ -315,41 +385,6 @@ def _split_pairs(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]
         return [query for query, _ in pairs], _checked_ids([image for _, image in pairs])
     except (TypeError, ValueError) as error:
         raise RequestError(f"pairs must be (query, id) tuples: {error}") from error
-
-
-def _hits(
-    ids: Sequence[str], scores: npt.NDArray[np.float32], top_k: int | None
-) -> tuple[Hit, ...]:
-    """Sort by descending score, ties in the order given; leave out what is not finite."""
-    order = np.argsort(-scores, kind="stable")
-    sound = order[np.isfinite(scores[order])][:top_k]
-    places, values = sound.tolist(), scores[sound].tolist()
-    return tuple(Hit(ids[i], score, i) for i, score in zip(places, values, strict=True))
-
-
-def _faults(ids: Sequence[str], scored: Scored, place: npt.NDArray[np.int64]) -> tuple[Fault, ...]:
-    """Name every candidate without a finite score; candidate i has the score of `place[i]`."""
-    faulty = ~np.isfinite(scored.scores)
-    if scored.skipped is not None:
-        faulty &= ~scored.skipped
-    places = np.flatnonzero(faulty[place]).tolist()
-    return tuple(Fault(ids[i], _reason(scored, int(place[i])), i) for i in places)
-
-
-def _reason(scored: Scored, place: int) -> str:
-    why = scored.damaged.get(place)
-    if why is not None:
-        return f"its stored record is damaged: {why}"
-    return f"its score is {scored.scores[place]}: its tokens, or the precision, overflow"
-
-
-def _raise_faults(faults: Sequence[Fault]) -> None:
-    if faults:
-        raise StoreError(
-            f"{len(faults)} pairs have no score",
-            faults=[f"{fault.id!r}: {fault.reason}" for fault in faults[:20]],
-            hint="`edje store verify --repair STORE` takes damaged records out; then index again",
-        )
 
 
 def _times(began: float, tokenized: float, resolved: float, scored: Scored) -> StageTimes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, overload
 
@@ -31,12 +31,36 @@ class EngineLabel:
 
     Attributes:
         tokens: dtype of the stored tokens; float16 engines read int8 ones dequantised.
+        residency: where the tokens were read from: `disk`, `host` or `device`.
     """
 
     backend: str
     precision: str
     device: str
     tokens: str = "float16"
+    residency: str = "disk"
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """Where a reranker reads its tokens from, and why.
+
+    Attributes:
+        place: `disk` (through the page cache, or past it), `host` (held in this machine's memory)
+            or `device` (held in the GPU's; what is not comes from the store).
+        policy: which images are held: `all`, `listed` or `recent` (those asked for last).
+        num_images: how many images there is room for; 0 where none is held.
+        num_bytes: memory that they take.
+        reason: in words.
+        pairs_per_s: what each place allowed when `auto` measured them; empty where it did not.
+    """
+
+    place: str
+    policy: str
+    num_images: int
+    num_bytes: int
+    reason: str
+    pairs_per_s: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)

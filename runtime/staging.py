@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from ..engines.contract import Batch
@@ -16,31 +15,12 @@ from ..engines.manifest import EngineManifest
 from ..errors import EngineError
 from .batcher import PlannedBatch
 from .device.protocol import Device, Stream
+from .residency.pooled_tokens import PooledTokens
+from .residency.token_pool import TokenPool
+from .slot_tokens import SlotTokens, Staged, StreamedTokens
 from .text import TokenizedQueries
 
 Array = npt.NDArray[Any]
-
-
-class Staged:
-    """One tensor of a slot: pinned host memory and its mirror where the engine runs."""
-
-    def __init__(self, device: Device, num_elements: int, dtype: str):
-        self._pinned = device.pinned(num_elements, np.dtype(dtype))
-        self._mirror = device.mirror(self._pinned)
-
-    def host(self, *shape: int) -> Array:
-        """Return the host side as `shape`; no copy."""
-        return self._pinned.view(shape)
-
-    def engine(self, *shape: int) -> Array:
-        """Return the engine's side as `shape`; no copy."""
-        return self._mirror.view(shape)
-
-    def upload(self, stream: Stream, num_elements: int) -> None:
-        stream.upload(self._mirror, self._pinned, num_elements)
-
-    def download(self, stream: Stream, num_elements: int) -> None:
-        stream.download(self._pinned, self._mirror, num_elements)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +31,6 @@ class _Views:
     text_ids: Array
     text_length: Array
     query_of_pair: Array
-    tokens: Array
-    scales: Array | None
     scores: Array
     batch: Batch
     batch_scores: Array
@@ -67,25 +45,25 @@ class Slot:
     it until `finished` was passed.
 
     Attributes:
+        tokens: the batch's visual tokens, and how they get to the engine.
         stage: where its batch is: `gather`, `copy`, `compute` or `collect`.
         started, uploaded: around the copy to the device.
         began, computed: around the engine's work.
         finished: the scores lie on the host.
     """
 
-    def __init__(self, device: Device, manifest: EngineManifest):
+    def __init__(self, device: Device, manifest: EngineManifest, pool: TokenPool | None = None):
+        """Allocate; `pool` holds tokens on the device, None: every batch brings its own."""
         max_pairs, sizes = manifest.profile.max_pairs, manifest.bundle.sizes
-        self._token_shape = (sizes.num_tokens, sizes.hidden)
+        shape = (sizes.num_tokens, sizes.hidden)
+        self.tokens: SlotTokens = (
+            StreamedTokens(device, max_pairs, shape, manifest.token_dtype)
+            if pool is None
+            else PooledTokens(device, pool, max_pairs)
+        )
         self._text_ids = Staged(device, max_pairs * max(manifest.profile.text_buckets), "int32")
         self._text_length = Staged(device, max_pairs, "int32")
         self._query_of_pair = Staged(device, max_pairs, "int32")
-        num_values = max_pairs * sizes.num_tokens * sizes.hidden
-        self._tokens = Staged(device, num_values, manifest.token_dtype)
-        self._scales = (
-            Staged(device, max_pairs * sizes.num_tokens, "float16")
-            if manifest.token_dtype == "int8"
-            else None
-        )
         self._scores = Staged(device, max_pairs, "float32")
         self._views: _Views | None = None
         self.stage = "gather"
@@ -105,14 +83,6 @@ class Slot:
         views.text_length[:] = queries.text_length[planned.queries]
         views.query_of_pair[:] = planned.query_of_pair
 
-    def token_views(self, planned: PlannedBatch) -> tuple[Array, Array | None]:
-        """Return where the store writes: [P, m, H] of the engine's token dtype, pinned.
-
-        And where it writes the scales: float16 [P, m], pinned; None without int8.
-        """
-        views = self._of(planned)
-        return views.tokens, views.scales
-
     def scores(self, planned: PlannedBatch) -> Array:
         """Return float32 [P] on the host, to be read once `finished` was passed."""
         return self._of(planned).scores
@@ -130,22 +100,19 @@ class Slot:
         return self._views
 
     def _make_views(self, num_queries: int, bucket: int, num_pairs: int) -> _Views:
-        num_tokens, hidden = self._token_shape
-        scales = self._scales
+        tokens, scales = self.tokens.engine(num_pairs)
         return _Views(
             (num_queries, bucket, num_pairs),
             self._text_ids.host(num_queries, bucket),
             self._text_length.host(num_queries),
             self._query_of_pair.host(num_pairs),
-            self._tokens.host(num_pairs, num_tokens, hidden),
-            None if scales is None else scales.host(num_pairs, num_tokens),
             self._scores.host(num_pairs),
             Batch(
                 text_ids=self._text_ids.engine(num_queries, bucket),
                 text_length=self._text_length.engine(num_queries),
                 query_of_pair=self._query_of_pair.engine(num_pairs),
-                visual_tokens=self._tokens.engine(num_pairs, num_tokens, hidden),
-                visual_scales=None if scales is None else scales.engine(num_pairs, num_tokens),
+                visual_tokens=tokens,
+                visual_scales=scales,
             ),
             self._scores.engine(num_pairs),
         )
@@ -156,10 +123,7 @@ class Slot:
         self._text_ids.upload(stream, num_queries * planned.bucket)
         self._text_length.upload(stream, num_queries)
         self._query_of_pair.upload(stream, num_pairs)
-        num_tokens, hidden = self._token_shape
-        self._tokens.upload(stream, num_pairs * num_tokens * hidden)
-        if self._scales is not None:
-            self._scales.upload(stream, num_pairs * num_tokens)
+        self.tokens.upload(stream)
 
     def download(self, stream: Stream, num_pairs: int) -> None:
         """Copy the scores back to the host, in the order of `stream`."""
@@ -179,9 +143,14 @@ class SlotRing:
 
     def __init__(self, slots: Sequence[Slot]):
         self._free = deque(slots)
+        self._num_slots = len(slots)
         self._queue: deque[_Ticket] = deque()
         self._lock = threading.Lock()
         self._closed = False
+
+    def __len__(self) -> int:
+        """How many slots there are, free or not."""
+        return self._num_slots
 
     def try_take(self) -> Slot | None:
         """Return a free slot, or None when there is none or others wait for one.

@@ -7,8 +7,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..engines.contract import Float16
+from ..engines.contract import Engine, Float16
 from ..engines.int8_tokens import dequantize_tokens
+from ..errors import StoreError
 from .store import BadRecord, TokenStore
 
 Array = npt.NDArray[Any]
@@ -63,6 +64,86 @@ class Float16Tokens:
     def prefetch(self, rows: Int64) -> None:
         """As `TokenStore.prefetch`."""
         self._store.prefetch(rows)
+
+
+class HeldTokens:
+    """Records in an array of this process, read at the speed of a copy."""
+
+    def __init__(self, rows: Int64, tokens: Array, scales: Float16 | None = None):
+        """Serve `tokens` [N, m, H] and `scales` [N, m]; both stay the caller's, unchanged.
+
+        Args:
+            rows: int64 [N], ascending: the row of each record. No other row may be asked for.
+        """
+        self._rows, self._tokens, self._scales = rows, tokens, scales
+
+    @classmethod
+    def read_from(
+        cls, source: TokenSource, rows: Int64, shape: tuple[int, int], dtype: str
+    ) -> HeldTokens:
+        """Read the records of `rows` (ascending) once; damaged ones are zeros."""
+        tokens = np.empty((len(rows), *shape), dtype)
+        scales = np.empty((len(rows), shape[0]), np.float16) if dtype == "int8" else None
+        source.read(rows, tokens, scales, bad="mark")
+        return cls(rows, tokens, scales)
+
+    def read(
+        self,
+        rows: Int64,
+        out: Array,
+        scales: Float16 | None = None,
+        *,
+        bad: Literal["raise", "mark"] = "raise",
+    ) -> list[BadRecord]:
+        """Copy the records of `rows` into `out`; none is ever bad."""
+        places = np.searchsorted(self._rows, rows)
+        np.take(self._tokens, places, axis=0, out=out, mode="clip")  # `raise` copies twice
+        if self._scales is not None and scales is not None:
+            np.take(self._scales, places, axis=0, out=scales, mode="clip")
+        return []
+
+    def prefetch(self, rows: Int64) -> None:
+        """Everything is in memory already."""
+
+
+def check_store(engine: Engine, store: TokenStore) -> None:
+    """Check that `store` holds what `engine` was trained to read.
+
+    An engine that takes float16 tokens reads an int8 store as well (see `Float16Tokens`).
+
+    Raises:
+        StoreError: another encoder made the tokens (both fingerprints named), their shape
+            differs, or the engine takes int8 tokens and the store holds none.
+    """
+    bundle, layout = engine.manifest.bundle, store.layout
+    faults = []
+    if layout.fingerprint_encoder != bundle.fingerprint_encoder:
+        faults.append(
+            f"encoder: the store's is {layout.fingerprint_encoder}, "
+            f"the engine's is {bundle.fingerprint_encoder}"
+        )
+    got, expected = store.record_shape, (bundle.sizes.num_tokens, bundle.sizes.hidden)
+    if got != expected:
+        faults.append(
+            f"tokens: the store holds {list(got)} an image, the engine reads {list(expected)}"
+        )
+    hint = (
+        "tokens of two encoders do not compare: index the same images with this one, "
+        f"edje store ids {store.path} > ids.txt && "
+        "edje index ENGINE_OR_BUNDLE IMAGES --into NEW_STORE --from ids.txt"
+    )
+    if engine.manifest.token_dtype == "int8" and layout.dtype != "int8":
+        faults.append(f"dtype: the store holds {layout.dtype} tokens, the engine reads int8 ones")
+        hint += " --dtype int8; or build an engine without --tokens int8, which reads both"
+    if faults:
+        raise StoreError(
+            f"the store {store.path} was not made for this engine", faults=faults, hint=hint
+        )
+
+
+def tokens_for(engine: Engine, store: TokenStore) -> TokenSource:
+    """Return what reads the store's tokens as the engine takes them."""
+    return store if engine.manifest.token_dtype == "int8" else float16_tokens(store)
 
 
 def float16_tokens(store: TokenStore) -> TokenStore | Float16Tokens:

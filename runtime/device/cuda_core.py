@@ -138,6 +138,7 @@ class CudaCoreDevice(GpuDevice):
             EngineError: no driver, no such GPU, or no cuda.core 1.2 or later.
         """
         super().__init__()
+        self._index = index
         self._core, self._driver = _load()
         call(self._driver, "cuInit", 0)
         count = int(call(self._driver, "cuDeviceGetCount"))
@@ -155,6 +156,9 @@ class CudaCoreDevice(GpuDevice):
         major, minor = self._raw.compute_capability
         self.compute_capability = int(major), int(minor)
         self._pinned_memory: Any = None
+
+    def sibling(self) -> CudaCoreDevice:
+        return CudaCoreDevice(self._index)
 
     def borrow(self, stream: object) -> CoreStream:
         handle = stream_handle(stream)
@@ -226,6 +230,9 @@ class CudaCoreDevice(GpuDevice):
         self._set_up.sync()
         return int(buffer.handle), buffer.close
 
+    def _free_bytes(self) -> int:
+        return int(call(self._driver, "cuMemGetInfo"))
+
     def _make_stream(self) -> tuple[CoreStream, Free]:
         raw = self._new_raw_stream()
         return CoreStream(raw, self._driver), raw.close
@@ -277,7 +284,7 @@ def _load() -> tuple[Any, Any]:
 
 
 def call(driver: Any, name: str, *arguments: Any) -> Any:
-    """Call a function of the CUDA driver; return its result, raise its error in one sentence."""
+    """Call a function of the CUDA driver; return its (first) result, raise its error."""
     error, *results = getattr(driver, name)(*arguments)
     if int(error) != _SUCCESS:
         raise EngineError(f"CUDA failed in {name}: {_reason(driver, error)}")

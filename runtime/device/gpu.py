@@ -121,11 +121,18 @@ class GpuDevice(ABC):
 
     def mirror(self, pinned: protocol.PinnedBuffer) -> DeviceMemory:
         elements = own(pinned, PinnedMemory).elements
-        num_bytes = max(elements.nbytes, 1)
+        return self.memory(elements.size, elements.dtype)
+
+    def memory(self, num_elements: int, dtype: np.dtype[Any]) -> DeviceMemory:
+        num_bytes = max(num_elements * dtype.itemsize, 1)
         address, free = self._allocated("device", num_bytes, self._allocate_device)
         self._owned.append(free)
         self._usage = replace(self._usage, device_bytes=self._usage.device_bytes + num_bytes)
-        return DeviceMemory(DeviceArray(address, elements.shape, elements.dtype))
+        return DeviceMemory(DeviceArray(address, (num_elements,), dtype))
+
+    def free_bytes(self) -> int:
+        with self.current():
+            return self._free_bytes()
 
     def stream(self) -> GpuStream:
         stream, free = self._make_stream()
@@ -172,7 +179,8 @@ class GpuDevice(ABC):
         except Exception as error:
             raise EngineError(
                 f"{self.name} gave no {num_bytes} bytes of {kind} memory: {error}",
-                hint="build the engine with a smaller --max-pairs, or free memory",
+                hint="build the engine with a smaller --max-pairs, keep fewer tokens resident, or "
+                "free memory",
             ) from error
 
     @abstractmethod
@@ -195,6 +203,10 @@ class GpuDevice(ABC):
     @abstractmethod
     def _allocate_device(self, num_bytes: int) -> tuple[int, Free]:
         """Return the address and what frees it."""
+
+    @abstractmethod
+    def _free_bytes(self) -> int:
+        """Return the free bytes of the GPU's memory."""
 
     @abstractmethod
     def _make_stream(self) -> tuple[GpuStream, Free]: ...

@@ -8,8 +8,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -178,6 +179,7 @@ class HostDevice:
 
     name = "host"
     shares_memory = True
+    compute_capability = None
     offers_graphs = True
 
     def __init__(self) -> None:
@@ -196,6 +198,15 @@ class HostDevice:
 
     def mirror(self, pinned: protocol.PinnedBuffer) -> protocol.DeviceBuffer:
         return pinned
+
+    def memory(self, num_elements: int, dtype: np.dtype[Any]) -> HostBuffer:
+        return self.pinned(num_elements, dtype)
+
+    def free_bytes(self) -> int:
+        return available_memory_bytes()
+
+    def sibling(self) -> HostDevice:
+        return HostDevice()
 
     def stream(self) -> HostStream:
         stream = HostStream(f"edje-stream-{len(self._streams)}")
@@ -234,6 +245,25 @@ class HostDevice:
                 self._streams.pop().close()
         self._graphs.clear()
         self._usage = protocol.DeviceUsage()
+
+
+def available_memory_bytes() -> int:
+    """Return how much memory this process may still take: the machine's, or its container's."""
+    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with suppress(OSError, LookupError):  # with what the page cache would give up
+        found[0] = _facts(Path("/proc/meminfo"))["MemAvailable:"] << 10
+    with suppress(OSError, LookupError, ValueError):  # `max` is no number: no limit
+        group = Path("/sys/fs/cgroup")
+        cached = _facts(group / "memory.stat")["inactive_file"]
+        used = int((group / "memory.current").read_text("ascii")) - cached
+        found.append(int((group / "memory.max").read_text("ascii")) - used)
+    return max(0, min(found))
+
+
+def _facts(path: Path) -> dict[str, int]:
+    """Read lines of a name and a number."""
+    lines = (line.split() for line in path.read_text("ascii").splitlines())
+    return {words[0]: int(words[1]) for words in lines}
 
 
 def _run_worker(queue: SimpleQueue[Item]) -> None:

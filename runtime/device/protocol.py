@@ -188,6 +188,11 @@ class Device(Protocol):
         """Whether `capture` can work here at all."""
         ...
 
+    @property
+    def compute_capability(self) -> tuple[int, int] | None:
+        """Major and minor of a GPU, which chooses its kernels; None where none run."""
+        ...
+
     def current(self) -> AbstractContextManager[object]:
         """Return a `with` block in which this thread's calls go to this device."""
         ...
@@ -198,6 +203,22 @@ class Device(Protocol):
 
     def mirror(self, pinned: PinnedBuffer) -> DeviceBuffer:
         """Return device memory of the same size; the same memory where host and device share."""
+        ...
+
+    def memory(self, num_elements: int, dtype: np.dtype[Any]) -> DeviceBuffer:
+        """Allocate memory where engines run; its values are undefined.
+
+        Raises:
+            EngineError: there is not so much.
+        """
+        ...
+
+    def free_bytes(self) -> int:
+        """Return how many bytes `memory` could give now; others may take them first."""
+        ...
+
+    def sibling(self) -> Device:
+        """Open the same device once more: what it makes is freed when it is closed by itself."""
         ...
 
     def stream(self) -> Stream:

@@ -117,6 +117,7 @@ class PycudaDevice(GpuDevice):
         """
         super().__init__()
         self._driver = _load()
+        self._opened_with = (index, context)
         given: Any = context
         self._context = self._retained(index) if given is None else given
         with self.current():
@@ -125,6 +126,10 @@ class PycudaDevice(GpuDevice):
             major, minor = gpu.compute_capability()
             self.compute_capability = int(major), int(minor)
             self._set_up = self._driver.Stream(_NON_BLOCKING)
+
+    def sibling(self) -> PycudaDevice:
+        index, context = self._opened_with
+        return PycudaDevice(index, context=context)
 
     def borrow(self, stream: object) -> PycudaStream:
         if not isinstance(stream, self._driver.Stream):
@@ -185,6 +190,9 @@ class PycudaDevice(GpuDevice):
     def _allocate_device(self, num_bytes: int) -> tuple[int, Free]:
         memory = self._driver.mem_alloc(num_bytes)
         return int(memory), memory.free
+
+    def _free_bytes(self) -> int:
+        return int(self._driver.mem_get_info()[0])
 
     def _make_stream(self) -> tuple[PycudaStream, Free]:
         stream = PycudaStream(self._driver.Stream(_NON_BLOCKING), self._driver)

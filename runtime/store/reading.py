@@ -55,6 +55,10 @@ class ReadableStore:
             )
         return rows
 
+    def live_rows(self) -> Int64:
+        """Return the row handles of all records: int64 [N], ascending, the caller's."""
+        return np.sort(self._index.live_rows())
+
     def read(
         self,
         rows: Int64,

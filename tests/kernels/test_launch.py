@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -150,3 +152,15 @@ def test_a_damaged_or_missing_cubin_is_refused(
     library = KernelLibrary(RecordingLoader(), (9, 0), folder=folder)
     with pytest.raises(EngineError, match=fault):
         library.kernel(NAME)
+
+
+def test_nothing_at_run_time_imports_triton() -> None:
+    code = (
+        "import sys\n"
+        "import edje.kernels.operations, edje.kernels.records, edje.kernels.references\n"
+        "from edje.kernels.launch import KernelLibrary\n"
+        "KernelLibrary(None, (9, 0))\n"
+        "print([name for name in sys.modules if name.startswith('triton')])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"

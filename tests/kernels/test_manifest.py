@@ -10,11 +10,13 @@ import pytest
 from edje.errors import EngineError
 from edje.files import sha256_of
 from edje.kernels import manifest as module
+from edje.kernels.build import OPTIONS
 from edje.kernels.manifest import CUBINS, MANIFEST, Cubin, read_manifest, source_hash
 from edje.kernels.variants import (
     COMPUTE_CAPABILITIES,
     MAX_REGISTERS,
     MAX_SHARED_BYTES,
+    SOURCES,
     Parameter,
     all_variants,
 )
@@ -31,7 +33,14 @@ def test_the_cubins_were_built_from_these_sources() -> None:
     assert read_manifest().source_hash == source_hash(), "the cubins are stale: run `make kernels`"
 
 
-def test_they_were_built_with_the_pinned_triton() -> None:
+def test_every_triton_source_is_hashed_and_built() -> None:
+    folder = ROOT / "kernels"
+    sources = {path.name for path in folder.glob("*.py") if "@triton.jit" in path.read_text()}
+    assert sources == set(SOURCES) == {f"{variant.source}.py" for variant in all_variants()}
+
+
+def test_they_were_built_with_the_pinned_triton_and_these_options() -> None:
+    assert read_manifest().options == OPTIONS
     pins = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     assert f"triton=={read_manifest().triton}" in pins
 
@@ -45,8 +54,11 @@ def test_every_variant_has_a_cubin_for_every_architecture() -> None:
         assert entry.num_warps == variant.num_warps
         assert entry.parameters == (*variant.parameters, *SCRATCH)
         assert dict(entry.constants) == dict(variant.constants)
-        found = tuple(cubin.compute_capability for cubin in entry.cubins)
-        assert found == COMPUTE_CAPABILITIES
+        found = [(cubin.compute_capability, cubin.file) for cubin in entry.cubins]
+        assert found == [
+            (capability, f"{variant.name}.sm_{capability.replace('.', '')}.cubin")
+            for capability in COMPUTE_CAPABILITIES
+        ]
 
 
 def test_the_files_are_those_that_the_manifest_names() -> None:
@@ -55,6 +67,13 @@ def test_the_files_are_those_that_the_manifest_names() -> None:
     for cubin in cubins:
         path = CUBINS / cubin.file
         assert (path.stat().st_size, sha256_of(path)) == (cubin.num_bytes, cubin.sha256)
+
+
+def test_a_cubin_holds_its_own_kernel() -> None:
+    for entry in read_manifest().kernels.values():
+        for cubin in entry.cubins:
+            code = (CUBINS / cubin.file).read_bytes()
+            assert f".text.{entry.symbol}\0".encode() in code, cubin.file
 
 
 def test_a_cubin_is_of_the_architecture_that_its_name_says() -> None:
@@ -82,7 +101,7 @@ def test_a_block_fits_the_register_file() -> None:
 
 
 def test_all_of_it_is_small_enough_for_the_repository() -> None:
-    assert sum(path.stat().st_size for path in CUBINS.iterdir()) < 2_000_000
+    assert sum(path.stat().st_size for path in CUBINS.iterdir()) < 2 << 20
 
 
 def test_what_is_written_is_read_again() -> None:
@@ -99,7 +118,7 @@ def test_a_changed_source_or_variant_changes_the_hash(
     monkeypatch.setattr(module, "all_variants", lambda: all_variants()[1:])
     assert source_hash() != before
     monkeypatch.undo()
-    for name in module.SOURCES:
+    for name in SOURCES:
         (tmp_path / name).write_bytes((ROOT / "kernels" / name).read_bytes())
     monkeypatch.setattr(module, "__file__", str(tmp_path / "manifest.py"))
     assert source_hash() == before

@@ -9,8 +9,10 @@ import pytest
 
 from edje.errors import EngineError
 from edje.kernels.launch import KernelLibrary
-from edje.kernels.manifest import read_manifest
-from edje.kernels.operations import Assemble, DeviceEmbeddings, GatherTokens, TopK
+from edje.kernels.manifest import CUBINS, read_manifest
+from edje.kernels.operations import Assemble, DeviceEmbeddings, TopK
+from edje.kernels.records import GatherTokens, ScatterTokens
+from edje.kernels.variants import COMPUTE_CAPABILITIES
 from recording_loader import FakeMemory, RecordingLoader, fake_memory
 
 RECORDS = fake_memory(1 << 20, (1000, 64, 384), "int8")
@@ -111,6 +113,87 @@ def test_unknown_dtypes_are_refused(library: KernelLibrary) -> None:
     with pytest.raises(EngineError) as raised:
         GatherTokens(library, token_dtype="float32", row_dtype="uint32")
     assert len(raised.value.faults) == 2
+    with pytest.raises(EngineError, match="scatter_tokens") as raised:
+        ScatterTokens(library, token_dtype="float32", place_dtype="uint32")
+    assert len(raised.value.faults) == 2
+
+
+def scatter_arrays(**changes: FakeMemory | None) -> dict[str, Any]:
+    arrays: dict[str, Any] = {
+        "tokens": fake_memory(3 << 20, (32, 64, 384), "int8"),
+        "places": fake_memory(4096, (32,), "int64"),
+        "pool": RECORDS,
+        "scales": fake_memory(4 << 20, (32, 64), "float16"),
+        "pool_scales": SCALES,
+    }
+    return {**arrays, **changes}
+
+
+def test_scatter_launches_one_program_for_8_kb(
+    loader: RecordingLoader, library: KernelLibrary
+) -> None:
+    scatter = ScatterTokens(library, token_dtype="int8")
+    scatter.enqueue(**scatter_arrays(), stream="copies")
+    (launch,) = loader.launches
+    assert (launch["symbol"], launch["stream"]) == ("scatter_tokens", "copies")
+    assert launch["grid"] == (32 * 3, 1, 1)  # 24,576 bytes each
+    values = passed(launch, "scatter_tokens_int8_by_int64")
+    assert values["num_records"] == 1000  # the pool's: places past it are skipped
+    assert values["record_vectors"] * 16 == 64 * 384
+    assert (values["num_scales"], values["places"]) == (64, 4096)
+    assert [values[name] for name in ("tokens", "out_tokens")] == [3 << 20, 1 << 20]
+    assert [values[name] for name in ("scales", "out_scales")] == [4 << 20, 2 << 20]
+
+
+def test_scatter_of_float16_has_no_scales(loader: RecordingLoader, library: KernelLibrary) -> None:
+    scatter = ScatterTokens(library, token_dtype="float16", place_dtype="int32")
+    scatter.enqueue(
+        fake_memory(2 << 20, (2, 64, 384), "float16"),
+        fake_memory(64, (2,), "int32"),
+        fake_memory(1 << 20, (5, 64, 384), "float16"),
+        stream=None,
+    )
+    (launch,) = loader.launches
+    assert launch["grid"] == (2 * 6, 1, 1)
+    values = passed(launch, "scatter_tokens_float16_by_int32")
+    assert values["num_records"] == 5
+    assert "scales" not in values
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"places": fake_memory(16, (32,), "int32")}, r"places: got int32 \[32\], expected int64"),
+        ({"places": fake_memory(16, (0,), "int64")}, "pool, places"),
+        ({"tokens": fake_memory(16, (31, 64, 384), "int8")}, r"tokens: got int8 \[31, 64, 384\]"),
+        ({"pool": fake_memory(16, (9, 64, 384), "float16")}, "pool: got float16"),
+        ({"scales": None}, r"scales: got none, int8 tokens need float16 \[32, 64\]"),
+        ({"pool_scales": fake_memory(16, (32, 64), "float16")}, "pool_scales: got float16"),
+        ({"pool": fake_memory(24, (1000, 64, 384), "int8")}, "out_tokens: got 24, expected an ad"),
+    ],
+)
+def test_scatter_refuses_what_does_not_fit(
+    loader: RecordingLoader, library: KernelLibrary, changes: dict[str, Any], fault: str
+) -> None:
+    scatter = ScatterTokens(library, token_dtype="int8")
+    with pytest.raises(EngineError, match=fault):
+        scatter.enqueue(**scatter_arrays(**changes), stream=None)
+    assert loader.launches == []
+
+
+@pytest.mark.parametrize("capability", COMPUTE_CAPABILITIES)
+@pytest.mark.parametrize("token_dtype", ["float16", "int8"])
+@pytest.mark.parametrize("row_dtype", ["int32", "int64"])
+def test_records_of_every_dtype_are_copied_on_every_gpu(
+    loader: RecordingLoader, capability: str, token_dtype: str, row_dtype: str
+) -> None:
+    major, _, minor = capability.partition(".")
+    library = KernelLibrary(loader, (int(major), int(minor)))
+    GatherTokens(library, token_dtype=token_dtype, row_dtype=row_dtype)
+    ScatterTokens(library, token_dtype=token_dtype, place_dtype=row_dtype)
+    end = f"_tokens_{token_dtype}_by_{row_dtype}.sm_{capability.replace('.', '')}.cubin"
+    expected = [(CUBINS / f"{kernel}{end}").read_bytes() for kernel in ("gather", "scatter")]
+    assert loader.loaded == expected
 
 
 def embeddings(**changes: Any) -> DeviceEmbeddings:

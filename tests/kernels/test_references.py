@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from edje.kernels.references import Embeddings, add_types, assemble, gather_tokens, top_k
+from edje.kernels.references import (
+    Embeddings,
+    add_types,
+    assemble,
+    gather_tokens,
+    scatter_tokens,
+    top_k,
+)
 
 HIDDEN_STATES = "pairs/slots"
 
@@ -107,6 +114,30 @@ def test_gather_leaves_negative_rows_and_marks_those_past_the_store(dtype: type)
     assert (out_scales[1] == 7).all()
     assert np.isnan(out_scales[3]).all()
     assert dtype is np.int8 or np.isnan(out[3]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.int8])
+def test_scatter_writes_its_places_and_nothing_else(dtype: type) -> None:
+    tokens = np.arange(4 * 2 * 8).reshape(4, 2, 8).astype(dtype)
+    scales = np.arange(8).reshape(4, 2).astype(np.float16)
+    pool, pool_scales = np.full((3, 2, 8), 99, dtype), np.full((3, 2), 99, np.float16)
+    places = np.array([2, -1, 3, 0])
+    scatter_tokens(tokens, places, pool, scales=scales, pool_scales=pool_scales)
+    for pair, place in ((0, 2), (3, 0)):
+        np.testing.assert_array_equal(pool[place], tokens[pair])
+        np.testing.assert_array_equal(pool_scales[place], scales[pair])
+    assert (pool[1] == 99).all()
+    assert (pool_scales[1] == 99).all()
+
+
+def test_what_was_scattered_is_gathered_again() -> None:
+    rng = np.random.default_rng(3)
+    tokens, pool = rng.standard_normal((5, 2, 8)), np.zeros((9, 2, 8))
+    places = rng.permutation(9)[:5]
+    scatter_tokens(tokens, places, pool)
+    out = np.empty_like(tokens)
+    gather_tokens(pool, places, out)
+    np.testing.assert_array_equal(out, tokens)
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=30), st.data())

@@ -16,6 +16,7 @@ from edje.perf.gpu_contest import HostTokens, make_pairs
 from edje.runtime import graphs as module
 from edje.runtime.device.host import HostDevice
 from edje.runtime.graphs import Graphs
+from edje.runtime.lane import Lane
 from edje.runtime.pipeline import Pipeline, Request
 from edje.runtime.text import TokenizedQueries
 from recording_device import CapturableEngine, RecordingDevice, WatchedEngine
@@ -81,7 +82,7 @@ class Bench:
     def __init__(self, **why):
         self.engine = Engine()
         self.device = Device(self.engine)
-        self.graphs = Graphs(self.engine, self.device, **{"wanted": True, "borrowed": False, **why})
+        self.graphs = Graphs(self.engine, self.device, **{"wanted": True, "exclusive": True, **why})
         self.slot = Slot()
 
     def run(self, num_pairs, slot=None):
@@ -213,7 +214,7 @@ def test_an_engine_that_cannot_be_captured_never_is():
     ("device", "why", "told"),
     [
         ({}, {"wanted": False}, "turned off"),
-        ({}, {"borrowed": True}, "the stream is the caller's"),
+        ({}, {"exclusive": False}, "the stream is the caller's"),
         ({"shares_memory": True}, {}, "launches no kernels"),
         ({"offers_graphs": False}, {}, "offers no graphs on pretended: use the cuda_core"),
     ],
@@ -251,10 +252,9 @@ def test_a_borrowed_stream_is_captured_only_where_it_is_lent_alone():
     device = RecordingDevice(1)
     with device.current():
         mine = device.stream()
-    assert run(pipeline_on(device, CapturableEngine(), stream=mine)).captured == 0
-    first = pipeline_on(device, CapturableEngine(), stream=mine, exclusive=True)
-    assert run(first).captured == 2
-    assert run(pipeline_on(device, CapturableEngine(), beside=first)).captured == 0
+        shared, alone = Lane(device, borrowed=mine), Lane(device, borrowed=mine, exclusive=True)
+    assert run(pipeline_on(device, CapturableEngine(), lane=shared)).captured == 0
+    assert run(pipeline_on(device, CapturableEngine(), lane=alone)).captured == 2
 
 
 def test_a_pipeline_says_why_it_has_no_graphs():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from edje.errors import EngineError, StoppedError, StoreError
 from edje.runtime.device.host import HostDevice
+from edje.runtime.lane import Lane
 from edje.runtime.pipeline import NUM_SLOTS, Pipeline, Request
 from edje.runtime.text import TokenizedQueries
 from toy_engine import ToyEngine, ToySource, toy_manifest
@@ -79,7 +80,7 @@ def test_scores_stand_where_their_pairs_stood(request_, num_slots):
 
 def test_nothing_is_allocated_after_the_pipeline_was_made(monkeypatch):
     with Rig() as rig:
-        for name in ("pinned", "mirror", "stream", "event"):
+        for name in ("pinned", "mirror", "memory", "stream", "event"):
             monkeypatch.setattr(HostDevice, name, None)
         for start in range(5):
             rig.check(make_request([5, 20, 63], np.arange(90) % 3, np.arange(start, start + 90)))
@@ -323,13 +324,13 @@ def test_a_callers_own_stream_computes():
     mine = device.stream()
     engine, threads = ToyEngine(), set()
     engine.before = lambda batch: threads.add(threading.current_thread())
-    pipeline = Pipeline(engine, ToySource(), device, stream=mine)
+    pipeline = Pipeline(engine, ToySource(), device, lane=Lane(device, borrowed=mine))
     request = make_request([5], np.zeros(20), np.arange(20))
     assert np.array_equal(pipeline.run(request).scores, expected_scores(request))
     assert threads == {mine._worker}
     assert device.usage().num_streams == 1
     with pytest.raises(EngineError, match="borrows host streams, got str"):
-        Pipeline(engine, ToySource(), device, stream="stream")
+        Lane(device, borrowed="stream")
     pipeline.close()
     device.close()
 

@@ -7,6 +7,7 @@ them with CUDA graphs, and some of these with room for two graphs a slot.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from edje.runtime import pipeline as pipeline_module
 from edje.runtime.device.host import HostDevice
 from edje.runtime.lane import Lane
 from edje.runtime.pipeline import Pipeline, Request
+from edje.runtime.slot_tokens import Staged, StagedRecords
 from edje.runtime.staging import Slot, SlotRing
 from edje.runtime.text import TokenizedQueries
 from recording_device import (
@@ -41,19 +43,24 @@ GRAPHS = st.sampled_from(["off", "on", "tight"])
 class WatchedSlot(Slot):
     """Tells a recording device what the host touches."""
 
-    def __init__(self, device: Any, manifest: Any):
-        super().__init__(device, manifest)
+    def __init__(self, device: Any, manifest: Any, pool: Any = None):
+        super().__init__(device, manifest, pool)
         self._touch = getattr(device, "touch", lambda *arrays, writes: None)
+        for tensor in staged_in(self.tokens):
+            tensor.host = self._written(tensor.host)
 
     def fill_text(self, queries, planned):
         views = self._of(planned)
         self._touch(views.text_ids, views.text_length, views.query_of_pair, writes=True)
         super().fill_text(queries, planned)
 
-    def token_views(self, planned):
-        tokens, scales = super().token_views(planned)
-        self._touch(tokens, scales, writes=True)
-        return tokens, scales
+    def _written(self, host):
+        def touching_host(*shape):
+            array = host(*shape)
+            self._touch(array, writes=True)
+            return array
+
+        return touching_host
 
     def upload(self, stream, planned):
         """Poison what the engine shall write as well: a graph that writes nothing is found out."""
@@ -67,6 +74,15 @@ class WatchedSlot(Slot):
         scores = super().scores(planned)
         self._touch(scores, writes=False)
         return scores
+
+
+def staged_in(thing) -> Iterator[Staged]:
+    """Yield the staged tensors of a slot's tokens: the host fills whatever it looks at there."""
+    for value in vars(thing).values():
+        if isinstance(value, Staged):
+            yield value
+        elif isinstance(value, StagedRecords):
+            yield from staged_in(value)
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,8 @@ VARIANTS = {variant.name: variant for variant in all_variants()}
 TYPES = {"*i8": np.int8, "*i16": np.int16, "*i32": np.int32, "*i64": np.int64}
 TYPES |= {"*fp16": np.float16, "*bf16": np.uint16, "*fp32": np.float32}
 Run = Callable[..., dict[str, np.ndarray]]
+# Bytes before and after every array that a kernel must leave as they are.
+MARGIN, MARK = 1 << 18, 0xA5
 
 
 @contextmanager
@@ -48,13 +50,15 @@ def interpreter() -> Iterator[Run]:
 def _run(
     name: str, num_programs: int, arguments: Mapping[str, Any], **constants: int
 ) -> dict[str, np.ndarray]:
-    """Run one launch; bfloat16 arrays travel as uint16."""
+    """Run one launch; bfloat16 arrays travel as uint16. No array may be written beside."""
     import torch
 
     variant = VARIANTS[name]
     types = {parameter.name: parameter.type for parameter in variant.parameters}
     assert arguments.keys() == types.keys(), f"{name} takes {list(types)}"
-    arrays = {key: value for key, value in arguments.items() if isinstance(value, np.ndarray)}
+    given = {key: value for key, value in arguments.items() if isinstance(value, np.ndarray)}
+    memory = {key: _with_margins(array) for key, array in given.items()}
+    arrays = {key: _inside(memory[key], array) for key, array in given.items()}
     tensors = {
         key: torch.from_numpy(array).view(torch.bfloat16)
         if types[key] == "*bf16"
@@ -65,7 +69,21 @@ def _run(
     # NumPy warns of lanes that are masked out (0 / 0, inf - inf): no faults of the kernel.
     with np.errstate(all="ignore"):
         function[(num_programs,)](**{**arguments, **tensors, **variant.constants, **constants})
+    for key, held in memory.items():
+        margins = held[:MARGIN], held[-MARGIN:]
+        assert all((margin == MARK).all() for margin in margins), f"{name} wrote beside {key}"
     return arrays
+
+
+def _with_margins(array: np.ndarray) -> np.ndarray:
+    """Return a copy of the array's bytes between two margins."""
+    memory = np.full(array.nbytes + 2 * MARGIN, MARK, np.uint8)
+    _inside(memory, array)[...] = array
+    return memory
+
+
+def _inside(memory: np.ndarray, array: np.ndarray) -> np.ndarray:
+    return memory[MARGIN:-MARGIN].view(array.dtype).reshape(array.shape)
 
 
 @dataclass(frozen=True)

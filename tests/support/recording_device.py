@@ -26,7 +26,9 @@ from typing import Any
 import numpy as np
 
 from edje.errors import EngineError
+from edje.kernels.manifest import KernelEntry
 from edje.runtime.device.protocol import DeviceUsage
+from pretended_kernels import copy_of, entry_of
 from toy_engine import ToyEngine
 
 HOST = -1
@@ -55,6 +57,14 @@ class Access:
         return clock.get(self.place, 0) >= self.count
 
 
+class DeviceView(np.ndarray):
+    """What kernels take: an array that says where it lies."""
+
+    @property
+    def address(self) -> int:
+        return self.ctypes.data
+
+
 class RecordingBuffer:
     """Pinned or device memory; remembers the last write and the reads since."""
 
@@ -66,7 +76,10 @@ class RecordingBuffer:
         self.read: list[Access] = []
 
     def view(self, shape: tuple[int, ...]) -> np.ndarray:
-        return self.memory[: math.prod(shape)].reshape(shape)
+        return self.memory[: math.prod(shape)].reshape(shape).view(DeviceView)
+
+    def holds(self, address: int) -> bool:
+        return 0 <= address - self.memory.ctypes.data < self.memory.nbytes
 
     def unordered(self, clock: Clock, *, writes: bool) -> Iterator[Access]:
         """Accesses that conflict with one of this clock and are not certain to have run."""
@@ -247,6 +260,7 @@ class RecordingDevice:
 
     name = "recording"
     shares_memory = False
+    compute_capability = (9, 0)
     offers_graphs = True
 
     def __init__(self, seed: int):
@@ -279,6 +293,15 @@ class RecordingDevice:
     def mirror(self, pinned: RecordingBuffer) -> RecordingBuffer:
         return self._buffer(f"mirror of {pinned.name}", pinned.memory.size, pinned.memory.dtype)
 
+    def memory(self, num_elements: int, dtype: np.dtype[Any]) -> RecordingBuffer:
+        return self._buffer(f"memory {len(self._buffers)}", num_elements, dtype)
+
+    def free_bytes(self) -> int:
+        return 1 << 20
+
+    def sibling(self) -> RecordingSibling:
+        return RecordingSibling(self)
+
     def stream(self) -> RecordingStream:
         self._streams.append(RecordingStream(self, len(self._streams)))
         return self._streams[-1]
@@ -303,8 +326,8 @@ class RecordingDevice:
             stream.is_captured = False
         return RecordingGraph(self, capturing.captured)
 
-    def load_module(self, code: bytes) -> None:
-        raise EngineError("the recording device runs no device code")
+    def load_module(self, code: bytes) -> RecordingModule:
+        return RecordingModule(self, entry_of(code))
 
     def fault(self) -> str | None:
         return self.lost
@@ -328,9 +351,9 @@ class RecordingDevice:
         return not any(stream.queue for stream in self._streams)
 
     def buffers_of(self, *arrays: np.ndarray | None) -> list[RecordingBuffer]:
-        """Return the buffers that these views begin."""
-        wanted = {array.ctypes.data for array in arrays if array is not None}
-        return [buffer for buffer in self._buffers if buffer.memory.ctypes.data in wanted]
+        """Return the buffers that these views lie in."""
+        wanted = [array.ctypes.data for array in arrays if array is not None]
+        return [buffer for buffer in self._buffers if any(map(buffer.holds, wanted))]
 
     def touch(self, *arrays: np.ndarray | None, writes: bool) -> None:
         """Say that the host reads (or writes as well) these views now."""
@@ -394,6 +417,47 @@ class RecordingDevice:
         self.num_run += 1
         self._random.choice(ready).run_head()
         return True
+
+
+class RecordingSibling:
+    """The same device once more; what it makes goes with it."""
+
+    def __init__(self, device: RecordingDevice):
+        self._device, self._before = device, len(device._buffers)
+        self._num_events = device._num_events
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
+
+    def close(self) -> None:
+        assert self._device.is_idle(), "it is still in use"
+        del self._device._buffers[self._before :]
+        self._device._num_events = self._num_events
+
+
+@dataclass(frozen=True)
+class RecordingModule:
+    """A cubin of a copying kernel, and the kernel."""
+
+    device: RecordingDevice
+    entry: KernelEntry
+
+    def kernel(self, symbol: str) -> RecordingModule:
+        assert symbol == self.entry.symbol
+        return self
+
+    def launch(
+        self, stream: RecordingStream, *, grid: tuple[int, int, int], arguments: Any, **_: Any
+    ) -> None:
+        self.device.fail_if_asked("launch")
+        copy = copy_of(self.entry, grid[0], arguments)
+        buffers = self.device.buffers_of
+        stream.submit(
+            copy.run,
+            what=self.entry.symbol,
+            reads=buffers(copy.numbers, *copy.source),
+            writes=buffers(*copy.target),
+        )
 
 
 class WatchedEngine(ToyEngine):

@@ -1,0 +1,46 @@
+"""Devices by name: which one an engine runs on, opened when it is asked for."""
+
+from __future__ import annotations
+
+from ...engines.manifest import EngineManifest
+from ...errors import EngineError
+from .host import HostDevice
+from .protocol import Device
+
+GPU_DEVICES = ("cuda_core", "pycuda")
+NAMES = "host, cuda_core, cuda_core:1, pycuda or pycuda:1 (the number is the GPU's)"
+
+
+def open_device(name: str | None, manifest: EngineManifest) -> Device:
+    """Open the device for an engine; the caller closes it.
+
+    Args:
+        name: `host`; `cuda_core` or `pycuda`, with `:1` for another GPU than the first; None:
+            what the engine was built for, `host` or `cuda_core`.
+        manifest: the engine's.
+
+    Raises:
+        EngineError: no such device, it cannot be used here, or it is not what the engine runs on.
+    """
+    kind = manifest.device.get("kind")
+    wanted = name or ("cuda_core" if kind == "cuda" else "host")
+    base, _, number = wanted.partition(":")
+    is_gpu = base in GPU_DEVICES
+    if not (is_gpu and (not number or number.isdecimal())) and wanted != "host":
+        raise EngineError(f"no device is called {wanted!r}, expected {NAMES}")
+    if is_gpu != (kind == "cuda"):
+        raise EngineError(
+            f"the engine was built for {'a GPU' if kind == 'cuda' else 'the CPU'}, "
+            f"it cannot run on the device {wanted}",
+            hint="leave the device out, or build an engine for it: edje build BUNDLE --backend B",
+        )
+    index = int(number or 0)
+    if base == "cuda_core":
+        from .cuda_core import CudaCoreDevice
+
+        return CudaCoreDevice(index)
+    if base == "pycuda":
+        from .pycuda import PycudaDevice
+
+        return PycudaDevice(index)
+    return HostDevice()

@@ -1,0 +1,146 @@
+"""Which images a pool on the device is for, and how much memory it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import RequestError
+from ..device.protocol import Device
+from ..results import Residency
+from ..store import TokenStore
+from .token_pool import TokenPool, record_bytes
+
+Place = Literal["disk", "host", "device", "auto"]
+Policy = Literal["all", "listed", "recent"]
+Int64 = npt.NDArray[np.int64]
+
+# The rest is for what engines allocate when they first meet a text bucket.
+SHARE_OF_FREE_BYTES = 0.8
+
+_POLICIES = {
+    "all": "every image",
+    "listed": "the images of the given list",
+    "recent": "the images asked for last, as many as fit",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a caller asks for.
+
+    Attributes:
+        place: where tokens shall be read from; None: wherever the store was opened to read from.
+        max_bytes: device memory that resident tokens may take; None: most of what is free.
+        ids: the images to keep on the device; None: all, or those asked for last.
+    """
+
+    place: Place | None = None
+    max_bytes: int | None = None
+    ids: Sequence[str] | None = None
+
+    def check(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            RequestError: all faults at once.
+        """
+        faults = []
+        if self.place is not None and self.place not in get_args(Place):
+            faults.append(f"residency: got {self.place!r}, expected {', '.join(get_args(Place))}")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            faults.append(f"resident_bytes: got {self.max_bytes}, expected 1 or more")
+        if isinstance(self.ids, str):
+            faults.append(f"resident_ids: got the string {self.ids!r}, expected a list of ids")
+        if self.place not in ("device", "auto"):
+            given = {"resident_bytes": self.max_bytes, "resident_ids": self.ids}
+            faults += [
+                f'{name}: only with residency="device" or "auto"'
+                for name, value in given.items()
+                if value is not None
+            ]
+        if faults:
+            raise RequestError("tokens cannot be kept so", faults=faults)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPlan:
+    """What a pool is for.
+
+    Attributes:
+        policy: `all` or `listed` (loaded ahead, nothing else comes in), or `recent`.
+        capacity: records there is room for.
+        ahead: int64: rows to load before the first request.
+        num_images: images of the store.
+        shape, dtype: (m, H) of a record, as the engine reads it.
+    """
+
+    policy: Policy
+    capacity: int
+    ahead: Int64
+    num_images: int
+    shape: tuple[int, int]
+    dtype: str
+
+    def residency(self, reason: str) -> Residency:
+        """Say it to the caller."""
+        num_bytes = self.capacity * record_bytes(self.shape, self.dtype)
+        says = f"{reason}; {_POLICIES[self.policy]}"
+        return Residency("device", self.policy, self.capacity, num_bytes, says, {})
+
+
+def plan_pool(
+    store: TokenStore, wish: Wish, device: Device, *, shape: tuple[int, int], dtype: str, spare: int
+) -> PoolPlan:
+    """Decide what a pool on `device` holds of `store`.
+
+    Args:
+        shape: (m, H) of a record.
+        dtype: of the tokens as the engine reads them.
+        spare: bytes of the device that will be needed for something else.
+
+    Raises:
+        RequestError: no room for one record, or not for all that the caller listed; or ids that
+            the store does not hold.
+    """
+    each = record_bytes(shape, dtype)
+    limit = wish.max_bytes
+    if limit is None:
+        limit = int((device.free_bytes() - spare) * SHARE_OF_FREE_BYTES)
+    most, rows = max(0, limit) // each, store.live_rows()
+    listed = None if wish.ids is None else np.unique(store.rows(wish.ids))
+    least = 1 if listed is None else len(listed)
+    if most < least:
+        raise RequestError(
+            f"{least} images of {each:,} bytes need {least * each:,} bytes on {device.name}, "
+            f"expected at most {limit:,}",
+            hint="give more resident_bytes, list fewer resident_ids, or build the engine with "
+            "--tokens int8 for half the bytes",
+        )
+    if listed is not None:
+        return PoolPlan("listed", len(listed), listed, len(rows), shape, dtype)
+    if len(rows) <= most:
+        return PoolPlan("all", len(rows), rows, len(rows), shape, dtype)
+    return PoolPlan("recent", most, rows[:0], len(rows), shape, dtype)
+
+
+def make_pool(
+    store: TokenStore, plan: PoolPlan, device: Device, *, checks_finite: bool
+) -> TokenPool:
+    """Allocate the pool of a plan; see `TokenPool`.
+
+    Raises:
+        EngineError: the device runs no kernels, or has not so much memory.
+    """
+    return TokenPool(
+        device,
+        store.live_rows(),
+        plan.capacity,
+        shape=plan.shape,
+        dtype=plan.dtype,
+        checks_finite=checks_finite,
+    )

@@ -1,0 +1,292 @@
+"""A pipeline whose tokens partly stay on the device gives the scores of one whose tokens do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edje.errors import EdjeError, EngineError
+from edje.runtime.device.host import HostDevice
+from edje.runtime.pipeline import Pipeline, Request
+from edje.runtime.residency.resident_map import ResidentMap
+from edje.runtime.residency.token_pool import TokenPool
+from edje.runtime.slot_tokens import Staged
+from edje.runtime.text import TokenizedQueries
+from recording_device import RecordingDevice, WatchedEngine
+from toy_engine import HIDDEN, NUM_TOKENS, ToySource, toy_manifest
+
+NUM_ROWS = 60  # that the store has
+SEEDS = st.integers(0, 2**32)
+CAPACITIES = st.sampled_from([1, 3, 8, 20, NUM_ROWS])
+DTYPES = st.sampled_from(["float16", "int8"])
+
+
+@pytest.fixture(autouse=True)
+def watched_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tell the recording device that the host writes whatever it looks at (but for scores)."""
+    init, host = Staged.__init__, Staged.host
+
+    def keeping_init(self: Any, device: Any, num_elements: int, dtype: str) -> None:
+        init(self, device, num_elements, dtype)
+        self.device, self.dtype = device, dtype
+
+    def touching_host(self: Any, *shape: int) -> Any:
+        array = host(self, *shape)
+        if self.dtype != "float32":
+            self.device.touch(array, writes=True)
+        return array
+
+    monkeypatch.setattr(Staged, "__init__", keeping_init)
+    monkeypatch.setattr(Staged, "host", touching_host)
+
+
+class Rig:
+    """A pipeline with a pool on a recording device."""
+
+    def __init__(
+        self,
+        seed: int,
+        capacity: int,
+        dtype: str = "float16",
+        *,
+        num_slots: int = 3,
+        known: int = NUM_ROWS,
+        checks_finite: bool = False,
+        **source: Any,
+    ):
+        self.device = RecordingDevice(seed)
+        manifest = replace(toy_manifest(), token_dtype=dtype)
+        self.engine, self.source = WatchedEngine(manifest), ToySource(**source)
+        self.dtype, self.num_slots = dtype, num_slots
+        self.pool = TokenPool(
+            self.device,
+            np.arange(known),
+            capacity,
+            shape=(NUM_TOKENS, HIDDEN),
+            dtype=dtype,
+            checks_finite=checks_finite,
+        )
+        self.pipeline = Pipeline(
+            self.engine, self.source, self.device, num_slots=num_slots, pool=self.pool
+        )
+        self.made = self.device.usage()
+
+    def check(self, request: Request) -> Any:
+        result = self.pipeline.run(request)
+        expected = self.expected(request)
+        for place in result.damaged:
+            expected[place] = np.nan
+        np.testing.assert_array_equal(result.scores, expected)
+        return result
+
+    def outcome(self, request: Request) -> EdjeError | None:
+        """Return the error that the request ends with; None after right scores."""
+        try:
+            self.check(request)
+        except EdjeError as error:
+            return error
+        return None
+
+    def expected(self, request: Request) -> np.ndarray:
+        text, rows = request.queries.text_ids.sum(1) / 1024, request.rows
+        values = rows if self.dtype == "float16" else rows % 100 * (rows // 100 + 1)
+        return (values + text[request.query_of_pair]).astype(np.float32)
+
+    def rows_read(self) -> list[int]:
+        """Return the rows that were read from the store since the last call, in this order."""
+        read = [row for kind, rows in self.source.calls if kind == "read" for row in rows]
+        self.source.calls.clear()
+        return read
+
+    def finish(self) -> None:
+        assert self.device.races == []
+        assert self.device.usage() == self.made, "something was made while requests ran"
+        assert len(self.pipeline._ring._free) == self.num_slots
+        assert self.pool.map._open_tickets == set()
+        assert len(self.pool.map) + self.pool.map._num_empty == self.pool.map.capacity
+        self.pipeline.close()
+        self.device.close()
+
+
+def ask(rows: Any, lengths: Any = (5,), query_of_pair: Any = None) -> Request:
+    rows, lengths = np.asarray(rows, np.int64), np.asarray(lengths, np.int32)
+    text_ids = np.zeros((len(lengths), 63), np.int32)
+    for q, length in enumerate(lengths):
+        text_ids[q, :length] = q + 1
+    queries = TokenizedQueries(text_ids, lengths, np.zeros(len(lengths), np.bool_))
+    asked = np.zeros(len(rows)) if query_of_pair is None else query_of_pair
+    return Request(queries, np.asarray(asked, np.int64), rows)
+
+
+@st.composite
+def requests(draw: Any) -> Request:
+    """Up to 40 pairs of up to three queries, rows repeated."""
+    lengths = draw(st.lists(st.integers(3, 63), min_size=1, max_size=3))
+    rows = draw(st.lists(st.integers(0, NUM_ROWS - 1), min_size=1, max_size=40))
+    return ask(rows, lengths, np.arange(len(rows)) % len(lengths))
+
+
+many = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+some = settings(many, max_examples=100)
+
+
+@many
+@given(SEEDS, CAPACITIES, DTYPES, st.lists(requests(), min_size=1, max_size=5), st.integers(1, 4))
+def test_mixed_batches_score_as_if_all_was_uploaded(seed, capacity, dtype, asked, num_slots):
+    rig = Rig(seed, capacity, dtype, num_slots=num_slots)
+    for request in asked:
+        rig.check(request)
+    rig.finish()
+
+
+@some
+@given(SEEDS, CAPACITIES, DTYPES, st.lists(requests(), min_size=2, max_size=5))
+def test_threads_share_a_pool(seed, capacity, dtype, asked):
+    rig = Rig(seed, capacity, dtype)
+    with ThreadPoolExecutor(len(asked)) as pool:
+        list(pool.map(rig.check, asked))
+    rig.finish()
+
+
+BREAKS = ("upload", "uploading", "launch", "download", "downloading", "compute", "gather")
+
+
+@some
+@given(SEEDS, CAPACITIES, requests(), st.sampled_from(BREAKS), st.integers(1, 12))
+def test_what_failed_on_its_way_is_never_found_in_the_pool(seed, capacity, request_, what, at):
+    rig = Rig(seed, capacity)
+    broken = int(request_.rows[at % len(request_.rows)])
+
+    def fail_on_broken(batch: Any) -> None:
+        if (batch.visual_tokens[:, 0, 0] == broken).any():
+            raise RuntimeError("kernel broke")
+
+    if what == "compute":
+        rig.engine.before = fail_on_broken
+    elif what == "gather":
+        rig.source.fail = {broken: EngineError("disk gone")}
+    else:
+        rig.device.failures[what] = at
+    error = rig.outcome(request_)
+    assert error is None or error.stage is not None
+    rig.engine.before, rig.source.fail = None, {}
+    rig.device.failures.clear()
+    rig.check(ask(np.arange(NUM_ROWS)))
+    rig.check(request_)
+    rig.finish()
+
+
+def test_what_is_held_is_not_read_again():
+    rig = Rig(1, NUM_ROWS)
+    request = ask(np.arange(40))
+    rig.check(request)
+    assert sorted(rig.rows_read()) == list(range(40))
+    rig.check(request)
+    assert rig.rows_read() == []
+    rig.check(ask(np.arange(30, 50)))
+    assert sorted(rig.rows_read()) == list(range(40, 50))
+    assert len(rig.pool.map) == 50
+    rig.finish()
+
+
+def test_an_image_that_several_queries_ask_for_is_read_once():
+    rig = Rig(1, NUM_ROWS)
+    rig.check(ask([7, 9, 7, 9, 7, 9], [5, 6, 7], [0, 0, 1, 1, 2, 2]))
+    assert sorted(rig.rows_read()) == [7, 9]
+    rig.finish()
+
+
+def test_loaded_ahead_all_is_held_and_nothing_else_taken_in():
+    rig = Rig(3, 30)
+    rig.pipeline.load(np.arange(30))
+    rig.pool.map.freeze()
+    assert sorted(rig.rows_read()) == list(range(30))
+    rig.check(ask(np.arange(NUM_ROWS)))
+    assert sorted(rig.rows_read()) == list(range(30, NUM_ROWS))
+    rig.check(ask(np.arange(NUM_ROWS)))
+    assert sorted(rig.rows_read()) == list(range(30, NUM_ROWS))
+    assert len(rig.pool.map) == 30
+    rig.finish()
+
+
+def test_damaged_records_are_named_for_every_pair_and_never_held():
+    rig = Rig(5, NUM_ROWS, bad=[3, 17])
+    rig.pipeline.load(np.arange(0, 10))
+    assert len(rig.pool.map) == 9
+    for _ in range(2):
+        result = rig.check(ask([3, 4, 17, 3, 5], [5, 6], [0, 0, 0, 1, 1]))
+        assert result.damaged == {0: "flipped", 2: "flipped", 3: "flipped"}
+    assert set(rig.rows_read()) >= {3, 17}
+    assert (rig.pool.map.missing(np.arange(20)) == [3, *range(10, 20)]).all()
+    rig.finish()
+
+
+def test_tokens_that_are_not_finite_have_no_score_and_are_not_held_where_that_would_hide_them():
+    rig = Rig(5, NUM_ROWS, "int8", broken=[3, 17])
+    for _ in range(2):
+        scores = rig.pipeline.run(ask([3, 4, 17, 3, 5])).scores
+        assert np.isnan(scores).tolist() == [True, False, True, True, False]
+    assert rig.pool.map.missing(np.array([3, 4, 5, 17])).tolist() == [3, 17]
+    rig.finish()
+
+
+def test_a_device_without_memory_of_its_own_has_no_pool():
+    with pytest.raises(EngineError, match=r"no memory of its own(?s:.*)residency=\"host\""):
+        TokenPool(HostDevice(), np.arange(3), 3, shape=(4, 8), dtype="float16", checks_finite=False)
+
+
+SPOILT = ("published too early", "driven out while in use", "the gather does not wait")
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_a_spoilt_pool_is_found(spoilt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: each broken rule must be found in a handful of schedules."""
+    found = 0
+    for seed in range(10):
+        with monkeypatch.context() as patch:
+            rig = Rig(seed, 12)
+            spoil(rig, spoilt, patch)
+            found += any(problems(rig, seed))
+    assert found >= 8
+
+
+def problems(rig: Rig, seed: int) -> Iterator[bool]:
+    asked = [ask(np.random.default_rng([seed, n]).integers(0, NUM_ROWS, 40)) for n in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        for outcome in [pool.submit(rig.check, request) for request in asked]:
+            yield outcome.exception() is not None
+    yield bool(rig.device.races)
+
+
+def spoil(rig: Rig, what: str, patch: pytest.MonkeyPatch) -> None:
+    if what == "published too early":
+        take = ResidentMap.take
+
+        def eager_take(self: Any, rows: Any) -> Any:
+            places = take(self, rows)
+            kept = places != -1
+            self.publish(rows[kept], places[kept])
+            rig.device.failures["uploading"] = 2
+            return np.full_like(places, -1)
+
+        patch.setattr(ResidentMap, "take", eager_take)
+    elif what == "driven out while in use":
+        find = ResidentMap.find
+
+        def careless_find(self: Any, rows: Any) -> Any:
+            found = find(self, rows)
+            self.let_go(found.ticket)
+            return found
+
+        patch.setattr(ResidentMap, "find", careless_find)
+    else:
+        patch.setattr(rig.pipeline._lane._compute, "wait", lambda event: None)
