@@ -1,14 +1,15 @@
 """Pairs with known scores, and an engine's speed over them: bare, and through our pipeline.
 
 Bare: tokens lie on the GPU, batches follow each other on one stream. Pipeline: tokens lie in host
-memory at random rows, and everything from there to scores on the host counts. Both take turns in
-one process over the same number of pairs; the scores of both are compared with float32.
+memory at random rows, and everything from there to scores on the host counts. Resident: the same
+with all tokens in a pool on the GPU. They take turns in one process over the same number of pairs;
+the scores of all are compared with float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -24,10 +25,12 @@ from ..engines.contract import Batch, Engine, Float16, Float32, Int32
 from ..engines.cuda_memory import CudaStream, DeviceMemory
 from ..engines.fidelity import reference_scorer
 from ..engines.manifest import EngineManifest, Profile
+from ..runtime.device.protocol import Device
 from ..runtime.lane import Lane
 from ..runtime.pipeline import Pipeline, Request, Scored
-from ..runtime.store import BadRecord
+from ..runtime.residency.token_pool import TokenPool
 from ..runtime.text import TokenizedQueries
+from ..runtime.token_source import HeldTokens
 from .gpu_steps import Report
 from .harness import interleave
 from .roofline import slots_of
@@ -41,6 +44,7 @@ NUM_ROUNDS, LEAST_ROUNDS, POINT_S = 7, 3, 1.5
 LEAST_TAU = 0.8  # random weights: int8 has about 0.9, a wrong engine about 0
 CPU_PAIRS = 32  # that the float32 reference scores where PyTorch sees no GPU
 SEED = 0
+BARE, PIPELINE, RESIDENT = "bare", "pipeline", "resident"
 
 Array = npt.NDArray[Any]
 Scores = Callable[[], Float32]
@@ -71,29 +75,6 @@ class Pairs:
         tokens = self.tokens[rows[0] : rows[0] + size] if whole else self.tokens[rows]
         length = np.array([self.text_ids.shape[1]], np.int32)
         return Batch(self.text_ids, length, np.zeros(size, np.int32), tokens)
-
-
-class HostTokens:
-    """Tokens in host memory as the pipeline reads them."""
-
-    def __init__(self, tokens: Float16):
-        """`tokens` float16 [N, m, H], the caller's, unchanged while it is read."""
-        self._tokens = tokens
-
-    def read(
-        self,
-        rows: npt.NDArray[np.int64],
-        out: Array,
-        scales: Float16 | None = None,
-        *,
-        bad: str = "mark",
-    ) -> list[BadRecord]:
-        """Copy the records of `rows` into `out`; none is ever bad."""
-        np.take(self._tokens, rows, axis=0, out=out, mode="clip")  # `raise` copies twice
-        return []
-
-    def prefetch(self, rows: npt.NDArray[np.int64]) -> None:
-        """Everything is in memory already."""
 
 
 def random_pairs(bundle: BundleManifest, num_pairs: int = NUM_PAIRS) -> tuple[Int32, Float16]:
@@ -249,25 +230,55 @@ def measure_points(
 
 
 def measure_point(engine: Engine, pairs: Pairs, size: int) -> list[dict[str, Any]]:
-    """Measure one batch size, bare and through the pipeline."""
+    """Measure one batch size: bare, and through the pipeline, tokens on the host and resident."""
     from ..runtime.device.cuda_core import CudaCoreDevice
 
     num_batches = max(NUM_RESIDENT, NUM_PAIRS // size)
     rows = np.arange(num_batches * size) % (NUM_RESIDENT * size) % len(pairs.tokens)
-    with _narrowed(engine, size), closing(CudaCoreDevice()) as device:
+    with ExitStack() as stack:
+        stack.enter_context(_narrowed(engine, size))
+        device = stack.enter_context(closing(CudaCoreDevice()))
         stream = _stream()
-        lane = Lane(device, borrowed=stream, exclusive=True)  # the two contestants take turns
-        pipeline = Pipeline(engine, HostTokens(pairs.tokens), device, lane=lane)
-        with DeviceMemory(stream) as memory, closing(pipeline):
-            last: list[Scored] = []
-            through = through_pipeline(pipeline, pairs, rows, last)
-            bare = _bare(engine, pairs, size, num_batches, memory, stream)
-            made = compare({"bare": bare, "pipeline": through}, rows, pairs)
-    return [{**made[0]}, {**made[1], "stages_ms": stages_ms(last[-1], num_batches)}]
+        memory = stack.enter_context(DeviceMemory(stream))
+        lane = Lane(device, borrowed=stream, exclusive=True)  # contestants take turns
+        pipelines = make_pipelines(engine, pairs, device, lane)
+        last: dict[str, Scored] = {}
+        contestants = {BARE: _bare(engine, pairs, size, num_batches, memory, stream)}
+        for name, pipeline in pipelines.items():
+            stack.enter_context(closing(pipeline))
+            contestants[name] = through_pipeline(pipeline, pairs, rows, name, last)
+        made = compare(contestants, rows, pairs)
+    bare_speed = made[0]["pairs_per_s"]
+    for row in made[1:]:
+        row["stages_ms"] = stages_ms(last[row["via"]], num_batches)
+        both = row["pairs_per_s"] and bare_speed
+        row["share_of_bare"] = round(row["pairs_per_s"] / bare_speed, 4) if both else None
+    return made
+
+
+def make_pipelines(engine: Engine, pairs: Pairs, device: Device, lane: Lane) -> dict[str, Pipeline]:
+    """Return pipelines over the same tokens: in host memory, and all of them resident."""
+    every, sizes = np.arange(len(pairs.tokens)), engine.manifest.bundle.sizes
+    source = HeldTokens(every, pairs.tokens)
+    pool = TokenPool(
+        device,
+        every,
+        len(every),
+        shape=(sizes.num_tokens, sizes.hidden),
+        dtype="float16",
+        checks_finite=False,
+    )
+    resident = Pipeline(engine, source, device, lane=lane, pool=pool)
+    resident.load(every)
+    return {PIPELINE: Pipeline(engine, source, device, lane=lane), RESIDENT: resident}
 
 
 def through_pipeline(
-    pipeline: Pipeline, pairs: Pairs, rows: npt.NDArray[np.int64], last: list[Scored]
+    pipeline: Pipeline,
+    pairs: Pairs,
+    rows: npt.NDArray[np.int64],
+    name: str,
+    last: dict[str, Scored],
 ) -> Scores:
     """Return a run of all `rows`, shuffled, giving scores in their order; `last` gets its times."""
     length = np.array([pairs.text_ids.shape[1]], np.int32)
@@ -276,9 +287,9 @@ def through_pipeline(
     request = Request(queries, np.zeros(len(rows), np.int64), rows[order].astype(np.int64))
 
     def run() -> Float32:
-        last[:] = [pipeline.run(request)]
+        last[name] = pipeline.run(request)
         scores = np.empty(len(rows), np.float32)
-        scores[order] = last[0].scores
+        scores[order] = last[name].scores
         return scores
 
     return run

@@ -10,7 +10,7 @@ from .gpu_steps import OK, StepResult
 from .roofline import roofs
 
 Row = Mapping[str, Any]
-HEAD = ("engine", "tokens", "words", "batch", "pairs/s", "of roof", "stages, ms a batch",
+HEAD = ("engine", "tokens", "words", "batch", "pairs/s", "of bare", "of roof", "stages, ms a batch",
         "max diff", "tau")  # fmt: skip
 STAGES = ("gather_ms", "upload_ms", "compute_ms", "download_ms")
 PRODUCTS = ("fp16", "int8", "fp8")
@@ -101,18 +101,23 @@ def _rate(row: Row) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    share, stages, compared = row["share_of_roof"], row.get("stages_ms"), row["agreement"]
+    stages, compared = row.get("stages_ms"), row["agreement"]
     return (
         row["engine"],
         row["via"],
         str(row["wordpieces"]),
         str(row["batch"]),
         f"{row['pairs_per_s']:,.0f}",
-        "-" if share is None else f"{share:.1%}",
+        _share(row.get("share_of_bare")),
+        _share(row["share_of_roof"]),
         " + ".join(f"{stages[name]:.2f}" for name in STAGES) if stages else "-",
         f"{compared['max_abs_diff']:.1e}",
         f"{compared['kendall_tau']:.4f}",
     )
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> Iterator[str]:

@@ -47,8 +47,9 @@ def test_rank_is_compared_with_the_bare_library(engines, request_of_both):
     names = [timing["name"] for timing in result["timings"]]
     assert names == [
         "Reranker.rank",
-        "bare OpenVINO, batches of 16",
-        "bare OpenVINO, batches of 256",
+        "bare OpenVINO, a stream a core, batches of 16",
+        "bare OpenVINO, one stream, batches of 16",
+        "bare OpenVINO, one stream, batches of 256",
     ]
     assert result["best_bare"] in names[1:]
     assert result["max_abs_diff"] < 1e-4

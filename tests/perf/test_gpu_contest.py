@@ -18,6 +18,7 @@ from edje.perf.gpu_steps import Report
 from edje.runtime.device.cuda_core import CudaCoreDevice
 from edje.runtime.device.host import HostDevice
 from edje.runtime.pipeline import Pipeline
+from edje.runtime.token_source import HeldTokens
 from recording_cuda import Machine, make_core, make_driver
 from recording_trt import Recording, array_at, make_cuda_runtime
 
@@ -60,17 +61,17 @@ def test_the_pipeline_runs_over_host_tokens_and_gives_the_float32_scores(
         max_pairs=8,
         text_buckets=(5, 15),
     )
-    rows, last = np.arange(40) % 24, []
+    rows, last = np.arange(40) % 24, {}
     with closing(open_engine(tmp_path / "engine")) as engine, closing(HostDevice()) as device:
-        pipeline = Pipeline(engine, contest.HostTokens(pairs[1].tokens), device)
+        pipeline = Pipeline(engine, HeldTokens(np.arange(24), pairs[1].tokens), device)
         with closing(pipeline):
-            run = contest.through_pipeline(pipeline, pairs[1], rows, last)
+            run = contest.through_pipeline(pipeline, pairs[1], rows, "pipeline", last)
             (row,) = contest.compare({"pipeline": run}, rows, pairs[1])
     assert row["fault"] is None
     assert row["agreement"]["max_abs_diff"] < 1e-4
     assert row["agreement"]["num_pairs"] == 40
     assert row["pairs_per_s"] > 0
-    stages = contest.stages_ms(last[-1], 5)
+    stages = contest.stages_ms(last["pipeline"], 5)
     assert list(stages) == ["gather_ms", "upload_ms", "compute_ms", "download_ms"]
     assert stages["gather_ms"] > 0
 
@@ -154,7 +155,7 @@ def pretended_gpu(monkeypatch):
         function.cache_clear()
 
 
-def test_a_point_is_measured_bare_and_through_the_pipeline(
+def test_a_point_is_measured_bare_piped_and_resident(
     tiny_bundle, pairs, pretended_gpu, monkeypatch
 ):
     monkeypatch.setattr(contest, "NUM_PAIRS", 24)
@@ -162,10 +163,14 @@ def test_a_point_is_measured_bare_and_through_the_pipeline(
     assert (profile.max_pairs, profile.text_buckets) == (8, (5, 15))
     engine = OnAddresses(tiny_bundle, profile)
     for size in (8, 4):
-        bare, piped = contest.measure_point(engine, pairs[1], size)
-        assert (bare["via"], piped["via"]) == ("bare", "pipeline")
-        assert set(piped["stages_ms"]) == {"gather_ms", "upload_ms", "compute_ms", "download_ms"}
-        for row in (bare, piped):
+        bare, *piped = contest.measure_point(engine, pairs[1], size)
+        assert [row["via"] for row in (bare, *piped)] == ["bare", "pipeline", "resident"]
+        for row in piped:
+            assert list(row["stages_ms"]) == ["gather_ms", "upload_ms", "compute_ms", "download_ms"]
+            assert row["share_of_bare"] == pytest.approx(
+                row["pairs_per_s"] / bare["pairs_per_s"], abs=1e-3
+            )
+        for row in (bare, *piped):
             assert row["fault"] is None
             assert row["agreement"]["max_abs_diff"] < 1e-4
             assert row["agreement"]["num_pairs"] == max(4, 24 // size) * size
@@ -182,7 +187,7 @@ def test_the_compiled_engine_on_a_gpu_scores_as_float32_does(tiny_bundle):
     engine = TorchEngine(tiny_bundle, contest.profile_of([3], [8]))
     rows = contest.measure_point(engine, made[0], 8)
     engine.close()
-    assert [row["via"] for row in rows] == ["bare", "pipeline"]
+    assert [row["via"] for row in rows] == ["bare", "pipeline", "resident"]
     for row in rows:
         assert row["fault"] is None
         assert row["agreement"]["max_abs_diff"] < 0.05

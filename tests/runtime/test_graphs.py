@@ -12,13 +12,14 @@ from edje.engines.build import build_engine
 from edje.engines.contract import Batch, BuildOptions, OpenOptions
 from edje.engines.open import open_engine
 from edje.errors import EngineError
-from edje.perf.gpu_contest import HostTokens, make_pairs
+from edje.perf.gpu_contest import make_pairs
 from edje.runtime import graphs as module
 from edje.runtime.device.host import HostDevice
 from edje.runtime.graphs import Graphs
 from edje.runtime.lane import Lane
 from edje.runtime.pipeline import Pipeline, Request
 from edje.runtime.text import TokenizedQueries
+from edje.runtime.token_source import HeldTokens
 from recording_device import CapturableEngine, RecordingDevice, WatchedEngine
 from toy_engine import ToyEngine, ToySource
 
@@ -299,11 +300,8 @@ def test_a_real_engine_scores_by_graphs_as_without_while_sizes_take_turns(
     kernels = {"dynamic_shapes_kernel_specialization_strategy": "eager"}
     settings = {} if backend == "tensorrt" else kernels
     engine = open_engine(tmp_path / "engine", OpenOptions(backend_settings=settings))
-    device = CudaCoreDevice()
-    plain, graphs = (
-        Pipeline(engine, HostTokens(pairs.tokens), device, graphs=wanted)
-        for wanted in (False, True)
-    )
+    device, source = CudaCoreDevice(), HeldTokens(np.arange(100), pairs.tokens)
+    plain, graphs = (Pipeline(engine, source, device, graphs=wanted) for wanted in (False, True))
     queries = TokenizedQueries(pairs.text_ids, np.array([15], np.int32), np.zeros(1, np.bool_))
     for turn in range(40):
         rows = (np.arange((3, 32, 64, 9)[turn % 4]) * 7 + turn) % 100

@@ -42,11 +42,11 @@ class Copy:
             references.scatter_tokens(tokens, self.numbers, out, **more)
 
 
-def entry_of(code: bytes) -> KernelEntry:
-    """Return the entry of the manifest that this cubin belongs to."""
+def entry_of(code: bytes) -> KernelEntry | None:
+    """Return the entry of the manifest that this cubin belongs to; None for other code."""
     digest = hashlib.sha256(code).hexdigest()
     entries = read_manifest().kernels.values()
-    return next(e for e in entries if any(cubin.sha256 == digest for cubin in e.cubins))
+    return next((e for e in entries if any(cubin.sha256 == digest for cubin in e.cubins)), None)
 
 
 def copy_of(entry: KernelEntry, num_programs: int, arguments: Sequence[np.generic]) -> Copy:

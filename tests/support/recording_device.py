@@ -327,7 +327,9 @@ class RecordingDevice:
         return RecordingGraph(self, capturing.captured)
 
     def load_module(self, code: bytes) -> RecordingModule:
-        return RecordingModule(self, entry_of(code))
+        entry = entry_of(code)
+        assert entry is not None, "not one of our cubins"
+        return RecordingModule(self, entry)
 
     def fault(self) -> str | None:
         return self.lost
