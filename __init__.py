@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import CheckpointError, EdjeError, EngineError, RequestError, StoreError
     from .runtime.reranker import Reranker
+    from .runtime.residency.plan import ResidencyOptions
     from .runtime.results import Hit, RankResult
     from .runtime.store import TokenStore
 
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Reranker": ".runtime.reranker",
+    "ResidencyOptions": ".runtime.residency.plan",
     "RankResult": ".runtime.results",
     "Hit": ".runtime.results",
     "TokenStore": ".runtime.store",
@@ -37,6 +39,7 @@ __all__ = [
     "RankResult",
     "RequestError",
     "Reranker",
+    "ResidencyOptions",
     "StoreError",
     "TokenStore",
     "__version__",

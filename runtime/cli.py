@@ -159,6 +159,7 @@ def rerank(
     from .cli_output import note, print_json, print_ranking
     from .id_list import read_ids
     from .reranker import Reranker
+    from .residency.plan import ResidencyOptions
 
     ids = None if candidates is None else read_ids(candidates, what="candidates")
     with Reranker.open(
@@ -168,13 +169,14 @@ def rerank(
         rescore_margin=rescore_margin,
         num_threads=num_threads,
         device=device,
-        residency=cast("Place | None", residency),  # checked where it is used
-        resident_bytes=None if resident_gb is None else int(resident_gb * 1e9),
+        residency=ResidencyOptions(
+            cast("Place | None", residency),  # checked where it is opened
+            max_bytes=None if resident_gb is None else int(resident_gb * 1e9),
+        ),
     ) as reranker:
         result = reranker.rank(query, ids, top_k, timeout_s=timeout)
     if as_json:
-        tokens = asdict(reranker.residency)
-        print_json({"query": query, **result.to_json(), "residency": tokens})
+        print_json({"query": query, **result.to_json(), "residency": asdict(reranker.residency)})
     else:
         if residency is not None:
             note(f"tokens are read from {reranker.residency.place}: {reranker.residency.reason}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..engines.contract import Engine
@@ -10,11 +11,34 @@ from .device.protocol import Device
 from .lane import Lane
 from .pipeline import Pipeline, hides_nan
 from .residency.decide import decide
-from .residency.plan import Wish, make_pool
+from .residency.plan import ResidencyOptions, make_pool
 from .results import Residency
 from .store import TokenStore
 from .text import QueryTokenizer
 from .token_source import tokens_for
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Where and how the engines of a reranker run.
+
+    Attributes:
+        device: the caller's; None is the host, made by the reranker.
+        stream: the caller's own to compute on (see `Device.borrow`); None makes one.
+        residency: where tokens shall be read from.
+        graphs: let a GPU run batches of sizes that come again as CUDA graphs.
+        reopen: opens the store again with its records in memory, should that be decided; the
+            reranker then closes both. None: it must stay as it is.
+    """
+
+    device: Device | None = None
+    stream: object | None = None
+    residency: ResidencyOptions = field(default_factory=ResidencyOptions)
+    graphs: bool = True
+    reopen: Callable[[], TokenStore] | None = None
+
+
+ON_HOST = RunOptions()
 
 
 class OpenedPipelines(NamedTuple):
@@ -29,42 +53,42 @@ def open_pipelines(
     engines: Sequence[Engine],
     store: TokenStore,
     device: Device,
-    lane: Lane,
     tokenizer: QueryTokenizer,
-    wish: Wish,
-    reopen: Callable[[], TokenStore] | None,
+    runs: RunOptions,
 ) -> OpenedPipelines:
     """Decide where tokens are read from, load what is to be held, make the pipelines.
 
     Args:
         engines: of one model, all reading tokens of one dtype.
-        reopen: opens the store again with its records in memory; None: it must stay as it is.
 
     Raises:
         RequestError: a wish that cannot be granted.
         EngineError: not enough memory, or the device failed.
         StoreError: the store cannot be read.
     """
-    wish.check()
+    runs.residency.check()
+    lane = Lane(device, borrowed=runs.stream)
     residency, plan = decide(
-        wish,
+        runs.residency,
         engines[0],
         store,
         device,
         lane,
         queries=tokenizer(["a photo"]),
         num_pipelines=len(engines),
-        may_load=reopen is not None,
+        may_load=runs.reopen is not None,
     )
-    if residency.place == "host" and store.access != "resident" and reopen is not None:
+    if residency.place == "host" and store.access != "resident" and runs.reopen is not None:
         store.close()
-        store = reopen()
+        store = runs.reopen()
     pool = None
     if plan is not None:
         checks_finite = any(hides_nan(engine.manifest) for engine in engines)
         pool = make_pool(store, plan, device, checks_finite=checks_finite)
     pipelines = [
-        Pipeline(engine, tokens_for(engine, store), device, lane=lane, pool=pool)
+        Pipeline(
+            engine, tokens_for(engine, store), device, lane=lane, pool=pool, graphs=runs.graphs
+        )
         for engine in engines
     ]
     if plan is not None and pool is not None:

@@ -6,8 +6,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
-from pathlib import Path
 from time import monotonic, perf_counter
 from types import TracebackType
 
@@ -15,24 +13,20 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engines.contract import Engine, OpenOptions
-from ..engines.manifest import EngineManifest
 from ..errors import EngineError, RequestError
 from .cascade import Cascade, check_margin, check_same_model, learned_margin
 from .device.host import HostDevice
-from .device.open import open_device
 from .device.protocol import Device
-from .lane import Lane
+from .graphs import GraphReport
+from .opening import StrPath, open_parts
 from .pipeline import Request, Scored
-from .pipelines import open_pipelines
+from .pipelines import ON_HOST, RunOptions, open_pipelines
 from .ranking import faults_of, hits_of, raise_faults
-from .residency.plan import Place, Wish
+from .residency.plan import Place, ResidencyOptions
 from .results import EngineLabel, RankResult, Rescoring, StageTimes
 from .store import TokenStore
-from .store.store import Access
 from .text import QueryTokenizer
 from .token_source import check_store
-
-StrPath = str | os.PathLike[str]
 
 
 class Reranker:
@@ -54,19 +48,12 @@ class Reranker:
         *,
         rescore: Engine | None = None,
         rescore_margin: float | None = None,
-        device: Device | None = None,
-        stream: object | None = None,
-        wish: Wish | None = None,
-        reopen: Callable[[], TokenStore] | None = None,
+        runs: RunOptions = ON_HOST,
     ):
         """Join opened parts. `close` closes the engines; device and store stay the caller's.
 
         Args:
-            device: where the engines run; None is the host, made here.
-            stream: the caller's own stream to compute on (see `Device.borrow`); None makes one.
-            wish: where tokens shall be read from; None: as the store reads.
-            reopen: opens the store again with its records in memory, should that be decided; the
-                reranker then closes both.
+            runs: where and how the engines run.
 
         Raises:
             StoreError: the store was made by another encoder, or holds other tokens.
@@ -84,13 +71,10 @@ class Reranker:
         self._num_running = 0
         self._closed = False
         with ExitStack() as undo:
-            self._device: Device = HostDevice() if device is None else device
-            if device is None:
+            self._device: Device = HostDevice() if runs.device is None else runs.device
+            if runs.device is None:
                 undo.callback(self._device.close)
-            lane = Lane(self._device, borrowed=stream)
-            opened = open_pipelines(
-                self._engines, store, self._device, lane, tokenizer, wish or Wish(), reopen
-            )
+            opened = open_pipelines(self._engines, store, self._device, tokenizer, runs)
             self._store, self._pipelines, self.residency = opened
             if self._store is not store:
                 undo.callback(self._store.close)
@@ -114,71 +98,46 @@ class Reranker:
         backend_settings: Mapping[str, str] | None = None,
         device: str | Device | None = None,
         stream: object | None = None,
-        residency: Place | None = None,
-        resident_bytes: int | None = None,
-        resident_ids: Sequence[str] | None = None,
+        residency: Place | ResidencyOptions | None = None,
+        graphs: bool = True,
     ) -> Reranker:
         """Open the engine folder `engine` over a token store.
 
         Args:
             engine: folder written by `edje build`.
-            store: folder of a token store, opened for reading and closed with the reranker;
-                or an open `TokenStore`, which stays the caller's.
+            store: folder of a token store, opened for reading and closed with the reranker; or an
+                open `TokenStore`, which stays the caller's.
             rescore: folder of a more precise engine of the same bundle, whose top k `rank` then
                 returns and whose scores `predict` returns.
             rescore_margin: raw logits by which a score of `engine` may lie below that of
                 `rescore`; None takes it from the fidelity that was measured at build.
             num_threads: CPU threads of an engine; None leaves the choice to the backend.
             backend_settings: settings handed to the backend (of both engines) as they are.
-            device: `host`, `cuda_core`, `pycuda`, or `cuda_core:1` for another GPU; or an open
-                `Device`, which stays the caller's; None: what the engine was built for.
-            stream: the caller's own CUDA stream to compute on (torch, cupy, pycuda): it must live
-                as long as the reranker, and outlasts it.
-            residency: where tokens are read from: `disk`, `host` (loaded into this machine's
-                memory now), `device` (kept in the GPU's), or `auto`, which measures them and
-                takes the cheapest that keeps up; None: `disk`, or as the open store reads.
-                `Reranker.residency` says what it is.
-            resident_bytes: device memory for tokens; None: most of what is free. A store that does
-                not fit has the images there that were asked for last.
-            resident_ids: the images to keep on the device; None: all that fit.
+            device: by name (see `open_device`), or an open `Device`, which stays the caller's;
+                None: what the engine was built for.
+            stream: the caller's own CUDA stream to compute on (torch, cupy, pycuda), which
+                outlives the reranker; no graphs are captured on it.
+            residency: where tokens are read from: `disk`, `host` (loaded now), `device`, `auto`
+                (measured now), or options that say more; None: `disk`, or as the open store reads.
+            graphs: let a GPU run batches of sizes that come again as CUDA graphs.
 
         Raises:
             EngineError: no engine there, one that is stale on this machine, engines of two
                 models, no margin was given or can be learned, or no such device.
             StoreError: no store there, or one made by another encoder.
-            RequestError: `rescore_margin` is negative, not finite or without `rescore`; or
-                tokens cannot be kept so.
+            RequestError: `rescore_margin` or `residency` cannot be meant so.
         """
-        from ..engines.open import open_engine
-
-        folder, wish = Path(engine), Wish(residency, resident_bytes, resident_ids)
-        wish.check()
+        wish = residency if isinstance(residency, ResidencyOptions) else ResidencyOptions(residency)
         options = OpenOptions(num_threads, backend_settings or {})
         with ExitStack() as undo:
-            opened, reopen = store, None
-            if not isinstance(opened, TokenStore):
-                access: Access = "resident" if residency == "host" else "cached"
-                reopen = partial(TokenStore.open, opened, access="resident")
-                opened = undo.enter_context(TokenStore.open(opened, access=access))
-            runs_on = device
-            if runs_on is None or isinstance(runs_on, str):
-                runs_on = open_device(runs_on, EngineManifest.read(folder))
-                undo.callback(runs_on.close)
-            engines = []
-            for path in (folder, *([] if rescore is None else [Path(rescore)])):
-                with runs_on.current():
-                    engines.append(open_engine(path, options))
-                undo.callback(engines[-1].close)
+            parts = open_parts(engine, rescore, store, device, options, wish, undo)
             reranker = cls(
-                engines[0],
-                QueryTokenizer.open(folder, engines[0].manifest.bundle.text),
-                opened,
-                rescore=engines[1] if rescore is not None else None,
+                parts.engine,
+                parts.tokenizer,
+                parts.store,
+                rescore=parts.rescore,
                 rescore_margin=rescore_margin,
-                device=runs_on,
-                stream=stream,
-                wish=wish,
-                reopen=reopen,
+                runs=RunOptions(parts.device, stream, wish, graphs, parts.reopen),
             )
             reranker._owned.push(undo.pop_all())
         return reranker
@@ -278,6 +237,10 @@ class Reranker:
             rows = self._store.live_rows()
             for pipeline in self._pipelines if len(rows) else ():
                 pipeline.warm_up(np.random.default_rng(0).choice(rows, pipeline.max_pairs))
+
+    def graphs(self) -> tuple[GraphReport, ...]:
+        """Return what was captured, launched and run plainly, and why: one report an engine."""
+        return tuple(pipeline.graphs for pipeline in self._pipelines)
 
     def close(self) -> None:
         """Refuse new requests, let batches on their way finish, free everything.

@@ -13,7 +13,7 @@ from ..results import Residency
 from ..store import TokenStore
 from ..text import TokenizedQueries
 from .measure import Trial, place_of
-from .plan import PoolPlan, Wish, plan_pool
+from .plan import PoolPlan, ResidencyOptions, plan_pool
 from .token_pool import record_bytes
 
 
@@ -25,7 +25,7 @@ class Decision(NamedTuple):
 
 
 def decide(
-    wish: Wish,
+    wish: ResidencyOptions,
     engine: Engine,
     store: TokenStore,
     device: Device,
@@ -66,7 +66,7 @@ def decide(
 
 
 def _measured(
-    wish: Wish,
+    wish: ResidencyOptions,
     engine: Engine,
     store: TokenStore,
     device: Device,
@@ -86,7 +86,7 @@ def _measured(
 
 
 def _plan(
-    wish: Wish, engine: Engine, store: TokenStore, device: Device, num_pipelines: int
+    wish: ResidencyOptions, engine: Engine, store: TokenStore, device: Device, num_pipelines: int
 ) -> PoolPlan:
     """Plan the pool beside what the slots will take: fresh records, and the engine's input."""
     if device.compute_capability is None:

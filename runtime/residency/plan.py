@@ -30,8 +30,8 @@ _POLICIES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What a caller asks for.
+class ResidencyOptions:
+    """Where a caller wants tokens to be kept.
 
     Attributes:
         place: where tokens shall be read from; None: wherever the store was opened to read from.
@@ -53,13 +53,13 @@ class Wish:
         if self.place is not None and self.place not in get_args(Place):
             faults.append(f"residency: got {self.place!r}, expected {', '.join(get_args(Place))}")
         if self.max_bytes is not None and self.max_bytes < 1:
-            faults.append(f"resident_bytes: got {self.max_bytes}, expected 1 or more")
+            faults.append(f"max_bytes: got {self.max_bytes}, expected 1 or more")
         if isinstance(self.ids, str):
-            faults.append(f"resident_ids: got the string {self.ids!r}, expected a list of ids")
+            faults.append(f"ids: got the string {self.ids!r}, expected a list of ids")
         if self.place not in ("device", "auto"):
-            given = {"resident_bytes": self.max_bytes, "resident_ids": self.ids}
+            given = {"max_bytes": self.max_bytes, "ids": self.ids}
             faults += [
-                f'{name}: only with residency="device" or "auto"'
+                f'{name}: only where residency is "device" or "auto"'
                 for name, value in given.items()
                 if value is not None
             ]
@@ -94,7 +94,13 @@ class PoolPlan:
 
 
 def plan_pool(
-    store: TokenStore, wish: Wish, device: Device, *, shape: tuple[int, int], dtype: str, spare: int
+    store: TokenStore,
+    wish: ResidencyOptions,
+    device: Device,
+    *,
+    shape: tuple[int, int],
+    dtype: str,
+    spare: int,
 ) -> PoolPlan:
     """Decide what a pool on `device` holds of `store`.
 
@@ -118,7 +124,7 @@ def plan_pool(
         raise RequestError(
             f"{least} images of {each:,} bytes need {least * each:,} bytes on {device.name}, "
             f"expected at most {limit:,}",
-            hint="give more resident_bytes, list fewer resident_ids, or build the engine with "
+            hint="give more max_bytes, list fewer ids, or build the engine with "
             "--tokens int8 for half the bytes",
         )
     if listed is not None:

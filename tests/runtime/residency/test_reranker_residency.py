@@ -14,9 +14,10 @@ from edje.engines.contract import Engine
 from edje.errors import EngineError, RequestError, StoppedError
 from edje.runtime.device.host import HostDevice
 from edje.runtime.device.open import open_device
+from edje.runtime.pipelines import RunOptions
 from edje.runtime.reranker import Reranker
 from edje.runtime.residency.measure import choose
-from edje.runtime.residency.plan import Wish
+from edje.runtime.residency.plan import ResidencyOptions
 from edje.runtime.store import TokenStore
 from recording_device import RecordingDevice, WatchedEngine
 from toy_engine import FINGERPRINT, HIDDEN, NUM_TOKENS, ToyEngine, toy_manifest, toy_tokenizer
@@ -48,6 +49,10 @@ def engine(request: pytest.FixtureRequest, store: TokenStore) -> Engine:
     return WatchedEngine(replace(toy_manifest(), token_dtype=dtype))
 
 
+def on(device: RecordingDevice, residency: ResidencyOptions) -> RunOptions:
+    return RunOptions(device=device, residency=residency)
+
+
 class Opened:
     """A reranker on a recording device, and one on the host for comparison."""
 
@@ -55,7 +60,7 @@ class Opened:
         tokenizer = toy_tokenizer(tmp_path)
         self.device = RecordingDevice(7)
         self.reranker = Reranker(
-            engine, tokenizer, store, device=self.device, wish=Wish("device", **wish)
+            engine, tokenizer, store, runs=on(self.device, ResidencyOptions("device", **wish))
         )
         self.plain = Reranker(ToyEngine(engine.manifest), tokenizer, store)
         self.reads: list[int] = []
@@ -132,8 +137,7 @@ def test_two_engines_share_what_is_held(tmp_path, store):
         store,
         rescore=engines[1],
         rescore_margin=0.1,
-        device=device,
-        wish=Wish("device"),
+        runs=on(device, ResidencyOptions("device")),
     ) as reranker:
         assert reranker._pipelines[0]._pool is reranker._pipelines[1]._pool
         assert [hit.score for hit in reranker.rank("red", IDS, 3)] == sorted(
@@ -145,7 +149,7 @@ def test_two_engines_share_what_is_held(tmp_path, store):
 def test_auto_measures_and_says_what_it_chose(tmp_path, engine, store):
     device = RecordingDevice(3)
     with Reranker(
-        engine, toy_tokenizer(tmp_path), store, device=device, wish=Wish("auto")
+        engine, toy_tokenizer(tmp_path), store, runs=on(device, ResidencyOptions("auto"))
     ) as reranker:
         made = device.usage()
         found = reranker.residency
@@ -212,19 +216,22 @@ def test_the_cheapest_place_that_keeps_up_is_chosen(speeds, chosen):
 @pytest.mark.parametrize(
     ("wish", "says"),
     [
-        (Wish("gpu"), r"residency: got 'gpu', expected disk, host, device, auto"),
-        (Wish("device", max_bytes=0), r"resident_bytes: got 0, expected 1 or more"),
-        (Wish("device", ids="img-1"), r"resident_ids: got the string 'img-1'"),
-        (Wish("host", max_bytes=5), r"resident_bytes: only with residency=\"device\""),
-        (Wish(None, ids=["img-1"]), r"resident_ids: only with residency=\"device\""),
-        (Wish("device", max_bytes=3), r"1 images of \d+ bytes need \d+ bytes on recording"),
-        (Wish("device", ids=["img-1", "nobody"]), r"1 of 2 ids are not in the store"),
-        (Wish("host"), r'"host", but the open store reads from disk'),
+        (ResidencyOptions("gpu"), r"residency: got 'gpu', expected disk, host, device, auto"),
+        (ResidencyOptions("device", max_bytes=0), r"max_bytes: got 0, expected 1 or more"),
+        (ResidencyOptions("device", ids="img-1"), r"ids: got the string 'img-1'"),
+        (ResidencyOptions("host", max_bytes=5), r"max_bytes: only where residency is \"device\""),
+        (ResidencyOptions(None, ids=["img-1"]), r"ids: only where residency is \"device\""),
+        (
+            ResidencyOptions("device", max_bytes=3),
+            r"1 images of \d+ bytes need \d+ bytes on recording",
+        ),
+        (ResidencyOptions("device", ids=["img-1", "nobody"]), r"1 of 2 ids are not in the store"),
+        (ResidencyOptions("host"), r'"host", but the open store reads from disk'),
     ],
 )
 def test_wishes_that_cannot_be_granted(tmp_path, store, wish, says):
     with pytest.raises(RequestError, match=says):
-        Reranker(ToyEngine(), toy_tokenizer(tmp_path), store, device=RecordingDevice(1), wish=wish)
+        Reranker(ToyEngine(), toy_tokenizer(tmp_path), store, runs=on(RecordingDevice(1), wish))
 
 
 def test_the_host_keeps_nothing_on_a_device(tiny_engine, tiny_store):
