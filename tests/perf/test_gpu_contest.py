@@ -19,7 +19,7 @@ from edje.runtime.device.cuda_core import CudaCoreDevice
 from edje.runtime.device.host import HostDevice
 from edje.runtime.pipeline import Pipeline
 from edje.runtime.token_source import HeldTokens
-from recording_cuda import Machine, make_core, make_driver
+from recording_cuda import pretend_gpu
 from recording_trt import Recording, array_at, make_cuda_runtime
 
 
@@ -139,14 +139,10 @@ class OnAddresses(Engine):
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """Device memory is host memory, so both ways of an engine on a GPU run for real."""
-    machine = Machine()
+    machine = pretend_gpu(monkeypatch)
     cached = (cuda_memory._cudart, cuda_memory.current_gpu, contest._stream)
-    monkeypatch.setattr(cuda_memory, "DRIVER", None)
-    monkeypatch.setattr("edje.runtime.device.cuda_core.gpu_fault", lambda: None)
     # The stand-in lends no stream that can wait; the pipeline gets one of its own.
     monkeypatch.setattr(CudaCoreDevice, "borrow", lambda device, stream: device.stream())
-    monkeypatch.setitem(sys.modules, "cuda.core", make_core(machine))
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", make_driver(machine))
     monkeypatch.setitem(sys.modules, cuda_memory.RUNTIME, make_cuda_runtime(Recording()))
     for function in cached:
         function.cache_clear()

@@ -8,6 +8,7 @@ Work runs at once, in the order it is submitted.
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
+from edje.engines import cuda_memory
 from edje.kernels.manifest import KernelEntry
 from pretended_kernels import copy_of, entry_of
 
@@ -252,6 +255,7 @@ def make_driver(machine: Machine) -> ModuleType:
     guarded("cuCtxPopCurrent", lambda: machine.contexts.pop())
     guarded("cuCtxSynchronize", lambda: machine.call("synchronize"))
     guarded("cuMemcpyAsync", machine.copy)
+    guarded("cuMemGetInfo", lambda: machine.free_bytes)
     module.cuStreamQuery = lambda handle: (700 if machine.broken else 0,)
     module.cuGetErrorString = lambda error: (0, (machine.broken or machine.refused).encode())
     return module
@@ -378,8 +382,20 @@ def make_pycuda(machine: Machine) -> ModuleType:
     module.pagelocked_empty = pagelocked_empty
     module.mem_alloc = lambda num_bytes: FakeBuffer(machine, "device", num_bytes)
     module.memcpy_htod_async, module.memcpy_dtoh_async = copy_in, copy_out
+    module.mem_get_info = lambda: (machine.free_bytes, 1 << 40)
     module.module_from_buffer = lambda code: load_cubin(machine, code)
     return module
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Let both GPU devices open on a pretended machine."""
+    machine = Machine()
+    monkeypatch.setattr(cuda_memory, "DRIVER", None)  # ctypes then opens this very program
+    monkeypatch.setattr("edje.runtime.device.cuda_core.gpu_fault", lambda: None)
+    monkeypatch.setitem(sys.modules, "cuda.core", make_core(machine))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", make_driver(machine))
+    monkeypatch.setitem(sys.modules, "pycuda.driver", make_pycuda(machine))
+    return machine
 
 
 def owned_by(owner: FakeBuffer, array: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from copying_engine import CopyingEngine
 from edje.engines import cuda_memory
 from edje.engines.contract import DeviceArray, Engine
 from edje.errors import EngineError
@@ -18,7 +19,7 @@ from edje.runtime.device.protocol import DeviceUsage
 from edje.runtime.device.pycuda import PycudaDevice
 from edje.runtime.pipeline import Pipeline, Request
 from edje.runtime.text import TokenizedQueries
-from recording_cuda import CUBIN, FOREIGN, GPU_NAME, Machine, make_core, make_driver, make_pycuda
+from recording_cuda import CUBIN, FOREIGN, GPU_NAME, make_core, pretend_gpu
 from recording_trt import array_at
 from toy_engine import ToySource, toy_manifest
 
@@ -27,13 +28,7 @@ DEVICES = {"cuda_core": CudaCoreDevice, "pycuda": PycudaDevice}
 
 @pytest.fixture
 def machine(monkeypatch):
-    machine = Machine()
-    monkeypatch.setattr(cuda_memory, "DRIVER", None)  # ctypes then opens this very program
-    monkeypatch.setattr("edje.runtime.device.cuda_core.gpu_fault", lambda: None)
-    monkeypatch.setitem(sys.modules, "cuda.core", make_core(machine))
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", make_driver(machine))
-    monkeypatch.setitem(sys.modules, "pycuda.driver", make_pycuda(machine))
-    return machine
+    return pretend_gpu(monkeypatch)
 
 
 @pytest.fixture(params=DEVICES)
@@ -530,25 +525,3 @@ def test_a_real_gpu_scores_by_graphs_as_without_them():
     assert (reports[0].captured, reports[1].captured) == (3, 0)
     assert reports[0].launched == 20 * 5 - 6
     device.close()
-
-
-class CopyingEngine(Engine):
-    """On a real GPU: a pair's score is the bits of its first two token values."""
-
-    on_device = True
-
-    def why_not_capture(self, stream, bucket):
-        return None
-
-    def _enqueue(self, batch, scores, stream):
-        from cuda.bindings import driver
-
-        tokens = batch.visual_tokens
-        stride = tokens.nbytes // len(batch)
-        for pair in range(len(batch)):
-            source = tokens.address + pair * stride
-            (error,) = driver.cuMemcpyAsync(scores.address + 4 * pair, source, 4, stream.handle)
-            assert int(error) == 0
-
-    def close(self):
-        pass

@@ -1,0 +1,108 @@
+"""Resident tokens through the GPU devices: pretended ones, and the real one where a GPU is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from copying_engine import CopyingEngine
+from edje.engines.contract import Engine
+from edje.runtime.device.cuda_core import CudaCoreDevice
+from edje.runtime.device.pycuda import PycudaDevice
+from edje.runtime.pipelines import RunOptions
+from edje.runtime.reranker import Reranker
+from edje.runtime.residency.plan import ResidencyOptions
+from edje.runtime.store import TokenStore
+from recording_cuda import pretend_gpu
+from recording_trt import array_at
+from toy_engine import FINGERPRINT, HIDDEN, NUM_TOKENS, toy_manifest, toy_tokenizer
+
+DEVICES = {"cuda_core": CudaCoreDevice, "pycuda": PycudaDevice}
+IDS = [f"img-{number}" for number in range(50)]
+# Of 64 to 113 no two make the same bits, and none a NaN.
+VALUES = np.arange(64, 64 + len(IDS)).astype(np.float16)
+RECORD_BYTES = NUM_TOKENS * HIDDEN * 2
+
+
+class BitsEngine(Engine):
+    """As `CopyingEngine` on memory that is the host's."""
+
+    on_device = True
+
+    def _enqueue(self, batch: Any, scores: Any, stream: Any) -> None:
+        tokens = batch.visual_tokens
+        found = array_at(tokens.address, tokens.shape, tokens.dtype)
+        out = array_at(scores.address, scores.shape, np.dtype(np.float32))
+        out[:] = bits_of(found.reshape(len(batch), -1))
+
+    def close(self) -> None:
+        pass
+
+
+def bits_of(records: np.ndarray) -> np.ndarray:
+    first = np.ascontiguousarray(records).reshape(len(records), -1).view(np.uint8)[:, :4]
+    return np.ascontiguousarray(first).view(np.float32)[:, 0]
+
+
+@pytest.fixture(params=["float16", "int8"])
+def store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[TokenStore]:
+    sizes = {"num_tokens": NUM_TOKENS, "hidden": HIDDEN, "fingerprint_encoder": FINGERPRINT}
+    tokens = np.broadcast_to(VALUES[:, None, None], (len(IDS), NUM_TOKENS, HIDDEN))
+    with TokenStore.create(tmp_path / "store", dtype=request.param, **sizes) as made:
+        if request.param == "int8":
+            scales = np.ones((len(IDS), NUM_TOKENS), np.float16)
+            made.append(IDS, tokens.astype(np.int8), scales)
+        else:
+            made.append(IDS, tokens.copy())
+    with TokenStore.open(tmp_path / "store") as opened:
+        yield opened
+
+
+def check(device: Any, engine: type[Engine], store: TokenStore, tmp_path: Path) -> None:
+    """Rank mixed batches for every policy; each image must get the score of its own bytes."""
+    dtype = store.layout.dtype
+    manifest = replace(toy_manifest(), token_dtype=dtype, device={"kind": "cuda"})
+    expected = bits_of(np.broadcast_to(VALUES[:, None], (len(IDS), 8)).astype(dtype))
+    score_of = dict(zip(IDS, expected.tolist(), strict=True))
+    random = np.random.default_rng(0)
+    wishes = [
+        ResidencyOptions("disk"),
+        ResidencyOptions("device"),
+        ResidencyOptions("device", max_bytes=20 * RECORD_BYTES),
+        ResidencyOptions("device", ids=IDS[10:25]),
+        ResidencyOptions("auto"),
+    ]
+    for wish in wishes:
+        runs = RunOptions(device=device, residency=wish)
+        with Reranker(engine(manifest), toy_tokenizer(tmp_path), store, runs=runs) as reranker:
+            reranker.warm_up()
+            made = device.usage()
+            for size in (8, 30, 50, 8, 30, 50):
+                asked = [IDS[at] for at in random.permutation(len(IDS))[:size]]
+                found = {hit.id: hit.score for hit in reranker.rank("red", asked)}
+                assert found == {name: score_of[name] for name in asked}
+            assert replace(device.usage(), num_graphs=0) == replace(made, num_graphs=0)
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+def test_pretended_gpus_rank_by_resident_tokens(kind, store, tmp_path, monkeypatch):
+    machine = pretend_gpu(monkeypatch)
+    with closing(DEVICES[kind]()) as device:
+        check(device, BitsEngine, store, tmp_path)
+        symbols = len(machine.named("launch"))
+        assert symbols > 20, "the kernels were not launched"
+    assert not any(machine.alive.get(kind) for kind in ("pinned", "device", "stream", "event"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", DEVICES)
+def test_a_real_gpu_ranks_by_resident_tokens(kind, store, tmp_path):
+    pytest.importorskip({"cuda_core": "cuda.core", "pycuda": "pycuda"}[kind])
+    with closing(DEVICES[kind]()) as device:
+        check(device, CopyingEngine, store, tmp_path)
