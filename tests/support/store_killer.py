@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import traceback
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, product
@@ -39,6 +39,14 @@ from store_history import (
     random_operation,
     served_bytes,
 )
+
+# A writer that is to be killed announces what it does so long before it begins: time for whoever
+# kills it to wake up, or the first moments of an operation would never be hit.
+HEAD_START_S = 0.001
+# A sleep ends late; what is left of a wait after it is spent awake.
+AWAKE_S = 0.0002
+# Operations that pass until whoever waits for the right one kills any.
+MAX_PATIENCE = 30
 
 
 @dataclass
@@ -67,21 +75,28 @@ class Writer:
             os._exit(0)
         os.close(sink)
         self._rest = b""
+        self._unread: deque[str] = deque()
 
     def lines(self) -> Iterator[str]:
         """Yield what it says, until it is dead and all is read."""
         while chunk := os.read(self._lines, 1 << 16):
-            *whole, self._rest = (self._rest + chunk).split(b"\n")
-            yield from (line.decode() for line in whole)
+            yield from self._whole(chunk)
 
     def lines_so_far(self) -> Iterator[str]:
         """Yield what it has said by now."""
+        yield from self._whole(b"")
         while select.select([self._lines], [], [], 0)[0]:
             chunk = os.read(self._lines, 1 << 16)
             if not chunk:
                 return
-            *whole, self._rest = (self._rest + chunk).split(b"\n")
-            yield from (line.decode() for line in whole)
+            yield from self._whole(chunk)
+
+    def _whole(self, chunk: bytes) -> Iterator[str]:
+        """Yield the lines that are whole with `chunk`, each to one caller only."""
+        *whole, self._rest = (self._rest + chunk).split(b"\n")
+        self._unread.extend(line.decode() for line in whole)
+        while self._unread:
+            yield self._unread.popleft()
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
@@ -95,57 +110,123 @@ def void(_: object) -> None:
     """Take a value and give none."""
 
 
-def write_on(path: Path, model: Model, seed: int, say: Callable[[str], None]) -> None:
-    """Write to the store for ever, saying each operation before and after."""
+def write_on(
+    path: Path, model: Model, seed: int, say: Callable[[str], None], head_start: float = 0.0
+) -> None:
+    """Write to the store for ever, saying each operation before and after, and when that was."""
     pick = random.Random(seed)
-    say("begin " + Operation("open").to_json())
+
+    def begin(operation: Operation) -> None:
+        if head_start:
+            start = time.monotonic() + head_start
+            say(f"soon {start} {operation.to_json()}")
+            wait_until(start)
+        say(f"begin {time.monotonic()} {operation.to_json()}")
+
+    begin(Operation("open"))
     with TokenStore.open(path, mode="a") as store:
         say(f"done {time.monotonic()}")
         while True:
             operation = random_operation(pick, model)
-            say(f"begin {operation.to_json()}")
+            begin(operation)
             operation.apply(store)
             say(f"done {time.monotonic()}")
             model = operation.after(model)
 
 
-def kill_once(
-    witness: Witness, outcome: Outcome, pick: random.Random, times: dict[str, list[float]]
-) -> None:
-    """Let a writer run, kill it while it does something of a kind drawn beforehand, check."""
-    seed = pick.getrandbits(32)
-    writer = Writer(lambda say: write_on(witness.path, witness.model, seed, say))
-    target = pick.choice(("open", *KINDS))
-    patience = pick.randint(0, 4) if target != "open" else 0
-    begun: Operation | None = None
-    since = 0.0
-    for line in writer.lines():
+def wait_until(moment: float) -> None:
+    """Return at `moment` (monotonic), to some microseconds if the machine is idle."""
+    time.sleep(max(0.0, moment - AWAKE_S - time.monotonic()))
+    while time.monotonic() < moment:
+        pass
+
+
+class Aim:
+    """Draws what to kill and when, so that every kind is hit, however long or short it is.
+
+    A machine that is busy lets many kills come late, and the more the shorter an operation is. So
+    the kind that was hit least comes next, until it has been hit as well.
+    """
+
+    def __init__(self, pick: random.Random, hit: Counter[str]):
+        self._pick, self._hit = pick, hit
+        self._times = {kind: deque([0.003], 32) for kind in ("open", *KINDS)}
+
+    def kind(self) -> str:
+        """Return one of those that were hit least."""
+        least = min(self._hit[kind] for kind in self._times)
+        return self._pick.choice([kind for kind in self._times if self._hit[kind] == least])
+
+    def delay(self, kind: str) -> float:
+        """Return how long after its beginning to kill an operation; a sixth of all is too long."""
+        return self._pick.uniform(0, 1.2 * median(self._times[kind]))
+
+    def learn(self, kind: str, seconds: float) -> None:
+        """Take in how long an operation took."""
+        self._times[kind].append(seconds)
+
+
+class Progress:
+    """What a writer announces, does and has done, by its lines."""
+
+    def __init__(self, witness: Witness, outcome: Outcome, aim: Aim):
+        self._witness, self._outcome, self._aim = witness, outcome, aim
+        self._since = 0.0
+        self.begun: Operation | None = None
+
+    def take(self, line: str) -> tuple[str, float] | None:
+        """Take in a line; return the kind of operation that it announces, and when it begins."""
         word, _, rest = line.partition(" ")
+        moment, _, operation = rest.partition(" ")
+        if word == "soon":
+            return Operation.from_json(operation).kind, float(moment)
         if word == "begin":
-            begun, since = Operation.from_json(rest), time.monotonic()
-            if begun.kind == target and patience <= 0:
-                time.sleep(pick.uniform(0, 1.2 * median(times[target] or [0.003])))
+            self.begun, self._since = Operation.from_json(operation), float(moment)
+        elif word == "done" and self.begun is not None:
+            self._aim.learn(self.begun.kind, float(moment) - self._since)
+            self._witness.model = self.begun.after(self._witness.model)
+            self.begun = None
+        else:
+            self._outcome.faults.append(line)
+        return None
+
+    def kind(self) -> str:
+        """Return what it is doing."""
+        return self.begun.kind if self.begun else "between"
+
+
+def kill_once(witness: Witness, outcome: Outcome, pick: random.Random, aim: Aim) -> None:
+    """Let a writer run, kill it while it does something of a kind drawn beforehand, check."""
+    seed, path, model = pick.getrandbits(32), witness.path, witness.model
+    target, progress = aim.kind(), Progress(witness, outcome, aim)
+    patience = pick.randint(0, 4) if target != "open" else 0
+    writer = Writer(lambda say: write_on(path, model, seed, say, HEAD_START_S))
+    for line in writer.lines():
+        announced = progress.take(line)
+        if announced is None:
+            continue
+        kind, start = announced
+        if kind == target and patience <= 0:
+            wait_until(start + aim.delay(target))
+            for late in writer.lines_so_far():
+                progress.take(late)
+            # Too early or too late, the next will do; but a writer opens the store only once.
+            if progress.kind() == target or target == "open" or patience < -MAX_PATIENCE:
                 writer.kill()
                 patience = 10**9
-            patience -= 1
-        elif word == "done" and begun is not None:
-            times[begun.kind].append(max(0.0, float(rest) - since))
-            witness.model = begun.after(witness.model)
-            begun = None
-        else:
-            outcome.faults.append(line)
+        patience -= 1
     writer.reap()
-    outcome.hit[begun.kind if begun else "between"] += 1
-    outcome.faults += witness.check(begun)
+    outcome.hit[progress.kind()] += 1
+    outcome.faults += witness.check(progress.begun)
 
 
 def kill_at_random(path: Path, sizes: Sizes, seed: int, kills: int) -> Outcome:
     """Kill `kills` writers of one store one after the other: what they leave piles up."""
     sizes.create(path).close()
     pick, outcome, witness = random.Random(seed), Outcome(), Witness(path)
-    times: dict[str, list[float]] = defaultdict(list)
+    aim = Aim(pick, outcome.hit)
     for number in range(kills):
-        kill_once(witness, outcome, pick, times)
+        kill_once(witness, outcome, pick, aim)
         if number % 20 == 19:
             outcome.faults += witness.verify()
         if outcome.faults:
@@ -237,7 +318,7 @@ class Ledger:
         for line in self._writer.lines_so_far():
             word, _, rest = line.partition(" ")
             if word == "begin":
-                self._begun = Operation.from_json(rest)
+                self._begun = Operation.from_json(rest.partition(" ")[2])
             elif word == "done" and self._begun:
                 self.models.append(self._begun.after(self.models[-1]))
                 self._begun = None
