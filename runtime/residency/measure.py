@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,6 @@ MAX_PAIRS_ON_HOST = 16
 LEAST_GAIN = 0.05
 SHARE_OF_HOST_MEMORY = 0.5
 ORDER = ("disk", "host", "device")  # the cheapest first
-_STAGES = ("gather_ms", "upload_ms", "compute_ms", "download_ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,21 +77,22 @@ class Trial:
     def _measured(self, here: str) -> tuple[dict[str, float], dict[str, str]]:
         """Return pairs/s by place, and why other places were left out."""
         rows, source = self._sample(), tokens_for(self.engine, self.store)
-        speeds: dict[str, float] = {}
+        stages: dict[str, Stages] = {}
         left_out = {} if self.plan else {"device": self.no_pool}
         with closing(self.device.sibling()) as scratch:  # what the trial makes is freed with it
             makers = {
-                here: lambda: self._pipeline(scratch, source),
                 "host": lambda: self._pipeline(scratch, self._held(source, rows)),
                 "device": lambda: self._pooled(scratch, source, rows),
+                here: lambda: self._pipeline(scratch, source),
             }
             for name in self._places(here, left_out):
                 try:
-                    speeds[name] = self._speed(makers[name](), rows)
+                    stages[name] = self._stages(makers[name](), rows)
                 except EngineError as error:
                     if name == here:
                         raise
                     left_out[name] = error.message
+        speeds = speeds_of(stages, len(rows[0]))
         if "device" in speeds and self.plan is not None:
             held = min(1.0, self.plan.capacity / self.plan.num_images)
             speeds["device"] = 1 / (held / speeds["device"] + (1 - held) / speeds[here])
@@ -140,12 +140,36 @@ class Trial:
         pipeline.load(every)
         return pipeline
 
-    def _speed(self, pipeline: Pipeline, rows: list[Int64]) -> float:
-        """Return the pairs/s that the slowest stage allows; the first run only warms up."""
+    def _stages(self, pipeline: Pipeline, rows: list[Int64]) -> Stages:
+        """Return what the stages of a batch took; the first run only warms up."""
         asked = np.zeros(len(rows[0]), np.int64)
         done: list[Scored] = [pipeline.run(Request(self.queries, asked, some)) for some in rows]
-        slowest_ms = max(median(getattr(run, stage) for run in done[1:]) for stage in _STAGES)
-        return float(len(asked) / max(slowest_ms, 1e-6) * 1e3)
+        return Stages(
+            median(run.gather_ms for run in done[1:]),
+            median(max(run.upload_ms, run.download_ms) for run in done[1:]),
+            min(run.compute_ms for run in done[1:]),
+        )
+
+
+class Stages(NamedTuple):
+    """Milliseconds of a batch: gather and copies as they usually are, compute undisturbed."""
+
+    gather: float
+    copy: float
+    compute: float
+
+
+def speeds_of(stages: Mapping[str, Stages], num_pairs: int) -> dict[str, float]:
+    """Return the pairs/s that the slowest stage of each place allows.
+
+    Disk and host compute the same, so the less disturbed of them counts for both.
+    """
+    plain = min(found.compute for name, found in stages.items() if name != "device")
+    slowest = {
+        name: max(found.gather, found.copy, found.compute if name == "device" else plain)
+        for name, found in stages.items()
+    }
+    return {name: num_pairs / max(taken, 1e-6) * 1e3 for name, taken in slowest.items()}
 
 
 def choose(pairs_per_s: Mapping[str, float]) -> Any:

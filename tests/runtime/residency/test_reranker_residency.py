@@ -16,7 +16,7 @@ from edje.runtime.device.host import HostDevice
 from edje.runtime.device.open import open_device
 from edje.runtime.pipelines import RunOptions
 from edje.runtime.reranker import Reranker
-from edje.runtime.residency.measure import choose
+from edje.runtime.residency.measure import Stages, choose, speeds_of
 from edje.runtime.residency.plan import ResidencyOptions
 from edje.runtime.store import TokenStore
 from recording_device import RecordingDevice, WatchedEngine
@@ -211,6 +211,17 @@ def test_auto_loads_the_store_where_that_is_faster(tiny_engine, tiny_store, monk
 )
 def test_the_cheapest_place_that_keeps_up_is_chosen(speeds, chosen):
     assert choose(speeds) == chosen
+
+
+def test_the_slowest_stage_decides_and_disk_and_host_compute_the_same():
+    stages = {
+        "disk": Stages(gather=4.0, copy=1.0, compute=2.0),
+        "host": Stages(gather=0.5, copy=1.0, compute=2.6),
+        "device": Stages(gather=0.01, copy=0.0, compute=2.5),
+    }
+    assert speeds_of(stages, 100) == pytest.approx(
+        {"disk": 25_000.0, "host": 50_000.0, "device": 40_000.0}
+    )
 
 
 @pytest.mark.parametrize(
