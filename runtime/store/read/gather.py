@@ -175,12 +175,7 @@ class Gather:
         padded = layout.stride > layout.record_bytes and not self._bounces
         self._starts = run_starts(plan.locations, positions, layout, 1 if padded else size, first)
         self._edges, num_runs = self._first_places, len(self._starts)
-        if num_runs == num_records:  # as nearly always: each record is a read of its own
-            self._stops = self._starts + 1
-            self._segments = plan.locations >> ROW_BITS
-        else:
-            self._stops = np.append(self._starts[1:], num_records)
-            self._segments = plan.locations[self._starts] >> ROW_BITS
+        if num_runs < num_records:  # nearly always each record is a read of its own
             self._edges = np.searchsorted(self._starts, self._first_places).tolist()
         self._batch = ReadBatch(num_runs * self._num_columns)
         self._reads = self._batch.reads.reshape(num_runs, self._num_columns, -1)
@@ -212,12 +207,13 @@ class Gather:
     @contextmanager
     def opened(self, files: Files) -> Iterator[None]:
         """Keep the files open that the reads need; a file that cannot be opened fails its reads."""
-        with files.tokens.lend(self._segments) as lent:
-            self._reads[:, :, FILE] = lent[:, None] << FILE_BITS
+        segments = self._plan.locations[self._starts] >> ROW_BITS
+        with files.tokens.lend(segments) as lent:
+            self._reads[:, :, FILE] = (lent << FILE_BITS)[:, None]
             if self._num_columns == 1 or files.cached is files.tokens:
                 yield
                 return
-            with files.cached.lend(self._segments) as lent_for_scales:
+            with files.cached.lend(segments) as lent_for_scales:
                 self._reads[:, 1, FILE] = lent_for_scales << FILE_BITS
                 yield
 
@@ -232,8 +228,9 @@ class Gather:
 
     def _read_one_by_one(self, run: int, files: SegmentFiles) -> dict[int, str]:
         """Read the records of a run that went wrong each by itself; return the bad ones."""
-        places = range(int(self._starts[run]), int(self._stops[run]))
-        segment = int(self._segments[run])
+        starts, num_records = self._starts[run : run + 2].tolist(), len(self._rows)
+        places = range(starts[0], starts[1] if len(starts) > 1 else num_records)
+        segment = int(self._plan.locations[starts[0]]) >> ROW_BITS
         with files.use([segment]) as found:
             descriptor = found[segment]
             if isinstance(descriptor, str):
@@ -268,7 +265,7 @@ class Gather:
         counts: int | Int64 = 1
         if len(self._starts) < len(rows):
             positions, rows = positions[self._starts], rows[self._starts]
-            counts = self._stops - self._starts
+            counts = np.diff(self._starts, append=len(self._rows))
         # Whole pages into aligned memory, or else no padding.
         size = layout.stride if self._bounces else layout.record_bytes
         _describe(self._reads[:, 0], buffers.tokens, positions, counts * size, layout.offset(rows))
