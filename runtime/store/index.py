@@ -7,7 +7,7 @@ digest are refused when the second is appended.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from threading import Lock
@@ -76,7 +76,7 @@ class _Table:
 
     def rows_of(self, segment: int) -> slice:
         """Return the places of a segment's rows; none if it has none."""
-        at = int(np.searchsorted(self.segments, segment))
+        at = bisect_left(self.segments, segment)
         if self.segments[at] != segment:
             return slice(0, 0)
         return slice(int(self.edges[at]), int(self.edges[at + 1]))
@@ -93,6 +93,16 @@ class _Table:
         places = self.edges[at] + rows
         stops = self.edges[np.minimum(at + 1, len(self.edges) - 1)]
         return np.where((self.segments[at] == segments) & (places < stops), places, -1)
+
+    def ascending_places(self, locations: Int64) -> Int64:
+        """Return `places` of one ascending row handle or more: one step if one segment has all."""
+        first, last = int(locations[0]), int(locations[-1])
+        base = first >> ROW_BITS << ROW_BITS
+        there = self.rows_of(first >> ROW_BITS)
+        if last - base < there.stop - there.start:
+            places: Int64 = locations + (there.start - base)
+            return places
+        return self.places(locations)
 
     def locations(self, places: Int64) -> Int64:
         """Return int64 [N] row handles of places."""
@@ -230,8 +240,8 @@ class RecordIndex:
         table = self._merged()
         positions = np.argsort(rows, kind="stable")
         locations = rows[positions]
-        places = table.places(locations)
-        if (places < 0).any():
+        places = table.ascending_places(locations) if len(rows) else rows
+        if len(rows) and places.min() < 0:
             foreign = locations[places < 0]
             shown = foreign[:20].tolist()
             raise RequestError(f"{len(foreign)} rows are not of this store: {shown}")

@@ -165,20 +165,20 @@ class Gather:
         self._rows, num_records = plan.locations & ROW_MASK, len(plan.locations)
         self._direct, self._verify = direct, verify
         self._bounces = direct and not buffers.are_aligned
-        self._num_columns = 2 if layout.scale_bytes else 1
+        self._num_columns = 2 if buffers.scales is not None else 1
         size = records_a_chunk(layout, num_records, num_threads, direct=direct)
+        first = first_chunk(size, num_threads, direct=direct)
+        self._first_places = [0, *range(first, num_records, size), num_records]
+        self.num_chunks = len(self._first_places) - 1
         # Bounced, tokens may go anywhere; else, read together, the padding would be in the way.
-        positions = None if self._bounces and not layout.scale_bytes else plan.positions
+        positions = None if self._bounces and buffers.scales is None else plan.positions
         padded = layout.stride > layout.record_bytes and not self._bounces
-        self._starts = run_starts(plan.locations, positions, layout, 1 if padded else size)
-        self._stops = np.empty_like(self._starts)
-        self._stops[:-1], self._stops[-1] = self._starts[1:], num_records
-        self._segments = plan.locations[self._starts] >> ROW_BITS
-        self._first_places = [*range(0, num_records, size), num_records]
-        self._edges: list[int] = np.searchsorted(self._starts, self._first_places).tolist()
-        self.num_chunks = len(self._edges) - 1
-        self._batch = ReadBatch(len(self._starts) * self._num_columns)
-        self._reads = self._batch.reads.reshape(len(self._starts), self._num_columns, -1)
+        self._starts = run_starts(plan.locations, positions, layout, 1 if padded else size, first)
+        self._edges, num_runs = self._first_places, len(self._starts)
+        if num_runs < num_records:  # nearly always each record is a read of its own
+            self._edges = np.searchsorted(self._starts, self._first_places).tolist()
+        self._batch = ReadBatch(num_runs * self._num_columns)
+        self._reads = self._batch.reads.reshape(num_runs, self._num_columns, -1)
         self._describe_reads()
 
     def read(self, chunk: int, worker: Worker, files: SegmentFiles) -> None:
@@ -207,12 +207,13 @@ class Gather:
     @contextmanager
     def opened(self, files: Files) -> Iterator[None]:
         """Keep the files open that the reads need; a file that cannot be opened fails its reads."""
-        with files.tokens.lend(self._segments) as lent:
-            self._reads[:, :, FILE] = lent[:, None] << FILE_BITS
+        segments = self._plan.locations[self._starts] >> ROW_BITS
+        with files.tokens.lend(segments) as lent:
+            self._reads[:, :, FILE] = (lent << FILE_BITS)[:, None]
             if self._num_columns == 1 or files.cached is files.tokens:
                 yield
                 return
-            with files.cached.lend(self._segments) as lent_for_scales:
+            with files.cached.lend(segments) as lent_for_scales:
                 self._reads[:, 1, FILE] = lent_for_scales << FILE_BITS
                 yield
 
@@ -227,8 +228,9 @@ class Gather:
 
     def _read_one_by_one(self, run: int, files: SegmentFiles) -> dict[int, str]:
         """Read the records of a run that went wrong each by itself; return the bad ones."""
-        places = range(int(self._starts[run]), int(self._stops[run]))
-        segment = int(self._segments[run])
+        starts, num_records = self._starts[run : run + 2].tolist(), len(self._rows)
+        places = range(starts[0], starts[1] if len(starts) > 1 else num_records)
+        segment = int(self._plan.locations[starts[0]]) >> ROW_BITS
         with files.use([segment]) as found:
             descriptor = found[segment]
             if isinstance(descriptor, str):
@@ -258,23 +260,27 @@ class Gather:
 
     def _describe_reads(self) -> None:
         """Say what every read takes from where to where: a run's tokens, then (int8) its scales."""
-        layout, buffers = self._layout, self._buffers
-        counts, rows = self._stops - self._starts, self._rows[self._starts]
-        positions = self._plan.positions[self._starts]
-        tokens = self._reads[:, 0]
-        tokens[:, ADDRESS] = address(buffers.tokens) + positions * layout.record_bytes
+        layout, buffers, rows = self._layout, self._buffers, self._rows
+        positions = self._plan.positions
+        counts: int | Int64 = 1
+        if len(self._starts) < len(rows):
+            positions, rows = positions[self._starts], rows[self._starts]
+            counts = np.diff(self._starts, append=len(self._rows))
         # Whole pages into aligned memory, or else no padding.
         size = layout.stride if self._bounces else layout.record_bytes
-        tokens[:, WANTED] = tokens[:, NUM_BYTES] = counts * size
-        tokens[:, OFFSET] = layout.offset(rows)
+        _describe(self._reads[:, 0], buffers.tokens, positions, counts * size, layout.offset(rows))
         if buffers.scales is not None:
-            self._describe_scales(buffers.scales, positions, counts, rows)
+            size, offsets = layout.scale_bytes, layout.scales_offset(rows)
+            _describe(self._reads[:, 1], buffers.scales, positions, counts * size, offsets)
 
-    def _describe_scales(self, out: UInt8, positions: Int64, counts: Int64, rows: Int64) -> None:
-        scales = self._reads[:, 1]
-        scales[:, ADDRESS] = address(out) + positions * out.shape[1]
-        scales[:, WANTED] = scales[:, NUM_BYTES] = counts * out.shape[1]
-        scales[:, OFFSET] = self._layout.scales_offset(rows)
+
+def _describe(
+    reads: Int64, out: UInt8, positions: Int64, num_bytes: int | Int64, offsets: Int64
+) -> None:
+    """Write into `reads` int64 [N, 8] which bytes come from `offsets` into rows of `out`."""
+    reads[:, WANTED] = reads[:, NUM_BYTES] = num_bytes
+    reads[:, ADDRESS] = positions * out.shape[1] + address(out)
+    reads[:, OFFSET] = offsets
 
 
 def records_a_chunk(
@@ -282,7 +288,7 @@ def records_a_chunk(
 ) -> int:
     """Return how many records to read at once: all threads get equally many chunks.
 
-    Their reads always fit a queue.
+    Their reads always fit a queue. See `first_chunk` for the one that is shorter.
     """
     num_bytes = DIRECT_CHUNK_BYTES if direct else CACHED_CHUNK_BYTES
     most = QUEUE_DEPTH // (2 if layout.scale_bytes else 1)
@@ -291,21 +297,37 @@ def records_a_chunk(
     return -(-num_records // (rounds * num_threads))
 
 
+def first_chunk(size: int, num_threads: int, *, direct: bool) -> int:
+    """Return how many records of `size` a chunk the first chunk has: half, for several threads.
+
+    Only one thread hashes at a time (the GIL). Two that read equally much from the start on would
+    both want to at the same time, and who has to wait for it must then be woken, too.
+    """
+    return max(1, size // 2) if num_threads > 1 and not direct else size
+
+
 def run_starts(
-    locations: Int64, positions: Int64 | None, layout: StoreLayout, max_records: int
+    locations: Int64,
+    positions: Int64 | None,
+    layout: StoreLayout,
+    max_records: int,
+    first: int = 0,
 ) -> Int64:
     """Return where runs of records that one read takes begin; `locations` is not empty.
 
     They lie behind one another in the file and, if `positions` are given, in the buffer. A run
-    also ends at a group's border (int8) and with every `max_records` records.
+    also ends at a group's border (int8), after `first` records, and then with every `max_records`.
     """
-    begins = np.ones(len(locations), np.bool_)
-    begins[1:] = locations[1:] != locations[:-1] + 1
+    follows = locations[1:] - locations[:-1] == 1
     if positions is not None:
-        begins[1:] |= positions[1:] != positions[:-1] + 1
+        follows &= positions[1:] - positions[:-1] == 1
+    if max_records == 1 or not follows.any():
+        return np.arange(len(locations))  # as nearly always
+    begins = np.ones(len(locations), np.bool_)
+    np.logical_not(follows, out=begins[1:])
     if layout.group_records:
         begins |= (locations & ROW_MASK) % layout.group_records == 0
-    begins[::max_records] = True
+    begins[first::max_records] = True
     return np.flatnonzero(begins)
 
 

@@ -197,6 +197,7 @@ def test_runs_end_where_records_do_not_follow_one_another() -> None:
         "row 32 begins a group of int8 records"
     )
     assert gather.run_starts(rows, None, float16, 2).tolist() == [0, 2, 3, 4, 5, 6, 8, 9, 10]
+    assert gather.run_starts(rows, None, float16, 5, 2).tolist() == [0, 2, 3, 5, 6, 7, 9]
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 4])
