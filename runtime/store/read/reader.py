@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +17,6 @@ from ....engines.cpu import usable_cores
 from ..layout import ROW_BITS, ROW_MASK, Int64, StoreLayout
 from .descriptors import SegmentFiles
 from .gather import Buffers, Files, Gather, ReadPlan, Worker, run_starts
-from .helpers import Helpers
 
 __all__ = ["Access", "BadRecord", "ReadPlan", "SegmentReader"]
 
@@ -52,7 +52,8 @@ class _Process:
     def __init__(self, make_files: Callable[[], Files]):
         self.files = make_files()
         self.num_threads = min(usable_cores(), MAX_THREADS)
-        self._helpers = Helpers(self.num_threads - 1)
+        # It starts its threads one by one as they are needed.
+        self.pool = ThreadPoolExecutor(max(1, self.num_threads - 1), "edje-read")
         self._idle: list[Worker] = []
         self._closed = False
 
@@ -85,11 +86,14 @@ class _Process:
                 for chunk in chunks:  # every thread takes the next that none has taken
                     gather.read(chunk, worker, self.files.cached)
 
-        tasks = self._helpers.ask(min(num_threads, gather.num_chunks) - 1, serve)
+        helpers: list[Future[None]] = []
+        with suppress(RuntimeError):  # the system or a closing interpreter gives no threads
+            for _ in range(min(num_threads, gather.num_chunks) - 1):
+                helpers.append(self.pool.submit(serve))
         try:
             serve()
         finally:  # nobody may write into the caller's buffers after this
-            errors = [task.finish() for task in tasks]
+            errors = [None if helper.cancel() else helper.exception() for helper in helpers]
         for error in errors:
             if error is not None:
                 raise error
@@ -97,7 +101,7 @@ class _Process:
     def close(self) -> None:
         """Close everything; what is in use is closed as it is given back."""
         self._closed = True
-        self._helpers.close()
+        self.pool.shutdown(wait=False)
         self.files.close()
         self._close_idle()
 
