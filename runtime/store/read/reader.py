@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,19 +12,15 @@ from typing import Literal
 
 import numpy as np
 
-from ....engines.cpu import usable_cores
 from ..layout import ROW_BITS, ROW_MASK, Int64, StoreLayout
 from .descriptors import SegmentFiles
 from .gather import Buffers, Files, Gather, ReadPlan, Worker, run_starts
+from .threads import CopyThreads
 
 __all__ = ["Access", "BadRecord", "ReadPlan", "SegmentReader"]
 
 Access = Literal["cached", "direct"]
 
-# More would only take cores from the engine: a few threads copy as fast as the memory is.
-MAX_THREADS = 4
-# Waking a thread takes as long as copying this much.
-BYTES_A_THREAD = 1 << 20
 # So that the description of a huge read stays small beside the read itself.
 MAX_RECORDS_A_GATHER = 1 << 14
 # Records that are looked for in the page cache before the system is asked to fetch a batch.
@@ -54,9 +49,7 @@ class _Process:
 
     def __init__(self, make_files: Callable[[], Files]):
         self.files = make_files()
-        self.num_threads = min(usable_cores(), MAX_THREADS)
-        # It starts its threads one by one as they are needed.
-        self.pool = ThreadPoolExecutor(max(1, self.num_threads - 1), "edje-read")
+        self.threads = CopyThreads()
         self.num_cached = 0  # batches in a row that prefetching found in the page cache
         self._idle: list[Worker] = []
         self._closed = False
@@ -77,10 +70,6 @@ class _Process:
         if self._closed:
             self._close_idle()
 
-    def threads_for(self, num_bytes: int) -> int:
-        """Return how many threads reading so much pays for."""
-        return max(1, min(self.num_threads, num_bytes // BYTES_A_THREAD))
-
     def carry_out(self, gather: Gather, num_threads: int) -> None:
         """Read all chunks, by the calling thread and, if it pays, by others beside it."""
         chunks = iter(range(gather.num_chunks))
@@ -90,22 +79,12 @@ class _Process:
                 for chunk in chunks:  # every thread takes the next that none has taken
                     gather.read(chunk, worker, self.files.cached)
 
-        helpers: list[Future[None]] = []
-        with suppress(RuntimeError):  # the system or a closing interpreter gives no threads
-            for _ in range(min(num_threads, gather.num_chunks) - 1):
-                helpers.append(self.pool.submit(serve))
-        try:
-            serve()
-        finally:  # nobody may write into the caller's buffers after this
-            errors = [None if helper.cancel() else helper.exception() for helper in helpers]
-        for error in errors:
-            if error is not None:
-                raise error
+        self.threads.run(serve, min(num_threads, gather.num_chunks))
 
     def close(self) -> None:
         """Close everything; what is in use is closed as it is given back."""
         self._closed = True
-        self.pool.shutdown(wait=False)
+        self.threads.close()
         self.files.close()
         self._close_idle()
 
@@ -171,7 +150,7 @@ class SegmentReader:
         buffers = Buffers(self._layout, tokens, scales)
         bad: dict[int, str] = {}
         for part in _parts(plan.locations, process.files.cached.max_open // 4):
-            num_threads = process.threads_for((part.stop - part.start) * self._layout.stride)
+            num_threads = process.threads.count_for((part.stop - part.start) * self._layout.stride)
             gather = Gather(
                 plan.part(part),
                 self._layout,

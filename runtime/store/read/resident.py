@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ....engines.contract import even_parts
 from ....errors import StoreError
 from ..layout import Int64, StoreLayout
 from .gather import Buffers, ReadPlan, UInt8
 from .kernel_aio import address
 from .reader import SegmentReader
+from .threads import CopyThreads
 
 NOT_HELD = "it is not among the records that were loaded into memory"
 
@@ -34,6 +36,7 @@ class ResidentRecords:
         self._held = Buffers(layout, memory[:token_bytes], memory[token_bytes:])
         self.bad: dict[int, str] = {}
         self.huge_page_bytes = 0
+        self._threads = CopyThreads()
 
     @classmethod
     def load(cls, reader: SegmentReader, plan: ReadPlan, layout: StoreLayout) -> ResidentRecords:
@@ -75,9 +78,9 @@ class ResidentRecords:
         places[~known] = 0
         out = Buffers(self._layout, tokens, scales)
         if known.any():
-            _copy(held.tokens, places, out.tokens, plan.positions)
+            self._copy(held.tokens, places, out.tokens, plan.positions)
             if held.scales is not None and out.scales is not None:
-                _copy(held.scales, places, out.scales, plan.positions)
+                self._copy(held.scales, places, out.scales, plan.positions)
         bad = dict.fromkeys(np.flatnonzero(~known).tolist(), NOT_HELD)
         if self.bad:
             found = ((at, self.bad.get(place)) for at, place in enumerate(places.tolist()))
@@ -91,22 +94,29 @@ class ResidentRecords:
 
     def close(self) -> None:
         """Let go of the memory. Calling it twice is allowed."""
+        self._threads.close()
         self._held = Buffers(self._layout, memoryview(bytearray()), None)
         self._locations = np.empty(0, np.int64)
 
+    def _copy(self, source: UInt8, places: Int64, out: UInt8, positions: Int64) -> None:
+        """Copy the rows of `source` at `places` into the rows of `out` at `positions`."""
+        if len(positions) != len(out):
+            out[positions] = source[places]
+            return
+        in_order = np.empty_like(places)
+        in_order[positions] = places
+        num_threads = self._threads.count_for(out.nbytes)
+        parts = iter([*even_parts(len(out), -(-len(out) // num_threads))])
+
+        def copy_parts() -> None:
+            for part in parts:  # every thread takes the next that none has taken
+                # mode="raise" would gather into memory of its own first, at half the speed.
+                np.take(source, in_order[part], axis=0, out=out[part], mode="clip")
+
+        self._threads.run(copy_parts, num_threads)
+
 
 Reader = SegmentReader | ResidentRecords
-
-
-def _copy(source: UInt8, places: Int64, out: UInt8, positions: Int64) -> None:
-    """Copy the rows of `source` at `places` into the rows of `out` at `positions`."""
-    if len(positions) != len(out):
-        out[positions] = source[places]
-        return
-    in_order = np.empty_like(places)
-    in_order[positions] = places
-    # mode="raise" would gather into memory of its own first, at half the speed.
-    np.take(source, in_order, axis=0, out=out, mode="clip")
 
 
 def _huge_memory(num_bytes: int) -> memoryview:

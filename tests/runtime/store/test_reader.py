@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edje.errors import StoreError
-from edje.runtime.store.read import descriptors, gather, kernel_aio, reader
+from edje.runtime.store.read import descriptors, gather, kernel_aio, threads
 from edje.runtime.store.read.reader import SegmentReader
 from edje.runtime.store.read.resident import NOT_HELD, ResidentRecords
 from record_files import ROWS, SEGMENTS, SHAPES, RecordFiles, key_of, layout_of, write_files
@@ -52,8 +52,8 @@ def many_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather, "CACHED_CHUNK_BYTES", 5 * PAGE)
     monkeypatch.setattr(gather, "DIRECT_CHUNK_BYTES", 7 * PAGE)
     monkeypatch.setattr(gather, "FEW_READS", 0)
-    monkeypatch.setattr(reader, "BYTES_A_THREAD", PAGE)
-    monkeypatch.setattr(reader, "usable_cores", lambda: 3)
+    monkeypatch.setattr(threads, "BYTES_A_THREAD", PAGE)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 3)
 
 
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +352,7 @@ def test_queues_of_closed_readers_serve_the_next_but_never_a_forked_child(
         check_others(all_files["float16"], source, {})
         source.close()
     num_made = len(made)
-    assert 1 <= num_made <= reader.MAX_THREADS
+    assert 1 <= num_made <= threads.MAX_THREADS
     monkeypatch.setattr(os, "getpid", lambda: -1)  # as a forked child would see it
     kernel_aio.open_queue().close()
     assert len(made) == num_made + 1
@@ -378,7 +378,7 @@ def test_a_little_is_read_without_a_queue_of_the_kernel(
 ) -> None:
     monkeypatch.setattr(gather, "FEW_READS", 4)
     monkeypatch.setattr(gather, "CACHED_CHUNK_BYTES", 100 * PAGE)
-    monkeypatch.setattr(reader, "BYTES_A_THREAD", 100 * PAGE)
+    monkeypatch.setattr(threads, "BYTES_A_THREAD", 100 * PAGE)
     monkeypatch.setattr(gather, "open_queue", RefusingQueue)
     files, source, tried = all_files["float16"], all_files["float16"].reader(), []
     monkeypatch.setattr(RefusingQueue, "read", lambda self, batch, *span: tried.append(span) or [])
