@@ -3,7 +3,7 @@
     python -m edje.perf.bench_store
 
 Random gathers of 256 of 20,480 full-size records (64 tokens x 384), page cache hot, all into one
-buffer, in turns: the store (verified, unverified, held in memory), `np.load(mmap_mode="r")[rows]`
+buffer (page-aligned, as the pipeline's slots are), in turns: the store (verified, unverified, held in memory), `np.load(mmap_mode="r")[rows]`
 of the same records, and a plain copy of the same bytes, which lie together in memory for it. The
 records differ from turn to turn; everyone gets the same sets, but never the one that another has
 just had and left in the CPU's cache. Every contestant's output is compared with what was appended,
@@ -34,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EdjeError
+from ..runtime.device.host import HostBuffer
 from ..runtime.store import TokenStore
 from ..runtime.store.catalog import Catalog, Change, RecordBatch, Segment
 from ..runtime.store.layout import ROW_BITS
@@ -81,7 +82,11 @@ def run_benchmark(num_rounds: int, scratch: Path, tell: Tell) -> dict[str, Any]:
     store = write_catalog(scratch / "ids.store", NUM_IDS)
     result = {
         "conditions": conditions(
-            records=NUM_RECORDS, gathered=GATHERED, shape=[NUM_TOKENS, HIDDEN], page_cache="hot"
+            records=NUM_RECORDS,
+            gathered=GATHERED,
+            shape=[NUM_TOKENS, HIDDEN],
+            page_cache="hot",
+            buffer="page-aligned",
         ),
         "gathers": gathers,
         "ids": measure_ids(store, NUM_RESOLVED),
@@ -129,7 +134,7 @@ class Turns:
         self, content: Content, asked: list[Int64], stores: Mapping[str, TokenStore], npy: Path
     ):
         self._content, self._asked = content, asked
-        self._out = np.zeros_like(content.tokens[:GATHERED])
+        self._out = _as_pinned(content.tokens[:GATHERED])
         self._scales = None if content.scales is None else np.zeros_like(content.scales[:GATHERED])
         mapped, out = np.load(npy, mmap_mode="r"), self._out
         sources = {id(places): content.tokens[places] for places in asked}
@@ -301,6 +306,11 @@ def summary(result: Mapping[str, Any]) -> str:
         ]
     lines += [f"{name:20}  {value:>12,}" for name, value in result["ids"].items()]
     return "\n".join([*lines, *(f"NOT REACHED: {fault}" for fault in result["faults"])])
+
+
+def _as_pinned(like: Array) -> Array:
+    """Return zeros in memory as the pipeline's slots have it: from a page's start on."""
+    return HostBuffer(like.size, like.dtype).view(like.shape)
 
 
 def _records(numbers: range) -> Records:
