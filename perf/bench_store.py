@@ -3,11 +3,11 @@
     python -m edje.perf.bench_store
 
 Random gathers of 256 of 20,480 full-size records (64 tokens x 384), page cache hot, all into one
-buffer (page-aligned, as the pipeline's slots are), in turns: the store (verified, unverified, held in memory), `np.load(mmap_mode="r")[rows]`
-of the same records, and a plain copy of the same bytes, which lie together in memory for it. The
-records differ from turn to turn; everyone gets the same sets, but never the one that another has
-just had and left in the CPU's cache. Every contestant's output is compared with what was appended,
-before and after the turns.
+buffer (page-aligned, as the pipeline's slots are), in turns: the store (verified, unverified, held
+in memory), `np.load(mmap_mode="r")[rows]` of the same records, and a plain copy of the same bytes,
+which lie together in memory for it. The records differ from turn to turn; everyone gets the same
+sets, but never the one that another has just had and left in the CPU's cache. Every contestant's
+output is compared with what was appended, before and after the turns.
 
 What is expected is expected of float16. int8 records are half as long and their scales lie apart:
 more system calls a byte, so that they are faster by the record and slower by the byte.
