@@ -207,7 +207,10 @@ class Pipeline:
         with self._device.current():
             try:
                 for part in even_parts(len(rows), self.max_pairs):
-                    slot = self._ring.try_take() or self._land(waiting.popleft())
+                    slot = self._ring.try_take()
+                    if slot is None:
+                        slot = self._land(waiting[0])
+                        waiting.popleft()
                     waiting.append(slot)
                     self._load_one(slot, rows[part])
                 for slot in waiting:
