@@ -4,10 +4,12 @@ import numpy as np
 import openvino
 import pytest
 
+from edje.bundle import JOINT_ENCODER
 from edje.engines import ov
 from edje.engines.build import build_engine
-from edje.engines.contract import OpenOptions
+from edje.engines.contract import INPUTS, OpenOptions
 from edje.engines.open import open_engine
+from edje.engines.ov_graph import widen_score
 from edje.errors import EngineError
 
 # Largest |score difference| to the official float32 scores. bfloat16 keeps 8 bits of mantissa:
@@ -73,6 +75,40 @@ def test_bfloat16_stays_close_to_float32(tiny_bundle, tmp_path, official_pairs, 
     expected = official_pairs.expected(pairs)
     np.testing.assert_allclose(scores, expected, rtol=0, atol=BF16_TOLERANCE)
     assert np.abs(scores - expected).max() > 0
+
+
+def test_in_bfloat16_no_two_scores_are_tied_by_rounding(tiny_bundle, tmp_path):
+    """Scores rounded to bfloat16 would be multiples of 1/8 from 16 on."""
+    reason = ov.why_not("bf16")
+    if reason is not None:
+        pytest.skip(reason)
+    build_engine(tiny_bundle, tmp_path / "engine", backend="openvino", precision="bf16")
+    engine = open_engine(tmp_path / "engine")
+    types = {
+        node.get_rt_info()["layerType"].astype(str): node.get_rt_info()["runtimePrecision"]
+        for node in engine._compiled.get_runtime_model().get_ordered_ops()
+        if node.get_friendly_name() == "/classifier/MatMul"
+    }
+    engine.close()
+    assert {name: kind.astype(str) for name, kind in types.items()} == {"Reduce": "f32"}
+
+
+def test_a_wide_score_is_the_same_score(tiny_bundle, official_pairs):
+    core = openvino.Core()
+    batch = official_pairs.batch([(0, image) for image in range(12)], 63)
+    feed = {name: getattr(batch, name) for name in INPUTS}
+    plain, wide = (core.read_model(tiny_bundle / JOINT_ENCODER) for _ in range(2))
+    widen_score(wide)
+    products = [
+        sum(node.get_type_name() == "MatMul" for node in model.get_ordered_ops())
+        for model in (plain, wide)
+    ]
+    assert products[0] - products[1] == 1
+    scores = [
+        core.compile_model(model, "CPU", {ov.PRECISION_KEY: "f32"})(feed)["scores"]
+        for model in (plain, wide)
+    ]
+    np.testing.assert_allclose(scores[1], scores[0], rtol=0, atol=1e-5)
 
 
 def test_bfloat16_is_refused_where_the_cpu_lacks_it(tiny_bundle, tmp_path):
