@@ -59,29 +59,16 @@ def decide(
             f'residency is "{wish.place}", but the open store reads from {here}',
             hint=f'open it with TokenStore.open(path, access="{access}"), or give its path',
         )
-    if wish.place == "device":
-        plan = _plan(wish, engine, store, device, num_pipelines)
-        return Decision(plan.residency("as asked"), plan)
-    return _measured(wish, engine, store, device, lane, queries, num_pipelines, may_load)
-
-
-def _measured(
-    wish: ResidencyOptions,
-    engine: Engine,
-    store: TokenStore,
-    device: Device,
-    lane: Lane,
-    queries: TokenizedQueries,
-    num_pipelines: int,
-    may_load: bool,
-) -> Decision:
     plan, no_pool = None, ""
     try:
         plan = _plan(wish, engine, store, device, num_pipelines)
     except EngineError as error:  # no memory of its own
+        if wish.place == "device":
+            raise
         no_pool = error.message
-    trial = Trial(engine, store, device, lane, queries, plan, no_pool, may_load)
-    residency = trial.run()
+    if plan is not None and wish.place == "device":
+        return Decision(plan.residency("as asked"), plan)
+    residency = Trial(engine, store, device, lane, queries, plan, no_pool, may_load).run()
     return Decision(residency, plan if residency.place == "device" else None)
 
 
