@@ -1,6 +1,6 @@
-"""Just enough of CUDA to look at a GPU and to score a host batch on one, for measuring.
+"""Just enough of CUDA to look at a GPU, to allocate on it, and to score a host batch, for measuring.
 
-The online path does not go this way: it stages batches in pinned memory (`runtime/device`).
+The online path's batches do not go this way: it stages them in pinned memory (`runtime/device`).
 """
 
 from __future__ import annotations

@@ -257,10 +257,11 @@ class Reranker:
             for pipeline in self._pipelines:
                 pipeline.close()
             self._idle.wait_for(lambda: self._num_running == 0)
-        with suppress(EngineError), self._device.current():  # a lost device cannot be entered
+        with self._owned, ExitStack() as entered:
+            with suppress(Exception):  # a lost device cannot be entered
+                entered.enter_context(self._device.current())
             for engine in self._engines:
                 engine.close()
-        self._owned.close()
 
     def __enter__(self) -> Reranker:
         return self

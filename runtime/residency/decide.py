@@ -14,7 +14,7 @@ from ..store import TokenStore
 from ..text import TokenizedQueries
 from .measure import Trial, place_of
 from .plan import PoolPlan, ResidencyOptions, plan_pool
-from .token_pool import record_bytes
+from .token_pool import pool_capability, record_bytes
 
 
 class Decision(NamedTuple):
@@ -76,11 +76,7 @@ def _plan(
     wish: ResidencyOptions, engine: Engine, store: TokenStore, device: Device, num_pipelines: int
 ) -> PoolPlan:
     """Plan the pool beside what the slots will take: fresh records, and the engine's input."""
-    if device.compute_capability is None:
-        raise EngineError(
-            f"the device {device.name} has no memory of its own to keep tokens in",
-            hint='residency="host" keeps them in this machine\'s memory',
-        )
+    pool_capability(device)
     manifest = engine.manifest
     sizes = manifest.bundle.sizes
     shape, dtype = (sizes.num_tokens, sizes.hidden), manifest.token_dtype

@@ -125,7 +125,11 @@ class Trial:
     def _pipeline(
         self, device: Device, source: TokenSource, pool: TokenPool | None = None
     ) -> Pipeline:
-        return Pipeline(self.engine, source, device, num_slots=1, lane=self.lane, pool=pool)
+        # A graph would stay with the engine, and its capture count as compute.
+        lane = self.lane
+        return Pipeline(
+            self.engine, source, device, num_slots=1, lane=lane, pool=pool, graphs=False
+        )
 
     def _held(self, source: TokenSource, rows: list[Int64]) -> HeldTokens:
         every = np.unique(np.concatenate(rows))

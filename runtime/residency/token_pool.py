@@ -55,24 +55,15 @@ class TokenPool:
         Raises:
             EngineError: the device runs no kernels, or has not so much memory.
         """
-        if device.compute_capability is None:
-            raise EngineError(
-                f"the device {device.name} has no memory of its own to keep tokens in",
-                hint='residency="host" keeps them in this machine\'s memory',
-            )
+        capability = pool_capability(device)
         self.map = ResidentMap(rows, capacity)
         self.checks_finite = checks_finite
         self.shape, self.dtype = shape, dtype
         with device.current():
             self._held = record_memory(device, capacity, shape, dtype)
-            library = KernelLibrary(device, device.compute_capability)
+            library = KernelLibrary(device, capability)
             self._gather = GatherTokens(library, token_dtype=dtype, row_dtype="int32")
             self._scatter = ScatterTokens(library, token_dtype=dtype, place_dtype="int32")
-
-    @property
-    def num_bytes(self) -> int:
-        """Device memory that the records take."""
-        return self.map.capacity * record_bytes(self.shape, self.dtype)
 
     def gather(self, places: Any, out: Records, stream: Stream) -> None:
         """Copy the records at `places` (int32 [P], -1: none) to their pairs, in stream order."""
@@ -87,6 +78,20 @@ class TokenPool:
         """Copy records into the pool at `places` (int32 [N], -1: not at all), in stream order."""
         scales = {"scales": records.scales, "pool_scales": self._held.scales}
         self._scatter.enqueue(records.tokens, places, self._held.tokens, stream=stream, **scales)
+
+
+def pool_capability(device: Device) -> tuple[int, int]:
+    """Return the compute capability of a device that can keep a pool.
+
+    Raises:
+        EngineError: it has no memory of its own.
+    """
+    if device.compute_capability is None:
+        raise EngineError(
+            f"the device {device.name} has no memory of its own to keep tokens in",
+            hint='residency="host" keeps them in this machine\'s memory',
+        )
+    return device.compute_capability
 
 
 def record_bytes(shape: tuple[int, int], dtype: str) -> int:

@@ -248,7 +248,7 @@ class RecordIndex:
         return ReadPlan(positions, locations, table.lows[places], table.checksums[places])
 
     def live_rows(self, segment: int | None = None) -> Int64:
-        """Return int64 [N] row handles of all live records, or of those in one segment."""
+        """Return int64 [N] row handles, ascending: all live records', or those in one segment."""
         table = self._merged()
         part = slice(0, len(table.live)) if segment is None else table.rows_of(segment)
         places = np.flatnonzero(table.live[part]) + part.start

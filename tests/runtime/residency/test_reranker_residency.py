@@ -270,6 +270,23 @@ def test_a_gpu_engine_asks_for_a_gpu():
         open_device("host", manifest)
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_engines_are_closed_where_their_device_is_current_or_lost(tmp_path, store, lost):
+    device, engine, depths = RecordingDevice(1), WatchedEngine(), []
+    engine.close = lambda: depths.append(getattr(device._thread, "depth", 0))
+    reranker = Reranker(
+        engine, toy_tokenizer(tmp_path), store, runs=on(device, ResidencyOptions("disk"))
+    )
+    if lost:
+
+        def refuse() -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+        device.current = refuse
+    reranker.close()
+    assert depths == [0 if lost else 1]
+
+
 def test_a_callers_device_stays_open(tiny_engine, tiny_store):
     device = HostDevice()
     mine = device.stream()

@@ -46,6 +46,19 @@ def test_appended_records_come_back_in_any_order_and_twice(tmp_path: Path) -> No
     assert np.array_equal(got, tokens[[4, 0, 0, 3, 1, 2]])
 
 
+def test_live_rows_ascend_through_segments_and_what_was_changed(tmp_path: Path) -> None:
+    with TokenStore.create(tmp_path / "s", segment_bytes=4096 * 4, **SIZES) as store:
+        store.append(list("abcdefg"), random_tokens(7))
+        store.delete(["c", "e"])
+        store.replace(["b"], random_tokens(1))
+        store.append(["c"], random_tokens(1))
+        for _ in range(2):
+            rows = store.live_rows()
+            assert (np.diff(rows) > 0).all()
+            assert np.array_equal(rows, np.sort(store.rows(list("abcdfg"))))
+            store.compact()
+
+
 def test_stat_counts_what_is_there(tmp_path: Path) -> None:
     with TokenStore.create(tmp_path / "s", segment_bytes=4096 * 4, **SIZES) as store:
         store.append(list("abcdefg"), random_tokens(7))
