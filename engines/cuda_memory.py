@@ -1,4 +1,4 @@
-"""Just enough of CUDA to look at a GPU, to allocate on it, and to score a host batch, for measuring.
+"""Just enough of CUDA to look at a GPU, to allocate on it, and to score a host batch for measuring.
 
 The online path's batches do not go this way: it stages them in pinned memory (`runtime/device`).
 """
