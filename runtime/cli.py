@@ -6,13 +6,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from .. import __version__
-from ..errors import EdjeError
+from ..errors import EdjeError, RequestError
 from .cli_build import build
 from .cli_index import IndexCommand, index
 from .cli_store import store_app
@@ -171,7 +172,7 @@ def rerank(
         device=device,
         residency=ResidencyOptions(
             cast("Place | None", residency),  # checked where it is opened
-            max_bytes=None if resident_gb is None else int(resident_gb * 1e9),
+            max_bytes=_bytes_of(resident_gb),
         ),
     ) as reranker:
         result = reranker.rank(query, ids, top_k, timeout_s=timeout)
@@ -268,6 +269,14 @@ def demo(
     from ..demo.guide import NUM_QUERIES, run_demo
 
     run_demo(out, num_queries=NUM_QUERIES if num_queries is None else num_queries)
+
+
+def _bytes_of(gigabytes: float | None) -> int | None:
+    if gigabytes is None:
+        return None
+    if not isfinite(gigabytes):
+        raise RequestError(f"--resident-gb is {gigabytes}, expected a number of 1e9 bytes")
+    return int(gigabytes * 1e9)
 
 
 def _require(extra: str, *modules: str) -> None:

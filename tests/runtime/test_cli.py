@@ -102,6 +102,35 @@ def test_rerank_with_a_precise_engine_says_what_it_rescored(edje, tiny_engine, t
     assert (refused.code, "without rescore" in refused.err) == (2, True)
 
 
+def test_rerank_says_where_it_reads_tokens_from(edje, tiny_engine, tiny_store):
+    common = ("rerank", tiny_engine, "--store", tiny_store, "--query", "a dog")
+    table = edje(*common, "--residency", "host")
+    assert (table.code, "tokens are read from host: as asked" in table.err) == (0, True)
+    assert edje(*common).err == "", "nobody asked"
+    result = edje(*common, "--residency", "auto", "--json").json
+    assert result["residency"]["place"] == result["engine"]["residency"]
+    assert result["residency"]["pairs_per_s"].keys() == {"disk", "host"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--residency", "ram"), "got 'ram', expected disk, host, device, auto"),
+        (("--residency", "device"), 'residency="host" keeps them'),
+        (("--residency", "auto", "--resident-gb", "nan"), "--resident-gb is nan"),
+        (("--residency", "auto", "--resident-gb", "0"), "max_bytes: got 0"),
+        (("--device", "cuda_core"), "built for the CPU"),
+        (("--timeout", "0"), "deadline passed"),
+        (("--timeout", "nan"), "timeout_s is nan"),
+    ],
+)
+def test_rerank_refuses_what_cannot_be_meant(edje, tiny_engine, tiny_store, options, says):
+    ran = edje("rerank", tiny_engine, "--store", tiny_store, "--query", "a dog", *options)
+    assert (ran.code, ran.out) == (2, "")
+    assert says in ran.err
+    assert "Traceback" not in ran.err
+
+
 def test_candidates_come_from_stdin(edje, tiny_engine, tiny_store, monkeypatch):
     stdin = io.TextIOWrapper(io.BytesIO(b"img-5\nimg-4\n"))
     monkeypatch.setattr(sys, "stdin", stdin)
