@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .contract import BuildJob, BuildOptions, Engine, OpenOptions
-from .cuda_memory import capability_fault, capability_key, current_gpu, gpu_fault
+from .cuda_memory import Gpu, capability_fault, capability_key, current_gpu, gpu_fault
 from .manifest import EngineManifest
 from .trt_build import PlanTarget, build_plan
 from .trt_library import load_trt
@@ -20,6 +20,7 @@ COMPUTE_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8"
 # Of a GPU, by precision. 7.5 is a target of the library but has no float32 products in it, which
 # the pooler needs (1.7.1: "FP32 GEMM is not supported").
 LEAST_CAPABILITY = {"fp32": "8.0", "bf16": "8.0", "fp16": "8.0", "fp8": "8.9"}
+DATA_CENTRE = "data-centre GPUs (9.0, 10.0) run the tensorrt backend"
 NO_INT8 = "TensorRT-RTX has no int8 activations; build fp8 (8.9 and later) or fp16"
 
 LIBRARY = load_trt("tensorrt-rtx")
@@ -31,17 +32,41 @@ def version() -> str:
 
 
 def why_not(precision: str) -> str | None:
-    """Return why this machine cannot run `precision`: a driver and a GPU are needed."""
+    """Return why this machine cannot run `precision`: it needs a driver and an RTX GPU."""
     if precision not in COMPUTE_TYPES:
         return NO_INT8
-    return gpu_fault() or capability_fault(precision, LEAST_CAPABILITY[precision])
+    return (
+        gpu_fault()
+        or unserved_fault(current_gpu())
+        or capability_fault(precision, LEAST_CAPABILITY[precision])
+    )
+
+
+def unserved_fault(gpu: Gpu) -> str | None:
+    """Return why `gpu` runs no engine of this library in any precision, None where it does.
+
+    Seen on an H200 (9.0) with 1.7.1: it builds for "every GPU", and opens with UNSUPPORTED_CC.
+    """
+    if gpu.capability in known_capabilities():
+        return None
+    return (
+        f"TensorRT-RTX does not serve compute capability {gpu.capability} ({gpu.name}), only "
+        f"{', '.join(known_capabilities())}; {DATA_CENTRE}"
+    )
 
 
 def why_not_build(precision: str, options: BuildOptions) -> str | None:
-    """Return why no engine can be built so; the machine needs no GPU."""
+    """Return why no engine can be built so; the machine needs no GPU.
+
+    On a machine with a GPU that the library does not serve, the GPUs must be named.
+    """
     if precision not in COMPUTE_TYPES:
         return NO_INT8
     faults = []
+    if not options.compute_capabilities and gpu_fault() is None:
+        unserved = unserved_fault(current_gpu())
+        if unserved is not None:
+            faults.append(f"{unserved}; for another GPU name it, as in --compute-capability 8.9")
     if options.hardware_compatible:
         faults.append(
             "no hardware_compatible: its engines run on every GPU that compute_capabilities names"
@@ -70,7 +95,8 @@ def capability_faults(precision: str, capabilities: Sequence[str]) -> list[str]:
     faults = []
     if unknown:
         faults.append(
-            f"compute capability {', '.join(unknown)} is none of its own ({', '.join(known)})"
+            f"compute capability {', '.join(unknown)} is none of its own ({', '.join(known)}); "
+            f"{DATA_CENTRE}"
         )
     if early:
         faults.append(f"{precision} needs compute capability {least}, got {', '.join(early)}")
@@ -102,6 +128,9 @@ def device_faults(manifest: EngineManifest) -> list[str]:
         return []  # `why_not` says so
     gpu, built = current_gpu(), manifest.device
     named, least = built.get("compute_capabilities", []), built["least_compute_capability"]
+    unserved = unserved_fault(gpu)
+    if unserved is not None:
+        return [f"device: {unserved}"]
     if gpu.capability in named:
         return []
     if not named and capability_key(gpu.capability) >= capability_key(least):

@@ -238,12 +238,12 @@ def measure_point(engine: Engine, pairs: Pairs, size: int) -> list[dict[str, Any
     with ExitStack() as stack:
         stack.enter_context(_narrowed(engine, size))
         device = stack.enter_context(closing(CudaCoreDevice()))
-        stream = _stream()
+        stream = measuring_stream()
         memory = stack.enter_context(DeviceMemory(stream))
         lane = Lane(device, borrowed=stream, exclusive=True)  # contestants take turns
         pipelines = make_pipelines(engine, pairs, device, lane)
         last: dict[str, Scored] = {}
-        contestants = {BARE: _bare(engine, pairs, size, num_batches, memory, stream)}
+        contestants = {BARE: bare_scores(engine, pairs, size, num_batches, memory, stream)}
         for name, pipeline in pipelines.items():
             stack.enter_context(closing(pipeline))
             contestants[name] = through_pipeline(pipeline, pairs, rows, name, last)
@@ -301,7 +301,7 @@ def stages_ms(scored: Scored, num_batches: int) -> dict[str, float]:
     return {name: round(getattr(scored, name) / num_batches, 4) for name in names}
 
 
-def _bare(
+def bare_scores(
     engine: Engine,
     pairs: Pairs,
     size: int,
@@ -331,7 +331,7 @@ def _bare(
 
 
 @cache
-def _stream() -> CudaStream:
+def measuring_stream() -> CudaStream:
     """Return the one stream of this process: engines keep contexts for every stream they see."""
     return CudaStream()
 

@@ -18,7 +18,7 @@ from ..bundle import JOINT_ENCODER, BundleManifest
 from ..engines.backends import require_backend
 from ..engines.cache import cached_engine
 from ..engines.contract import INPUTS, OUTPUT, Batch, DeviceArray, Engine, Float32, Stream
-from ..engines.cuda_memory import current_gpu
+from ..engines.cuda_memory import current_gpu, synchronize
 from ..engines.manifest import EngineManifest, Profile
 from ..engines.open import open_engine
 from ..engines.precision.prepare import DEFAULT_LIMITS, Recipe, prepare_graph
@@ -86,7 +86,13 @@ class TorchEngine(Engine):
 
 
 class OrtCudaEngine(Engine):
-    """ONNX Runtime's CUDA provider on the caller's stream; a session a stream."""
+    """ONNX Runtime's CUDA provider on the caller's stream; a session a stream.
+
+    Every run leaves a callback in the stream, which frees host buffers through the session's
+    allocator. A session that is closed before it ran leaves the callback the last one to hold
+    that allocator: it is freed in the callback, where CUDA permits no call (error 800), and the
+    process ends with SIGABRT. A captured callback would free the same buffers at every launch.
+    """
 
     on_device = True
 
@@ -98,6 +104,8 @@ class OrtCudaEngine(Engine):
         """
         import onnxruntime
 
+        if hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()  # CUDA and cuDNN of the Python packages, where they are
         if CUDA_PROVIDER not in onnxruntime.get_available_providers():
             raise EngineError(
                 f"onnxruntime {onnxruntime.__version__} here has no {CUDA_PROVIDER}",
@@ -128,7 +136,13 @@ class OrtCudaEngine(Engine):
             raise EngineError(f"onnxruntime runs on {session.get_providers()[0]}, not on the GPU")
         return session
 
+    def why_not_capture(self, stream: Stream, bucket: int) -> str | None:
+        return "ONNX Runtime frees host buffers by a callback in the stream, which a graph repeats"
+
     def close(self) -> None:
+        """Wait for the GPU, callbacks included, then free the sessions."""
+        if self._sessions:
+            synchronize()
         self._sessions.clear()
 
 

@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,14 +27,21 @@ from ..engines.cuda_memory import current_gpu, gpu_fault
 from ..errors import EdjeError
 from . import random_model
 from .gpu_steps import OK, SKIPPED, Report, StepResult, run_step
-from .gpu_table import ceilings_of, ceilings_text, found_text, ladder_table, with_roofs
+from .gpu_table import (
+    ceilings_of,
+    ceilings_text,
+    found_text,
+    ladder_table,
+    step_texts,
+    with_roofs,
+)
 from .gpu_work import STEPS, Step, find_step
 from .harness import RESULTS, conditions, write_result
 
 BUDGET_S = 500.0  # the whole run; the limits of the steps add up to more
 MARGIN_S = 15.0  # a step starts nothing new so long before its end
 LEAST_S = 20.0
-RESIDENT = "not built"
+LINES_SHOWN = 30  # of a failed step's output; the JSON keeps more
 _CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu"
 
 
@@ -54,8 +62,10 @@ def run_ladder(steps: Sequence[Step], scratch: Path, budget_s: float) -> list[St
         before = clocks()
         result = run_step(step.name, command, report, limit_s, env={"EDJE_REQUIRE_GPU": "1"})
         values = {**result.values, "clocks": {"before": before, "after": clocks()}}
-        results.append(StepResult(step.name, result.status, result.seconds, result.reason, values))
+        results.append(replace(result, values=values))
         print(f"    {result.status}, {result.seconds:.0f} s {result.reason or ''}", flush=True)
+        for line in result.output.splitlines()[-LINES_SHOWN:]:
+            print(f"    | {line}", flush=True)
     return results
 
 
@@ -80,7 +90,6 @@ def result_of(steps: Sequence[StepResult], sizes: ModelSizes, gpu: str) -> dict[
             data="seeded random ids and standard normal tokens",
             timing="minimum of the rounds; bare and pipeline take turns, engines do not",
         ),
-        "resident": RESIDENT,
         "ceilings": ceilings,
         "ladder": with_roofs(rows, ceilings_of(ceilings), sizes),
         "steps": [
@@ -95,7 +104,7 @@ def _without(values: Any, names: Sequence[str]) -> dict[str, Any]:
 
 
 def faults_of(result: dict[str, Any]) -> list[str]:
-    """Return what makes the run a failed one: GPU tests, or scores that are wrong."""
+    """Return what makes the run a failed one: GPU tests, wrong scores, or copies that block."""
     tests = [step["values"].get("failures", []) for step in result["steps"]]
     wrong = [
         f"{row['engine']} {row['via']}, batch {row['batch']}: {row['fault']}"
@@ -107,7 +116,13 @@ def faults_of(result: dict[str, Any]) -> list[str]:
         for step in result["steps"]
         if step["name"] in ("found", "tests", "prepare") and step["status"] not in (OK, SKIPPED)
     ]
-    return [*broken, *(name for names in tests for name in names), *wrong]
+    slow = [
+        f"{name}: {copies['text']}"
+        for step in result["steps"]
+        for name, copies in step["values"].get("copies", {}).items()
+        if copies.get("blocks")
+    ]
+    return [*broken, *slow, *(name for names in tests for name in names), *wrong]
 
 
 def summary(result: dict[str, Any], steps: Sequence[StepResult]) -> str:
@@ -119,7 +134,7 @@ def summary(result: dict[str, Any], steps: Sequence[StepResult]) -> str:
             *parts,
             "",
             ladder_table(result["ladder"], steps),
-            f"tokens resident on the device: {result['resident']}",
+            *(text for step in steps for text in step_texts(step.values)),
             *(f"FAILED: {fault}" for fault in faults_of(result)),
         ]
     )

@@ -20,6 +20,7 @@ from typing import Any
 OK, FAILED, TIMED_OUT, SKIPPED = "ok", "failed", "timed out", "skipped"
 _LINES_OF_REASON = 3
 _REASON_LENGTH = 400
+OUTPUT_BYTES = 16_384  # of a step that failed, kept in the JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class StepResult:
         seconds: wall time, start of the process included.
         reason: why it is not `ok`, in one line; None where it is.
         values: what it reported, also before it failed.
+        output: the end of what it printed; empty where it is `ok`.
     """
 
     name: str
@@ -39,6 +41,7 @@ class StepResult:
     seconds: float
     reason: str | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
+    output: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
@@ -88,8 +91,8 @@ def run_step(
 ) -> StepResult:
     """Run `command` until it ends or `limit_s` is over; return what it left in `report`.
 
-    Its output goes to a file beside `report`; the last lines are the reason of a failure. All
-    processes that it started are killed with it.
+    Its output goes to a file beside `report`; the end of it is kept where the step fails, and the
+    last lines are the reason. All processes that it started are killed with it.
     """
     log = report.with_suffix(".log")
     began = monotonic()
@@ -110,11 +113,13 @@ def run_step(
             _kill_group(process)
     seconds = round(monotonic() - began, 1)
     values, unreadable = _read(report)
+    if code == 0 and unreadable is None:
+        return StepResult(name, OK, seconds, None, values)
+    output = log.read_bytes()[-OUTPUT_BYTES:].decode("utf-8", "replace")
     if code is None:
-        return StepResult(name, TIMED_OUT, seconds, f"over its {limit_s:.0f} s", values)
-    if code != 0:
-        return StepResult(name, FAILED, seconds, f"{_how_it_ended(code)}: {_tail(log)}", values)
-    return StepResult(name, FAILED if unreadable else OK, seconds, unreadable, values)
+        return StepResult(name, TIMED_OUT, seconds, f"over its {limit_s:.0f} s", values, output)
+    reason = unreadable if code == 0 else f"{_how_it_ended(code)}: {_last_lines(output)}"
+    return StepResult(name, FAILED, seconds, reason, values, output)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -146,8 +151,7 @@ def _how_it_ended(code: int) -> str:
         return f"killed by signal {-code}"
 
 
-def _tail(log: Path) -> str:
+def _last_lines(output: str) -> str:
     """Return the last lines of the output as one."""
-    text = log.read_bytes()[-4096:].decode("utf-8", "replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     return " | ".join(lines[-_LINES_OF_REASON:])[-_REASON_LENGTH:] or "no output"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..bundle import ModelSizes
+from . import bench_precisions
 from .gpu_steps import OK, StepResult
 from .roofline import roofs
 
@@ -85,6 +86,24 @@ def found_text(values: Mapping[str, Any]) -> str:
         why_not = next((reason for reason in reasons.values() if reason), "")
         lines.append(f"  {name}: {runs or f'nothing: {why_not}'}")
     return "\n".join(lines)
+
+
+def step_texts(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a step found beside its rows: tests, copies, latencies, the CPU's engines."""
+    if "passed" in values:
+        counts = ", ".join(f"{values[name]} {name}" for name in ("passed", "failed", "skipped"))
+        yield f"tests: {counts}"
+        yield from (f"  skipped: {reason}" for reason in values["skip_reasons"])
+        yield from (f"{name}\n{text}" for name, text in values["failure_texts"].items())
+    for name, copies in values.get("copies", {}).items():
+        yield f"copies by {name}: {copies['fault'] or copies['text']}"
+    for row in values.get("latencies", []):
+        yield (
+            f"{row['engine']}, {row['via']}: {row['candidates']} candidates, one caller, "
+            f"p50 {row['p50_ms']:.2f} ms, least {row['min_ms']:.2f} ms"
+        )
+    if "cpu" in values:
+        yield bench_precisions.summary(values["cpu"])
 
 
 def ceilings_text(rows: Iterable[Row]) -> str:

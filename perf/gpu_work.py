@@ -7,6 +7,7 @@ import platform
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -22,10 +23,15 @@ from ..engines.contract import Batch, Engine, Float32
 from ..engines.cuda_memory import current_gpu
 from ..engines.fidelity import reference_scorer
 from ..errors import EdjeError
+from ..runtime.device.copies import measure_copies
+from ..runtime.device.open import GPU_DEVICES, open_gpu
+from . import bench_precisions
 from . import gpu_contest as contest
+from .bench_end_to_end import Settings
 from .gpu_ceilings import measure_ceilings
 from .gpu_contest import BATCH_SIZES, NUM_WORDPIECES, Pairs, make_pairs, measure_engine, profile_of
 from .gpu_engines import OrtCudaEngine, TorchEngine, built_engine
+from .gpu_rank import measure_rank
 from .gpu_steps import Report
 from .harness import ROOT
 from .random_model import full_size_bundle
@@ -36,9 +42,11 @@ LIBRARIES = (
     "tensorrt-rtx-cu13-bindings", "pytest",
 )  # fmt: skip
 LEAN_WORDPIECES = (*NUM_WORDPIECES, 12, 29)  # 80 and 128 slots, then 79 and 96
+CPU_ROUNDS = 3
 FEW_BATCHES = (256, 1024)  # for the lengths that compiling leaves little time for
 FLOAT32_TOLERANCE = 1e-3
 NUM_CHECKED = 16
+MOST_TEXT = 8192  # characters of a failing test's output, its end
 _HOST, _DEVICE = "from host", "bare"
 
 
@@ -79,6 +87,18 @@ def look_around(report: Report) -> None:
         for status in probe_backends()
     }
     report.put(backends=backends, torch=_torch_facts(), onnxruntime_providers=_providers())
+    report.put(copies={name: copies_of(name) for name in GPU_DEVICES})
+
+
+def copies_of(name: str) -> dict[str, Any]:
+    """Return how a device's pinned memory is copied, or in `fault` why that is not known."""
+    try:
+        device = open_gpu(name)
+    except EdjeError as error:
+        return {"fault": error.message}
+    with closing(device):
+        speed = measure_copies(device)
+    return {**asdict(speed), "blocks": speed.blocks, "text": speed.describe(), "fault": None}
 
 
 def run_tests(report: Report) -> None:
@@ -105,17 +125,24 @@ def run_tests(report: Report) -> None:
 
 
 def counts_of(junit: str) -> dict[str, Any]:
-    """Return how many tests passed, failed and were skipped, and the failures by name."""
+    """Return how many tests passed, failed and were skipped, with the reasons and the output."""
     cases = list(ElementTree.fromstring(junit).iter("testcase"))
-    bad = [case for case in cases if any(case.find(k) is not None for k in ("failure", "error"))]
-    skipped = [case for case in cases if case.find("skipped") is not None]
-    failures = [f"{case.get('classname')}::{case.get('name')}" for case in bad]
+    bad = {_name(case): part for case in cases for kind in ("failure", "error")
+           if (part := case.find(kind)) is not None}  # fmt: skip
+    skipped = {_name(case): part.get("message", "") for case in cases
+               if (part := case.find("skipped")) is not None}  # fmt: skip
     return {
         "passed": len(cases) - len(bad) - len(skipped),
         "failed": len(bad),
         "skipped": len(skipped),
-        "failures": failures,
+        "skip_reasons": sorted(set(skipped.values())),
+        "failures": list(bad),
+        "failure_texts": {name: (part.text or "")[-MOST_TEXT:] for name, part in bad.items()},
     }
+
+
+def _name(case: ElementTree.Element) -> str:
+    return f"{case.get('classname')}::{case.get('name')}"
 
 
 def prepare(report: Report) -> None:
@@ -188,6 +215,16 @@ def measure_compiled(report: Report) -> None:
     measure_engine(report, name, engine, usual, others)
 
 
+def measure_cpu(report: Report) -> None:
+    """Measure the engines of this machine's CPU in every precision it runs; report one result.
+
+    Raises:
+        EdjeError: contestants disagree on the scores.
+    """
+    settings = Settings(max(bench_precisions.BATCH_SIZES), NUM_WORDPIECES[0], CPU_ROUNDS, None)
+    report.put(cpu=bench_precisions.run_benchmark(settings, _tell))
+
+
 def _measure_opened(name: str, open_engine: Callable[[Path], Engine], report: Report) -> None:
     """Measure an engine; where it cannot be opened at all, the step fails with the reason."""
     folder = full_size_bundle()
@@ -258,6 +295,7 @@ STEPS = (
     Step("ceilings", "copies and matrix products of this GPU", 75, measure_ceilings),
     Step("prepare", "export the model, check the float32 reference", 100, prepare),
     Step("eager", "PyTorch eager fp16, the official way", 75, measure_official),
+    Step("rank", "Reranker.rank of 25,000 images, and what can be fed", 120, measure_rank),
     Step("compiled", "torch.compile + SDPA + CUDA graphs, fp16", 190, measure_compiled),
     Step("onnxruntime-fp16", "ONNX Runtime CUDA fp16", 70, _onnxruntime("fp16")),
     Step("onnxruntime-fp32", "ONNX Runtime CUDA fp32", 70, _onnxruntime("fp32")),
@@ -266,4 +304,5 @@ STEPS = (
     Step("tensorrt-fp8", "TensorRT fp8", 120, _backend("tensorrt", "fp8")),
     Step("rtx-fp16", "TensorRT-RTX fp16", 100, _backend("tensorrt-rtx", "fp16")),
     Step("rtx-fp8", "TensorRT-RTX fp8", 100, _backend("tensorrt-rtx", "fp8")),
+    Step("cpu", "this machine's CPU: OpenVINO and ONNX Runtime", 150, measure_cpu),
 )

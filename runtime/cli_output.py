@@ -145,6 +145,7 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
             "features": " ".join(diagnosis.cpu_features) or "none that matter",
             "memory": f"{diagnosis.memory_bytes / 2**30:.1f} GiB",
             "nvidia driver": diagnosis.nvidia_driver or "none",
+            **({} if diagnosis.gpu is None else {"gpu": diagnosis.gpu.describe()}),
         },
     )
     backends = [

@@ -14,6 +14,10 @@ from typing import Any
 from .. import __version__
 from ..engines.backends import BackendStatus, probe_backends
 from ..engines.cpu import cpu_features, cpu_model
+from ..engines.cuda_memory import driver_fault
+from ..errors import EdjeError
+from .device.copies import CopySpeed, measure_copies
+from .device.open import GPU_DEVICES, open_gpu
 
 DISTRIBUTION = "edje-runtime"
 # "openvino>=2025.0; extra == "cpu"" -> openvino, cpu
@@ -36,6 +40,26 @@ class Extra:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuDiagnosis:
+    """The first GPU.
+
+    Attributes:
+        copies: how fast pinned memory is copied to it; None where it could not be measured.
+        fault: why not.
+    """
+
+    name: str
+    compute_capability: str
+    copies: CopySpeed | None
+    fault: str | None
+
+    def describe(self) -> str:
+        """Return it in one line."""
+        rest = self.fault if self.copies is None else self.copies.describe()
+        return ", ".join(filter(None, (self.name, self.compute_capability, rest)))
+
+
+@dataclass(frozen=True, slots=True)
 class Diagnosis:
     """What `examine` found.
 
@@ -44,6 +68,7 @@ class Diagnosis:
         num_cpus: CPUs this process may use.
         memory_bytes: main memory of the machine.
         nvidia_driver: its version, or None where there is none.
+        gpu: the first GPU and its copies, measured now; None without a driver.
     """
 
     edje: str
@@ -54,6 +79,7 @@ class Diagnosis:
     num_cpus: int
     memory_bytes: int
     nvidia_driver: str | None
+    gpu: GpuDiagnosis | None
     backends: tuple[BackendStatus, ...]
     extras: tuple[Extra, ...]
 
@@ -61,7 +87,10 @@ class Diagnosis:
         """Return the diagnosis as plain JSON values."""
         extras = [{**asdict(extra), "command": extra.command} for extra in self.extras]
         backends = [{**asdict(backend), "usable": backend.usable} for backend in self.backends]
-        return {**asdict(self), "extras": extras, "backends": backends}
+        gpu = None if self.gpu is None else asdict(self.gpu)
+        if gpu is not None and self.gpu is not None and self.gpu.copies is not None:
+            gpu["copies"]["blocks"] = self.gpu.copies.blocks
+        return {**asdict(self), "extras": extras, "backends": backends, "gpu": gpu}
 
 
 def examine() -> Diagnosis:
@@ -75,6 +104,7 @@ def examine() -> Diagnosis:
         num_cpus=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         nvidia_driver=_nvidia_driver(),
+        gpu=_gpu(),
         backends=probe_backends(),
         extras=tuple(_extras(_requirements())),
     )
@@ -109,6 +139,24 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _gpu() -> GpuDiagnosis | None:
+    """Open the first GPU as the runtime does and copy to it; a second or so, CUDA's start."""
+    if driver_fault() is not None:
+        return None
+    try:
+        device = open_gpu(GPU_DEVICES[0])
+    except EdjeError as error:
+        hint = "" if error.hint is None else f" ({error.hint})"
+        return GpuDiagnosis("", "", None, f"not looked at: {error.message}{hint}")
+    capability = "compute capability {}.{}".format(*(device.compute_capability or "??"))
+    try:
+        return GpuDiagnosis(device.name, capability, measure_copies(device), None)
+    except EdjeError as error:
+        return GpuDiagnosis(device.name, capability, None, f"copies not measured: {error.message}")
+    finally:
+        device.close()
 
 
 def _nvidia_driver() -> str | None:

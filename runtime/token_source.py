@@ -11,6 +11,7 @@ from ..engines.contract import Engine, Float16
 from ..engines.int8_tokens import dequantize_tokens
 from ..errors import StoreError
 from .store import BadRecord, TokenStore
+from .store.read.threads import CopyThreads
 
 Array = npt.NDArray[Any]
 Int64 = npt.NDArray[np.int64]
@@ -38,12 +39,14 @@ class Float16Tokens:
     """An int8 store for an engine that reads float16: dequantised while they are gathered.
 
     The scores are those of the int8 tokens. It costs CPU time: 45 us a record of 64 x 384 values
-    (one thread of an Intel Xeon with AVX512). An engine built with `--tokens int8` saves that.
+    (one thread of an Intel Xeon with AVX512; several share a large batch). An engine built with
+    `--tokens int8` saves that.
     """
 
     def __init__(self, store: TokenStore):
         """`store` stays the caller's."""
         self._store = store
+        self._threads = CopyThreads()
 
     def read(
         self,
@@ -58,8 +61,27 @@ class Float16Tokens:
         values = out.reshape(-1).view(np.int8)[out.size :].reshape(out.shape)
         found_scales = np.empty(out.shape[:2], np.float16)
         found = self._store.read(rows, values, found_scales, bad=bad)
-        dequantize_tokens(values, found_scales, out)
+        self._dequantize(values, found_scales, out)
         return found
+
+    def _dequantize(self, values: Array, scales: Float16, out: Array) -> None:
+        """Dequantise `values`, which are the last half of `out`'s memory, a part at a time.
+
+        What is written for records [start, stop) ends before the values of `start` as long as
+        2 * stop <= N + start: so far several threads may go in any order.
+        """
+        start, num_records = 0, len(out)
+        while start < num_records:
+            stop = max((num_records + start) // 2, start + 1)
+            if self._threads.count_for(out[start:stop].nbytes) < 2:
+                stop = num_records  # few enough for one thread, which goes in order
+
+            def work(part: slice, first: int = start) -> None:
+                at = slice(first + part.start, first + part.stop)
+                dequantize_tokens(values[at], scales[at], out[at])
+
+            self._threads.share(stop - start, out[start:stop].nbytes, work)
+            start = stop
 
     def prefetch(self, rows: Int64) -> None:
         """As `TokenStore.prefetch`."""
@@ -76,6 +98,7 @@ class HeldTokens:
             rows: int64 [N], ascending: the row of each record. No other row may be asked for.
         """
         self._rows, self._tokens, self._scales = rows, tokens, scales
+        self._threads = CopyThreads()
 
     @classmethod
     def read_from(
@@ -97,9 +120,9 @@ class HeldTokens:
     ) -> list[BadRecord]:
         """Copy the records of `rows` into `out`; none is ever bad."""
         places = np.searchsorted(self._rows, rows)
-        np.take(self._tokens, places, axis=0, out=out, mode="clip")  # `raise` copies twice
+        self._threads.take(self._tokens, places, out)
         if self._scales is not None and scales is not None:
-            np.take(self._scales, places, axis=0, out=scales, mode="clip")
+            self._threads.take(self._scales, places, scales)
         return []
 
     def prefetch(self, rows: Int64) -> None:

@@ -155,7 +155,6 @@ class CudaCoreDevice(GpuDevice):
         self.name = str(self._raw.name)
         major, minor = self._raw.compute_capability
         self.compute_capability = int(major), int(minor)
-        self._pinned_memory: Any = None
 
     def sibling(self) -> CudaCoreDevice:
         return CudaCoreDevice(self._index)
@@ -213,17 +212,16 @@ class CudaCoreDevice(GpuDevice):
         self._set_up.close()
 
     def _allocate_pinned(self, num_bytes: int) -> tuple[Array, Free]:
-        """Allocate from a pool where the driver has one; then wait, as the host uses it next."""
-        if self._pinned_memory is None:
-            pools = bool(self._raw.properties.host_memory_pools_supported)
-            core = self._core
-            self._pinned_memory = (
-                core.PinnedMemoryResource() if pools else core.LegacyPinnedMemoryResource()
-            )
-        buffer = self._pinned_memory.allocate(num_bytes, stream=self._set_up)
-        self._set_up.sync()
-        memory = (ctypes.c_uint8 * num_bytes).from_address(int(buffer.handle))
-        return np.ctypeslib.as_array(memory), buffer.close
+        """Allocate by the driver's call, not from cuda.core's pool.
+
+        On an H200 (driver 580.159.04) a copy from pooled host memory blocks its caller at
+        7.2 GB/s, as one from pageable memory does; from this memory it returns in 9 us and runs
+        at 53.9 GB/s.
+        """
+        flags = int(self._driver.CU_MEMHOSTALLOC_PORTABLE)
+        address = int(call(self._driver, "cuMemHostAlloc", num_bytes, flags))
+        memory = (ctypes.c_uint8 * num_bytes).from_address(address)
+        return np.ctypeslib.as_array(memory), lambda: call(self._driver, "cuMemFreeHost", address)
 
     def _allocate_device(self, num_bytes: int) -> tuple[int, Free]:
         buffer = self._raw.allocate(num_bytes, stream=self._set_up)

@@ -34,13 +34,19 @@ def open_device(name: str | None, manifest: EngineManifest) -> Device:
             f"it cannot run on the device {wanted}",
             hint="leave the device out, or build an engine for it: edje build BUNDLE --backend B",
         )
-    index = int(number or 0)
-    if base == "cuda_core":
-        from .cuda_core import CudaCoreDevice
+    return open_gpu(base, int(number or 0)) if is_gpu else HostDevice()
 
-        return CudaCoreDevice(index)
-    if base == "pycuda":
+
+def open_gpu(name: str, index: int = 0) -> Device:
+    """Open a GPU through the library that `name` (of GPU_DEVICES) means; the caller closes it.
+
+    Raises:
+        EngineError: no driver, no such GPU, or the library is not installed.
+    """
+    if name == "pycuda":
         from .pycuda import PycudaDevice
 
         return PycudaDevice(index)
-    return HostDevice()
+    from .cuda_core import CudaCoreDevice
+
+    return CudaCoreDevice(index)

@@ -14,7 +14,7 @@ import pytest
 
 from edje.bundle import JOINT_ENCODER, BundleManifest
 from edje.engines import cuda_memory
-from edje.engines.backends import load_backend, require_builder
+from edje.engines.backends import load_backend, require_backend, require_builder
 from edje.engines.build import build_engine
 from edje.engines.contract import Batch, BuildJob, BuildOptions, DeviceArray, OpenOptions
 from edje.engines.fidelity import Fidelity, measure_fidelity
@@ -281,6 +281,31 @@ def test_the_gpu_must_be_one_it_was_built_for(rtx, monkeypatch, device, capabili
     assert rtx.device_faults(manifest) == ([] if fault is None else [fault])
 
 
+@pytest.mark.parametrize("capability", ["9.0", "10.0"])
+def test_a_gpu_the_library_does_not_serve_is_told_what_runs_there(rtx, monkeypatch, capability):
+    """It builds for such a GPU without a word, and then refuses to open there."""
+    gpu = cuda_memory.Gpu("NVIDIA Stand-in 80GB", capability, "13.0")
+    monkeypatch.setattr(rtx, "gpu_fault", lambda: None)
+    monkeypatch.setattr(rtx, "current_gpu", lambda: gpu)
+    sentence = f"does not serve compute capability {capability} (NVIDIA Stand-in 80GB), only 7.5"
+    manifest = replace(
+        toy_manifest(),
+        device={"kind": "cuda", "compute_capabilities": [], "least_compute_capability": "8.0"},
+    )
+    for_every_gpu, for_another = BuildOptions(), BuildOptions(compute_capabilities=("8.9",))
+    said = [
+        rtx.why_not("fp16"),
+        *rtx.device_faults(manifest),
+        rtx.why_not_build("fp16", for_every_gpu),
+    ]
+    assert len(said) == 3
+    for reason in said:
+        assert sentence in reason
+        assert "data-centre GPUs (9.0, 10.0) run the tensorrt backend" in reason
+    assert "--compute-capability" in said[-1]
+    assert rtx.why_not_build("fp16", for_another) is None
+
+
 def rtx_engine(rtx, folder: Path, recording: Recording, **settings) -> TrtEngine:
     read = read_settings(
         rtx.LIBRARY, OpenOptions(backend_settings=settings), folder / "runtime_cache.8.9.bin"
@@ -394,6 +419,7 @@ def test_the_stand_in_has_no_call_that_the_library_lacks(rtx):
 def test_a_gpu_ranks_as_float32_does(tiny_bundle, tmp_path, backend, precision):
     try:
         require_builder(backend, precision, BuildOptions())
+        require_backend(backend, precision)  # a library, or this GPU's compute capability
     except EngineError as error:
         pytest.skip(str(error))
     samples = RandomSamples(BundleManifest.read(tiny_bundle))

@@ -140,7 +140,7 @@ class OnAddresses(Engine):
 def pretended_gpu(monkeypatch):
     """Device memory is host memory, so both ways of an engine on a GPU run for real."""
     machine = pretend_gpu(monkeypatch)
-    cached = (cuda_memory._cudart, cuda_memory.current_gpu, contest._stream)
+    cached = (cuda_memory._cudart, cuda_memory.current_gpu, contest.measuring_stream)
     # The stand-in lends no stream that can wait; the pipeline gets one of its own.
     monkeypatch.setattr(CudaCoreDevice, "borrow", lambda device, stream: device.stream())
     monkeypatch.setitem(sys.modules, cuda_memory.RUNTIME, make_cuda_runtime(Recording()))

@@ -112,14 +112,12 @@ def test_the_table_shows_the_best_batch_its_share_and_every_fault():
     assert "55.0 GB/s" in text
     assert "790.0 TFLOP/s" in text
     assert "not measured: no fp8" in text
-    assert "tokens resident on the device: not built" in text
     assert faults_of(result) == []
 
 
 def test_the_json_keeps_every_row_with_its_roofs_and_conditions():
     steps = steps_with([row(), row(precision="fp8"), row(precision="fp32")])
     result = json.loads(json.dumps(result_of(steps, SIZES, "NVIDIA H200")))
-    assert result["resident"] == "not built"
     assert result["conditions"]["gpu"] == "NVIDIA H200"
     assert "random" in result["conditions"]["data"]
     fp16, fp8, fp32 = result["ladder"]
@@ -151,17 +149,42 @@ def test_a_file_is_named_after_the_gpu():
     assert safe_name("NVIDIA GeForce RTX 4090 / D (x)") == "nvidia-geforce-rtx-4090-d-x"
 
 
-def test_pytest_counts_come_from_its_report():
+def test_pytest_counts_come_from_its_report_with_the_output_of_failures():
     junit = """<testsuites><testsuite><testcase classname="a" name="ok"/>
-    <testcase classname="a" name="bad"><failure/></testcase>
+    <testcase classname="a" name="bad"><failure message="no">what it printed</failure></testcase>
     <testcase classname="" name="broken"><error/></testcase>
-    <testcase classname="a" name="off"><skipped/></testcase></testsuite></testsuites>"""
-    assert gpu_work.counts_of(junit) == {
+    <testcase classname="a" name="off"><skipped message="no tensorrt"/></testcase>
+    </testsuite></testsuites>"""
+    counts = gpu_work.counts_of(junit)
+    assert counts == {
         "passed": 1,
         "failed": 2,
         "skipped": 1,
+        "skip_reasons": ["no tensorrt"],
         "failures": ["a::bad", "::broken"],
+        "failure_texts": {"a::bad": "what it printed", "::broken": ""},
     }
+    steps = [StepResult("tests", OK, 1.0, None, counts)]
+    text = summary(result_of(steps, SIZES, "g"), steps)
+    assert "tests: 1 passed, 2 failed, 1 skipped" in text
+    assert "a::bad\nwhat it printed" in text
+
+
+def test_copies_that_block_fail_the_run_and_latencies_are_said():
+    copies = {
+        "cuda_core": {"blocks": True, "text": "7.2 GB/s, as with pageable memory", "fault": None},
+        "pycuda": {"fault": "pycuda cannot be imported"},
+    }
+    latency = {"engine": "E", "via": "host", "candidates": 100, "p50_ms": 3.456, "min_ms": 3.1}
+    steps = [
+        StepResult("found", OK, 1.0, None, {"copies": copies}),
+        StepResult("rank", OK, 1.0, None, {"latencies": [latency]}),
+    ]
+    result = result_of(steps, SIZES, "g")
+    assert faults_of(result) == ["cuda_core: 7.2 GB/s, as with pageable memory"]
+    text = summary(result, steps)
+    assert "copies by pycuda: pycuda cannot be imported" in text
+    assert "E, host: 100 candidates, one caller, p50 3.46 ms, least 3.10 ms" in text
 
 
 def test_ceilings_without_a_library_name_both(monkeypatch, tmp_path):

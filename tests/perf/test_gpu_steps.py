@@ -25,6 +25,7 @@ def test_what_a_step_reports_comes_back(run):
     result = run(REPORT + "report.put(a=1); report.add('rows', {'b': 2}); report.add('rows', {})")
     assert (result.status, result.reason) == (OK, None)
     assert result.values == {"a": 1, "rows": [{"b": 2}, {}]}
+    assert result.output == ""
 
 
 def test_a_step_that_raises_says_what_in_its_last_line(run):
@@ -32,6 +33,7 @@ def test_a_step_that_raises_says_what_in_its_last_line(run):
     assert result.status == FAILED
     assert result.reason.startswith("exit status 1: ")
     assert result.reason.endswith("SystemError: the GPU is on fire")
+    assert result.output.startswith("Traceback")
     assert result.values == {"a": 1}
 
 
@@ -45,7 +47,7 @@ def test_a_step_that_is_killed_names_the_signal(run):
 def test_a_step_that_hangs_ends_with_all_its_children(run, tmp_path):
     child = tmp_path / "child"
     code = REPORT + (
-        "report.put(a=1); import subprocess, time\n"
+        "report.put(a=1); import subprocess, time; print('still here', flush=True)\n"
         f"p = subprocess.Popen(['sleep', '60']); open({str(child)!r}, 'w').write(str(p.pid))\n"
         "time.sleep(60)"
     )
@@ -53,6 +55,7 @@ def test_a_step_that_hangs_ends_with_all_its_children(run, tmp_path):
     result = run(code, limit_s=2.0)
     assert time.monotonic() - began < 20
     assert (result.status, result.reason) == (TIMED_OUT, "over its 2 s")
+    assert result.output == "still here\n"
     assert result.values == {"a": 1}
     assert _is_gone(int(child.read_text()))
 

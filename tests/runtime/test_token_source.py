@@ -6,7 +6,8 @@ import pytest
 from edje.engines.int8_tokens import dequantize_tokens, quantize_tokens
 from edje.errors import StoreError
 from edje.runtime.store import TokenStore
-from edje.runtime.token_source import Float16Tokens, float16_tokens
+from edje.runtime.store.read import threads
+from edje.runtime.token_source import Float16Tokens, HeldTokens, float16_tokens
 
 NUM_TOKENS, HIDDEN = 3, 40
 IDS = [f"img-{i}" for i in range(25)]
@@ -31,6 +32,31 @@ def test_records_come_dequantised_in_any_order(store, num_rows):
     source.prefetch(rows)
     assert source.read(rows, out) == []
     np.testing.assert_array_equal(out, dequantize_tokens(*quantize_tokens(TOKENS[places])))
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 24, 25, 160])
+def test_several_threads_dequantise_in_place_as_one_does(store, num_rows, monkeypatch):
+    """The values lie in the last half of the memory that the tokens are written into."""
+    monkeypatch.setattr(threads, "BYTES_A_THREAD", NUM_TOKENS * HIDDEN * 2)
+    places = np.random.default_rng(num_rows).integers(0, len(IDS), num_rows)
+    rows = store.rows([IDS[place] for place in places])
+    for _ in range(5):
+        out = np.full((num_rows, NUM_TOKENS, HIDDEN), np.nan, np.float16)
+        assert Float16Tokens(store).read(rows, out) == []
+        np.testing.assert_array_equal(out, dequantize_tokens(*quantize_tokens(TOKENS[places])))
+
+
+def test_held_records_come_as_they_are_in_the_store(store, monkeypatch):
+    monkeypatch.setattr(threads, "BYTES_A_THREAD", NUM_TOKENS * HIDDEN)
+    rows = np.sort(store.rows(IDS))
+    held = HeldTokens.read_from(store, rows, TOKENS.shape[1:], "int8")
+    asked = np.random.default_rng(0).choice(rows, 60)
+    out, scales = np.empty((60, *TOKENS.shape[1:]), np.int8), np.empty((60, NUM_TOKENS), np.float16)
+    expected = out.copy(), scales.copy()
+    store.read(asked, *expected)
+    assert held.read(asked, out, scales) == []
+    np.testing.assert_array_equal(out, expected[0])
+    np.testing.assert_array_equal(scales, expected[1])
 
 
 def test_a_float16_store_is_read_as_it_is(tmp_path):

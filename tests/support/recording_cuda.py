@@ -42,7 +42,6 @@ class Machine:
     broken: str | None = None
     refused: str = ""
     free_bytes: int = 1 << 30
-    host_pools: bool = True
     capturing: list[Any] | None = None
     capturing_stream: int | None = None
     breaks_captures: bool = False
@@ -247,6 +246,10 @@ def make_driver(machine: Machine) -> ModuleType:
     def set_current(context: Any) -> None:
         machine.contexts[-1:] = [] if context is None else [context]
 
+    def pin(num_bytes: int, flags: int) -> int:
+        machine.calls.append(("cuMemHostAlloc", (num_bytes, "portable" if flags == 1 else flags)))
+        return machine.allocate("pinned", num_bytes)
+
     guarded("cuInit", lambda flags: None)
     guarded("cuDeviceGetCount", lambda: 1)
     guarded("cuCtxGetCurrent", lambda: machine.contexts[-1] if machine.contexts else None)
@@ -255,7 +258,10 @@ def make_driver(machine: Machine) -> ModuleType:
     guarded("cuCtxPopCurrent", lambda: machine.contexts.pop())
     guarded("cuCtxSynchronize", lambda: machine.call("synchronize"))
     guarded("cuMemcpyAsync", machine.copy)
+    guarded("cuMemHostAlloc", pin)
+    guarded("cuMemFreeHost", lambda address: machine.free("pinned", address))
     guarded("cuMemGetInfo", lambda: machine.free_bytes)
+    module.CU_MEMHOSTALLOC_PORTABLE = 1
     module.cuStreamQuery = lambda handle: (700 if machine.broken else 0,)
     module.cuGetErrorString = lambda error: (0, (machine.broken or machine.refused).encode())
     return module
@@ -271,7 +277,6 @@ class FakeCoreDevice:
     def __init__(self, machine: Machine):
         self.machine = machine
         self.context = SimpleNamespace(handle=PRIMARY)
-        self.properties = SimpleNamespace(host_memory_pools_supported=machine.host_pools)
 
     def set_current(self) -> None:
         self.machine.contexts[-1:] = [PRIMARY]
@@ -301,15 +306,6 @@ def make_core(machine: Machine, version: str = "1.2.2") -> ModuleType:
     module.Device = lambda index: FakeCoreDevice(machine)
     module.StreamOptions = module.EventOptions = module.LaunchConfig = SimpleNamespace
 
-    def pinned_resource(kind: str) -> Any:
-        def allocate(num_bytes: int, stream: FakeStream) -> FakeBuffer:
-            machine.calls.append(("resource", kind))
-            return FakeBuffer(machine, "pinned", num_bytes)
-
-        return lambda: SimpleNamespace(allocate=allocate)
-
-    module.PinnedMemoryResource = pinned_resource("pool")
-    module.LegacyPinnedMemoryResource = pinned_resource("legacy")
     module.ObjectCode = SimpleNamespace(from_cubin=lambda code: load_cubin(machine, code))
 
     def launch(stream: Any, config: Any, kernel: FakeKernel, *arguments: Any) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ....engines.contract import even_parts
 from ....errors import StoreError
 from ..layout import Int64, StoreLayout
 from .gather import Buffers, ReadPlan, UInt8
@@ -105,15 +104,7 @@ class ResidentRecords:
             return
         in_order = np.empty_like(places)
         in_order[positions] = places
-        num_threads = self._threads.count_for(out.nbytes)
-        parts = iter([*even_parts(len(out), -(-len(out) // num_threads))])
-
-        def copy_parts() -> None:
-            for part in parts:  # every thread takes the next that none has taken
-                # mode="raise" would gather into memory of its own first, at half the speed.
-                np.take(source, in_order[part], axis=0, out=out[part], mode="clip")
-
-        self._threads.run(copy_parts, num_threads)
+        self._threads.take(source, in_order, out)
 
 
 Reader = SegmentReader | ResidentRecords

@@ -368,14 +368,11 @@ def test_pycuda_says_that_it_has_no_graphs(machine):
     device.close()
 
 
-@pytest.mark.parametrize("pools", [True, False])
-def test_pinned_memory_comes_from_a_pool_where_the_driver_has_one(pools, machine):
-    machine.host_pools = pools
-    device = CudaCoreDevice()
-    with device.current():
-        device.pinned(4, np.dtype(np.int8))
-    assert machine.named("resource") == ["pool" if pools else "legacy"]
-    device.close()
+def test_pinned_memory_is_the_drivers_own_in_every_context(core, machine):
+    """A pool's copies block their caller, as pageable memory's do."""
+    with core.current():
+        core.pinned(4, np.dtype(np.int32))
+    assert machine.named("cuMemHostAlloc") == [(16, "portable")]
 
 
 @pytest.mark.parametrize("kind", DEVICES)

@@ -6,6 +6,7 @@ import os
 import threading
 from itertools import count
 
+import numpy as np
 import pytest
 
 from edje.runtime.store.read.threads import BYTES_A_THREAD, CopyThreads
@@ -62,6 +63,29 @@ def test_little_is_copied_by_the_caller_alone(threads):
     assert [threads.count_for(size * BYTES_A_THREAD) for size in (0, 1, 2, 9)] == [1, 1, 2, 3]
     threads.run(lambda: void(None), 1)
     assert not threads._pool._threads
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 5, 7])
+def test_rows_are_taken_in_the_order_asked_whoever_copies(threads, num_rows):
+    source = np.random.default_rng(0).random((9, BYTES_A_THREAD // 8))
+    places = np.random.default_rng(num_rows).integers(0, 9, num_rows)
+    out = np.full((num_rows, *source.shape[1:]), np.nan)
+    threads.take(source, places, out)
+    np.testing.assert_array_equal(out, source[places])
+    threads.close()
+
+
+def test_some_megabytes_are_shared_by_two_threads(threads):
+    meeting = threading.Barrier(2, timeout=10)
+    parts = []
+
+    def work(part: slice) -> None:
+        parts.append(range(part.start, part.stop))
+        meeting.wait()  # passed only when two threads are at it at once
+
+    threads.share(10, 2 * BYTES_A_THREAD, work)
+    assert sorted(at for part in parts for at in part) == list(range(10))
+    threads.close()
 
 
 def test_a_forked_child_makes_threads_of_its_own(threads):
