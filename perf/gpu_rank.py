@@ -71,12 +71,11 @@ def measure_rank(report: Report) -> None:
     profile = contest.profile_of([NUM_WORDPIECES], [MAX_PAIRS])
     with TemporaryDirectory(prefix="edje-rank-") as scratch:
         store, tokens = make_store(Path(scratch) / "store", BundleManifest.read(folder))
-        pairs = _pairs(folder, tokens)
+        pairs = query_pairs(folder, tokens)
         name, engine = _open_engine(folder, profile, report)
         measure_places(report, name, engine, folder, store, pairs)
         nothing = RowHeads(manifest_of(folder, "none", "0", "fp16", profile))
-        heads = tokens.reshape(len(tokens), -1)[:, :2].copy().view(np.float32)[:, 0]
-        exact = replace(pairs, expected=heads, reference="the stored bytes")
+        exact = replace(pairs, expected=row_heads(tokens), reference="the stored bytes")
         measure_places(report, NO_ENGINE, nothing, folder, store, exact)
 
 
@@ -98,6 +97,12 @@ def make_store(
             part[:] = np.roll(drawn[: len(part)], shift, axis=-1)
             store.append([image_id(start + at) for at in range(len(part))], part)
     return folder, tokens
+
+
+def row_heads(tokens: Float16) -> Float32:
+    """Return the first four bytes of every record as float32 [N]: what `RowHeads` scores."""
+    heads: Float32 = tokens.reshape(len(tokens), -1)[:, :2].copy().view(np.float32)[:, 0]
+    return heads
 
 
 def image_id(number: int) -> str:
@@ -189,7 +194,7 @@ def _fault(compared: dict[str, Any], *, exactly: bool) -> str | None:
     return contest.agreement_fault(compared)
 
 
-def _pairs(folder: Path, tokens: Float16) -> Pairs:
+def query_pairs(folder: Path, tokens: Float16) -> Pairs:
     """Return the query with all images, the first of them scored in float32."""
     spec = BundleManifest.read(folder).text
     queries = QueryTokenizer.open(folder, spec)([query_of(NUM_WORDPIECES)])

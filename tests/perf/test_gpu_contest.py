@@ -1,6 +1,5 @@
 """What is raced, and how scores are checked: on the CPU, with the tiny bundle."""
 
-import sys
 from contextlib import closing
 from dataclasses import replace
 
@@ -8,19 +7,14 @@ import numpy as np
 import pytest
 
 from edje.bundle import BundleManifest
-from edje.engines import cuda_memory
 from edje.engines.build import build_engine
-from edje.engines.contract import Batch, Engine
 from edje.engines.open import open_engine
 from edje.perf import gpu_contest as contest
-from edje.perf.gpu_engines import manifest_of
 from edje.perf.gpu_steps import Report
-from edje.runtime.device.cuda_core import CudaCoreDevice
 from edje.runtime.device.host import HostDevice
 from edje.runtime.pipeline import Pipeline
 from edje.runtime.token_source import HeldTokens
-from recording_cuda import pretend_gpu
-from recording_trt import Recording, array_at, make_cuda_runtime
+from on_addresses import OnAddresses
 
 
 @pytest.fixture(scope="module")
@@ -115,40 +109,6 @@ def test_points_are_left_out_when_the_time_is_up(tiny_bundle, pairs, tmp_path):
     manifest = BundleManifest.read(tiny_bundle)
     contest.measure_points(report, {}, manifest, pairs, (8,), lambda *_: pytest.fail("started"))
     assert [point["wordpieces"] for point in report.values["left_out"]] == [3, 13]
-
-
-class OnAddresses(Engine):
-    """The lean scorer over memory that a stand-in calls the GPU's."""
-
-    on_device = True
-
-    def __init__(self, bundle, profile):
-        super().__init__(manifest_of(bundle, "stand-in", "0", "fp32", profile))
-        self._score = contest.torch_scorer(bundle, "cpu")
-
-    def _enqueue(self, batch, scores, stream):
-        names = ("text_ids", "text_length", "query_of_pair", "visual_tokens")
-        arrays = [getattr(batch, name) for name in names]
-        views = [array_at(a.address, a.shape, a.dtype) for a in arrays]
-        array_at(scores.address, scores.shape, scores.dtype)[:] = self._score(Batch(*views))
-
-    def close(self):
-        pass
-
-
-@pytest.fixture
-def pretended_gpu(monkeypatch):
-    """Device memory is host memory, so both ways of an engine on a GPU run for real."""
-    machine = pretend_gpu(monkeypatch)
-    cached = (cuda_memory._cudart, cuda_memory.current_gpu, contest.measuring_stream)
-    # The stand-in lends no stream that can wait; the pipeline gets one of its own.
-    monkeypatch.setattr(CudaCoreDevice, "borrow", lambda device, stream: device.stream())
-    monkeypatch.setitem(sys.modules, cuda_memory.RUNTIME, make_cuda_runtime(Recording()))
-    for function in cached:
-        function.cache_clear()
-    yield machine
-    for function in cached:
-        function.cache_clear()
 
 
 def test_a_point_is_measured_bare_piped_and_resident(

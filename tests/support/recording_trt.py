@@ -309,7 +309,8 @@ def make_cuda_runtime(recording: Recording, capability: str = "9.0") -> ModuleTy
     module.memory = memory
     module.cudaStreamNonBlocking = 1
     module.cudaMemcpyKind = enum.IntEnum(
-        "cudaMemcpyKind", {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2}
+        "cudaMemcpyKind",
+        {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2, "cudaMemcpyDeviceToDevice": 3},
     )
 
     def malloc(size: int) -> tuple[int, int]:
@@ -322,10 +323,19 @@ def make_cuda_runtime(recording: Recording, capability: str = "9.0") -> ModuleTy
         ctypes.memmove(target, source, size)
         return (0,)
 
+    def copy_2d(
+        target: int, pitch: int, source: int, step: int, width: int, rows: int, *_: Any
+    ) -> tuple[int]:
+        for row in range(rows):
+            ctypes.memmove(target + row * pitch, source + row * step, width)
+        return (0,)
+
     def free(address: int) -> tuple[int]:
         return (0,) if memory.pop(address, None) is not None else (1,)
 
     module.cudaMalloc, module.cudaFree, module.cudaMemcpyAsync = malloc, free, copy
+    module.cudaMemcpy2DAsync = copy_2d
+    module.cudaDeviceSynchronize = lambda: (recording.add("cudaDeviceSynchronize"), (0,))[1]
     module.cudaGetDeviceCount = lambda: (0, 1)
     module.cudaGetDevice = lambda: (0, 0)
     module.cudaGetDeviceProperties = lambda device: (0, properties)
