@@ -174,6 +174,10 @@ class DeviceMemory:
         self._stream.synchronize()
         return target
 
+    def wait(self) -> None:
+        """Block until the copies are through."""
+        self._stream.synchronize()
+
     def _copy(self, target: int, source: int, num_bytes: int, kind: Any) -> None:
         arguments = (target, source, num_bytes, kind, self._stream.handle)
         _call(self._cudart, "cudaMemcpyAsync", *arguments)

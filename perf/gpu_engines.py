@@ -18,7 +18,7 @@ from ..bundle import JOINT_ENCODER, BundleManifest
 from ..engines.backends import require_backend
 from ..engines.cache import cached_engine
 from ..engines.contract import INPUTS, OUTPUT, Batch, DeviceArray, Engine, Float32, Stream
-from ..engines.cuda_memory import current_gpu, synchronize
+from ..engines.cuda_memory import CudaStream, DeviceMemory, current_gpu, synchronize
 from ..engines.manifest import EngineManifest, Profile
 from ..engines.open import open_engine
 from ..engines.precision.prepare import DEFAULT_LIMITS, Recipe, prepare_graph
@@ -27,6 +27,7 @@ from ..errors import EngineError
 from .random_model import CACHE, source_hash
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
+WAITING_RUNS = 64  # what the others leave in pinned memory is a few kB a run
 
 
 class TorchEngine(Engine):
@@ -88,10 +89,11 @@ class TorchEngine(Engine):
 class OrtCudaEngine(Engine):
     """ONNX Runtime's CUDA provider on the caller's stream; a session a stream.
 
-    Every run leaves a callback in the stream, which frees host buffers through the session's
-    allocator. A session that is closed before it ran leaves the callback the last one to hold
-    that allocator: it is freed in the callback, where CUDA permits no call (error 800), and the
-    process ends with SIGABRT. A captured callback would free the same buffers at every launch.
+    A run that does not wait for the GPU leaves its pinned host buffers with the session until a
+    run that waits. A session that is freed while it has some hands them to a callback in the
+    stream, together with the last hold on their allocator: it ends in the callback, where CUDA
+    permits no call (cudaFreeHost: error 800), and the process with SIGABRT (1.31.1). So every
+    WAITING_RUNS-th run waits, and one more before the end.
     """
 
     on_device = True
@@ -116,18 +118,24 @@ class OrtCudaEngine(Engine):
         self._ort = onnxruntime
         self._graph = _typed_graph(bundle, precision, profile)
         self._sessions: dict[int, Any] = {}
-        self._options = onnxruntime.RunOptions()
-        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._waiting, self._running_on = onnxruntime.RunOptions(), onnxruntime.RunOptions()
+        self._running_on.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._num_runs = 0
 
     def _enqueue(self, batch: Batch, scores: Float32, stream: Stream) -> None:
         session = self._sessions.get(stream.handle)
         if session is None:
             session = self._sessions[stream.handle] = self._open(stream.handle)
+        self._num_runs += 1
+        waits = self._num_runs % WAITING_RUNS == 0
+        self._run(session, batch, scores, self._waiting if waits else self._running_on)
+
+    def _run(self, session: Any, batch: Batch, scores: Any, options: Any) -> None:
         binding = session.io_binding()
         for name in INPUTS:
             _bind(binding.bind_input, name, getattr(batch, name))
         _bind(binding.bind_output, OUTPUT, scores)
-        session.run_with_iobinding(binding, self._options)
+        session.run_with_iobinding(binding, options)
 
     def _open(self, handle: int) -> Any:
         options = {"device_id": "0", "user_compute_stream": str(handle)}
@@ -140,10 +148,28 @@ class OrtCudaEngine(Engine):
         return "ONNX Runtime frees host buffers by a callback in the stream, which a graph repeats"
 
     def close(self) -> None:
-        """Wait for the GPU, callbacks included, then free the sessions."""
+        """Let every session free its buffers in a run that waits, then free the sessions."""
         if self._sessions:
+            with DeviceMemory(CudaStream()) as memory:
+                batch, scores = self._one_pair(memory)
+                for session in self._sessions.values():
+                    self._run(session, batch, scores, self._waiting)
             synchronize()
         self._sessions.clear()
+
+    def _one_pair(self, memory: DeviceMemory) -> tuple[Batch, DeviceArray]:
+        """Return a batch of one pair on the GPU, and where its score goes."""
+        sizes, bucket = self.manifest.bundle.sizes, min(self.manifest.profile.text_buckets)
+        host = Batch(
+            np.zeros((1, bucket), np.int32),
+            np.full(1, bucket, np.int32),
+            np.zeros(1, np.int32),
+            np.zeros((1, sizes.num_tokens, sizes.hidden), np.float16),
+        )
+        arrays: dict[str, Any] = {name: memory.upload(getattr(host, name)) for name in INPUTS}
+        scores = memory.empty((1,), "float32")
+        memory.wait()
+        return Batch(**arrays), scores
 
 
 def built_engine(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
 from edje.runtime import doctor
 from edje.runtime.cli import main
+from recording_cuda import GPU_NAME, pretend_gpu
 
 
 def test_the_diagnosis_is_json_and_names_every_backend(capsys):
@@ -60,3 +62,36 @@ def test_the_driver_version_is_read(monkeypatch, tmp_path):
     assert doctor._nvidia_driver() is None
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar 5\n")
     assert doctor._nvidia_driver() == "550.54.15"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A pretended GPU; the backends' libraries would look for a real one."""
+    monkeypatch.setattr(doctor, "probe_backends", lambda: ())
+    pretend_gpu(monkeypatch)
+
+
+def test_the_gpu_is_named_with_the_speed_of_its_copies(capsys, gpu):
+    assert main(["doctor", "--json"]) == 0
+    gpu = json.loads(capsys.readouterr().out)["gpu"]
+    assert gpu["name"] == GPU_NAME
+    assert gpu["compute_capability"] == "compute capability 9.0"
+    assert gpu["copies"]["gb_per_s"] > 0
+    assert gpu["copies"]["blocks"] is False
+    assert main(["doctor"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"gpu {GPU_NAME}, compute capability 9.0" in shown
+    assert "GB/s from pinned memory" in shown
+
+
+def test_a_gpu_that_cannot_be_used_says_why(capsys, gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    assert main(["doctor"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "gpu not looked at: cuda.core cannot be imported" in shown
+    assert "pip install 'edje-runtime[gpu]'" in shown
+
+
+def test_without_a_driver_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr("edje.engines.cuda_memory.DRIVER", "libno-such-driver.so.1")
+    assert doctor.examine().gpu is None

@@ -11,11 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edje.errors import EngineError
 from edje.runtime.device.protocol import DeviceUsage
+from edje.runtime.pipelines import RunOptions
 from edje.runtime.reranker import Reranker
 from edje.runtime.store import TokenStore
+from recording_device import CapturableEngine, RecordingDevice
+from toy_engine import FINGERPRINT, HIDDEN, NUM_TOKENS, toy_tokenizer
 
 IDS = [f"img-{number}" for number in range(12)]
 QUERIES = ["a red circle", "blue square above", "red", "a blue circle above a red square"]
@@ -131,3 +136,63 @@ def test_stores_that_were_handed_in_stay_open(tiny_engine, tiny_store: Path):
         with Reranker.open(tiny_engine, store=store, num_threads=1):
             pass
         assert len(store) == len(IDS)
+
+
+class EndingEngine(CapturableEngine):
+    """Notes how its device stands when it is closed."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.ends = device, []
+
+    def close(self):
+        is_lost_work = not self.device.is_idle()
+        self.ends.append((is_lost_work, self.device.is_capturing(), self.device.closed))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 12), st.lists(st.integers(1, 30), min_size=1))
+def test_an_engine_ends_after_all_its_work_outside_any_capture_before_its_device(
+    toy_store, toy_words, seed, after, sizes
+):
+    """In whatever order the device finishes, and whenever another thread closes the reranker."""
+    device = RecordingDevice(seed)
+    engine = EndingEngine(device)
+    reranker = Reranker(engine, toy_words, toy_store, runs=RunOptions(device=device))
+    closing = threading.Thread(target=reranker.close)
+    asked, errors = [], []
+
+    def is_over():
+        asked.append(1)
+        if len(asked) == after:
+            closing.start()
+        return False
+
+    for size in sizes:
+        try:
+            reranker.rank("red circle", [f"img-{at}" for at in range(size)], cancelled=is_over)
+        except EngineError as error:
+            errors.append(error.message)
+    if len(asked) >= after > 0:
+        closing.join(30)
+    reranker.close()
+    device.close()
+    assert all("closed" in message for message in errors)
+    assert engine.ends == [(False, False, False)]
+    assert device.races == []
+
+
+@pytest.fixture(scope="module")
+def toy_store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "store"
+    sizes = {"num_tokens": NUM_TOKENS, "hidden": HIDDEN, "fingerprint_encoder": FINGERPRINT}
+    with TokenStore.create(folder, **sizes) as store:
+        tokens = np.random.default_rng(0).standard_normal((30, NUM_TOKENS, HIDDEN))
+        store.append([f"img-{at}" for at in range(30)], tokens.astype(np.float16))
+    with TokenStore.open(folder) as store:
+        yield store
+
+
+@pytest.fixture(scope="module")
+def toy_words(tmp_path_factory):
+    return toy_tokenizer(tmp_path_factory.mktemp("words"))

@@ -352,6 +352,10 @@ class RecordingDevice:
         """Whether nothing is queued."""
         return not any(stream.queue for stream in self._streams)
 
+    def is_capturing(self) -> bool:
+        """Whether a capture is open."""
+        return any(stream.is_captured for stream in self._streams)
+
     def buffers_of(self, *arrays: np.ndarray | None) -> list[RecordingBuffer]:
         """Return the buffers that these views lie in."""
         wanted = [array.ctypes.data for array in arrays if array is not None]

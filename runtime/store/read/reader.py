@@ -15,7 +15,7 @@ import numpy as np
 from ..layout import ROW_BITS, ROW_MASK, Int64, StoreLayout
 from .descriptors import SegmentFiles
 from .gather import Buffers, Files, Gather, ReadPlan, Worker, run_starts
-from .threads import CopyThreads
+from .threads import MOST_READING, CopyThreads
 
 __all__ = ["Access", "BadRecord", "ReadPlan", "SegmentReader"]
 
@@ -49,7 +49,7 @@ class _Process:
 
     def __init__(self, make_files: Callable[[], Files]):
         self.files = make_files()
-        self.threads = CopyThreads()
+        self.threads = CopyThreads(MOST_READING)
         self.num_cached = 0  # batches in a row that prefetching found in the page cache
         self._idle: list[Worker] = []
         self._closed = False

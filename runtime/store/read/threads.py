@@ -14,9 +14,11 @@ import numpy.typing as npt
 from ....engines.contract import even_parts
 from ....engines.cpu import usable_cores
 
-# Few cores: more threads would only take cores from the engine. Many: one thread copies 49 kB
-# records at 5 GB/s on the 16-core host of an H200, 2, 4 and 8 at 10, 20 and 31.
-FEW_THREADS, MAX_THREADS = 4, 8
+# Copying: few cores are the engine's, too; on the 16 cores of an H200's host 1, 2, 4 and 8 threads
+# copy 49 kB records at 5, 10, 20 and 31 GB/s. Reading: its threads also hash, one at a time (the
+# GIL), and 8 made `rank` from the page cache there slower than 4 (69.9k, 80.9k pairs/s).
+FEW_THREADS, MOST_COPYING = 4, 8
+MOST_READING = 4
 # Waking a thread takes as long as copying this much.
 BYTES_A_THREAD = 1 << 20
 
@@ -28,9 +30,14 @@ class CopyThreads:
         most: threads that work at once, the caller's included.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MOST_COPYING) -> None:
+        """Start none yet.
+
+        Args:
+            most: threads at once, the caller's included, on a machine of many cores.
+        """
         cores = usable_cores()
-        self.most = min(cores, max(FEW_THREADS, cores // 2), MAX_THREADS)
+        self.most = min(cores, max(FEW_THREADS, cores // 2), most)
         self._process, self._pool = os.getpid(), self._new_pool()
 
     def count_for(self, num_bytes: int) -> int:

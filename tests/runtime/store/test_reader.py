@@ -352,7 +352,7 @@ def test_queues_of_closed_readers_serve_the_next_but_never_a_forked_child(
         check_others(all_files["float16"], source, {})
         source.close()
     num_made = len(made)
-    assert 1 <= num_made <= threads.MAX_THREADS
+    assert 1 <= num_made <= threads.MOST_READING
     monkeypatch.setattr(os, "getpid", lambda: -1)  # as a forked child would see it
     kernel_aio.open_queue().close()
     assert len(made) == num_made + 1
