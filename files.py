@@ -13,8 +13,8 @@ _CHUNK_BYTES = 1 << 20
 _MARKS = re.compile("^\ufeff+", re.MULTILINE)  # byte order marks at the beginning of a line
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
-    """Return the UTF-8 text of a file as `decode_text` does.
+def read_text(path: str | os.PathLike[str], name: str | None = None) -> str:
+    """Return the UTF-8 text of a file as `decode_text` does; `name`: what messages call it.
 
     Raises:
         RequestError: the file cannot be read, or is not UTF-8.
@@ -22,8 +22,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
-    return decode_text(content, str(path))
+        raise RequestError(f"cannot read {name or path}: {error.strerror or error}") from error
+    return decode_text(content, name or str(path))
 
 
 def decode_text(content: bytes, name: str) -> str:
@@ -35,17 +35,26 @@ def decode_text(content: bytes, name: str) -> str:
         name: names the bytes in messages.
 
     Raises:
-        RequestError: not UTF-8; the first line that is not is named.
+        RequestError: not UTF-8, or NUL characters (UTF-16 without a mark); the line is named.
     """
+    if b"\0" in content:
+        raise RequestError(
+            f"{name} is not UTF-8 text: line {_line_of(content, content.index(0))} holds NUL",
+            hint="if it is UTF-16, iconv -f UTF-16LE -t UTF-8 makes it UTF-8",
+        )
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line = _line_of(content, error.start)
         raise RequestError(
             f"{name} is not UTF-8 text: line {line} holds the byte 0x{content[error.start]:02x}",
             hint="save it as UTF-8; iconv -f UTF-16 -t UTF-8 (or -f LATIN1) does so",
         ) from error
     return _MARKS.sub("", text)
+
+
+def _line_of(content: bytes, at: int) -> int:
+    return content.count(b"\n", 0, at) + 1
 
 
 def sha256_of(path: Path) -> str:

@@ -13,7 +13,7 @@ from edje.errors import RequestError
 from edje.files import decode_text, read_text
 
 MARK = codecs.BOM_UTF8
-LINES = st.lists(st.text(st.characters(exclude_characters="\n\ufeff", codec="utf-8")), max_size=5)
+LINES = st.lists(st.text(st.characters(exclude_characters="\0\n\ufeff", codec="utf-8")), max_size=5)
 
 
 @given(st.lists(LINES, min_size=1, max_size=3))
@@ -30,9 +30,10 @@ def test_bytes_that_are_no_text_are_refused_with_their_line(tmp_path: Path) -> N
         read_text(path)
 
 
-def test_utf_16_is_refused_with_the_command_that_mends_it() -> None:
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_refused_with_the_command_that_mends_it(encoding: str) -> None:
     with pytest.raises(RequestError, match=r"line 1 .*\n.*iconv -f UTF-16"):
-        decode_text("a.png\n".encode("utf-16"), "list")
+        decode_text("a.png\n".encode(encoding), "list")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
