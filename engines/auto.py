@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import StrPath, path_of
 from ..bundle import IMAGE_ENCODER, BundleManifest
 from ..errors import EngineError
 from ..files import sha256_of
@@ -53,8 +54,8 @@ class Trial:
 
 
 def build_fastest(
-    bundle: Path,
-    out: Path,
+    bundle: StrPath,
+    out: StrPath,
     *,
     calibration: Samples | None = None,
     limits: FidelityLimits | None = None,
@@ -78,7 +79,7 @@ def build_fastest(
         EngineError: nothing can be built here, or nothing holds the limits (all reasons).
         CheckpointError, EdjeError: as `build_engine`.
     """
-    bundle, out, tell = Path(bundle), Path(out), progress or (lambda _: None)
+    bundle, out, tell = path_of("bundle", bundle), path_of("out", out), progress or (lambda _: None)
     source = BundleManifest.read(bundle)
     refuse_existing(out, overwrite)
     check_target(out, overwrite)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..engines.fidelity import NOT_MEASURED, is_measured
+from ..errors import named
 from .doctor import Diagnosis
 from .results import RankResult
 
@@ -96,6 +97,9 @@ def print_ranking(result: RankResult) -> None:
     )
     if result.truncated:
         note("the query was cut to the wordpieces that the model takes")
+    if result.missing:
+        names = named([fault.id for fault in result.missing])
+        note(f"{len(result.missing)} candidates are not in the store: {names}")
     for fault in result.errors:
         note(f"{fault.id!r} was not ranked: {fault.reason}")
 
