@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
-from ....engines.cpu import usable_cores
+from ....machine import usable_cores
 
 # More would only take cores from the engine: a few threads copy as fast as the memory is.
 MAX_THREADS = 4
