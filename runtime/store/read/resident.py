@@ -17,7 +17,7 @@ from .kernel_aio import address
 from .reader import SegmentReader
 from .threads import CopyThreads
 
-READ_FROM_DISK = 'read them from disk: access="cached" of a store, residency "disk" of a reranker'
+READ_FROM_DISK = 'open the store with access="cached"'
 NOT_HELD = "it is not among the records that were loaded into memory"
 
 
