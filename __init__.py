@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .telemetry import switch_off as _switch_off_telemetry
+
 if TYPE_CHECKING:
     from .errors import (
         CheckpointError,
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from .runtime.store import TokenStore
 
 __version__ = "0.1.0"
+
+_switch_off_telemetry()
 
 _HOMES = {
     "Reranker": ".runtime.reranker",

@@ -18,10 +18,11 @@ from rich.table import Table
 from .. import __version__
 from ..bundle import JOINT_ENCODER, PARITY
 from ..engines.auto import build_fastest
-from ..engines.cpu import cpu_features, cpu_model, usable_cores
+from ..engines.cpu import cpu_features
 from ..engines.manifest import EngineManifest
 from ..errors import EdjeError
 from ..export.export import export_bundle
+from ..machine import cpu_model, usable_cores
 from ..runtime.cli_output import progress_bar, progress_steps
 from ..runtime.indexing.image_encoder import ImageEncoder
 from ..runtime.indexing.index import index_images

@@ -1,38 +1,30 @@
-"""What this CPU is and which of its instruction sets a precision's kernels may use."""
+"""What CPU backends share: which instruction sets a precision needs, and pairs a forward."""
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import fields
-from functools import cache
-from pathlib import Path
 from typing import Any
 
+from .. import machine
+from ..machine import BFLOAT16, FLOAT, INT8, cpu_model, is_x86
+from ..machine import usable_cores as usable_cores  # also for programs that ask for it here
 from .contract import BuildOptions
 from .manifest import EngineManifest
 
-# Names as Linux spells them in /proc/cpuinfo (x86-64 `flags`, AArch64 `Features`).
-_FLOAT = ("avx2", "fma", "avx512f", "asimd", "sve")
-_BFLOAT16 = ("avx512_bf16", "amx_tile", "amx_bf16", "bf16", "svebf16")
-_INT8 = ("avx_vnni", "avx512_vnni", "amx_tile", "amx_int8", "asimddp", "i8mm")
+_BF16_PRODUCTS = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 _VNNI = {"avx_vnni", "avx512_vnni", "amx_int8"}
 FEATURES_OF_PRECISION: Mapping[str, tuple[str, ...]] = {
-    "fp32": _FLOAT,
-    "bf16": _FLOAT + _BFLOAT16,
-    "int8": _FLOAT + _INT8,
+    "fp32": FLOAT,
+    "bf16": FLOAT + BFLOAT16,
+    "int8": FLOAT + INT8,
 }
 
 # Activations of 16 pairs (80 slots x 1,536 x 4 bytes each) still pass through one core's L2 and
 # share of the L3. CPU time a pair, full-size scorer, OpenVINO f32 on one core of a Xeon with 2 MB
 # L2: 27.0 ms at 8 pairs, 27.2 at 16, 27.9 at 32, 32.2 at 64, 35.4 at 128.
 PAIRS_PER_THREAD = 16
-
-
-def is_x86() -> bool:
-    """Return whether this is an x86-64 CPU."""
-    return platform.machine().lower() in ("x86_64", "amd64")
 
 
 def why_no_int8() -> str | None:
@@ -43,7 +35,17 @@ def why_no_int8() -> str | None:
     """
     if not is_x86() or _VNNI & set(cpu_features("int8")):
         return None
+    if _VNNI & set(machine.hidden_features()):
+        return f"{machine.FEATURES_LIMIT} keeps this CPU's VNNI from use: sums of int8 overflow"
     return "this CPU has neither AVX512_VNNI nor AVX_VNNI nor AMX_INT8: sums of int8 overflow"
+
+
+def why_no_bf16() -> str | None:
+    """Return why bfloat16 may not be used although the CPU has it, None where it may."""
+    hidden, usable = machine.hidden_features(), cpu_features("bf16")
+    if _BF16_PRODUCTS & set(hidden) and not _BF16_PRODUCTS & set(usable):
+        return f"{machine.FEATURES_LIMIT} keeps this CPU's bfloat16 products from use"
+    return None
 
 
 def pairs_per_forward(num_threads: int | None) -> int:
@@ -51,26 +53,11 @@ def pairs_per_forward(num_threads: int | None) -> int:
     return PAIRS_PER_THREAD * (num_threads or usable_cores())
 
 
-def usable_cores() -> int:
-    """Return how many cores this process may run on (a container may have fewer than the CPU)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def cpu_features(precision: str | None = None) -> tuple[str, ...]:
-    """Return this CPU's instruction sets that matter to `precision` (None: to any), in order."""
-    if precision is None:
-        names = tuple(dict.fromkeys((*_FLOAT, *_BFLOAT16, *_INT8)))
-    else:
-        names = FEATURES_OF_PRECISION.get(precision, _FLOAT)
-    flags = _cpu_info()[1]
-    return tuple(name for name in names if name in flags)
-
-
-def cpu_model() -> str:
-    """Return the CPU's name, or its architecture where the system does not tell."""
-    return _cpu_info()[0] or platform.processor() or platform.machine()
+    """Return the usable instruction sets that matter to `precision` (None: to any), in order."""
+    names = machine.FEATURES if precision is None else FEATURES_OF_PRECISION.get(precision, FLOAT)
+    usable = machine.cpu_features()
+    return tuple(name for name in names if name in usable)
 
 
 def describe_cpu(precision: str) -> dict[str, Any]:
@@ -111,23 +98,9 @@ def device_faults(manifest: EngineManifest) -> list[str]:
     wanted = features if isinstance(features, list) else []
     missing = [str(name) for name in wanted if name not in here["features"]]
     if missing:
+        hidden = set(missing) <= set(machine.hidden_features())
+        lacks = f"{machine.FEATURES_LIMIT} keeps from use" if hidden else "this CPU lacks"
         faults.append(
-            f"device features: built with {', '.join(missing)}, "
-            f"which this CPU ({here['model']}) lacks"
+            f"device features: built with {', '.join(missing)}, which {lacks} ({here['model']})"
         )
     return faults
-
-
-@cache
-def _cpu_info() -> tuple[str, frozenset[str]]:
-    """Return model name and flags of the first CPU; empty where there is no /proc/cpuinfo."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return "", frozenset()
-    entries: dict[str, str] = {}
-    for line in lines:
-        key, _, value = line.partition(":")
-        entries.setdefault(key.strip(), value.strip())
-    flags = entries.get("flags") or entries.get("Features") or ""
-    return entries.get("model name", ""), frozenset(flags.split())

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..bundle import JOINT_ENCODER, BundleManifest
 from ..errors import EngineError
+from ..machine import thread_limit
 from .agreement import Agreement, rank_agreement, recall
 from .contract import INPUTS, Batch, Engine, Float32, Progress
 from .manifest import Profile
@@ -256,6 +257,7 @@ def reference_scorer(bundle: Path) -> Scorer:
         ) from error
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = thread_limit(sees_affinity=False) or 0  # 0: all cores
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     path = bundle / JOINT_ENCODER
     try:

@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from ..bundle import JOINT_ENCODER
 from ..errors import EngineError
+from ..machine import thread_limit
 from .contract import (
     OUTPUT,
     Batch,
@@ -101,8 +102,7 @@ class OnnxRuntimeEngine(HostEngine):
 def _session_options(num_threads: int | None, settings: Mapping[str, str]) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
-    if num_threads is not None:
-        options.intra_op_num_threads = num_threads
+    options.intra_op_num_threads = num_threads or thread_limit(sees_affinity=False) or 0
     for name, value in settings.items():
         options.add_session_config_entry(name, value)
     return options

@@ -10,6 +10,7 @@ from typing import Any
 import openvino as ov
 
 from ..errors import EngineError, named
+from ..machine import is_x86, thread_limit, usable_cores
 from .contract import (
     OUTPUT,
     Array,
@@ -25,7 +26,7 @@ from .contract import (
 from .cpu import compute_type as compute_type  # these three are the backend's own
 from .cpu import device as device
 from .cpu import device_faults as device_faults
-from .cpu import is_x86, option_fault, pairs_per_forward, usable_cores, why_no_int8
+from .cpu import option_fault, pairs_per_forward, why_no_bf16, why_no_int8
 from .manifest import EngineManifest
 from .ov_graph import fit_to_x86, widen_score
 
@@ -36,6 +37,7 @@ DEVICE = "CPU"
 ELEMENT_TYPES = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 INT8_TYPES = ("i8", "u8")
 PRECISION_KEY = "INFERENCE_PRECISION_HINT"
+THREADS_KEY = "INFERENCE_NUM_THREADS"
 # Nodes of the compiled model that hold the matrix products.
 PRODUCTS = ("FullyConnected", "MatMul", "ScaledDotProductAttention", "MHA", "Convolution")
 
@@ -63,6 +65,8 @@ def why_not(precision: str) -> str | None:
             "this CPU has neither AVX512_BF16 nor AMX_BF16 (nor ARM's BF16), "
             "OpenVINO would only emulate it, many times slower than fp32"
         )
+    if precision == "bf16":
+        return why_no_bf16()
     return why_no_int8() if precision == "int8" else None
 
 
@@ -100,14 +104,17 @@ def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine
         **options.backend_settings,
         PRECISION_KEY: wanted,
     }
+    limit = thread_limit(sees_affinity=True)
     if options.num_threads is not None:
-        settings["INFERENCE_NUM_THREADS"] = options.num_threads
+        settings[THREADS_KEY] = options.num_threads
+    elif limit is not None:
+        settings.setdefault(THREADS_KEY, limit)
     try:
         compiled = ov.Core().compile_model(folder / MODEL, DEVICE, settings)
     except RuntimeError as error:
         raise EngineError(f"OpenVINO cannot open {folder / MODEL}: {error}") from error
     check_precision(compiled, wanted, quantized_products(manifest.precision_plan))
-    num_threads = int(compiled.get_property("INFERENCE_NUM_THREADS")) or None
+    num_threads = int(compiled.get_property(THREADS_KEY)) or None
     return OpenVinoEngine(manifest, compiled, pairs_per_forward(num_threads))
 
 

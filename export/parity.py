@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
+from ..machine import thread_limit
 from .configs import LanguageConfig
 from .graph_builder import Array
 
@@ -29,7 +30,11 @@ def check_parity(path: Path, reference: nn.Module, feeds: Feeds) -> dict[str, An
     """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = thread_limit(sees_affinity=False) or 0  # 0: all cores
+    if (num_threads := thread_limit(sees_affinity=True)) is not None:
+        torch.set_num_threads(num_threads)
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     difference, scale, shapes = 0.0, 0.0, []
     for feed in feeds:
         (got,) = session.run(None, feed)

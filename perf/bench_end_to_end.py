@@ -28,12 +28,13 @@ from ..bundle import BundleManifest
 from ..engines.backends import load_backend
 from ..engines.cache import cached_engine
 from ..engines.contract import INPUTS, Batch, Engine, OpenOptions
-from ..engines.cpu import PAIRS_PER_THREAD, pairs_per_forward, usable_cores
+from ..engines.cpu import PAIRS_PER_THREAD, pairs_per_forward
 from ..engines.fidelity import InlineStream
 from ..engines.manifest import EngineManifest
 from ..engines.open import open_engine
 from ..engines.samples import RandomSamples
 from ..errors import EdjeError
+from ..machine import usable_cores
 from ..runtime.reranker import Reranker
 from ..runtime.store import TokenStore
 from .harness import conditions, interleave, speedup, table, timings_json, write_result

@@ -19,8 +19,8 @@ from statistics import median
 from time import perf_counter, process_time
 from typing import Any
 
-from ..engines.cpu import cpu_features, cpu_model, usable_cores
 from ..errors import EdjeError
+from ..machine import cpu_features, cpu_model, usable_cores
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import re
 from collections.abc import Iterable, Mapping
@@ -13,9 +12,9 @@ from typing import Any
 
 from .. import __version__
 from ..engines.backends import BackendStatus, probe_backends
-from ..engines.cpu import cpu_features, cpu_model
 from ..engines.cuda_memory import driver_fault
 from ..errors import EdjeError
+from ..machine import cpu_features, cpu_model, memory_bytes, usable_cores
 from .device.copies import CopySpeed, measure_copies
 from .device.open import GPU_DEVICES, open_gpu
 
@@ -65,8 +64,8 @@ class Diagnosis:
 
     Attributes:
         cpu_features: instruction sets that matter to some precision.
-        num_cpus: CPUs this process may use.
-        memory_bytes: main memory of the machine.
+        num_cpus: CPUs this process may use, by its affinity and its container's quota.
+        memory_bytes: main memory of the machine, or what its container may take of it.
         nvidia_driver: its version, or None where there is none.
         gpu: the first GPU and its copies, measured now; None without a driver.
     """
@@ -101,8 +100,8 @@ def examine() -> Diagnosis:
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpu_model=cpu_model(),
         cpu_features=cpu_features(),
-        num_cpus=len(os.sched_getaffinity(0)),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        num_cpus=usable_cores(),
+        memory_bytes=memory_bytes(),
         nvidia_driver=_nvidia_driver(),
         gpu=_gpu(),
         backends=probe_backends(),

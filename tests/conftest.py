@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import edje  # noqa: F401  (first of all: it switches the libraries' telemetry off)
+
 if TYPE_CHECKING:
     from official_checkpoint import CheckpointFolders
 

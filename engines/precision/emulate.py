@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from ...errors import EngineError
+from ...machine import thread_limit
 from ..contract import OUTPUT, Array, Batch, Float32
 from .graph import Graph, node, with_inputs
 from .lower import ONNX_TYPES
@@ -74,6 +75,7 @@ def runner(graph: Graph, values: Sequence[str] = (OUTPUT,)) -> Run:
         ) from error
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = thread_limit(sees_affinity=False) or 0  # 0: all cores
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     extra = [value for value in values if value not in graph.outputs]
     content = graph.model(extra).SerializeToString()

@@ -8,9 +8,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import EngineError
+from ...machine import available_memory_bytes
 from . import protocol
 
 Work = Callable[[], None]
@@ -245,25 +245,6 @@ class HostDevice:
                 self._streams.pop().close()
         self._graphs.clear()
         self._usage = protocol.DeviceUsage()
-
-
-def available_memory_bytes() -> int:
-    """Return how much memory this process may still take: the machine's, or its container's."""
-    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    with suppress(OSError, LookupError):  # with what the page cache would give up
-        found[0] = _facts(Path("/proc/meminfo"))["MemAvailable:"] << 10
-    with suppress(OSError, LookupError, ValueError):  # `max` is no number: no limit
-        group = Path("/sys/fs/cgroup")
-        cached = _facts(group / "memory.stat")["inactive_file"]
-        used = int((group / "memory.current").read_text("ascii")) - cached
-        found.append(int((group / "memory.max").read_text("ascii")) - used)
-    return max(0, min(found))
-
-
-def _facts(path: Path) -> dict[str, int]:
-    """Read lines of a name and a number."""
-    lines = (line.split() for line in path.read_text("ascii").splitlines())
-    return {words[0]: int(words[1]) for words in lines}
 
 
 def _run_worker(queue: SimpleQueue[Item]) -> None:

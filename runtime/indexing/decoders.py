@@ -17,8 +17,8 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 
 from ...bundle import ImageSpec
-from ...engines.cpu import usable_cores
 from ...errors import RequestError
+from ...machine import usable_cores
 from .images import UInt8, Unreadable, decode_entry, import_pillow
 from .sources import ImageFile
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ...bundle import ADAPTER, IMAGE_ENCODER, MANIFEST, BundleManifest, ImageSpec
 from ...engines.manifest import MANIFEST as ENGINE_MANIFEST
 from ...errors import EngineError, RequestError
+from ...machine import thread_limit
 from .images import pixels_from_rgb
 
 Float16 = npt.NDArray[np.float16]
@@ -215,6 +216,9 @@ def _open_openvino(model: Path) -> tuple[str, Run]:
 
     # float32 even where the CPU has bf16: stored tokens outlive every engine.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    limit = thread_limit(sees_affinity=True)
+    if limit is not None:
+        settings["INFERENCE_NUM_THREADS"] = str(limit)
     compiled = openvino.Core().compile_model(model, "CPU", settings)
     output = compiled.output(0)
     return f"openvino {openvino.__version__} cpu", lambda inputs: compiled([inputs])[output]
@@ -223,7 +227,9 @@ def _open_openvino(model: Path) -> tuple[str, Run]:
 def _open_onnxruntime(model: Path) -> tuple[str, Run]:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = thread_limit(sees_affinity=False) or 0  # 0: all cores
+    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     ran = f"onnxruntime {onnxruntime.__version__} cpu"
     return ran, lambda inputs: session.run(None, {name: inputs})[0]

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ...engines.contract import Engine
 from ...errors import EngineError
-from ..device.host import available_memory_bytes
+from ...machine import available_memory_bytes
 from ..device.protocol import Device
 from ..lane import Lane
 from ..pipeline import Pipeline, Request, Scored

@@ -118,8 +118,7 @@ def test_unknown_backend_settings_are_refused(engine_folder):
     ],
 )
 def test_device_faults(built_for, num_faults, monkeypatch):
-    flags = frozenset({"avx2", "avx512f"})
-    monkeypatch.setattr("edje.engines.cpu._cpu_info", lambda: ("A CPU", flags))
+    monkeypatch.setattr("edje.machine.cpu_features", lambda: ("avx2", "avx512f"))
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     manifest = replace(toy_manifest(), device=built_for, precision="bf16")
     assert len(device_faults(manifest)) == num_faults

@@ -6,7 +6,6 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,7 +32,6 @@ from recording_trt import KERNELS, Recording, RtxEngine, make_cuda_runtime
 from toy_engine import toy_manifest
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra rtx")
-MAX_BUILD_SECONDS = 60
 CAPABILITIES = ("8.0", "8.9", "12.0")
 TAKEN = tuple(precision for precision in PRECISIONS if precision != "int8")
 
@@ -113,7 +111,6 @@ def check_tensors(folder: Path, job: BuildJob) -> None:
 def test_full_size_builds_for_a_gpu_that_is_not_here(
     rtx, full_size_bundle, full_size_graphs, tmp_path, precision, capability
 ):
-    began = perf_counter()
     job = make_job(
         full_size_graphs[precision],
         tmp_path / "engine",
@@ -122,7 +119,6 @@ def test_full_size_builds_for_a_gpu_that_is_not_here(
         capabilities=(capability,),
     )
     flags = rtx.build(job)
-    assert perf_counter() - began < MAX_BUILD_SECONDS
     check_tensors(job.out, job)
     # One kernel for scores, softmax and context in 16 bit; float32 has one for the last layer's
     # single row only.
@@ -143,12 +139,10 @@ def test_full_size_builds_for_a_gpu_that_is_not_here(
 def test_full_size_with_every_bucket_for_every_gpu(
     rtx, full_size_bundle, full_size_graphs, tmp_path
 ):
-    began = perf_counter()
     buckets = (16, 24, 32, 48, 64)
     where = (full_size_graphs["fp16"], tmp_path / "engine", full_size_bundle, "fp16")
     job = make_job(*where, buckets=buckets)
     flags = rtx.build(job)
-    assert perf_counter() - began < MAX_BUILD_SECONDS
     check_tensors(job.out, job)
     assert flags["attention"] == {"layers": 12, "fused": 12}
     assert "compute_capabilities" not in flags

@@ -157,9 +157,11 @@ def test_tokens_that_are_not_finite_give_no_score_where_the_engine_would_hide_th
 
 def test_times_of_the_stages_are_measured():
     with Rig(ToyEngine(before=lambda batch: threading.Event().wait(0.01))) as rig:
+        began = time.perf_counter()
         result = rig.pipeline.run(make_request([5], np.zeros(30), np.arange(30)))
-        assert 39 <= result.compute_ms < 4000  # four batches of at least 10 ms
-        assert 0 < result.gather_ms < 4000
+        whole_ms = (time.perf_counter() - began) * 1e3
+        assert 39 <= result.compute_ms <= whole_ms  # four batches of at least 10 ms
+        assert 0 < result.gather_ms <= whole_ms
 
 
 def fail_on_row(row, error):
@@ -308,10 +310,9 @@ def test_a_deadline_ends_the_wait_for_a_slot():
             long = pool.submit(rig.check, make_request([5], np.zeros(80), np.arange(80)))
             wait_until(lambda: len(rig.source.buffers) == NUM_SLOTS)  # it holds every slot
             request = make_request([5], np.zeros(8), np.arange(8))
-            began = time.monotonic()
             with pytest.raises(StoppedError, match="deadline passed"):
-                rig.pipeline.run(replace(request, deadline=began + 0.05))
-            assert 0.05 <= time.monotonic() - began < 5
+                rig.pipeline.run(replace(request, deadline=time.monotonic() + 0.05))
+            assert not long.done()
             assert not rig.pipeline._ring._queue
         finally:
             release.set()

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from ....errors import StoreError
+from ....machine import available_memory_bytes
 from ..layout import Int64, StoreLayout
 from .gather import Buffers, ReadPlan, UInt8
 from .kernel_aio import address
 from .reader import SegmentReader
 from .threads import CopyThreads
 
+READ_FROM_DISK = 'open the store with access="cached"'
 NOT_HELD = "it is not among the records that were loaded into memory"
 
 
@@ -112,12 +114,19 @@ Reader = SegmentReader | ResidentRecords
 
 def _huge_memory(num_bytes: int) -> memoryview:
     """Return zeros of this process's own, in huge pages if the system gives them."""
+    available = available_memory_bytes()
+    if num_bytes > available:  # the system would promise it, and end the process when it is used
+        raise StoreError(
+            f"the store's {num_bytes:,} bytes of records do not fit into memory: this machine, or "
+            f"the container, has {available:,} bytes left",
+            hint=READ_FROM_DISK,
+        )
     try:
         memory = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, MemoryError) as error:
         raise StoreError(
             f"the memory does not suffice to hold the store's {num_bytes} bytes of records",
-            hint='open the store with access="cached"',
+            hint=READ_FROM_DISK,
         ) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ....engines.contract import even_parts
-from ....engines.cpu import usable_cores
+from ....machine import usable_cores
 
 # Copying: few cores are the engine's, too; on the 16 cores of an H200's host 1, 2, 4 and 8 threads
 # copy 49 kB records at 5, 10, 20 and 31 GB/s. Reading: its threads also hash, one at a time (the

@@ -426,7 +426,7 @@ def test_a_real_gpu_copies_orders_times_and_frees(kind):
             result.download(back, mirror, expected.size)
             result.record(finished)
             finished.synchronize()
-            assert 0 < finished.elapsed_ms(started) < 10_000
+            assert finished.elapsed_ms(started) > 0
             return np.array_equal(back.view(expected.shape), expected)
 
     with ThreadPoolExecutor(4) as pool:

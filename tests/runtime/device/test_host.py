@@ -69,11 +69,12 @@ def test_waiting_orders_streams_and_hands_the_error_on(device):
 
 def test_elapsed_time_is_the_work_between_two_events(device):
     stream, start, end = device.stream(), device.event(), device.event()
+    began = time.perf_counter()
     stream.record(start)
     stream.submit(lambda: time.sleep(0.03))
     stream.record(end)
     end.synchronize()
-    assert 29 <= end.elapsed_ms(start) < 5000
+    assert 29 <= end.elapsed_ms(start) <= (time.perf_counter() - began) * 1e3
 
 
 @settings(max_examples=30)

@@ -19,6 +19,7 @@ from edje.runtime.cli import main
 from edje.runtime.indexing.image_encoder import ImageEncoder
 from edje.runtime.store import TokenStore
 from mean_bundle import FEATURE_DIM, HIDDEN, NUM_TOKENS, SIZE, make_bundle
+from thread_counts import pretend_quota, watch_threads
 
 
 @pytest.fixture
@@ -138,6 +139,18 @@ def fake_onnxruntime(works: bool) -> SimpleNamespace:
         InferenceSession=InferenceSession,
         get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
     )
+
+
+@pytest.mark.parametrize("missing", [None, "openvino"])
+def test_the_image_encoder_starts_the_threads_of_the_quota(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, missing: str | None
+) -> None:
+    pretend_quota(monkeypatch, 2.5)
+    started = watch_threads(monkeypatch)
+    if missing:
+        monkeypatch.setitem(sys.modules, missing, None)
+    ImageEncoder.open(bundle, device="cpu")
+    assert started == [3]
 
 
 def test_auto_takes_cuda_only_where_it_really_runs(

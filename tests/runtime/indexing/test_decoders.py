@@ -78,10 +78,8 @@ def test_closing_waits_for_nothing(files: list[ImageFile]) -> None:
     future = pool.submit([Hanging("hang", files[0].path)])
     while not pool._decoders:
         time.sleep(0.01)
-    started = time.monotonic()
     pool.close()
-    assert time.monotonic() - started < 10
-    assert future.done()
+    assert future.result(0) == []  # after MAX_DECODE_S it would say that it took too long
 
 
 def test_a_process_that_cannot_start_is_an_error(

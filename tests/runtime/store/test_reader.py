@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edje.errors import StoreError
-from edje.runtime.store.read import descriptors, gather, kernel_aio, threads
+from edje.runtime.store.read import descriptors, gather, kernel_aio, resident, threads
 from edje.runtime.store.read.reader import SegmentReader
 from edje.runtime.store.read.resident import NOT_HELD, ResidentRecords
 from record_files import ROWS, SEGMENTS, SHAPES, RecordFiles, key_of, layout_of, write_files
@@ -581,6 +581,18 @@ def test_resident_records_too_large_for_the_memory_are_named(
     with pytest.raises(StoreError, match="the memory does not suffice") as caught:
         ResidentRecords(files.layout, np.arange(10))
     assert caught.value.hint == 'open the store with access="cached"'
+
+
+def test_no_more_is_held_than_the_container_may_take(
+    files: RecordFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system would promise the memory, and end the process when it is filled."""
+    need = 10 * (files.layout.record_bytes + files.layout.scale_bytes)
+    monkeypatch.setattr(resident, "available_memory_bytes", lambda: need - 1)
+    with pytest.raises(StoreError, match=f"{need:,} bytes .* has {need - 1:,} bytes left"):
+        ResidentRecords(files.layout, np.arange(10))
+    monkeypatch.setattr(resident, "available_memory_bytes", lambda: need)
+    ResidentRecords(files.layout, np.arange(10)).close()
 
 
 def test_an_unknown_key_function_is_asked_once_a_file(files: RecordFiles) -> None:

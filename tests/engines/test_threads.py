@@ -1,0 +1,52 @@
+"""Libraries are told to start no more threads than the container's CPU quota can feed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edje.engines.contract import OpenOptions
+from edje.engines.fidelity import reference_scorer
+from edje.engines.open import open_engine
+from thread_counts import LIBRARYS_CHOICE, pretend_quota, watch_threads
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    return watch_threads(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("quota", "threads"), [(2.5, 3), (1.0, 1), (None, LIBRARYS_CHOICE), (9.0, LIBRARYS_CHOICE)]
+)
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_engines_start_the_threads_of_the_quota(
+    built_engines, started, monkeypatch, official_pairs, run, backend, quota, threads
+):
+    pretend_quota(monkeypatch, quota)
+    engine = open_engine(built_engines[backend])
+    pairs = [(0, image) for image in range(12)] * 3
+    scores = run(engine, official_pairs.batch(pairs, 15))
+    engine.close()
+    assert started == [threads]
+    np.testing.assert_allclose(scores, official_pairs.expected(pairs), atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_the_callers_own_number_of_threads_wins(built_engines, started, monkeypatch, backend):
+    pretend_quota(monkeypatch, 2.0)
+    open_engine(built_engines[backend], OpenOptions(num_threads=1)).close()
+    assert started == [1]
+
+
+def test_openvinos_own_setting_wins_over_the_quota(built_engines, started, monkeypatch):
+    pretend_quota(monkeypatch, 2.0)
+    settings = {"INFERENCE_NUM_THREADS": "1"}
+    open_engine(built_engines["openvino"], OpenOptions(backend_settings=settings)).close()
+    assert started == [1]
+
+
+def test_the_float32_reference_obeys_the_quota(tiny_bundle, started, monkeypatch):
+    pretend_quota(monkeypatch, 2.0)
+    reference_scorer(tiny_bundle)
+    assert started == [2]
