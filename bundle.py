@@ -64,7 +64,7 @@ class ImageSpec:
     """How an image file becomes `pixels`: RGB, squashed to `size` x `size`, scaled, normalised.
 
     `resample` is Pillow's number (2 bilinear, 3 bicubic); aspect ratio is not kept.
-    Source: the SiglipImageProcessor settings in `preprocessor_config.json`.
+    Source: the SiglipImageProcessor settings of the SigLIP folder.
     """
 
     size: int
