@@ -147,6 +147,22 @@ class BundleManifest:
         return cls.from_json(values, source=str(path))
 
 
+def read_parity(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return `parity.json` of the bundle at `folder`: how far each graph is from PyTorch.
+
+    Raises:
+        CheckpointError: it is not there or cannot be read.
+    """
+    path = folder / PARITY
+    try:
+        values: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error}", hint="export the checkpoint again with `edje export`"
+        ) from error
+    return values
+
+
 Section = TypeVar("Section")
 
 

@@ -24,7 +24,7 @@ _NAME = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 _NO_FILES = "\n"  # a pattern that no file's name matches
-_AUTHORIZE = "`hf auth login` or HF_TOKEN tells the Hub who asks"
+_LOG_IN = "`hf auth login` or HF_TOKEN says who asks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +80,8 @@ def fetch(name: HubName, patterns: Sequence[str], show: Callable[[str], None]) -
     return Snapshot(name, Path(folder).name, Path(folder))
 
 
-def list_files(name: HubName) -> list[str]:
-    """Return the names of a repository's files; only those in the cache where there is no network.
+def list_files(name: HubName) -> tuple[list[str], bool]:
+    """Return the names of a repository's files, and whether only those in the cache are known.
 
     Raises:
         CheckpointError: no such repository or revision, no right to it, or no way to it.
@@ -96,15 +96,8 @@ def list_files(name: HubName) -> list[str]:
     except Exception:  # no network, or HF_HUB_OFFLINE: the cache may do
         folder = fetch(name, [_NO_FILES], lambda step: None).folder
         found = (path for path in folder.rglob("*") if path.is_file())
-        return sorted(path.relative_to(folder).as_posix() for path in found)
-    return sorted(file.rfilename for file in info.siblings or ())
-
-
-def is_offline() -> bool:
-    """Return whether the user's settings forbid to ask the Hub (HF_HUB_OFFLINE=1)."""
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
+        return sorted(path.relative_to(folder).as_posix() for path in found), True
+    return sorted(file.rfilename for file in info.siblings or ()), False
 
 
 def _fault(name: HubName, error: Exception) -> CheckpointError:
@@ -116,7 +109,7 @@ def _fault(name: HubName, error: Exception) -> CheckpointError:
     if isinstance(error, errors.GatedRepoError):
         told = (
             f"{name.repo} is a gated repository, and its owner has not granted access",
-            f"ask for it on {page}; {_AUTHORIZE}",
+            f"ask for it on {page}; {_LOG_IN}",
         )
     elif isinstance(error, errors.RevisionNotFoundError):
         told = (
@@ -127,7 +120,7 @@ def _fault(name: HubName, error: Exception) -> CheckpointError:
         told = (
             f"{name.text} is neither a path here nor a repository on the Hugging Face Hub that "
             "may be read",
-            f"check the name; for a private repository, {_AUTHORIZE}",
+            f"check the name; for a private repository, {_LOG_IN}",
         )
     message, hint = told
     return CheckpointError(message, hint=hint)
@@ -136,13 +129,13 @@ def _fault(name: HubName, error: Exception) -> CheckpointError:
 def _unreachable(name: HubName, error: Exception) -> tuple[str, str]:
     from huggingface_hub import constants
 
-    if is_offline():
+    if constants.HF_HUB_OFFLINE:
         return (
             f"{name.text} is neither a path here nor whole in the Hugging Face cache "
             f"({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids to fetch it",
             "unset HF_HUB_OFFLINE, or pass a local path",
         )
-    cause = next(iter(str(error).splitlines()), "") or type(error).__name__
+    cause = next(iter(str(error).splitlines()), "").removeprefix("Got: ") or type(error).__name__
     return (
         f"{name.text} is no path here and cannot be fetched from {constants.ENDPOINT}: {cause}",
         "check the network (HTTPS_PROXY, HF_ENDPOINT), or pass a local path",

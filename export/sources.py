@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import CheckpointError
-from .hub import HubName, fetch, is_offline, list_files
+from .hub import HubName, fetch, list_files
 
 NameOrPath = str | os.PathLike[str]
 Progress = Callable[[str], None]
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
-HUB_FOLDER = "a repository on the Hugging Face Hub (owner/name or owner/name@revision)"
-HUB_FILE = "a file on the Hugging Face Hub (owner/name, owner/name@revision or owner/name:file)"
+HUB_FOLDER = "a name on the Hugging Face Hub (owner/name or owner/name@revision)"
+HUB_FILE = "a name on the Hugging Face Hub (owner/name[@revision][:file])"
 _MOST_NAMES = 12
 
 
@@ -31,6 +31,7 @@ class ModelFolder:
 
     option: str
     what: str
+    example: str
     files: tuple[str, ...]
     needed: tuple[tuple[str, ...], ...]
 
@@ -38,6 +39,7 @@ class ModelFolder:
 LANGUAGE = ModelFolder(
     "--language-model",
     "the language model's Hugging Face folder",
+    "microsoft/MiniLM-L12-H384-uncased",
     (
         *("config.json", "tokenizer.json", "tokenizer_config.json"),
         *("vocab.txt", "special_tokens_map.json", "added_tokens.json"),
@@ -47,6 +49,7 @@ LANGUAGE = ModelFolder(
 VISION = ModelFolder(
     "--vision-model",
     "the SigLIP model's Hugging Face folder",
+    "google/siglip2-large-patch16-384",
     ("config.json", "processor_config.json", "preprocessor_config.json"),
     (("config.json",),),
 )
@@ -133,7 +136,7 @@ def _folder(given: NameOrPath, kind: ModelFolder, show: Progress) -> Source:
     if path.exists():
         if not path.is_dir():
             raise CheckpointError(
-                f"{text} is a file, expected {kind.what}", hint=f"pass {kind.option} a folder"
+                f"{text} is a file, expected {kind.what}", hint=f"pass {kind.option} the folder"
             )
         _check_files(path, kind, text)
         return Source(path, {"folder": path.resolve().name})
@@ -141,12 +144,11 @@ def _folder(given: NameOrPath, kind: ModelFolder, show: Progress) -> Source:
     if name is None or name.file is not None:
         raise CheckpointError(
             f"{text} does not exist, expected {kind.what} or {HUB_FOLDER}",
-            hint=f"pass {kind.option} a folder or a name",
+            hint=f"pass {kind.option} a folder, or a name such as {kind.example}",
         )
     show(f"fetching {text}")
     snapshot = fetch(name, kind.files, show)
-    where = "the cache of " if is_offline() else ""
-    _check_files(snapshot.folder, kind, f"{where}{name.repo} at commit {snapshot.commit[:12]}")
+    _check_files(snapshot.folder, kind, f"{name.repo} at commit {snapshot.commit[:12]}")
     return Source(snapshot.folder, snapshot.origin())
 
 
@@ -159,7 +161,7 @@ def _check_files(folder: Path, kind: ModelFolder, shown: str) -> None:
     if missing:
         raise CheckpointError(
             f"{shown} holds no {' and no '.join(missing)}, expected {kind.what}",
-            hint=f"pass {kind.option} the folder, or the name on the Hugging Face Hub, of the "
+            hint=f"pass {kind.option} the folder, or the name (such as {kind.example}), of the "
             "model that the checkpoint was trained from",
         )
 
@@ -186,8 +188,7 @@ def _checkpoint(given: NameOrPath) -> Source | HubName:
 
 def _with_file(name: HubName) -> HubName:
     """Return the name with its file; without one, the repository's only checkpoint."""
-    where = "the cache of " if is_offline() else ""
-    files = list_files(name)
+    files, is_cache = list_files(name)
     checkpoints = [file for file in files if file.endswith(CHECKPOINT_SUFFIXES)]
     if name.file in files:
         return name
@@ -202,7 +203,7 @@ def _with_file(name: HubName) -> HubName:
     else:
         fault = f"{len(checkpoints) or 'no'} checkpoint files"
     raise CheckpointError(
-        f"{where}{name.repo} holds {fault}: got {listed}",
+        f"{'the cache of ' if is_cache else ''}{name.repo} holds {fault}: got {listed}",
         hint=f"name the checkpoint: {name.text.partition(':')[0]}:FILE",
     )
 

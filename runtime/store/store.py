@@ -9,12 +9,13 @@ from threading import RLock
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
+from ... import __version__
 from ...errors import StoreError
 from .arrays import record_bytes_of
 from .catalog import Catalog, CatalogState
 from .changes import StoreWriter
 from .compaction import CompactReport, Progress, compact
-from .folder import StoreStat, create_folder, package_version, stat_of
+from .folder import StoreStat, create_folder, stat_of
 from .incoming import CommitReport, commit_segments
 from .index import RecordIndex
 from .layout import DEFAULT_SEGMENT_BYTES, StoreLayout
@@ -76,7 +77,7 @@ class TokenStore(ReadableStore):
             StoreError: `path` exists or cannot be written, or sizes that no store can have.
         """
         folder = Path(path)
-        created_by = f"edje-runtime {package_version()}"
+        created_by = f"edje-runtime {__version__}"
         layout = StoreLayout(
             num_tokens, hidden, dtype, fingerprint_encoder, segment_bytes, created_by
         )
