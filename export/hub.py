@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError
 
 if TYPE_CHECKING:
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils.tqdm import tqdm
 
 _NAME = re.compile(
     r"(?P<repo>[a-z0-9][\w.-]*/[a-z0-9][\w.-]*)(@(?P<revision>[^\s:]+))?(:(?P<file>[^:]+))?",
@@ -129,6 +129,12 @@ def _fault(name: HubName, error: Exception) -> CheckpointError:
 def _unreachable(name: HubName, error: Exception) -> tuple[str, str]:
     from huggingface_hub import constants
 
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+        return (
+            f"cannot write {name.repo} to the Hugging Face cache ({constants.HF_HUB_CACHE}): "
+            f"{error.strerror}",
+            "set HF_HUB_CACHE to a folder that can be written and has room",
+        )
     if constants.HF_HUB_OFFLINE:
         return (
             f"{name.text} is neither a path here nor whole in the Hugging Face cache "
@@ -149,13 +155,14 @@ class _Nowhere(io.StringIO):
         return sys.stderr.isatty()
 
 
-def _reporting_to(show: Callable[[str], None], repo: str) -> type[tqdm[Any]]:
+def _reporting_to(show: Callable[[str], None], repo: str) -> type[tqdm]:
     """Return a class of `huggingface_hub`'s progress bars that tells `show` the bytes so far."""
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils.tqdm import tqdm
 
-    class Reporting(tqdm):  # type: ignore[type-arg]
+    class Reporting(tqdm):
         def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **{**kwargs, "file": _Nowhere(), "leave": False})
+            quiet = {**kwargs, "file": _Nowhere(), "leave": False}
+            super().__init__(*args, **quiet)  # type: ignore[no-untyped-call]
 
         def display(self, *args: Any, **kwargs: Any) -> None:
             if self.unit == "B" and self.total:

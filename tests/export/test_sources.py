@@ -147,14 +147,17 @@ def hub(official_tiny: Path) -> Iterator[Hub]:
             "acme/two": Repository({"a.pth": b"a", "b.pth": b"b"}),
             "acme/none": Repository({"README.md": b""}),
             "acme/gated": Repository(lm, gated=True),
+            "acme/private": Repository(lm, token="hf_secret"),
         }
     ) as running:
         yield running
 
 
-def ask(endpoint: str, folder: Path, *inputs: tuple[str | None, ...]) -> list[object]:
+def ask(
+    endpoint: str, folder: Path, *inputs: tuple[str | None, ...], cache: Path | None = None
+) -> list[object]:
     """Locate inputs in a process of its own, whose environment names the hub and the cache."""
-    env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(folder)}
+    env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(cache or folder / "cache")}
     env["HF_HUB_OFFLINE"] = "0"
     command = [sys.executable, "-c", ASK, json.dumps(inputs)]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
@@ -209,6 +212,20 @@ def test_a_repository_without_the_one_checkpoint_lists_its_files(hub, tmp_path):
     assert "acme/gone:c.pth is neither a path here nor a repository" in gone
 
 
+def test_a_private_repository_needs_the_token_that_the_environment_brings(
+    hub, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    (answer,) = ask(hub.endpoint, tmp_path, (EDJE, "acme/private", None))
+    assert isinstance(answer, str)
+    assert "acme/private is neither a path here nor a repository" in answer
+    assert "HF_TOKEN" in answer
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    (answer,) = ask(hub.endpoint, tmp_path, (EDJE, "acme/private", None))
+    assert isinstance(answer, dict)
+    assert answer["language_model"]["repository"] == "acme/private"
+
+
 def test_a_checkpoint_is_fetched_only_once_the_models_are_there(hub, tmp_path):
     hub.fetched.clear()
     (answer,) = ask(hub.endpoint, tmp_path, ("acme/two:a.pth", LM, "acme/gone"))
@@ -221,3 +238,11 @@ def test_without_a_network_the_address_that_did_not_answer_is_named(tmp_path):
     assert isinstance(answer, str)
     assert answer.count("cannot be fetched from http://127.0.0.1:9") == 3
     assert "HTTPS_PROXY" in answer
+
+
+def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path):
+    (tmp_path / "file").write_text("")
+    (answer,) = ask(hub.endpoint, tmp_path, (EDJE, LM, None), cache=tmp_path / "file")
+    assert isinstance(answer, str)
+    assert f"cannot write {LM} to the Hugging Face cache ({tmp_path / 'file'})" in answer
+    assert "set HF_HUB_CACHE" in answer

@@ -18,11 +18,15 @@ TAGGED = "fedcba9876543210fedcba9876543210fedcba98"
 
 @dataclass
 class Repository:
-    """Files by name, commits by branch or tag; `gated`: its files are refused."""
+    """Files by name, commits by branch or tag; `gated`: its files are refused.
+
+    With a `token`, it is private to who brings it.
+    """
 
     files: Mapping[str, bytes]
     refs: Mapping[str, str] = field(default_factory=lambda: {"main": COMMIT, "v1": TAGGED})
     gated: bool = False
+    token: str | None = None
 
 
 @dataclass
@@ -93,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         is_api = parts[:2] == ["api", "models"]
         owner, name, *rest = parts[2:] if is_api else parts
         repository = self.known.get(f"{owner}/{name}")
-        if repository is None:
+        if repository is None or not self._may_read(repository):
             self._send(401, {"X-Error-Code": "RepoNotFound"}, b"Invalid username or password.")
             return
         revision = rest[1] if len(rest) > 1 else "main"
@@ -104,6 +108,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, {}, self._listing(repository, f"{owner}/{name}", commit, rest))
         else:
             self._file(repository, f"{owner}/{name}", commit, "/".join(rest[2:]))
+
+    def _may_read(self, found: Repository) -> bool:
+        return found.token is None or self.headers["Authorization"] == f"Bearer {found.token}"
 
     def _listing(self, found: Repository, name: str, commit: str, rest: list[str]) -> bytes:
         if rest[:1] == ["tree"]:
