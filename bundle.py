@@ -65,7 +65,7 @@ class ImageSpec:
     """How an image file becomes `pixels`: RGB, squashed to `size` x `size`, scaled, normalised.
 
     `resample` is Pillow's number (2 bilinear, 3 bicubic); aspect ratio is not kept.
-    Source: the SiglipImageProcessor settings in `preprocessor_config.json`.
+    Source: the SiglipImageProcessor settings of the SigLIP folder.
     """
 
     size: int
@@ -146,6 +146,22 @@ class BundleManifest:
         if not isinstance(values, dict):
             raise CheckpointError(f"{path} holds {type(values).__name__}, expected an object")
         return cls.from_json(values, source=str(path))
+
+
+def read_parity(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return `parity.json` of the bundle at `folder`: how far each graph is from PyTorch.
+
+    Raises:
+        CheckpointError: it is not there or cannot be read.
+    """
+    path = folder / PARITY
+    try:
+        values: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error}", hint="export the checkpoint again with `edje export`"
+        ) from error
+    return values
 
 
 Section = TypeVar("Section")

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
+from .checkpoint_file import StateDict, read_state_dict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +19,7 @@ BERT = "language_model.bert."
 ADAPTER = "vision_projection."
 HEAD = "classification_head."
 VISION = "vision_encoder."
+MOST_FAULTS = 20  # shown of tensors that are there twice
 MAX_TEXT = 64  # the official MAX_TEXT_CONTEXT_LENGTH: CLS, wordpieces and two SEP
 
 Tensors = Mapping[str, "Tensor"]
@@ -44,7 +45,8 @@ class Checkpoint:
     """The tensors of an official checkpoint that scoring and indexing need, in float32.
 
     `bert`, `adapter`, `head` and `vision` hold tensors by name without their prefix; `vision` has
-    no pooling head and is named as transformers 5 names it.
+    no pooling head and is named as transformers 5 names it. `dropped` counts the keys that a
+    wrapper's part (`module.`, `_orig_mod.`) was dropped from.
     """
 
     path: Path
@@ -53,19 +55,23 @@ class Checkpoint:
     adapter: Tensors
     head: Tensors
     vision: Tensors
+    dropped: Mapping[str, int]
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read and check a checkpoint as the official training script saves it.
 
-    `{"model": state_dict, ...}`, float32 or bfloat16, either spelling of the vision keys; other
-    top-level entries and the tensors that no graph needs are ignored. Nothing is unpickled but
-    tensors and plain values.
+    `{"model": state_dict, ...}`, float32 or bfloat16, either spelling of the vision keys, with or
+    without the parts that wrappers (DDP, torch.compile, FSDP) put into keys; other top-level
+    entries and the tensors that no graph needs are ignored. Nothing is unpickled but tensors and
+    plain values.
 
     Raises:
-        CheckpointError: not such a file, or tensors missing or of the wrong shape (all listed).
+        CheckpointError: not such a file, or tensors missing, of the wrong shape or there twice
+            (all listed).
     """
-    groups = _groups(_state_dict(path))
+    state = read_state_dict(path)
+    groups = _groups(path, state)
     if "query" not in groups[ADAPTER] and "0.weight" in groups[ADAPTER]:
         raise CheckpointError(
             f"{path} is a local (uncompressed) EDJE checkpoint: vision_projection is a plain MLP, "
@@ -78,7 +84,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is not a whole EDJE checkpoint", faults=faults)
     plain = {prefix: _float32(tensors) for prefix, tensors in groups.items()}
     known = CheckpointSizes(**{name: size or 0 for name, size in sizes.items()})
-    return Checkpoint(path, known, plain[BERT], plain[ADAPTER], plain[HEAD], plain[VISION])
+    return Checkpoint(
+        path, known, plain[BERT], plain[ADAPTER], plain[HEAD], plain[VISION], state.dropped
+    )
 
 
 def tensor_faults(prefix: str, tensors: Tensors, expected: Mapping[str, Shape]) -> Iterator[str]:
@@ -98,67 +106,35 @@ def tensor_faults(prefix: str, tensors: Tensors, expected: Mapping[str, Shape]) 
             yield f"{prefix}{name}: holds NaN or infinite values"
 
 
-def _state_dict(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of the checkpoint's `model` entry."""
-    import torch
-
-    if path.is_dir():
-        raise CheckpointError(
-            f"{path} is a folder, expected a checkpoint file",
-            hint="name the file in it, for example checkpoint_16.pth",
-        )
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist, expected a checkpoint file")
-    try:
-        content = _load(path)
-    except Exception as error:  # torch.load raises a dozen kinds on files that are not its own
-        raise CheckpointError(
-            f"{path} is not a readable PyTorch checkpoint: {_why_unreadable(path, error)}",
-            hint="pass the whole file that the official training saved with torch.save",
-        ) from error
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict):
-        got = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(
-            f'{path} is not an EDJE checkpoint: got {got}, expected {{"model": state_dict, ...}}'
-        )
-    return {str(k): v for k, v in model.items() if isinstance(v, torch.Tensor)}
-
-
-def _load(path: Path) -> Any:
-    """Load with only the tensors that are used read from disk, where the format allows it."""
-    import torch
-
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # files from before PyTorch 1.6 cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _why_unreadable(path: Path, error: Exception) -> str:
-    """Say it in our words: torch's own advise to load with code execution allowed."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    with path.open("rb") as file:
-        is_archive = file.read(4) == b"PK\x03\x04"
-    if not is_archive:
-        return "it is not an archive as torch.save writes it"
-    if isinstance(error, UnpicklingError):
-        return "it needs code to be run when loaded, which is refused (weights_only=True)"
-    return "its archive is truncated or damaged"
-
-
-def _groups(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _groups(path: Path, state: StateDict) -> dict[str, dict[str, Tensor]]:
     """Sort the tensors that matter by prefix; name the vision tower's as transformers 5 does."""
     groups: dict[str, dict[str, Tensor]] = {BERT: {}, ADAPTER: {}, HEAD: {}, VISION: {}}
-    for key, tensor in state.items():
-        for prefix, group in groups.items():
-            if key.startswith(prefix):
-                name = key.removeprefix(prefix)
-                group[name.removeprefix("vision_model.") if prefix == VISION else name] = tensor
-    tower = groups[VISION]
-    groups[VISION] = {name: tower[name] for name in tower if not name.startswith("head.")}
+    keys: dict[str, list[str]] = {}
+    for given in state.tensors:
+        prefix = next((prefix for prefix in groups if given.name.startswith(prefix)), None)
+        if prefix is None:
+            continue
+        name = given.name.removeprefix(prefix)
+        if prefix == VISION:
+            name = name.removeprefix("vision_model.")
+            if name.startswith("head."):
+                continue
+        groups[prefix][name] = given.tensor
+        keys.setdefault(prefix + name, []).append(given.key)
+    twice = [f"{name}: {' and '.join(same)}" for name, same in keys.items() if len(same) > 1]
+    if twice:
+        raise _ambiguous(path, twice)
     return groups
+
+
+def _ambiguous(path: Path, twice: list[str]) -> CheckpointError:
+    shown, rest = twice[:MOST_FAULTS], len(twice) - MOST_FAULTS
+    return CheckpointError(
+        f"{path} holds several tensors of one name, once the parts that wrappers put into keys "
+        "are dropped",
+        faults=[*shown, f"and {rest} more names"] if rest > 0 else shown,
+        hint="save the checkpoint again from the unwrapped model: one key a tensor",
+    )
 
 
 def _float32(tensors: Tensors) -> dict[str, Tensor]:

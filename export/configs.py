@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from ..bundle import ImageSpec
 from ..errors import CheckpointError
 from .activations import ACTIVATIONS
 from .checkpoint import MAX_TEXT, VISION, Checkpoint, tensor_faults, vision_shapes, vision_sizes
+from .image_processor import OPTION, image_spec, read_image_processor
+from .settings import read_settings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -75,7 +76,7 @@ def read_language_model(
     """
     from transformers import BertConfig
 
-    values = _read_json(folder / "config.json", "--language-model")
+    values = read_settings(folder / "config.json", "--language-model")
     if values.get("model_type", "bert") != "bert":
         raise CheckpointError(
             f"{folder} holds a {values['model_type']!r} model, expected a BERT language model",
@@ -125,7 +126,7 @@ def read_vision_model(folder: Path, checkpoint: Checkpoint) -> tuple[VisionConfi
     """
     from transformers import SiglipVisionConfig
 
-    values = _read_json(folder / "config.json", "--vision-model")
+    values = read_settings(folder / "config.json", OPTION)
     kind = values.get("model_type")
     if kind not in ("siglip", "siglip_vision_model"):
         raise CheckpointError(
@@ -135,7 +136,7 @@ def read_vision_model(folder: Path, checkpoint: Checkpoint) -> tuple[VisionConfi
     settings = _without_type(values.get("vision_config", {}) if kind == "siglip" else values)
     config = _vision_config(_build(SiglipVisionConfig, settings, folder), settings)
     faults = _vision_faults(config, checkpoint)
-    image = _image_spec(folder, config, faults)
+    image = image_spec(read_image_processor(folder), config.image_size, faults)
     if faults or image is None:
         raise CheckpointError(
             f"the vision model in {folder} does not fit {checkpoint.path}",
@@ -159,19 +160,6 @@ def adapter_heads(checkpoint: Checkpoint) -> int:
             hint="pass --vision-model DIR, the SigLIP folder of the checkpoint",
         )
     return HEADS_OF_KNOWN_TOWERS[width]
-
-
-def _read_json(path: Path, option: str) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot read {path}: {error}",
-            hint=f"pass {option} a Hugging Face model folder (config.json and its files)",
-        ) from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds {type(values).__name__}, expected an object")
-    return values
 
 
 def _without_type(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,29 +215,6 @@ def _differences(said: Mapping[str, int], told: Mapping[str, int | None]) -> lis
         for name in said
         if told[name] not in (None, said[name])
     ]
-
-
-def _image_spec(folder: Path, config: VisionConfig, faults: list[str]) -> ImageSpec | None:
-    """Read the preprocessing; defaults are SiglipImageProcessor's (resample 3 is bicubic)."""
-    values = _read_json(folder / "preprocessor_config.json", "--vision-model")
-    size = values.get("size", {})
-    sides = {size.get("height"), size.get("width")} if isinstance(size, dict) else {size}
-    if sides != {config.image_size}:
-        faults.append(f"preprocessor size: got {size}, expected {config.image_size} squared")
-        return None
-    scaled, normalized = values.get("do_rescale", True), values.get("do_normalize", True)
-    mean = values.get("image_mean", [0.5] * 3) if normalized else [0.0] * 3
-    std = values.get("image_std", [0.5] * 3) if normalized else [1.0] * 3
-    if not len(mean) == len(std) == 3:
-        faults.append(f"preprocessor: got mean {mean} and std {std}, expected three numbers each")
-        return None
-    return ImageSpec(
-        size=config.image_size,
-        resample=int(values.get("resample", 3)),
-        rescale_factor=float(values.get("rescale_factor", 1 / 255)) if scaled else 1.0,
-        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
-        std=(float(std[0]), float(std[1]), float(std[2])),
-    )
 
 
 def _head_faults(name: str, num_heads: int, width: int) -> list[str]:

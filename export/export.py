@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib import metadata
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import bundle
+from .. import __version__, bundle
 from ..arguments import StrPath
 from ..bundle import BundleManifest, ImageSpec, ModelSizes, TextSpec
 from ..errors import CheckpointError
@@ -33,19 +32,19 @@ from .image_encoder import ImageEncoder, load_tower
 from .joint_encoder import load_joint_encoder
 from .joint_encoder_graph import joint_encoder_graph
 from .parity import adapter_feeds, check_parity, image_feeds, scorer_feeds
+from .sources import Progress, Sources, locate
 from .tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     import onnx
     from tokenizers import Tokenizer
 
-Progress = Callable[[str], None]
-
 
 @dataclass(frozen=True, slots=True)
 class _Model:
     """A checkpoint with all that its folders say of it."""
 
+    sources: Sources
     checkpoint: Checkpoint
     language: LanguageConfig
     tokenizer: Tokenizer
@@ -65,19 +64,24 @@ def export_bundle(
 ) -> BundleManifest:
     """Write the model bundle of a trained checkpoint into the folder `out`.
 
+    Each input is a path, or else a name on the Hugging Face Hub, `owner/name` or
+    `owner/name@revision`: what is needed of it is fetched into that library's cache.
+
     Args:
-        checkpoint: the file that the official training saved.
+        checkpoint: the file that the official training saved; on the Hub `owner/name:file`,
+            without `:file` where the repository holds one checkpoint.
         language_model: Hugging Face folder of the BERT model (config and tokenizer).
-        vision_model: Hugging Face folder of the SigLIP model; without it the bundle has no
-            `image_encoder.onnx` and cannot index images.
+        vision_model: Hugging Face folder of the SigLIP model (config and image processor);
+            without it the bundle has no `image_encoder.onnx` and cannot index images.
         text_normalization: `openclip` (as the model was trained) or `none`.
-        progress: called with the name of each step as it starts.
+        progress: called with the name of each step as it starts, and with the bytes that were
+            fetched so far.
 
     Returns: the manifest, as written to `edje.json`.
 
     Raises:
-        CheckpointError: an input cannot be used, or a graph differs from PyTorch. Nothing is
-            written then.
+        CheckpointError: an input is not found or cannot be used, or a graph differs from
+            PyTorch. Nothing is written to `out` then.
         EdjeError: `out` exists and `overwrite` is false, or it cannot be written.
     """
     if text_normalization not in bundle.TEXT_NORMALIZATIONS:
@@ -89,9 +93,9 @@ def export_bundle(
     target = Path(out)
     _refuse_foreign(target, overwrite)
     with publish_folder(target, overwrite=overwrite) as folder:
+        sources = locate(checkpoint, language_model, vision_model, show)
         show("reading the checkpoint")
-        vision_folder = None if vision_model is None else Path(vision_model)
-        model = _read(Path(checkpoint), Path(language_model), vision_folder)
+        model = _read(sources)
         parity = _write_graphs(model, folder, show)
         (folder / bundle.PARITY).write_text(json.dumps(parity, indent=2) + "\n", encoding="utf-8")
         model.tokenizer.save(str(folder / bundle.TOKENIZER))
@@ -110,13 +114,14 @@ def _refuse_foreign(target: Path, overwrite: bool) -> None:
         )
 
 
-def _read(checkpoint: Path, language_model: Path, vision_model: Path | None) -> _Model:
-    read = read_checkpoint(checkpoint)
-    tokenizer = read_tokenizer(language_model)
-    language = read_language_model(language_model, read, tokenizer)
-    if vision_model is None:
-        return _Model(read, language, tokenizer, None, None)
-    return _Model(read, language, tokenizer, *read_vision_model(vision_model, read))
+def _read(sources: Sources) -> _Model:
+    read = read_checkpoint(sources.checkpoint.path)
+    tokenizer = read_tokenizer(sources.language_model.path)
+    language = read_language_model(sources.language_model.path, read, tokenizer)
+    if sources.vision_model is None:
+        return _Model(sources, read, language, tokenizer, None, None)
+    vision, image = read_vision_model(sources.vision_model.path, read)
+    return _Model(sources, read, language, tokenizer, vision, image)
 
 
 def _write_graphs(model: _Model, folder: Path, show: Progress) -> dict[str, Any]:
@@ -182,7 +187,7 @@ def _manifest(model: _Model, text_normalization: str) -> BundleManifest:
         image=model.image,
         fingerprint_encoder=_encoder_fingerprint(model),
         fingerprint_scorer=_scorer_fingerprint(model),
-        provenance=_provenance(model.checkpoint.path),
+        provenance=_provenance(model),
     )
 
 
@@ -201,12 +206,17 @@ def _scorer_fingerprint(model: _Model) -> str:
     return fingerprint({**bert, **head}, {"num_heads": model.language.num_heads})
 
 
-def _provenance(checkpoint: Path) -> dict[str, Any]:
-    packages = ("edje-runtime", "torch", "transformers", "onnx", "onnxruntime", "tokenizers")
+def _provenance(model: _Model) -> dict[str, Any]:
+    """Say how the bundle was made; it needs no installed metadata, so a bare clone can export."""
+    path = model.checkpoint.path
+    libraries = ("torch", "transformers", "onnx", "onnxruntime", "tokenizers")
+    versions = {name: str(import_module(name).__version__) for name in libraries}
     return {
-        "checkpoint": checkpoint.name,
-        "checkpoint_sha256": sha256_of(checkpoint),
-        "versions": {name: metadata.version(name) for name in packages},
+        "checkpoint": path.name,
+        "checkpoint_sha256": sha256_of(path),
+        "dropped_from_keys": dict(model.checkpoint.dropped),
+        "sources": model.sources.to_json(),
+        "versions": {"edje-runtime": __version__, **versions},
         "opset": OPSET,
         "exported_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,35 +14,29 @@ if TYPE_CHECKING:
 def read_tokenizer(folder: Path) -> Tokenizer:
     """Return the wordpiece tokenizer of a Hugging Face folder, with no truncation or padding set.
 
-    Reads `tokenizer.json`, or builds BERT's tokenizer from `vocab.txt` where only that exists.
+    transformers reads it, as it did in training: `tokenizer.json` or `vocab.txt`, and what
+    `tokenizer_config.json` changes of them (lower case, accents, added tokens).
 
     Raises:
-        CheckpointError: neither file is there, or the file is not a tokenizer.
+        CheckpointError: the folder holds no tokenizer that can be saved as `tokenizer.json`.
     """
-    from tokenizers import BertWordPieceTokenizer, Tokenizer
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, BertConfig
 
-    fast, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
-    if not fast.exists() and not vocabulary.exists():
-        raise CheckpointError(
-            f"{folder} holds no tokenizer: expected tokenizer.json or vocab.txt",
-            hint="pass --language-model the Hugging Face folder of the language model",
-        )
     try:
-        if fast.exists():
-            tokenizer = Tokenizer.from_file(str(fast))
-        else:
-            built = BertWordPieceTokenizer(str(vocabulary), lowercase=_lowercase(folder))
-            tokenizer = Tokenizer.from_str(built.to_str())
-    except Exception as error:  # `tokenizers` raises bare Exception on a bad file
-        raise CheckpointError(f"cannot read the tokenizer in {folder}: {error}") from error
+        read = AutoTokenizer.from_pretrained(
+            str(folder),
+            config=BertConfig(),  # the class, where neither file tells it
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        tokenizer = Tokenizer.from_str(read.backend_tokenizer.to_str())
+    except Exception as error:  # transformers and `tokenizers` raise all kinds on a bad file
+        cause = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise CheckpointError(
+            f"cannot read the tokenizer in {folder}: {cause}",
+            hint="pass --language-model the Hugging Face folder of the language model",
+        ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _lowercase(folder: Path) -> bool:
-    """Return `do_lower_case`, true where nothing tells it (the uncased models)."""
-    path = folder / "tokenizer_config.json"
-    if not path.exists():
-        return True
-    return bool(json.loads(path.read_text(encoding="utf-8")).get("do_lower_case", True))

@@ -19,13 +19,13 @@ from statistics import median
 from time import perf_counter, process_time
 from typing import Any
 
+from .. import __version__
 from ..errors import EdjeError
 from ..machine import cpu_features, cpu_model, usable_cores
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = (
-    "edje-runtime",
     "numpy",
     "onnxruntime",
     "openvino",
@@ -92,7 +92,7 @@ def conditions(**more: Any) -> dict[str, Any]:
         "cores": usable_cores(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in LIBRARIES},
+        "versions": {"edje-runtime": __version__, **{name: _version(name) for name in LIBRARIES}},
         "commit": _commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **more,

@@ -78,11 +78,20 @@ def _options(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Official EDJE checkpoint (.pth).")],
-    language_model: Annotated[Path, typer.Option(help="Hugging Face folder of the text model.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(help="Official EDJE checkpoint (.pth), or OWNER/NAME[@REVISION][:FILE]."),
+    ],
+    language_model: Annotated[
+        str, typer.Option(help="Hugging Face folder of the text model, or OWNER/NAME[@REVISION].")
+    ],
     out: Annotated[Path, typer.Option(help="Bundle folder to write.")],
     vision_model: Annotated[
-        Path | None, typer.Option(help="Hugging Face folder of the vision model.")
+        str | None,
+        typer.Option(
+            help="Hugging Face folder of the vision model, or OWNER/NAME[@REVISION]; without it "
+            "the bundle indexes no images."
+        ),
     ] = None,
     text_normalization: Annotated[
         str, typer.Option(help="openclip (as the official datasets) or none.")
@@ -92,14 +101,18 @@ def export(
 ) -> None:
     """Export a trained checkpoint to a model bundle (ONNX graphs, tokenizer, edje.json).
 
+    What is no path here is looked up on the Hugging Face Hub, with that library's settings
+    (HF_TOKEN, HF_HUB_CACHE, HF_HUB_OFFLINE).
+
     \b
     Example:
-      edje export checkpoint_16.pth --language-model MiniLM-L12-H384-uncased \\
-          --vision-model siglip2-large-patch16-384 --out bundle
+      edje export checkpoint_16.pth --language-model microsoft/MiniLM-L12-H384-uncased \\
+          --vision-model google/siglip2-large-patch16-384 --out bundle
     """
     _require("export", "torch", "transformers", "onnx")
+    from ..bundle import read_parity
     from ..export.export import export_bundle
-    from .cli_output import print_facts, print_json, progress_steps
+    from .cli_output import print_exported, print_json, progress_steps
 
     with progress_steps("export") as progress:
         manifest = export_bundle(
@@ -111,11 +124,11 @@ def export(
             overwrite=overwrite,
             progress=progress,
         )
+    parity = read_parity(out)
     if as_json:
-        print_json({"bundle": str(out), **manifest.to_json()})
+        print_json({"bundle": str(out), **manifest.to_json(), "parity": parity})
     else:
-        facts = {"bundle": out, **asdict(manifest.sizes), "encoder": manifest.fingerprint_encoder}
-        print_facts("exported", {**facts, "scorer": manifest.fingerprint_scorer})
+        print_exported(str(out), manifest, parity)
 
 
 app.command()(build)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ..bundle import BundleManifest
 from ..engines.fidelity import NOT_MEASURED, is_measured
 from ..errors import named
 from .doctor import Diagnosis
@@ -78,6 +79,60 @@ def progress_steps(description: str) -> Iterator[Callable[[str], None]]:
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:
     """Write name/value lines to stdout under a title."""
     _print_table(title, ("", ""), [(name, _shown(value)) for name, value in facts.items()])
+
+
+def print_exported(out: str, manifest: BundleManifest, parity: Mapping[str, Any]) -> None:
+    """Write what a bundle holds, and how far its graphs are from PyTorch."""
+    _print_table("exported", ("", ""), [("bundle", out), *_bundle_rows(manifest)])
+    rows = [
+        (graph, f"{found['max_abs_difference']:.1e}", f"{found['limit']:.1e}", _outputs(found))
+        for graph, found in parity.items()
+    ]
+    runtime = next((found["runtime"] for found in parity.values()), "")
+    _print_table(
+        f"parity: the same inputs through PyTorch and through {runtime}",
+        ("graph", "largest difference", "allowed", "of outputs"),
+        rows,
+    )
+
+
+def _bundle_rows(manifest: BundleManifest) -> list[tuple[str, str]]:
+    sizes, text, image = manifest.sizes, manifest.text, manifest.image
+    token_bytes = 2 * sizes.num_tokens * sizes.hidden
+    images = "none: the bundle scores but does not index (no --vision-model was given)"
+    if image is not None:
+        images = f"{image.size} x {image.size} pixels, {sizes.num_features} features"
+    dropped = manifest.provenance.get("dropped_from_keys", {})
+    wrappers = "; ".join(f"{part} dropped from {count:,} keys" for part, count in dropped.items())
+    rows = [
+        (
+            "queries",
+            f"{text.normalization} normalization, at most {text.max_wordpieces} wordpieces",
+        ),
+        ("images", images),
+        ("visual tokens", f"{sizes.num_tokens} x {sizes.hidden}: {token_bytes:,} bytes an image"),
+        (
+            "joint encoder",
+            f"{sizes.num_layers} layers, {sizes.num_heads} heads, width {sizes.hidden}, "
+            f"intermediate {sizes.intermediate}, vocabulary {sizes.vocab_size:,}",
+        ),
+        *_origins(manifest.provenance),
+        ("encoder", f"fingerprint {manifest.fingerprint_encoder}"),
+        ("scorer", f"fingerprint {manifest.fingerprint_scorer}"),
+    ]
+    return [*rows, ("checkpoint keys", wrappers)] if wrappers else rows
+
+
+def _origins(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield each input that came from the Hugging Face Hub, with its commit."""
+    for name, origin in provenance.get("sources", {}).items():
+        if origin and "repository" in origin:
+            file = f"{origin['file']} in " if "file" in origin else ""
+            yield name.replace("_", " "), f"{file}{origin['repository']} at {origin['commit']}"
+
+
+def _outputs(found: Mapping[str, Any]) -> str:
+    return f"up to {found['max_abs_output']:.3g}, {found['output_dtype']}"
 
 
 def print_ranking(result: RankResult) -> None:

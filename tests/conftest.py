@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 DATA = Path(__file__).parent / "data"
 
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # before anything imports huggingface_hub: no test needs a network
+)
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip `gpu` tests with the reason where none can run.

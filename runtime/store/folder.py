@@ -103,13 +103,3 @@ def stat_of(
         created_by=layout.created_by,
         faults=tuple(faults),
     )
-
-
-def package_version() -> str:
-    """Return the version of edje-runtime for `created_by`."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("edje-runtime")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "(not installed)"

@@ -8,13 +8,14 @@ from threading import RLock
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
+from ... import __version__
 from ...arguments import Arguments, StrPath, is_whole, path_of, plain
 from ...errors import StoreError
 from .arrays import NewRecords
 from .catalog import Catalog, CatalogState
 from .changes import StoreWriter
 from .compaction import CompactReport, Progress, compact
-from .folder import StoreStat, create_folder, package_version, stat_of
+from .folder import StoreStat, create_folder, stat_of
 from .incoming import CommitReport, commit_segments
 from .index import RecordIndex
 from .layout import DEFAULT_SEGMENT_BYTES, StoreLayout
@@ -79,7 +80,7 @@ class TokenStore(ReadableStore):
         folder = path_of("path", path)
         sizes = (num_tokens, hidden, segment_bytes)
         num_tokens, hidden, segment_bytes = (int(n) if is_whole(n) else n for n in sizes)
-        created_by = f"edje-runtime {package_version()}"
+        created_by = f"edje-runtime {__version__}"
         layout = StoreLayout(
             num_tokens, hidden, dtype, fingerprint_encoder, segment_bytes, created_by
         )

@@ -68,11 +68,6 @@ def test_bfloat16_becomes_float32_of_the_same_values(tmp_path, state):
     assert torch.equal(read.adapter["query"], query)
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    assert "does not exist" in error_of(tmp_path / "no.pth")
-    assert "is a folder, expected a checkpoint file" in error_of(tmp_path)
-
-
 @pytest.mark.parametrize("size", [0, 1, 1000, 100_000])
 def test_a_truncated_file_is_refused(tmp_path, state, size):
     path = save(tmp_path, {"model": state})

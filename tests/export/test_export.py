@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, SiglipProcessor
 
 from edje.bundle import BundleManifest
 from edje.errors import CheckpointError, EdjeError
@@ -131,6 +132,26 @@ def test_without_a_vision_folder_there_is_no_image_encoder(tmp_path):
     export(folders, tmp_path / "whole")
     graphs = [(tmp_path / name / "adapter.onnx").read_bytes() for name in ("bundle", "whole")]
     assert graphs[0] == graphs[1]  # 12 heads were inferred from the width
+
+
+@pytest.mark.parametrize("vision_only", [False, True], ids=["whole-model", "vision-model"])
+def test_folders_saved_by_transformers_5_give_the_same_bundle(
+    official_tiny, tiny_bundle, tmp_path, vision_only
+):
+    lm, siglip = tmp_path / "lm", tmp_path / "siglip"
+    tokenizer = AutoTokenizer.from_pretrained(official_tiny / "lm")
+    AutoConfig.from_pretrained(official_tiny / "lm").save_pretrained(lm)
+    tokenizer.save_pretrained(lm)
+    config = AutoConfig.from_pretrained(official_tiny / "siglip")
+    (config.vision_config if vision_only else config).save_pretrained(siglip)
+    images = AutoImageProcessor.from_pretrained(official_tiny / "siglip")
+    SiglipProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(siglip)
+    checkpoint = official_tiny / "checkpoint_16.pth"
+    manifest = export_bundle(checkpoint, lm, tmp_path / "bundle", vision_model=siglip)
+    original = BundleManifest.read(tiny_bundle)
+    assert replace(manifest, provenance={}) == replace(original, provenance={})
+    for name in FILES - {"edje.json"}:
+        assert (tmp_path / "bundle" / name).read_bytes() == (tiny_bundle / name).read_bytes()
 
 
 def test_unknown_head_count_asks_for_the_vision_folder(small, tmp_path):

@@ -1,0 +1,175 @@
+"""The checkpoint's file: its `model` entry, read without running code or wrappers' names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What wraps a model puts its own attribute into the keys below it: DistributedDataParallel and
+# DataParallel, torch.compile, FSDP, activation checkpointing. No EDJE tensor has such a part.
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+TRAINER = "model"  # the attribute of a trainer's class (Lightning) that holds the whole model
+_REFUSED_TYPE = re.compile(r"Unsupported global: GLOBAL (\S+) was not an allowed global")
+_MOST_NAMES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTensor:
+    """A tensor under the model's own `name`, and the `key` that it has in the file."""
+
+    name: str
+    key: str
+    tensor: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StateDict:
+    """The tensors of a checkpoint's `model` entry; wrappers' parts are dropped from the names.
+
+    `dropped` counts, by wrapper, the keys that its part was dropped from.
+    """
+
+    tensors: tuple[NamedTensor, ...]
+    dropped: Mapping[str, int]
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """Read the `model` entry of a checkpoint; parts of keys that wrappers put there are dropped.
+
+    Raises:
+        CheckpointError: not a checkpoint, or one that needs code to be run when loaded.
+    """
+    import torch
+
+    try:
+        content = _load(path)
+    except Exception as error:  # torch.load raises a dozen kinds on files that are not its own
+        raise _unreadable(path, error) from error
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict):
+        raise _without_model(path, content)
+    tensors, dropped = [], Counter[str]()
+    for key, value in model.items():
+        if isinstance(value, torch.Tensor):
+            name, parts = _unwrapped(str(key))
+            tensors.append(NamedTensor(name, str(key), value))
+            dropped.update(f"{part}." for part in parts)
+    return StateDict(tuple(tensors), dict(sorted(dropped.items())))
+
+
+def _load(path: Path) -> Any:
+    """Load with only the tensors that are used read from disk, where the format allows it."""
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # files from before PyTorch 1.6 cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _unwrapped(key: str) -> tuple[str, set[str]]:
+    """Return the model's own name of a tensor, and the wrappers' parts that stood in its key."""
+    parts = key.split(".")
+    own = [part for part in parts if part not in WRAPPERS]
+    wrappers = set(parts) - set(own)
+    if own[:1] == [TRAINER]:
+        return ".".join(own[1:]), wrappers | {TRAINER}
+    return ".".join(own), wrappers
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    """Say it in our words: torch's own advise to load with code execution allowed."""
+    types = _types_that_need_code(path, error)
+    if types:
+        return _needs_code(path, types)
+    return CheckpointError(
+        f"{path} is not a readable PyTorch checkpoint: {_why_unreadable(path, error)}",
+        hint="pass the whole file that the official training saved with torch.save",
+    )
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if not _is_archive(path):
+        return "it is not an archive as torch.save writes it"
+    if isinstance(error, UnpicklingError):
+        return "it needs code to be run when loaded, which is refused (weights_only=True)"
+    return "its archive is truncated or damaged"
+
+
+def _is_archive(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _types_that_need_code(path: Path, error: Exception) -> list[str]:
+    """Return the types in the file that torch does not load without running their code."""
+    found = _REFUSED_TYPE.search(str(error)) if isinstance(error, UnpicklingError) else None
+    if found is None:
+        return []
+    if not _is_archive(path):  # torch lists the types of archives only, and stops at the first
+        return [found[1]]
+    from torch.serialization import get_unsafe_globals_in_checkpoint
+
+    return sorted(get_unsafe_globals_in_checkpoint(str(path))) or [found[1]]
+
+
+def _needs_code(path: Path, types: list[str]) -> CheckpointError:
+    shown = ", ".join(types[:_MOST_NAMES])
+    if len(types) > _MOST_NAMES:
+        shown += f" and {len(types) - _MOST_NAMES} more"
+    return CheckpointError(
+        f"{path} holds {shown} beside plain tensors: it needs code to be run when loaded, which "
+        "is refused (weights_only=True)",
+        hint=_resave(
+            path,
+            'content["model"]',
+            weights_only=False,
+            why="if you trust the file (this runs its code, so the training's own environment is "
+            "the place), save its tensors alone and export that",
+        ),
+    )
+
+
+def _without_model(path: Path, content: Any) -> CheckpointError:
+    """Say what the file holds instead, and how to save the tensors that it does hold."""
+    entries = content if isinstance(content, dict) else {}
+    got = sorted(map(str, entries))[:_MOST_NAMES] if entries else type(content).__name__
+    states = [key for key, value in entries.items() if _holds_tensors(value)]
+    hint = None
+    if _holds_tensors(entries):
+        hint = _resave(path, "content", why="save its tensors as the training does")
+    elif len(states) == 1:
+        hint = _resave(path, f"content[{states[0]!r}]", why="save its tensors as the training does")
+    return CheckpointError(
+        f'{path} is not an EDJE checkpoint: got {got}, expected {{"model": state_dict, ...}}',
+        hint=hint,
+    )
+
+
+def _holds_tensors(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, dict) and any(isinstance(v, torch.Tensor) for v in value.values())
+
+
+def _resave(path: Path, model: str, *, why: str, weights_only: bool = True) -> str:
+    """Return the Python that saves a checkpoint again with its `model` entry alone."""
+    clean = path.with_name(f"{path.stem}-tensors.pth").name
+    return (
+        f"{why}:\n"
+        f"  import torch; content = torch.load({path.name!r}, map_location='cpu', "
+        f"weights_only={weights_only})\n"
+        f'  torch.save({{"model": {model}}}, {clean!r})'
+    )
