@@ -282,7 +282,9 @@ def repeated(ids: Callable[[], Iterator[str]], hashes: UInt64) -> list[str]:
 
 
 def read_lines(path: Path, what: str) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file without their ends (`\\n` or `\\r\\n`).
+    """Yield the lines of a UTF-8 file without their ends (`\\n` or `\\r\\n`) and byte order marks.
+
+    One line is held at a time: a list may have many millions.
 
     Raises:
         RequestError: the file cannot be read, or is no UTF-8 text; `what` says what it should be.
@@ -290,11 +292,17 @@ def read_lines(path: Path, what: str) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8", newline="\n") as file:
             for line in file:
-                yield line.removesuffix("\n").removesuffix("\r")
+                if "\0" in line:
+                    raise RequestError(
+                        f"{path} is not {what}: it holds NUL characters, expected UTF-8 text",
+                        hint="if it is UTF-16, iconv -f UTF-16LE -t UTF-8 makes it UTF-8",
+                    )
+                yield line.lstrip("\ufeff").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise RequestError(
             f"{path} is not {what}: it is no UTF-8 text ({error.reason})",
-            hint="give a text file; the sources of images are folders, lists and .tar files",
+            hint="sources of images are folders, lists in UTF-8 (iconv -f UTF-16 -t UTF-8 makes "
+            "them so) and tars",
         ) from error
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror}") from error

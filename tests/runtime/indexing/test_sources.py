@@ -238,3 +238,21 @@ def test_the_estimate_follows_the_bytes_read(tmp_path: Path) -> None:
     assert estimates[49] == pytest.approx(200, rel=0.1)
     assert estimates[149] == pytest.approx(200, rel=0.1)
     assert source.estimate(200) == 200
+
+
+@pytest.mark.parametrize("before", [b"", b"zero\tz.png\n"])
+def test_a_byte_order_mark_in_a_list_is_no_part_of_an_id(tmp_path: Path, before: bytes) -> None:
+    path = tmp_path / "list.tsv"
+    path.write_bytes(before + b"\xef\xbb\xbfone\ta.png\r\ntwo\tb.png\r\n")
+    assert list(open_source(path).ids())[-2:] == ["one", "two"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_a_list_in_utf_16_is_refused_with_what_makes_it_utf_8(
+    tmp_path: Path, encoding: str
+) -> None:
+    path = tmp_path / "list.tsv"
+    path.write_bytes("one\ta.png\n".encode(encoding))
+    with pytest.raises(RequestError, match="is not a list of images") as caught:
+        open_source(path)
+    assert "iconv -f UTF-16" in str(caught.value)
