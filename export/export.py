@@ -77,7 +77,7 @@ def export_bundle(
     Raises:
         CheckpointError: an input cannot be used, or a graph differs from PyTorch. Nothing is
             written then.
-        EdjeError: `out` exists and `overwrite` is false, or it cannot be written.
+        EdjeError: `out` holds something (with `overwrite`: no bundle), or cannot be written.
     """
     if text_normalization not in bundle.TEXT_NORMALIZATIONS:
         raise CheckpointError(
@@ -86,8 +86,7 @@ def export_bundle(
         )
     show = progress or (lambda step: None)
     target = Path(out)
-    _refuse_foreign(target, overwrite)
-    with publish_folder(target, overwrite=overwrite) as folder:
+    with publish_folder(target, manifest=bundle.MANIFEST, overwrite=overwrite) as folder:
         show("reading the checkpoint")
         vision_folder = None if vision_model is None else Path(vision_model)
         model = _read(Path(checkpoint), Path(language_model), vision_folder)
@@ -98,15 +97,6 @@ def export_bundle(
         manifest = _manifest(model, text_normalization)
         manifest.write(folder)
     return manifest
-
-
-def _refuse_foreign(target: Path, overwrite: bool) -> None:
-    """Refuse to replace a folder that is no bundle, whatever `overwrite` says."""
-    if overwrite and target.exists() and not (target / bundle.MANIFEST).exists():
-        raise CheckpointError(
-            f"{target} is not a model bundle and is left as it was",
-            hint="choose another --out; --overwrite replaces bundles only",
-        )
 
 
 def _read(checkpoint: Path, language_model: Path, vision_model: Path | None) -> _Model:

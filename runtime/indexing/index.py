@@ -12,6 +12,7 @@ from typing import Any
 
 from ...bundle import BundleManifest
 from ...errors import RequestError, StoreError, named
+from ...folders import is_free
 from ..store import TokenStore
 from .cluster import adopt_leftovers
 from .decoders import DecoderPool, default_workers
@@ -244,7 +245,7 @@ def _check_only(source: Source[Any], only: Collection[str] | None) -> None:
 def _open_store(folder: Path, manifest: BundleManifest, dtype: str | None) -> TokenStore:
     """Open the store to append; make it if nothing is there; refuse another encoder's or dtype."""
     sizes, fingerprint = manifest.sizes, manifest.fingerprint_encoder
-    if not folder.exists():
+    if is_free(folder):
         return TokenStore.create(
             folder,
             num_tokens=sizes.num_tokens,

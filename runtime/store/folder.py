@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import EdjeError, StoreError
-from ...folders import publish_folder
+from ...folders import is_free, publish_folder
 from .catalog import Catalog, CatalogState
 from .layout import INCOMING, LOCK, READERS, SEGMENTS, STORE_JSON, StoreLayout
+
+NEW_FOLDER = "choose a new or an empty folder for the store"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +56,20 @@ def create_folder(folder: Path, layout: StoreLayout) -> None:
     """Write the files of an empty store, whole or not at all.
 
     Raises:
-        StoreError: sizes that no store can have; `folder` exists, or cannot be written.
+        StoreError: sizes that no store can have; `folder` is there and not empty, or cannot be
+            written.
     """
     faults = layout.faults()
     if faults:
         raise StoreError(f"cannot make a token store at {folder}", faults=faults)
-    if folder.exists() or folder.is_symlink():
-        raise StoreError(
-            f"{folder} exists already and is left as it was",
-            hint='choose another folder, or open the store there with mode="a"',
-        )
     try:
-        with publish_folder(folder) as staging:
+        if not is_free(folder):
+            there = (folder / STORE_JSON).exists()
+            raise StoreError(
+                f"{folder} exists already and is left as it was",
+                hint='open the store there with mode="a"' if there else NEW_FOLDER,
+            )
+        with publish_folder(folder, manifest=STORE_JSON) as staging:
             (staging / STORE_JSON).write_bytes(layout.to_bytes())
             (staging / SEGMENTS).mkdir()
             (staging / INCOMING).mkdir()
@@ -75,7 +79,7 @@ def create_folder(folder: Path, layout: StoreLayout) -> None:
     except StoreError:
         raise
     except EdjeError as error:
-        raise StoreError(error.message, hint="choose another folder for the store") from error
+        raise StoreError(error.message, hint=NEW_FOLDER) from error
     except OSError as error:
         raise StoreError(f"cannot make a token store at {folder}: {error.strerror}") from error
 

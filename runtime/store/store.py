@@ -65,7 +65,7 @@ class TokenStore(ReadableStore):
         """Make an empty store at `path` and open it for appending.
 
         Args:
-            path: a folder that must not exist yet.
+            path: a folder that is not there yet, or empty (as a mounted volume is).
             num_tokens: m, visual tokens an image.
             hidden: H, values a token.
             fingerprint_encoder: names the encoder; an engine of another one refuses the store.
@@ -73,7 +73,7 @@ class TokenStore(ReadableStore):
             segment_bytes: a segment's records take no more (1 GiB).
 
         Raises:
-            StoreError: `path` exists or cannot be written, or sizes that no store can have.
+            StoreError: `path` holds something or cannot be written; sizes that no store can have.
         """
         folder = Path(path)
         created_by = f"edje-runtime {package_version()}"

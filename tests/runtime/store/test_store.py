@@ -211,6 +211,7 @@ def test_a_reader_or_a_closed_store_does_not_append(tmp_path: Path) -> None:
 
 def test_an_existing_folder_or_file_is_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/thesis.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("folder", "file"):
         with pytest.raises(StoreError, match="exists already and is left as it was"):
