@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 from ...errors import EdjeError, StoreError
 from ...folders import is_free, publish_folder
 from .catalog import Catalog, CatalogState
-from .layout import INCOMING, LOCK, READERS, SEGMENTS, STORE_JSON, StoreLayout
+from .layout import INCOMING, LOCK, READERS, SEGMENTS, STORE_JSON, StoreLayout, segment_name
 
 NEW_FOLDER = "choose a new or an empty folder for the store"
 
@@ -44,9 +44,28 @@ class StoreStat:
     faults: tuple[str, ...]
 
 
-def _disk_bytes(folder: Path) -> int:
+def disk_bytes(folder: Path) -> int:
+    """Return what the files and folders in a store's folder take on disk, as `du` counts it.
+
+    Raises:
+        StoreError: the folder cannot be read.
+    """
+    try:
+        return _blocks_of(folder.rglob("*"))
+    except OSError as error:
+        raise StoreError(
+            f"cannot measure the store {folder}: {error.strerror or error}; no record is lost"
+        ) from error
+
+
+def waiting_bytes(folder: Path, state: CatalogState) -> int:
+    """Return what the files take on disk that only readers of older generations need."""
+    return _blocks_of(folder / SEGMENTS / segment_name(segment) for segment in state.retired)
+
+
+def _blocks_of(paths: Iterable[Path]) -> int:
     total = 0
-    for path in folder.rglob("*"):
+    for path in paths:
         with suppress(FileNotFoundError):  # SQLite removes its log when the writer closes
             total += path.stat().st_blocks * 512
     return total
@@ -95,7 +114,7 @@ def stat_of(
         num_deleted=len(state.deleted),
         num_segments=len(state.segments),
         num_retired=len(state.retired),
-        total_bytes=_disk_bytes(folder),
+        total_bytes=disk_bytes(folder),
         record_bytes=layout.record_bytes,
         scale_bytes=layout.scale_bytes,
         num_tokens=layout.num_tokens,

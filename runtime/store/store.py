@@ -13,8 +13,15 @@ from ...errors import StoreError
 from .arrays import record_bytes_of
 from .catalog import Catalog, CatalogState
 from .changes import StoreWriter
-from .compaction import CompactReport, Progress, compact
-from .folder import StoreStat, create_folder, package_version, stat_of
+from .compaction import CompactReport, Progress, move_records
+from .folder import (
+    StoreStat,
+    create_folder,
+    disk_bytes,
+    package_version,
+    stat_of,
+    waiting_bytes,
+)
 from .incoming import CommitReport, commit_segments
 from .index import RecordIndex
 from .layout import DEFAULT_SEGMENT_BYTES, StoreLayout
@@ -180,12 +187,19 @@ class TokenStore(ReadableStore):
             StoreError: opened for reading; no room for one segment more; then nothing is lost.
         """
         with self._mutex:
-            writer = self._writing()
+            writer, before = self._writing(), disk_bytes(self.path)
+            reader = self._open_reader()
             try:
-                return compact(writer, self._index, self._open_reader(), max_dead_share, progress)
+                moved, dropped, left = move_records(
+                    writer, self._index, reader, max_dead_share, progress
+                )
             finally:
                 if not self._closed and writer.is_open:
                     self._load()
+            writer.catalog.shorten_log()
+            freed = before - disk_bytes(self.path)
+            waiting = waiting_bytes(self.path, self._state)
+            return CompactReport(moved, dropped, freed, waiting, tuple(left))
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Compare every byte of the store with what is known of it; changes nothing.
