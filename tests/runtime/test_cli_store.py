@@ -107,9 +107,12 @@ def du(folder: Path) -> int:
 
 def test_compact_says_what_waits_for_readers(edje: Edje, store: Path) -> None:
     edje("delete", store, "a.png", "c.png")
+    segment = (store / "segments/000001.tokens").stat().st_blocks * 512
     with TokenStore.open(store):
+        before = du(store)
         ran = edje("compact", store, "--json")
-        assert ran.json["freed_bytes"] <= 0 < ran.json["waiting_bytes"]
+        assert ran.json["freed_bytes"] == before - du(store)
+        assert ran.json["waiting_bytes"] == segment
         assert f"{ran.json['waiting_bytes']:,} bytes more come free" in ran.err
     before = du(store)
     ran = edje("compact", store, "--json")
