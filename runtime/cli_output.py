@@ -12,6 +12,7 @@ from ..engines.fidelity import NOT_MEASURED, is_measured
 from .doctor import Diagnosis
 from .results import RankResult
 
+MAX_NOTES = 20  # faults that are told one a line
 FILE_WIDTH = 160  # columns of a table that goes to a file or a pipe
 
 
@@ -96,8 +97,10 @@ def print_ranking(result: RankResult) -> None:
     )
     if result.truncated:
         note("the query was cut to the wordpieces that the model takes")
-    for fault in result.errors:
+    for fault in result.errors[:MAX_NOTES]:
         note(f"{fault.id!r} was not ranked: {fault.reason}")
+    if len(result.errors) > MAX_NOTES:
+        note(f"{len(result.errors) - MAX_NOTES:,} more were not ranked: --json names all")
 
 
 def print_fidelity(title: str, values: Mapping[str, Any]) -> None:
