@@ -22,6 +22,7 @@ from ..engines.cpu import cpu_features
 from ..engines.manifest import EngineManifest
 from ..errors import EdjeError
 from ..export.export import export_bundle
+from ..folders import LOST_AND_FOUND, is_free
 from ..machine import cpu_model, usable_cores
 from ..runtime.cli_output import progress_bar, progress_steps
 from ..runtime.indexing.image_encoder import ImageEncoder
@@ -72,15 +73,21 @@ def run_demo(out: Path, *, num_queries: int = NUM_QUERIES) -> DemoResult:
 
 
 def _fresh_folder(out: Path) -> Path:
-    """Make `out` empty if it is new, empty or a former demo's."""
-    if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
+    """Make `out` empty if it is new, empty or a former demo's; the folder itself stays."""
+    if not is_free(out) and not (out / MARKER).exists():
         raise EdjeError(
             f"{out} holds files that no demo wrote, expected an empty or a new folder",
             hint="choose another folder: edje demo --out DIR",
         )
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    (out / MARKER).touch()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).touch()  # first: the next demo knows a folder that is half emptied
+    for entry in out.iterdir():
+        if entry.name in (MARKER, LOST_AND_FOUND):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
     return out
 
 

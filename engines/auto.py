@@ -21,10 +21,10 @@ from ..errors import EngineError
 from ..files import sha256_of
 from ..folders import publish_folder, refuse_existing
 from .backends import probe_backends
-from .build import build_engine, check_files, check_target
+from .build import build_engine, check_files
 from .contract import Batch, Engine, Progress
 from .fidelity import Fidelity, FidelityLimits, engine_scorer
-from .manifest import EngineManifest
+from .manifest import MANIFEST, EngineManifest
 from .open import open_engine
 from .precision.prepare import DEFAULT_LIMITS, GraphCache
 from .precision.quantize import QUANTIZED
@@ -81,8 +81,7 @@ def build_fastest(
     """
     bundle, out, tell = path_of("bundle", bundle), path_of("out", out), progress or (lambda _: None)
     source = BundleManifest.read(bundle)
-    refuse_existing(out, overwrite)
-    check_target(out, overwrite)
+    refuse_existing(out, overwrite, MANIFEST)
     check_files(bundle, [IMAGE_ENCODER] if image_encoder else [])
     with TemporaryDirectory() as scratch:
         common = {
@@ -200,7 +199,7 @@ def _publish(
     manifest = EngineManifest.read(engine)
     options = {**manifest.build_options, "image_encoder": image_encoder}
     options["auto"] = [asdict(trial) for trial in trials]
-    with publish_folder(out, overwrite=overwrite) as folder:
+    with publish_folder(out, manifest=MANIFEST, overwrite=overwrite) as folder:
         shutil.copytree(engine, folder, dirs_exist_ok=True)
         files = dict(manifest.files)
         if image_encoder:

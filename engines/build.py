@@ -69,7 +69,7 @@ def build_engine(
         CheckpointError: `bundle` is no model bundle.
         EngineError: backend, precision or profile that cannot be, files missing in the bundle,
             limits that do not hold, a failed build; nothing is left behind.
-        EdjeError: `out` exists or cannot be written.
+        EdjeError: `out` holds something (with `overwrite`: no engine), or cannot be written.
     """
     began = perf_counter()
     bundle, out, options = path_of("bundle", bundle), path_of("out", out), options or BuildOptions()
@@ -79,12 +79,11 @@ def build_engine(
     _check_token_dtype(token_dtype)
     copied = [TOKENIZER, *([IMAGE_ENCODER] if image_encoder else [])]
     check_files(bundle, [JOINT_ENCODER, *copied])
-    check_target(out, overwrite)
     typed = (precision, module.compute_type(precision), token_dtype)
     recipe = Recipe(*typed, calibration, limits or DEFAULT_LIMITS)
     parts = (bundle, source, backend, module, profile, recipe, options)
     build = _Build(*parts, progress or (lambda _: None), graphs or GraphCache(None))
-    with publish_folder(out, overwrite=overwrite) as folder:
+    with publish_folder(out, manifest=MANIFEST, overwrite=overwrite) as folder:
         for name in copied:
             shutil.copyfile(bundle / name, folder / name)
         draft = build.into(folder, {"image_encoder": image_encoder, **_asked(recipe)})
@@ -215,18 +214,6 @@ def _asked(recipe: Recipe) -> dict[str, Any]:
         **({} if pairs is None else pairs.build_options),
         **{name: limit for name, limit in asked.items() if limit is not None},
     }
-
-
-def check_target(out: Path, overwrite: bool) -> None:
-    """Refuse to replace anything but an engine: `--overwrite --out ~` must not empty a home."""
-    if not (overwrite and out.exists()):
-        return
-    empty = out.is_dir() and not any(out.iterdir())
-    if not empty and not (out / MANIFEST).is_file():
-        raise EngineError(
-            f"{out} exists and is not an engine folder; it is left as it was",
-            hint="choose another --out",
-        )
 
 
 def _hashes(folder: Path) -> dict[str, str]:

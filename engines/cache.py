@@ -22,7 +22,7 @@ from ..arguments import StrPath, path_of
 from ..bundle import IMAGE_ENCODER, JOINT_ENCODER, TOKENIZER, BundleManifest
 from ..errors import CheckpointError, EngineError
 from ..files import sha256_of
-from ..locks import open_lock, try_lock, wait_lock
+from ..locks import LOCKS_HINT, lock_fault, open_lock, try_lock, wait_lock
 from .backends import require_builder
 from .build import build_engine, checked_profile
 from .contract import BuildOptions, Progress
@@ -60,7 +60,7 @@ def cached_engine(
     Raises:
         CheckpointError: `bundle` is no model bundle.
         EngineError: as `build_engine`, an argument that no key can hold, or a root that cannot
-            be written.
+            be written or locked.
     """
     bundle, tell = path_of("bundle", bundle), progress or (lambda _: None)
     root = default_root() if root is None else path_of("root", root)
@@ -189,13 +189,24 @@ def _locked(entry: Path, tell: Progress) -> Iterator[None]:
             hint=f"set {ROOT_VARIABLE} to a folder that can be written",
         ) from error
     try:
+        _take(descriptor, entry, tell)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int, entry: Path, tell: Progress) -> None:
+    """Take the lock of an entry, however long that takes."""
+    try:
         owner = try_lock(descriptor)
         if owner is not None:
             tell(f"waiting for {owner}, which builds this engine")
             wait_lock(descriptor)
-        yield
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        raise EngineError(
+            lock_fault(_lock_path(entry.parent, entry.name), error),
+            hint=f"set {ROOT_VARIABLE} to a folder on another disk; {LOCKS_HINT}",
+        ) from error
 
 
 def _sweep(root: Path, held: str) -> None:

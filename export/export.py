@@ -82,7 +82,7 @@ def export_bundle(
     Raises:
         CheckpointError: an input is not found or cannot be used, or a graph differs from
             PyTorch. Nothing is written to `out` then.
-        EdjeError: `out` exists and `overwrite` is false, or it cannot be written.
+        EdjeError: `out` holds something (with `overwrite`: no bundle), or cannot be written.
     """
     if text_normalization not in bundle.TEXT_NORMALIZATIONS:
         raise CheckpointError(
@@ -91,8 +91,7 @@ def export_bundle(
         )
     show = progress or (lambda step: None)
     target = Path(out)
-    _refuse_foreign(target, overwrite)
-    with publish_folder(target, overwrite=overwrite) as folder:
+    with publish_folder(target, manifest=bundle.MANIFEST, overwrite=overwrite) as folder:
         sources = locate(checkpoint, language_model, vision_model, show)
         show("reading the checkpoint")
         model = _read(sources)
@@ -103,15 +102,6 @@ def export_bundle(
         manifest = _manifest(model, text_normalization)
         manifest.write(folder)
     return manifest
-
-
-def _refuse_foreign(target: Path, overwrite: bool) -> None:
-    """Refuse to replace a folder that is no bundle, whatever `overwrite` says."""
-    if overwrite and target.exists() and not (target / bundle.MANIFEST).exists():
-        raise CheckpointError(
-            f"{target} is not a model bundle and is left as it was",
-            hint="choose another --out; --overwrite replaces bundles only",
-        )
 
 
 def _read(sources: Sources) -> _Model:

@@ -77,7 +77,7 @@ def build_all() -> tuple[KernelManifest, dict[str, bytes]]:
 
 def write(folder: Path, manifest: KernelManifest, files: dict[str, bytes]) -> None:
     """Replace `folder`, whole or not at all."""
-    with publish_folder(folder, overwrite=True) as staging:
+    with publish_folder(folder, manifest=MANIFEST, overwrite=True) as staging:
         for name, code in files.items():
             (staging / name).write_bytes(code)
         (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

@@ -21,8 +21,10 @@ from .cli_store import store_app
 if TYPE_CHECKING:
     from .ranking import Missing
     from .residency.plan import Place
+    from .results import RankResult
 
 EXIT_BROKEN_LIMITS = 1
+EXIT_NOT_WHOLE = 1
 EXIT_BAD_INPUT = 2
 
 app = typer.Typer(
@@ -36,13 +38,20 @@ app = typer.Typer(
 app.add_typer(store_app, name="store")
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
+ResidentGb = Annotated[
+    float | None, typer.Option(help="GPU memory for tokens, in 1e9 bytes; default: most.")
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Exit with 1 if a candidate was not ranked.")
+]
 Overwrite = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code.
 
-    0 is well, 1 a measured limit that does not hold, 2 bad input (one clear sentence each).
+    0 is well; 1 is a result that is there but not what it should be (a limit that does not hold,
+    damage, images that were skipped); 2 is bad input. Each comes with one clear sentence.
     """
     try:
         app(args=argv, prog_name="edje")
@@ -159,16 +168,15 @@ def rerank(
     residency: Annotated[
         str | None, typer.Option(help="Read tokens from disk (default), host, device or auto.")
     ] = None,
-    resident_gb: Annotated[
-        float | None, typer.Option(help="GPU memory for tokens, in 1e9 bytes; default: most.")
-    ] = None,
+    resident_gb: ResidentGb = None,
     missing: Annotated[
         str, typer.Option(help="Candidates that STORE lacks: error (default), or skip.")
     ] = "error",
     timeout: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
-    """Rank images of a store for a query, best first.
+    """Rank images of a store for a query, best first. Exits with 1 if none could be scored.
 
     \b
     Example:
@@ -205,6 +213,17 @@ def rerank(
         if residency is not None:
             note(f"tokens are read from {reranker.residency.place}: {reranker.residency.reason}")
         print_ranking(result)
+    _exit_unless_scored(result, strict)
+
+
+def _exit_unless_scored(result: RankResult, strict: bool) -> None:
+    from .cli_output import note
+
+    failed = len(result.errors)
+    if failed and (strict or not result.hits):
+        rest = "the others were" if result.hits else "none was"
+        note(f"{failed:,} candidates could not be scored, {rest}; `edje store verify` says more")
+        raise typer.Exit(EXIT_NOT_WHOLE)
 
 
 @app.command()

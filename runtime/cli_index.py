@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .indexing.index import IndexReport
     from .indexing.sources import SkippedImage
 
+EXIT_SKIPPED = 1
 MAX_NOTES = 20  # skipped images that the terminal names; `skipped.jsonl` names all
 
 Model = Annotated[
@@ -65,6 +66,24 @@ NumWorkers = Annotated[
 ImagesPerTask = Annotated[
     int | None, typer.Option(help="With --ray, images done again if a worker dies; default: 2048.")
 ]
+FollowLinks = Annotated[
+    bool, typer.Option("--follow-links", help="Go into links to folders too; never round in rings.")
+]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(help="Skip images of more pixels; 0: no limit; default: Pillow's 89,478,485."),
+]
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODULE[:FUNCTION]",
+        help="Load one that registers image formats in Pillow: pillow_heif.HeifImagePlugin.",
+    ),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 if anything was skipped.")]
+MaxSkipped = Annotated[
+    int | None, typer.Option(help="Exit with 1 if more than so many were skipped.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 
 
@@ -97,12 +116,18 @@ def index(
     ray: Ray = None,
     num_workers: NumWorkers = None,
     images_per_task: ImagesPerTask = None,
+    follow_links: FollowLinks = False,
+    max_pixels: MaxPixels = None,
+    plugin: Plugin = None,
+    strict: Strict = False,
+    max_skipped: MaxSkipped = None,
     as_json: Json = False,
 ) -> None:
     """Turn images, or patch features, into tokens of a store. Run again to continue.
 
     An id is the path below the folder, the name in the list, or the tar's member. What gives no
-    record is listed in STORE/skipped.jsonl.
+    record is listed in STORE/skipped.jsonl, and tried again next time. Exits with 1 if all was
+    skipped, or more than --strict or --max-skipped allow; what can be indexed is indexed first.
 
     \b
     Example:
@@ -112,17 +137,15 @@ def index(
       edje index bundle photos --into new.store --from ids-to-redo.txt
       edje index bundle photos --store photos.store --ray head:6379
     """
-    from .cli_output import print_facts, print_json
     from .id_list import read_ids
+    from .indexing.pillow_settings import pillow_set
 
-    _check(images, features, ids, workers)
+    allowed = _allowed_skips(strict, max_skipped)
+    _check(images, features, ids, workers, max_pixels, plugin)
     _check_ray(ray, features, num_workers, images_per_task)
-    common: dict[str, Any] = {
-        "only": None if only is None else set(read_ids(only)),
-        "dtype": dtype,
-        "batch_size": batch_size,
-    }
-    with _watched("index") as (progress, on_skip):
+    common: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size}
+    common |= {"only": None if only is None else set(read_ids(only)), "follow_links": follow_links}
+    with pillow_set(max_pixels, plugin or []), _watched("index") as (progress, on_skip):
         common |= {"progress": progress, "on_skip": on_skip}
         if ray is not None:
             sizes = (num_workers, images_per_task)
@@ -131,7 +154,15 @@ def index(
             report = _index_images(model, images, store, device, workers, common)
         else:
             report = _index_features(model, features, store, device, ids, common)
+    _show(report, store, follow_links, as_json)
+    _exit_unless_enough(report, store, allowed)
+
+
+def _show(report: IndexReport, store: Path, follow_links: bool, as_json: bool) -> None:
+    from .cli_output import print_facts, print_json
+
     _note_skipped(report, store)
+    _note_links(report.num_links, follow_links)
     facts = {"store": str(store), **asdict(report)}
     if as_json:
         print_json({**facts, "skipped": [entry._asdict() for entry in report.skipped]})
@@ -140,8 +171,40 @@ def index(
         print_facts("indexed", facts)
 
 
+def _allowed_skips(strict: bool, max_skipped: int | None) -> int | None:
+    """Return how many entries may be skipped, None for any number."""
+    if strict and max_skipped is not None:
+        raise RequestError("--strict allows no skip and --max-skipped some: give one of them")
+    if max_skipped is not None and max_skipped < 0:
+        raise RequestError(f"--max-skipped is {max_skipped}, expected 0 or more")
+    return 0 if strict else max_skipped
+
+
+def _exit_unless_enough(report: IndexReport, store: Path, allowed: int | None) -> None:
+    """Exit with 1 where nothing could be read, or more was skipped than is allowed.
+
+    Only now, when all that can be indexed is: a job that stopped at the first skips too many would
+    stop there every night, and the good images behind them would never come in.
+    """
+    from .cli_output import note
+    from .indexing.skipped import SKIPPED
+
+    skipped, where = report.num_skipped, f"{store / SKIPPED} says why"
+    if skipped and not report.indexed and not report.already_present:
+        note(f"nothing could be read: all of {skipped:,} were skipped; {where}")
+        raise typer.Exit(EXIT_SKIPPED)
+    if allowed is not None and skipped > allowed:
+        note(f"{skipped:,} were skipped, {allowed:,} are allowed; all else is indexed; {where}")
+        raise typer.Exit(EXIT_SKIPPED)
+
+
 def _check(
-    images: list[str] | None, features: Path | None, ids: Path | None, workers: int | None
+    images: list[str] | None,
+    features: Path | None,
+    ids: Path | None,
+    workers: int | None,
+    max_pixels: int | None,
+    plugins: list[str] | None,
 ) -> None:
     """Refuse options that contradict each other, and a missing Pillow before anything loads."""
     faults = []
@@ -151,6 +214,8 @@ def _check(
         faults.append("--ids: it names the rows of --features")
     if features is not None and workers is not None:
         faults.append("--workers: features need no decoding")
+    if features is not None and (max_pixels is not None or plugins):
+        faults.append("--max-pixels and --plugin: features need no decoding")
     if faults:
         raise RequestError("these options do not go together", faults=faults)
     if features is None and find_spec("PIL") is None:
@@ -229,6 +294,15 @@ def _note_skipped(report: IndexReport, store: Path) -> None:
     rest = report.num_skipped - min(MAX_NOTES, len(report.skipped))
     if rest > 0:
         note(f"{rest:,} more were skipped: {store / SKIPPED} names all")
+
+
+def _note_links(num_links: int, followed: bool) -> None:
+    from .cli_output import note
+
+    if num_links and followed:
+        note(f"{num_links:,} links to folders lead back to one above and were not followed")
+    elif num_links:
+        note(f"{num_links:,} links to folders were not followed; --follow-links follows them")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from ..errors import named
 from .doctor import Diagnosis
 from .results import RankResult
 
+MAX_NOTES = 20  # faults that are told one a line
 FILE_WIDTH = 160  # columns of a table that goes to a file or a pipe
 
 
@@ -155,8 +156,10 @@ def print_ranking(result: RankResult) -> None:
     if result.missing:
         names = named([fault.id for fault in result.missing])
         note(f"{len(result.missing)} candidates are not in the store: {names}")
-    for fault in result.errors:
+    for fault in result.errors[:MAX_NOTES]:
         note(f"{fault.id!r} was not ranked: {fault.reason}")
+    if len(result.errors) > MAX_NOTES:
+        note(f"{len(result.errors) - MAX_NOTES:,} more were not ranked: --json names all")
 
 
 def print_fidelity(title: str, values: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -99,15 +99,26 @@ def compact(
 ) -> None:
     """Give the space of deleted and replaced records back. Readers are not disturbed.
 
+    `freed_bytes` is what the whole folder takes less on disk when the command ends.
+
     \b
     Example:
       edje store compact photos.store --max-dead-share 0.2
     """
+    from .cli_output import note
     from .store import TokenStore
+    from .store.folder import disk_bytes
 
+    before = disk_bytes(store)
     with TokenStore.open(store, mode="a") as opened:
         report = opened.compact(max_dead_share)
+    report = replace(report, freed_bytes=before - disk_bytes(store))
     _print("compacted", {"store": str(store), **asdict(report)}, as_json)
+    if report.waiting_bytes:
+        note(
+            f"{report.waiting_bytes:,} bytes more come free when the readers that use them have "
+            "closed: compact again then"
+        )
 
 
 @store_app.command("export")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import os
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from edje import folders
 from edje.errors import EdjeError
 from edje.folders import publish_folder
+from mounts import run_with_mounts
 
 
 def listing(folder: Path) -> dict[str, str]:
@@ -17,14 +21,14 @@ def listing(folder: Path) -> dict[str, str]:
 
 
 def publish_half(target: Path, error: type[BaseException]) -> None:
-    with publish_folder(target, overwrite=True) as folder:
+    with publish_folder(target, manifest="it.json", overwrite=True) as folder:
         (folder / "half.txt").write_text("half")
         raise error
 
 
 def test_a_block_that_ends_well_publishes_everything(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "target"
-    with publish_folder(target) as folder:
+    with publish_folder(target, manifest="it.json") as folder:
         assert not target.exists()
         (folder / "sub").mkdir()
         (folder / "sub" / "a.txt").write_text("a")
@@ -39,7 +43,7 @@ def test_a_block_that_fails_leaves_what_was_there(
     target = tmp_path / "target"
     if there:
         target.mkdir()
-        (target / "old.txt").write_text("old")
+        (target / "it.json").write_text("old")
     before = listing(tmp_path)
     with pytest.raises(error):
         publish_half(target, error)
@@ -50,11 +54,11 @@ def test_a_block_that_fails_leaves_what_was_there(
 def test_an_existing_folder_is_replaced_only_on_demand(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
-    (target / "old.txt").write_text("old")
-    with pytest.raises(EdjeError, match="--overwrite"), publish_folder(target):
+    (target / "it.json").write_text("old")
+    with pytest.raises(EdjeError, match="--overwrite"), publish_folder(target, manifest="it.json"):
         pytest.fail("the block must not run")
-    assert listing(tmp_path) == {"target/old.txt": "old"}
-    with publish_folder(target, overwrite=True) as folder:
+    assert listing(tmp_path) == {"target/it.json": "old"}
+    with publish_folder(target, manifest="it.json", overwrite=True) as folder:
         (folder / "new.txt").write_text("new")
     assert listing(tmp_path) == {"target/new.txt": "new"}
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
@@ -65,7 +69,7 @@ def test_a_swap_that_fails_brings_the_old_folder_back(
 ) -> None:
     target = tmp_path / "target"
     target.mkdir()
-    (target / "old.txt").write_text("old")
+    (target / "it.json").write_text("old")
     rename, calls = os.rename, []
 
     def second_fails(source: object, destination: object) -> None:
@@ -75,14 +79,17 @@ def test_a_swap_that_fails_brings_the_old_folder_back(
         rename(source, destination)  # type: ignore[arg-type]
 
     monkeypatch.setattr(folders.os, "rename", second_fails)
-    with pytest.raises(OSError, match="no space"), publish_folder(target, overwrite=True) as folder:
+    with (
+        pytest.raises(OSError, match="no space"),
+        publish_folder(target, manifest="it.json", overwrite=True) as folder,
+    ):
         (folder / "new.txt").write_text("new")
-    assert listing(tmp_path) == {"target/old.txt": "old"}
+    assert listing(tmp_path) == {"target/it.json": "old"}
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
 def test_others_may_read_a_published_folder(tmp_path: Path) -> None:
-    with publish_folder(tmp_path / "target"):
+    with publish_folder(tmp_path / "target", manifest="it.json"):
         pass
     (tmp_path / "plain").mkdir()
     assert (tmp_path / "target").stat().st_mode == (tmp_path / "plain").stat().st_mode
@@ -92,6 +99,132 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(EdjeError, match=r"cannot write .*target"),
-        publish_folder(tmp_path / "file" / "target"),
+        publish_folder(tmp_path / "file" / "target", manifest="it.json"),
     ):
         pytest.fail("the block must not run")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_empty_folder_is_a_place_and_keeps_its_rights(tmp_path: Path, overwrite: bool) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    target.chmod(0o2750)
+    with publish_folder(target, manifest="it.json", overwrite=overwrite) as folder:
+        (folder / "it.json").write_text("{}")
+        assert listing(target) == {}, "nothing shows before everything is there"
+    assert listing(tmp_path) == {"target/it.json": "{}"}
+    assert target.stat().st_mode & 0o7777 == 0o2750
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_link_to_an_empty_folder_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "target").symlink_to(tmp_path / "disk")
+    with publish_folder(tmp_path / "target", manifest="it.json") as folder:
+        (folder / "it.json").write_text("{}")
+    assert (tmp_path / "target").is_symlink()
+    assert listing(tmp_path / "disk") == {"it.json": "{}"}
+
+
+def test_only_a_folder_of_the_same_kind_is_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "home"
+    target.mkdir()
+    (target / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with (
+            pytest.raises(EdjeError, match=r"holds other files \(no it.json\)") as caught,
+            publish_folder(target, manifest="it.json", overwrite=overwrite),
+        ):
+            pytest.fail("the block must not run")
+        assert "--overwrite" not in str(caught.value), "it would not help"
+    assert listing(tmp_path) == {"home/thesis.txt": "years of work"}
+
+
+def test_what_another_has_published_meanwhile_stays(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    first, second = ExitStack(), ExitStack()
+    for name, stack in (("second", second), ("first", first)):
+        folder = stack.enter_context(publish_folder(target, manifest="it.json"))
+        (folder / "it.json").write_text(name)
+    first.close()
+    with pytest.raises(EdjeError, match="somebody else has filled"):
+        second.close()
+    assert listing(tmp_path) == {"target/it.json": "first"}
+
+
+PUBLISH = """
+import sys
+from pathlib import Path
+from edje.errors import EdjeError
+from edje.folders import is_free, publish_folder
+target = Path("disk")
+try:
+    with publish_folder(target, manifest="it.json", overwrite=OVERWRITE) as folder:
+        print("began")
+        (folder / "a").mkdir()
+        (folder / "a/b.txt").write_text("b")
+        (folder / "it.json").write_text("{}")
+        FAULT
+except (EdjeError, ValueError) as error:
+    print(error)
+print(*sorted(str(path) for path in target.rglob("*")), is_free(target))
+"""
+PUBLISHED = "disk/a disk/a/b.txt disk/it.json False"
+TMPFS = "mkdir disk; mount -t tmpfs none disk"
+# On the disk that its parent is on: neither the device number nor os.path.ismount tells.
+BIND = "mkdir disk 'di sk'; mount --bind 'di sk' disk"
+
+
+def publish_on(tmp_path: Path, mounts: str, *, overwrite: bool = False, fault: str = "") -> str:
+    code = PUBLISH.replace("OVERWRITE", str(overwrite)).replace("FAULT", fault)
+    return run_with_mounts(mounts, code, tmp_path)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("mounts", [TMPFS, BIND])
+def test_an_empty_mounted_folder_is_filled(tmp_path: Path, mounts: str, overwrite: bool) -> None:
+    shown = publish_on(tmp_path, mounts, overwrite=overwrite)
+    assert shown.splitlines() == ["began", PUBLISHED]
+
+
+def test_a_fresh_disk_counts_as_empty(tmp_path: Path) -> None:
+    shown = publish_on(tmp_path, f"{TMPFS}; mkdir disk/lost+found disk/.edje-partial-killed")
+    assert shown.splitlines() == ["began", PUBLISHED.replace("json", "json disk/lost+found")]
+
+
+@pytest.mark.parametrize("mounts", [TMPFS, BIND])
+def test_a_mounted_folder_is_empty_again_after_a_failure(tmp_path: Path, mounts: str) -> None:
+    shown = publish_on(tmp_path, mounts, fault="raise ValueError('failed')")
+    assert shown.splitlines() == ["began", "failed", "True"]
+
+
+@pytest.mark.parametrize("mounts", [TMPFS, BIND])
+def test_replacing_a_mounted_folder_is_refused_before_the_work(tmp_path: Path, mounts: str) -> None:
+    shown = publish_on(tmp_path, f"{mounts}; touch disk/it.json", overwrite=True).splitlines()
+    assert "disk cannot be replaced, since a disk or folder is mounted there" in shown[0]
+    assert "disk/new" in shown[1]
+    assert shown[2:] == ["disk/it.json False"]
+
+
+def test_an_empty_folder_whose_parent_cannot_be_written_is_filled() -> None:
+    codecs.lookup("ascii")  # nobody may not read where Python keeps what it loads late
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folder is closed to nobody
+        parent, target = Path(name), Path(name, "volume")
+        target.mkdir()
+        target.chmod(0o777)
+        parent.chmod(0o555)
+        if user == 0:
+            os.seteuid(65534)  # root, whom no mode stops, becomes nobody for the moment
+        try:
+            with publish_folder(target, manifest="it.json") as folder:
+                (folder / "it.json").write_text("{}")
+            with (
+                pytest.raises(EdjeError, match="cannot write"),
+                publish_folder(parent / "other", manifest="it.json"),
+            ):
+                pytest.fail("the block must not run")
+            assert listing(parent) == {"volume/it.json": "{}"}
+        finally:
+            os.seteuid(user)
+            parent.chmod(0o755)

@@ -39,6 +39,7 @@ from .flow import (
     read_ahead,
 )
 from .image_encoder import ImageEncoder
+from .pillow_settings import PillowSettings
 from .sources import ImageFile, SkippedImage
 
 PLAN = "plan.jsonl"
@@ -105,6 +106,7 @@ class SegmentEncoder:
         *,
         batch_size: int = DEFAULT_BATCH_SIZE,
         workers: int = 1,
+        settings: PillowSettings | None = None,
     ):
         """Get ready to write segments.
 
@@ -113,6 +115,7 @@ class SegmentEncoder:
             layout: of the store (`StoreLayout.read`).
             batch_size: images a forward.
             workers: decoder processes.
+            settings: of Pillow in them; default: those of this process.
 
         Raises:
             StoreError: the store was made by another encoder.
@@ -132,7 +135,7 @@ class SegmentEncoder:
         self.encoder = encoder
         self._layout = layout
         self._batch_size = batch_size
-        self._pool = DecoderPool(encoder.image, workers)
+        self._pool = DecoderPool(encoder.image, workers, settings=settings)
 
     def write(
         self, entries: Iterable[ImageFile | SkippedImage], folder: Path, *, task: str

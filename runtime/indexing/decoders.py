@@ -17,9 +17,10 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 
 from ...bundle import ImageSpec
-from ...errors import RequestError
+from ...errors import EdjeError, RequestError
 from ...machine import usable_cores
 from .images import UInt8, Unreadable, decode_entry, import_pillow
+from .pillow_settings import PillowSettings
 from .sources import ImageFile
 
 Decoded = UInt8 | Unreadable
@@ -38,13 +39,25 @@ def default_workers() -> int:
 class DecoderPool:
     """`num_workers` decoder processes, started when first needed. Use it as a context manager.
 
+    What this process has set in Pillow when the pool is made holds in them too: the pixel limit,
+    openers of more formats, truncated images.
+
+    Args:
+        spec: what they make of an image.
+        num_workers: how many images are decoded at once.
+        settings: of Pillow; default: those of this process.
+
     Raises:
-        RequestError: fewer than one worker.
+        RequestError: fewer than one worker, no Pillow, or an opener that only this process has.
     """
 
-    def __init__(self, spec: ImageSpec, num_workers: int):
+    def __init__(
+        self, spec: ImageSpec, num_workers: int, *, settings: PillowSettings | None = None
+    ):
         if num_workers < 1:
             raise RequestError(f"workers is {num_workers}, expected at least 1")
+        import_pillow()
+        self._settings = PillowSettings.of_this_process() if settings is None else settings
         self.num_workers = num_workers
         self._spec = spec
         self._idle: SimpleQueue[_Decoder] = SimpleQueue()
@@ -102,7 +115,7 @@ class DecoderPool:
         try:
             return self._idle.get_nowait()
         except Empty:
-            decoder = _Decoder(self._spec)
+            decoder = _Decoder(self._spec, self._settings)
         self._decoders.append(decoder)
         return decoder
 
@@ -110,7 +123,7 @@ class DecoderPool:
 class _Decoder:
     """One process, seen from here."""
 
-    def __init__(self, spec: ImageSpec):
+    def __init__(self, spec: ImageSpec, settings: PillowSettings):
         self._pipe, theirs = Pipe()
         program = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
         command = [sys.executable, "-c", program, str(theirs.fileno())]
@@ -122,17 +135,21 @@ class _Decoder:
         )
         theirs.close()
         try:
-            self._pipe.send((spec, MAX_DECODE_S))
-            started = self._pipe.poll(START_S) and self._pipe.recv() == READY
+            self._pipe.send((spec, MAX_DECODE_S, settings))
+            answer = self._pipe.recv() if self._pipe.poll(START_S) else None
         except (EOFError, OSError):
-            started = False
-        if not started:
-            self.close()
-            raise RequestError(
-                "a decoder process cannot be started: it ended with "
-                f"{_cause(self._process.returncode)}",
-                hint="its own message stands above; `edje doctor` shows what is missing",
-            )
+            answer = None
+        if answer == READY:
+            return
+        self.close()
+        if isinstance(answer, EdjeError):
+            what = f"a decoder process cannot be started: {answer.message}"
+            raise RequestError(what, hint=answer.hint)
+        raise RequestError(
+            "a decoder process cannot be started: it ended with "
+            f"{_cause(self._process.returncode)}",
+            hint="its own message stands above; `edje doctor` shows what is missing",
+        )
 
     def decode(self, files: Sequence[ImageFile], decoded: list[Decoded]) -> str | None:
         """Add the results to `decoded`; return why they end early, None where they do not."""
@@ -173,8 +190,12 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group
     pipe = Connection(int(sys.argv[1]))
     try:
-        spec, max_decode_s = pipe.recv()
-        import_pillow().preinit()
+        spec, max_decode_s, settings = pipe.recv()
+        try:
+            settings.apply()
+        except EdjeError as error:
+            pipe.send(error)
+            return
         _silence()
         pipe.send(READY)
         while True:

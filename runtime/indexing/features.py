@@ -17,6 +17,7 @@ from ...bundle import ModelSizes
 from ...errors import RequestError, named
 from ..id_list import read_ids
 from .sources import SkippedImage, Wanted, id_hash, repeated
+from .walk import FolderWalk, Unlisted
 
 Features = npt.NDArray[np.floating]
 Read = Callable[[], Features]
@@ -49,6 +50,7 @@ class FeatureSource:
         path: of the file or folder.
         sizes: of the model: features of other shapes are skipped.
         ids: the list of ids of a single `.npy`, one a line; default: `ids.txt` beside it.
+        follow_links: go into links to folders too.
 
     Raises:
         RequestError: missing, empty, another kind of file, ids that do not fit, or `safetensors`
@@ -57,9 +59,18 @@ class FeatureSource:
 
     countable = True
 
-    def __init__(self, path: Path, sizes: ModelSizes, *, ids: Path | None = None):
+    def __init__(
+        self,
+        path: Path,
+        sizes: ModelSizes,
+        *,
+        ids: Path | None = None,
+        follow_links: bool = False,
+    ):
         self.names = frozenset({os.path.abspath(path)})
         self.num_ignored = 0
+        self._walk = FolderWalk(path, follow_links=follow_links)
+        self._unlisted: list[Unlisted] = []
         self._sizes = sizes
         if ids is not None and path.suffix != ".npy":
             raise RequestError(f"--ids {ids}: only a single .npy takes one, {path} names its own")
@@ -71,6 +82,11 @@ class FeatureSource:
         if twice:
             raise RequestError(f"{path}: {len(twice)} ids come twice: {named(twice)}")
 
+    @property
+    def num_links(self) -> int:
+        """Links to folders that were passed by."""
+        return self._walk.num_links
+
     def ids(self) -> Iterator[str]:
         """Yield every id, in order; reads no features."""
         return (image_id for file in self._files for image_id in file.ids())
@@ -78,6 +94,7 @@ class FeatureSource:
     def entries(self, wanted: Wanted) -> Iterator[FeatureEntry | SkippedImage]:
         """Yield the wanted features, and what cannot be used, with the reason."""
         (source,) = self.names
+        yield from (SkippedImage(*found, source) for found in self._unlisted)
         for file in self._files:
             for image_id, read in file.readers():
                 if wanted(image_id):
@@ -94,7 +111,10 @@ class FeatureSource:
     def _open(self, path: Path, ids: Path | None) -> Sequence[_NpyStack | _NpyFiles | _Shard]:
         if path.is_dir():
             shards = [_Shard(shard) for shard in sorted(path.glob("*.safetensors"))]
-            return [_NpyFiles(path), *shards]
+            found = list(self._walk.names())
+            self._unlisted = [one for one in found if isinstance(one, Unlisted)]
+            names = [one for one in found if isinstance(one, str)]
+            return [_NpyFiles(path, names), *shards]
         if not path.is_file():
             raise RequestError(
                 f"there is no {path}", hint="give a .npy, a .safetensors or a folder"
@@ -178,10 +198,9 @@ def _npy_header(path: Path, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[A
 class _NpyFiles:
     """A folder of `ID.npy` [N, D]; an id is the path below the folder, without `.npy`."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, names: Sequence[str]):
         self._root = root
-        found = root.rglob("*.npy")
-        self._ids = sorted(path.relative_to(root).with_suffix("").as_posix() for path in found)
+        self._ids = sorted(name[: -len(".npy")] for name in names if name.endswith(".npy"))
 
     def ids(self) -> Iterator[str]:
         return iter(self._ids)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ...bundle import ImageSpec
 from ...errors import RequestError
+from .formats import HEAD_BYTES, opened_formats, why_not_opened
 from .sources import ImageFile
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def decode_entry(entry: ImageFile, spec: ImageSpec) -> UInt8 | Unreadable:
             warnings.simplefilter("ignore")  # of odd metadata, and of sizes that `_rgb` refuses
             return _rgb(image_module, entry.open(), spec)
     except image_module.UnidentifiedImageError:
-        return Unreadable("not an image of a known format")
+        return Unreadable(why_not_opened(image_module, _head_of(entry)))
     # Damaged files make Pillow's decoders raise nearly anything; none may end a run of millions.
     except Exception as error:
         detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -83,8 +84,16 @@ def _file_fault(entry: ImageFile) -> str | None:
     return None if size else "is empty"
 
 
+def _head_of(entry: ImageFile) -> bytes:
+    opened = entry.open()
+    if isinstance(opened, Path):
+        with opened.open("rb") as file:
+            return file.read(HEAD_BYTES)
+    return opened.read(HEAD_BYTES)
+
+
 def _rgb(image_module: Any, opened: Path | BinaryIO, spec: ImageSpec) -> UInt8 | Unreadable:
-    with image_module.open(opened) as image:
+    with image_module.open(opened, formats=opened_formats(image_module)) as image:
         width, height = image.size
         limit = image_module.MAX_IMAGE_PIXELS  # None: the user has lifted it
         if limit is not None and width * height > limit:

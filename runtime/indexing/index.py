@@ -13,6 +13,7 @@ from typing import Any
 from ...arguments import Arguments
 from ...bundle import BundleManifest
 from ...errors import RequestError, StoreError, named
+from ...folders import is_free
 from ..store import TokenStore
 from .cluster import adopt_leftovers
 from .decoders import DecoderPool, default_workers
@@ -47,6 +48,8 @@ class IndexReport:
         num_skipped: entries without a record; `STORE/skipped.jsonl` holds them all.
         skipped: the first 1,000 of them.
         num_ignored: members of tars that are no images (captions, labels).
+        num_links: links to folders that were not followed; with `follow_links` those that lead
+            back to a folder above.
         seconds: of this call.
         images_per_s: indexed / seconds.
         encoder: the library that ran the encoder, with its version, and the device.
@@ -57,6 +60,7 @@ class IndexReport:
     num_skipped: int
     skipped: tuple[SkippedImage, ...]
     num_ignored: int
+    num_links: int
     seconds: float
     images_per_s: float
     encoder: str
@@ -70,6 +74,7 @@ class IndexOptions:
     only: frozenset[str] | None
     progress: Progress | None
     on_skip: OnSkip | None
+    follow_links: bool = False
 
 
 def index_images(
@@ -83,6 +88,7 @@ def index_images(
     only: Iterable[str] | None = None,
     progress: Progress | None = None,
     on_skip: OnSkip | None = None,
+    follow_links: bool = False,
 ) -> IndexReport:
     """Encode images and append their tokens to a store, which is made if there is none.
 
@@ -105,6 +111,7 @@ def index_images(
         progress: called with (done, total) after every batch. The total is an estimate while a
             tar is being read.
         on_skip: called with every entry that gives no record.
+        follow_links: go into links to folders too; where one leads back up, the walk ends.
 
     Returns:
         The report; files that are no readable image, or whose tokens are not finite, are in
@@ -118,7 +125,7 @@ def index_images(
     import_pillow()
     _check_batch_size(batch_size)
     options = IndexOptions(dtype, wanted_ids(only), progress, on_skip)
-    source = open_source(images, leave_out=Path(store))
+    source = open_source(images, leave_out=Path(store), follow_links=follow_links)
     num_workers = default_workers() if workers is None else workers
     with DecoderPool(encoder.image, num_workers) as pool:
 
@@ -141,6 +148,7 @@ def index_features(
     only: Iterable[str] | None = None,
     progress: Progress | None = None,
     on_skip: OnSkip | None = None,
+    follow_links: bool = False,
 ) -> IndexReport:
     """Run the adapter over patch features and append the tokens; else as `index_images`.
 
@@ -154,6 +162,7 @@ def index_features(
         only: index just these ids.
         progress: called with (done, total) after every batch.
         on_skip: called with every entry that gives no record.
+        follow_links: go into links to folders too.
 
     Raises:
         RequestError: nothing to index, a file that is no such thing, ids that do not fit it.
@@ -161,7 +170,9 @@ def index_features(
     """
     _check_batch_size(batch_size)
     listed = None if ids is None else Path(ids)
-    source = FeatureSource(Path(features), encoder.manifest.sizes, ids=listed)
+    source = FeatureSource(
+        Path(features), encoder.manifest.sizes, ids=listed, follow_links=follow_links
+    )
     options = IndexOptions(dtype, wanted_ids(only), progress, on_skip)
 
     def work(run: Run) -> str:
@@ -235,6 +246,7 @@ def _report(tally: Tally, source: Source[Any], encoder: str, seconds: float) -> 
         num_skipped=tally.num_skipped,
         skipped=tuple(tally.skipped),
         num_ignored=source.num_ignored,
+        num_links=source.num_links,
         seconds=seconds,
         images_per_s=tally.indexed / seconds,
         encoder=encoder,
@@ -259,7 +271,7 @@ def _check_only(source: Source[Any], only: Collection[str] | None) -> None:
 def _open_store(folder: Path, manifest: BundleManifest, dtype: str | None) -> TokenStore:
     """Open the store to append; make it if nothing is there; refuse another encoder's or dtype."""
     sizes, fingerprint = manifest.sizes, manifest.fingerprint_encoder
-    if not folder.exists():
+    if is_free(folder):
         return TokenStore.create(
             folder,
             num_tokens=sizes.num_tokens,

@@ -24,7 +24,9 @@ from .cluster import (
 )
 from .flow import DEFAULT_BATCH_SIZE, Run, groups
 from .image_encoder import DEVICES, ImageEncoder, read_manifest
+from .images import import_pillow
 from .index import IndexOptions, IndexReport, run_index
+from .pillow_settings import PillowSettings
 from .sources import Paths, open_source
 
 # Large enough that one fsync and one commit cost nothing, small enough to be lost and done again.
@@ -93,6 +95,7 @@ class WorkerJob:
         device: for the image encoder.
         batch_size: images a forward.
         decoders: decoder processes of a worker.
+        settings: of Pillow in the decoders: those of the process that leads the run.
     """
 
     model: Path
@@ -101,6 +104,7 @@ class WorkerJob:
     device: str
     batch_size: int
     decoders: int
+    settings: PillowSettings
 
 
 class IndexWorker:
@@ -129,8 +133,13 @@ class IndexWorker:
     def _open(self) -> SegmentEncoder:
         job = self._job
         encoder = ImageEncoder.open(job.model, device=job.device)
-        options = {"batch_size": job.batch_size, "workers": job.decoders}
-        return SegmentEncoder(encoder, job.layout, **options)
+        return SegmentEncoder(
+            encoder,
+            job.layout,
+            batch_size=job.batch_size,
+            workers=job.decoders,
+            settings=job.settings,
+        )
 
 
 def index_on_ray(
@@ -159,7 +168,9 @@ def index_on_ray(
         StoreError: as `index_images`.
     """
     ray_options.check()
-    source = open_source(images, leave_out=Path(store))
+    import_pillow()
+    settings = PillowSettings.of_this_process()
+    source = open_source(images, leave_out=Path(store), follow_links=options.follow_links)
     manifest = read_manifest(Path(model))
 
     def work(run: Run) -> str:
@@ -177,7 +188,7 @@ def index_on_ray(
         decoders = ray_options.decoders or max(1, pool.num_cpus - 1)
         device, batch_size = ray_options.device, ray_options.batch_size
         paths = (Path(model).resolve(), folder.resolve())
-        return WorkerJob(*paths, run.store.layout, device, batch_size, decoders)
+        return WorkerJob(*paths, run.store.layout, device, batch_size, decoders, settings)
 
     with connect(ray_options.address) as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -18,11 +18,12 @@ import numpy.typing as npt
 import xxhash
 
 from ...errors import RequestError, named
+from .archives import is_tar, refuse_archive
+from .walk import FolderWalk, Unlisted
 
 UInt64 = npt.NDArray[np.uint64]
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -89,11 +90,15 @@ class Source(Protocol[Entry_co]):
         names: what the `source` of its skipped images says.
         countable: whether going through `ids` once more is cheap.
         num_ignored: files of other kinds that the last `entries` has passed by.
+        num_links: links to folders that the last `entries` has passed by.
     """
 
     names: frozenset[str]
     countable: bool
     num_ignored: int
+
+    @property
+    def num_links(self) -> int: ...
 
     def ids(self) -> Iterator[str]:
         """Yield every id, without opening an image."""
@@ -108,14 +113,17 @@ class Source(Protocol[Entry_co]):
         ...
 
 
-def open_source(images: Paths, *, leave_out: Path | None = None) -> Source[ImageFile]:
+def open_source(
+    images: Paths, *, leave_out: Path | None = None, follow_links: bool = False
+) -> Source[ImageFile]:
     """Return the source of `images`: a folder, a list file, or tars.
 
     Args:
         images: a folder (an id is the path below it, with `/`), a list file (`id<TAB>path` a
-            line, paths relative to the list), or tars: one, several, or a pattern with numbers
-            in braces, as `{000..099}.tar` (an id is the member's name).
+            line, paths relative to the list), or tars, plain or compressed: one, several, or a
+            pattern with numbers in braces, as `{000..099}.tar` (an id is the member's name).
         leave_out: a folder below `images` whose files do not count (the store itself).
+        follow_links: go into links to folders too.
 
     Raises:
         RequestError: missing, empty, or a faulty list file (all faults at once).
@@ -131,19 +139,15 @@ def open_source(images: Paths, *, leave_out: Path | None = None) -> Source[Image
             f"got {len(paths)} sources of images, expected one folder, one list file, or tars",
             hint="index them one after the other, into the same store",
         )
-    return _open_one(paths[0], leave_out)
+    return _open_one(paths[0], leave_out, follow_links)
 
 
-def is_tar(path: Path) -> bool:
-    """Return whether a file's name says that it is a tar."""
-    return path.name.lower().endswith(TAR_SUFFIXES)
-
-
-def _open_one(path: Path, leave_out: Path | None) -> Source[ImageFile]:
+def _open_one(path: Path, leave_out: Path | None, follow_links: bool) -> Source[ImageFile]:
     source: FolderSource | ListSource
     if path.is_dir():
-        source = FolderSource(path, leave_out)
+        source = FolderSource(path, leave_out, follow_links)
     elif path.is_file():
+        refuse_archive(path)
         source = ListSource(path)
     else:
         hint = "give a folder of images, a list of `id<TAB>path`, or a .tar"
@@ -170,22 +174,27 @@ class FolderSource:
 
     countable = True
 
-    def __init__(self, root: Path, leave_out: Path | None = None):
+    def __init__(self, root: Path, leave_out: Path | None = None, follow_links: bool = False):
         self.names = frozenset({os.path.abspath(root)})
         self.num_ignored = 0
         self._root = root
-        self._hidden = os.path.realpath(leave_out) if leave_out else None
+        self._walk = FolderWalk(root, leave_out=leave_out, follow_links=follow_links)
+
+    @property
+    def num_links(self) -> int:
+        """Links to folders that the last walk has passed by."""
+        return self._walk.num_links
 
     def ids(self) -> Iterator[str]:
         """Yield the path of every file below the folder."""
-        return (found for found in self._walk(self._root, "") if isinstance(found, str))
+        return (found for found in self._walk.names() if isinstance(found, str))
 
     def entries(self, wanted: Wanted) -> Iterator[ImageFile | SkippedImage]:
         """Yield the wanted files, and the folders that cannot be listed."""
         (source,) = self.names
-        for found in self._walk(self._root, ""):
-            if isinstance(found, SkippedImage):
-                yield found
+        for found in self._walk.names():
+            if isinstance(found, Unlisted):
+                yield SkippedImage(*found, source)
             elif wanted(found):
                 yield ImageFile(found, self._root / found, source)
 
@@ -193,35 +202,12 @@ class FolderSource:
         """Return `num_met`: whoever counted `ids` knows better."""
         return num_met
 
-    def _walk(self, folder: Path, prefix: str) -> Iterator[str | SkippedImage]:
-        try:
-            with os.scandir(folder) as found:
-                names = sorted(name for entry in found if (name := _sort_name(entry)))
-        except OSError as error:
-            (source,) = self.names
-            yield SkippedImage(prefix, f"cannot be listed: {error.strerror}", source)
-            return
-        for name in names:
-            if not name.endswith("/"):
-                yield prefix + name
-            elif self._hidden != os.path.realpath(folder / name):
-                yield from self._walk(folder / name, prefix + name)
-
-
-def _sort_name(entry: os.DirEntry[str]) -> str | None:
-    """Return the name, with `/` behind a folder's: so sorted, the whole paths are in order.
-
-    None for a link to a folder: it may lead back up.
-    """
-    if entry.is_dir(follow_symlinks=False):
-        return f"{entry.name}/"
-    return None if entry.is_symlink() and entry.is_dir() else entry.name
-
 
 class ListSource:
     """The lines `id<TAB>path` of a text file, in its order; checked whole when opened."""
 
     countable = True
+    num_links = 0
 
     def __init__(self, path: Path):
         self.names = frozenset({os.path.abspath(path)})
@@ -282,7 +268,9 @@ def repeated(ids: Callable[[], Iterator[str]], hashes: UInt64) -> list[str]:
 
 
 def read_lines(path: Path, what: str) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file without their ends (`\\n` or `\\r\\n`).
+    """Yield the lines of a UTF-8 file without their ends (`\\n` or `\\r\\n`) and byte order marks.
+
+    One line is held at a time: a list may have many millions.
 
     Raises:
         RequestError: the file cannot be read, or is no UTF-8 text; `what` says what it should be.
@@ -290,11 +278,17 @@ def read_lines(path: Path, what: str) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8", newline="\n") as file:
             for line in file:
-                yield line.removesuffix("\n").removesuffix("\r")
+                if "\0" in line:
+                    raise RequestError(
+                        f"{path} is not {what}: it holds NUL characters, expected UTF-8 text",
+                        hint="if it is UTF-16, iconv -f UTF-16LE -t UTF-8 makes it UTF-8",
+                    )
+                yield line.lstrip("\ufeff").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise RequestError(
             f"{path} is not {what}: it is no UTF-8 text ({error.reason})",
-            hint="give a text file; the sources of images are folders, lists and .tar files",
+            hint="sources of images are folders, lists in UTF-8 (iconv -f UTF-16 -t UTF-8 makes "
+            "them so) and tars",
         ) from error
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -12,14 +11,17 @@ from typing import BinaryIO
 import numpy as np
 
 from ...errors import RequestError, named
+from .archives import Compression, compression_of, damages
+from .pillow_settings import registered_extensions
 from .sources import ImageFile, SkippedImage, Wanted, id_hash
 
 # Members with other endings (captions, labels, metadata) belong to a sample, but are no images.
 IMAGE_SUFFIXES = frozenset(
     f".{name}"
     for name in (
-        *("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpe", "jpeg", "jpg", "jxl"),
-        *("pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp"),
+        *("apng", "avif", "avifs", "bmp", "gif", "heic", "heics", "heif", "heifs", "hif", "ico"),
+        *("j2c", "j2k", "jfif", "jp2", "jpc", "jpe", "jpeg", "jpf", "jpg", "jpx", "jxl", "pbm"),
+        *("pgm", "png", "pnm", "ppm", "psd", "qoi", "tga", "tif", "tiff", "webp"),
     )
 )
 MAX_LATEST = 1 << 16  # hashes in a set, at some 70 bytes each
@@ -35,6 +37,7 @@ class TarSource:
     """
 
     countable = False
+    num_links = 0
 
     def __init__(self, paths: Sequence[Path]):
         missing = [str(path) for path in paths if not path.is_file()]
@@ -46,6 +49,8 @@ class TarSource:
         self.num_ignored = 0
         self._paths = list(paths)
         self._sizes = [path.stat().st_size for path in paths]
+        self._compressions = [compression_of(path) for path in paths]
+        self._suffixes = IMAGE_SUFFIXES | registered_extensions()
         self._bytes_read = 0
 
     def ids(self) -> Iterator[str]:
@@ -67,27 +72,33 @@ class TarSource:
         """Yield what every member gives, None where that is nothing."""
         self.num_ignored = self._bytes_read = before = 0
         seen = _Seen()
-        for path, size in zip(self._paths, self._sizes, strict=True):
+        tars = zip(self._paths, self._sizes, self._compressions, strict=True)
+        for path, size, compression in tars:
             with path.open("rb") as file:
-                for entry in self._read(path, file, seen, wanted):
+                for entry in self._read(path, file, compression, seen, wanted):
                     self._bytes_read = before + file.tell()
                     yield entry
             before += size
             self._bytes_read = before
 
     def _read(
-        self, path: Path, file: BinaryIO, seen: _Seen, wanted: Wanted
+        self,
+        path: Path,
+        file: BinaryIO,
+        compression: Compression | None,
+        seen: _Seen,
+        wanted: Wanted,
     ) -> Iterator[ImageFile | SkippedImage | None]:
         """Yield what the members of one tar give; last, how the tar is damaged."""
         source, last = os.path.abspath(path), "its start"
-        plain = path.suffix.lower() == ".tar"
-        size = os.fstat(file.fileno()).st_size if plain else None
+        suffix = compression.suffix if compression else ""
+        size = None if compression else os.fstat(file.fileno()).st_size
         try:
-            with tarfile.open(fileobj=file, mode="r:" if plain else "r:gz") as tar:
+            with tarfile.open(fileobj=file, mode=f"r:{suffix}") as tar:  # type: ignore[call-overload]
                 for member in _members(tar, size):
-                    yield self._entry(tar, path, member, seen, wanted)
+                    yield self._entry(tar, path, member, seen, wanted, size is not None)
                     last = repr(member.name)
-        except _DAMAGES as error:
+        except damages() as error:
             reason = f"the tar is damaged or cut off after {last}: {str(error).rstrip('.')}"
             yield SkippedImage(path.name, f"{reason}; what came before was read", source)
 
@@ -98,9 +109,10 @@ class TarSource:
         member: tarfile.TarInfo,
         seen: _Seen,
         wanted: Wanted,
+        plain: bool,
     ) -> ImageFile | SkippedImage | None:
-        """Return what a member gives: an image, a reason, or nothing."""
-        if member.isdir() or PurePosixPath(member.name).suffix.lower() not in IMAGE_SUFFIXES:
+        """Return what a member gives: an image, a reason, or nothing; `plain`: not compressed."""
+        if member.isdir() or PurePosixPath(member.name).suffix.lower() not in self._suffixes:
             self.num_ignored += not member.isdir()
             return None
         source = os.path.abspath(path)
@@ -110,7 +122,7 @@ class TarSource:
             return None
         if not member.isreg():
             return SkippedImage(member.name, "is a link or a device, not a file", source)
-        if path.suffix.lower() == ".tar" and not member.issparse():
+        if plain and not member.issparse():
             return ImageFile(member.name, path, source, member.offset_data, member.size)
         if member.size > MAX_MEMBER_BYTES:
             reason = f"takes {member.size:,} bytes, at most {MAX_MEMBER_BYTES:,} are read"
@@ -140,11 +152,8 @@ class _Seen:
         return True
 
 
-class _TarDamage(Exception):
+class _TarDamage(tarfile.TarError):
     """What `tarfile` passes over in silence."""
-
-
-_DAMAGES = (_TarDamage, tarfile.TarError, zlib.error, EOFError, OSError, ValueError)
 
 
 def _members(tar: tarfile.TarFile, size: int | None) -> Iterator[tarfile.TarInfo]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -191,6 +191,14 @@ class Catalog:
         with sqlite_errors(self._folder), self._tables.transaction("BEGIN IMMEDIATE"):
             for segment in segments:
                 self._tables.delete("retired", f"segment = {segment}")
+
+    def shorten_log(self) -> None:
+        """Move what the write-ahead log holds into the catalog, and give the log's space back.
+
+        What fails is done later by SQLite itself: only space depends on it.
+        """
+        with suppress(sqlite3.Error):
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def close(self) -> None:
         """Close the connection. Calling it twice is allowed."""

@@ -112,12 +112,11 @@ class StoreWriter:
                 if info.num_rows >= self.layout.max_rows and not info.sealed:
                     seal(self.folder, self.layout, self.catalog, segment, info)
 
-    def collect(self, state: CatalogState | None = None) -> int:
-        """Remove files that no generation in use needs; return how many bytes that gave back.
+    def collect(self, state: CatalogState | None = None) -> None:
+        """Remove files that no generation in use needs.
 
         What fails is tried again later: only space depends on it.
         """
-        freed = 0
         with suppress(OSError, StoreError):
             if state is None:
                 with self.catalog.snapshot() as state:
@@ -128,15 +127,12 @@ class StoreWriter:
                     continue
                 # Neither in use nor retired: left by a change that was never acknowledged.
                 if not is_pinned_before(self.folder, state.retired.get(segment, 0)):
-                    size = path.stat().st_blocks * 512
                     disk.unlink(path)
-                    freed += size
             names = {segment: segment_name(segment) for segment in state.retired}
             done = [s for s, name in names.items() if not (self.folder / SEGMENTS / name).exists()]
             if done:
                 disk.sync_folder(self.folder / SEGMENTS)
                 self.catalog.forget_retired(done)
-        return freed
 
     def close(self) -> None:
         """Release everything. Calling it twice is allowed."""

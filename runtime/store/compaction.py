@@ -28,26 +28,33 @@ class CompactReport:
     Attributes:
         num_moved: records that were written again.
         num_dropped: segments that the store does without now.
-        freed_bytes: of files that are gone; files that open readers need go later.
+        freed_bytes: how much less the store's folder takes on disk than before, as `du` counts
+            it; negative where files that open readers need stay beside their successors.
+        waiting_bytes: of these files: they go when the store is opened for changes, or compacted,
+            after the readers have closed.
         left: segments that stay because they hold damaged records, with the reason.
     """
 
     num_moved: int
     num_dropped: int
     freed_bytes: int
+    waiting_bytes: int
     left: tuple[str, ...]
 
 
-def compact(
+def move_records(
     writer: StoreWriter,
     index: RecordIndex,
     reader: Reader,
     max_dead_share: float,
     progress: Progress | None = None,
-) -> CompactReport:
+) -> tuple[int, int, list[str]]:
     """Move the live records out of segments with too many deleted ones, one commit a segment.
 
     Segments less than half full are joined as well. `index` is out of date afterwards.
+
+    Returns:
+        How many records were moved, how many segments dropped, and why others stay.
 
     Raises:
         RequestError: `max_dead_share` is no share.
@@ -69,7 +76,7 @@ def compact(
         if progress:
             progress(number + 1, len(victims))
     writer.seal_full()
-    return CompactReport(moved, len(victims) - len(left), writer.collect(), tuple(left))
+    return moved, len(victims) - len(left), left
 
 
 def _victims(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import EdjeError, StoreError
-from ...folders import publish_folder
+from ...folders import is_free, publish_folder
 from .catalog import Catalog, CatalogState
-from .layout import INCOMING, LOCK, READERS, SEGMENTS, STORE_JSON, StoreLayout
+from .layout import INCOMING, LOCK, READERS, SEGMENTS, STORE_JSON, StoreLayout, segment_name
+
+NEW_FOLDER = "choose a new or an empty folder for the store"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +44,28 @@ class StoreStat:
     faults: tuple[str, ...]
 
 
-def _disk_bytes(folder: Path) -> int:
+def disk_bytes(folder: Path) -> int:
+    """Return what the files and folders in a store's folder take on disk, as `du` counts it.
+
+    Raises:
+        StoreError: the folder cannot be read.
+    """
+    try:
+        return _blocks_of(folder.rglob("*"))
+    except OSError as error:
+        raise StoreError(
+            f"cannot measure the store {folder}: {error.strerror or error}; no record is lost"
+        ) from error
+
+
+def waiting_bytes(folder: Path, state: CatalogState) -> int:
+    """Return what the files take on disk that only readers of older generations need."""
+    return _blocks_of(folder / SEGMENTS / segment_name(segment) for segment in state.retired)
+
+
+def _blocks_of(paths: Iterable[Path]) -> int:
     total = 0
-    for path in folder.rglob("*"):
+    for path in paths:
         with suppress(FileNotFoundError):  # SQLite removes its log when the writer closes
             total += path.stat().st_blocks * 512
     return total
@@ -54,18 +75,20 @@ def create_folder(folder: Path, layout: StoreLayout) -> None:
     """Write the files of an empty store, whole or not at all.
 
     Raises:
-        StoreError: sizes that no store can have; `folder` exists, or cannot be written.
+        StoreError: sizes that no store can have; `folder` is there and not empty, or cannot be
+            written.
     """
     faults = layout.faults()
     if faults:
         raise StoreError(f"cannot make a token store at {folder}", faults=faults)
-    if folder.exists() or folder.is_symlink():
-        raise StoreError(
-            f"{folder} exists already and is left as it was",
-            hint='choose another folder, or open the store there with mode="a"',
-        )
     try:
-        with publish_folder(folder) as staging:
+        if not is_free(folder):
+            there = (folder / STORE_JSON).exists()
+            raise StoreError(
+                f"{folder} exists already and is left as it was",
+                hint='open the store there with mode="a"' if there else NEW_FOLDER,
+            )
+        with publish_folder(folder, manifest=STORE_JSON) as staging:
             (staging / STORE_JSON).write_bytes(layout.to_bytes())
             (staging / SEGMENTS).mkdir()
             (staging / INCOMING).mkdir()
@@ -75,7 +98,7 @@ def create_folder(folder: Path, layout: StoreLayout) -> None:
     except StoreError:
         raise
     except EdjeError as error:
-        raise StoreError(error.message, hint="choose another folder for the store") from error
+        raise StoreError(error.message, hint=NEW_FOLDER) from error
     except OSError as error:
         raise StoreError(f"cannot make a token store at {folder}: {error.strerror}") from error
 
@@ -91,7 +114,7 @@ def stat_of(
         num_deleted=len(state.deleted),
         num_segments=len(state.segments),
         num_retired=len(state.retired),
-        total_bytes=_disk_bytes(folder),
+        total_bytes=disk_bytes(folder),
         record_bytes=layout.record_bytes,
         scale_bytes=layout.scale_bytes,
         num_tokens=layout.num_tokens,

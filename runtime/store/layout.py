@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import struct
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +34,7 @@ import xxhash
 
 from ...arguments import StrPath, path_of
 from ...errors import StoreError
+from ...folders import is_free
 
 FORMAT = "edje-token-store"
 FORMAT_VERSION = 2
@@ -200,7 +202,7 @@ class StoreLayout:
         except FileNotFoundError as error:
             raise StoreError(
                 f"there is no token store at {folder}: {STORE_JSON} is missing",
-                hint=f"make one with `edje index ENGINE_OR_BUNDLE IMAGES --store {folder}`",
+                hint=_hint_for(folder),
             ) from error
         except OSError as error:
             raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
@@ -238,6 +240,16 @@ class StoreLayout:
         if layout.faults() or layout.to_bytes() != content:
             raise damaged
         return layout
+
+
+def _hint_for(folder: Path) -> str:
+    """Return what to do where a store has no `store.json`."""
+    if any((folder / name).exists() for name in (CATALOG, SEGMENTS)):
+        return f"`edje store verify --repair {folder}` mends what is left of a store"
+    with suppress(OSError):
+        if not is_free(folder):
+            return f"{folder} holds other files: name a store, or a new or an empty folder for one"
+    return f"make one with `edje index ENGINE_OR_BUNDLE IMAGES --store {folder}`"
 
 
 def _checksum_fits(values: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ import struct
 from pathlib import Path
 
 from ...errors import StoreError
+from ...locks import LOCKS_HINT, lock_fault
 from .layout import READERS
 
 # type, whence, start, length, pid; `0q` pads as C does
@@ -40,10 +41,7 @@ class Pin:
             fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _lock(fcntl.F_RDLCK, 0, _ALL))
         except OSError as error:
             os.close(descriptor)
-            raise StoreError(
-                f"cannot lock {folder / READERS}: {error.strerror}",
-                hint="keep the store on a file system with locks (a local disk, NFS 4)",
-            ) from error
+            raise StoreError(lock_fault(folder / READERS, error), hint=LOCKS_HINT) from error
         return cls(descriptor)
 
     def keep(self, generation: int) -> None:

@@ -14,8 +14,8 @@ from ...errors import StoreError
 from .arrays import NewRecords
 from .catalog import Catalog, CatalogState
 from .changes import StoreWriter
-from .compaction import CompactReport, Progress, compact
-from .folder import StoreStat, create_folder, stat_of
+from .compaction import CompactReport, Progress, move_records
+from .folder import StoreStat, create_folder, disk_bytes, stat_of, waiting_bytes
 from .incoming import CommitReport, commit_segments
 from .index import RecordIndex
 from .layout import DEFAULT_SEGMENT_BYTES, StoreLayout
@@ -66,7 +66,7 @@ class TokenStore(ReadableStore):
         """Make an empty store at `path` and open it for appending.
 
         Args:
-            path: a folder that must not exist yet.
+            path: a folder that is not there yet, or empty (as a mounted volume is).
             num_tokens: m, visual tokens an image.
             hidden: H, values a token.
             fingerprint_encoder: names the encoder; an engine of another one refuses the store.
@@ -75,7 +75,8 @@ class TokenStore(ReadableStore):
 
         Raises:
             RequestError: `path` is no path.
-            StoreError: `path` exists or cannot be written, or sizes that no store can have (all).
+            StoreError: `path` holds something or cannot be written; sizes that no store can have
+                (all of them).
         """
         folder = path_of("path", path)
         sizes = (num_tokens, hidden, segment_bytes)
@@ -213,12 +214,19 @@ class TokenStore(ReadableStore):
         given.callback("progress", progress)
         given.check()
         with self._mutex:
-            writer = self._writing()
+            writer, before = self._writing(), disk_bytes(self.path)
+            reader = self._open_reader()
             try:
-                return compact(writer, self._index, self._open_reader(), max_dead_share, progress)
+                moved, dropped, left = move_records(
+                    writer, self._index, reader, max_dead_share, progress
+                )
             finally:
                 if not self._closed and writer.is_open:
                     self._load()
+            writer.catalog.shorten_log()
+            freed = before - disk_bytes(self.path)
+            waiting = waiting_bytes(self.path, self._state)
+            return CompactReport(moved, dropped, freed, waiting, tuple(left))
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Compare every byte of the store with what is known of it; changes nothing.

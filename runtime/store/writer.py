@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import StoreError
-from ...locks import open_lock, try_lock
+from ...locks import LOCKS_HINT, lock_fault, open_lock, try_lock
 from . import disk
 from .catalog import ROWS_A_BATCH, Catalog, CatalogState, Change, RecordBatch, Segment
 from .layout import LOCK, SEGMENTS, StoreLayout, segment_name
@@ -21,7 +21,8 @@ def lock_writer(folder: Path) -> int:
     """Take the writer's lock of a store; return the descriptor that holds it until closed.
 
     Raises:
-        StoreError: another writer holds it, or the folder cannot be written.
+        StoreError: another writer holds it, the folder cannot be written, or its file system
+            offers no locks.
     """
     try:
         descriptor = open_lock(folder / LOCK)
@@ -30,7 +31,11 @@ def lock_writer(folder: Path) -> int:
             f"cannot write the store {folder}: {error.strerror}",
             hint='make the folder writable, or open the store with mode="r"',
         ) from error
-    owner = try_lock(descriptor)
+    try:
+        owner = try_lock(descriptor)
+    except OSError as error:
+        os.close(descriptor)
+        raise StoreError(lock_fault(folder / LOCK, error), hint=LOCKS_HINT) from error
     if owner is not None:
         os.close(descriptor)
         raise StoreError(

@@ -27,7 +27,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(folder: Path) -> DemoResult:
-    return run_demo(folder, num_queries=NUM_QUERIES)
+    folder.mkdir()  # as the folder of a mounted volume is there, which cannot be replaced
+    inode = folder.stat().st_ino
+    result = run_demo(folder, num_queries=NUM_QUERIES)
+    assert folder.stat().st_ino == inode
+    return result
 
 
 def test_reranking_finds_the_right_image(result: DemoResult) -> None:

@@ -106,7 +106,7 @@ def test_overwrite_replaces_an_engine_and_nothing_else(tiny_bundle, built_engine
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.txt").write_text("years of work")
-    with pytest.raises(EngineError, match="not an engine folder"):
+    with pytest.raises(EdjeError, match=r"holds other files \(no engine.json\)"):
         build(tiny_bundle, home, overwrite=True)
     assert (home / "thesis.txt").read_text() == "years of work"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import inspect
 import json
 import os
@@ -205,6 +207,18 @@ def test_a_bundle_that_changes_meanwhile_gives_no_entry(tiny_bundle, root, build
     with pytest.raises(EngineError, match="changed while"):
         cached_engine(bundle, root, **PLAIN)
     assert visible(root) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_root_without_locks_is_named(tiny_bundle, root, monkeypatch, number):
+    def refuse(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(EngineError, match="its file system offers no locks") as caught:
+        cached_engine(tiny_bundle, root, **PLAIN)
+    assert str(root) in str(caught.value)
+    assert "EDJE_CACHE" in caught.value.hint
 
 
 def test_the_root_comes_from_the_environment_or_the_home(monkeypatch, tmp_path):

@@ -245,7 +245,10 @@ def test_overwrite_replaces_bundles_only(small, tmp_path):
     out = tmp_path / "out" / "photos"
     out.mkdir(parents=True)
     (out / "keep.txt").write_text("precious")
-    assert "is not a model bundle" in refused(small, out, overwrite=True)
+    for overwrite in (False, True):
+        message = refused(small, out, overwrite=overwrite)
+        assert "holds other files (no edje.json)" in message
+        assert "--overwrite" not in message, "it would not help"
 
 
 def test_an_unwritable_place_is_told(small, tmp_path):

@@ -74,6 +74,7 @@ def test_writing_replaces_everything(tmp_path: Path) -> None:
     folder = tmp_path / "cubins"
     folder.mkdir()
     (folder / "old.cubin").write_bytes(b"old")
+    (folder / MANIFEST).write_text("{}")
     build.write(folder, read_manifest(), committed())
     assert build.differences(folder, read_manifest(), committed()) == []
     assert build.differences(CUBINS, read_manifest(), committed()) == []

@@ -18,7 +18,7 @@ import xxhash
 
 from ....arguments import Arguments, StrPath, path_of
 from ....errors import RequestError, StoreError
-from ....folders import publish_folder
+from ....folders import is_free, publish_folder
 from ..arrays import nonfinite_records
 from ..batch_buffers import BatchBuffers
 from ..layout import DEFAULT_SEGMENT_BYTES, Int64, StoreLayout
@@ -70,12 +70,12 @@ def export_store(
         store: open; its snapshot is what is written, in the order of the disk.
         out: the folder, published whole or not at all.
         shard_bytes: a shard's tokens take no more (one record always fits).
-        overwrite: replace `out` if it exists.
+        overwrite: replace `out` if it is an exported folder.
         progress: called with (records done, records in all).
 
     Raises:
         StoreError: a damaged record, or the disk is full; then nothing is published.
-        EdjeError: `out` exists and `overwrite` is false.
+        EdjeError: `out` holds something (with `overwrite`: no exported shards).
     """
     given = Arguments("export_store")
     out = given.path("out", out)
@@ -87,7 +87,7 @@ def export_store(
     size = max(1, shard_bytes // (store.layout.record_bytes + store.layout.scale_bytes))
     starts = range(0, len(ids), size)
     entries: list[dict[str, Any]] = []
-    with publish_folder(out, overwrite=overwrite) as staging:
+    with publish_folder(out, manifest=INDEX_JSON, overwrite=overwrite) as staging:
         for number, start in enumerate(starts):
             path = staging / f"tokens-{number:05d}-of-{len(starts):05d}.safetensors"
             shown, stop = _from(progress, start, len(ids)), start + size
@@ -319,7 +319,7 @@ def _layout_of(header: ShardHeader, fingerprint: str) -> StoreLayout:
 def _open_target(path: Path, source: StoreLayout, dtype: str | None) -> TokenStore:
     """Open the store to append to, or make it; refuse one that cannot take the records."""
     wanted = dtype or source.dtype
-    if not path.exists():
+    if is_free(path):
         _check_dtypes(source, wanted)
         return TokenStore.create(
             path,

@@ -134,6 +134,27 @@ def test_a_list_file_names_its_own_ids(tmp_path: Path, photos: Path, encoder: Im
         assert store.ids() == ["first", "second id"]
 
 
+def test_an_empty_folder_becomes_the_store(
+    tmp_path: Path, photos: Path, encoder: ImageEncoder
+) -> None:
+    (tmp_path / "volume").mkdir()
+    assert index_images(encoder, photos, tmp_path / "volume").indexed == 5
+    assert index_images(encoder, photos, tmp_path / "volume").already_present == 5
+
+
+def test_a_folder_of_other_files_is_no_store_and_said_so(
+    tmp_path: Path, photos: Path, encoder: ImageEncoder
+) -> None:
+    with pytest.raises(StoreError, match="there is no token store") as caught:
+        index_images(encoder, photos, photos)
+    assert "holds other files" in str(caught.value)
+    assert "edje index" not in str(caught.value), "that is what the user does"
+    index_images(encoder, photos, tmp_path / "s")
+    (tmp_path / "s/store.json").unlink()
+    with pytest.raises(StoreError, match="edje store verify --repair"):
+        index_images(encoder, photos, tmp_path / "s")
+
+
 def test_nothing_to_index_is_an_error(tmp_path: Path, encoder: ImageEncoder) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(RequestError, match="holds no files"):

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 from edje.errors import RequestError
 from edje.runtime.indexing import tars
 from edje.runtime.indexing.sources import ImageFile, SkippedImage, open_source
+from mounts import run_with_mounts
 
 
 def everything(_: str) -> bool:
@@ -200,12 +202,105 @@ def test_damaged_headers_and_what_is_no_tar_are_named(tmp_path: Path) -> None:
     content, skipped = read(tmp_path / "flipped.tar")
     assert list(content) == ["0.png", "1.png"]
     assert "no header where one belongs" in skipped[0].reason
-    (tmp_path / "text.tar").write_text("this is no tar at all" * 50)
-    for path in (tmp_path / "text.tar", tmp_path / "whole.tar"):
-        path.rename(path.with_suffix(".tar.gz"))
-        content, skipped = read(path.with_suffix(".tar.gz"))
+    for name in ("text.tar", "text.tar.gz", "text.tar.xz"):
+        (tmp_path / name).write_text("this is no tar at all" * 50)
+        content, skipped = read(tmp_path / name)
         assert content == {}
         assert "damaged or cut off after its start" in skipped[0].reason
+
+
+@pytest.mark.parametrize("kind", ["", "gz", "bz2", "xz"])
+@pytest.mark.parametrize("name", ["right.tar.KIND", "no-ending", "wrong.tar", "wrong.tar.gz"])
+def test_a_tar_is_known_by_what_it_holds(tmp_path: Path, kind: str, name: str) -> None:
+    path = tmp_path / name.replace("KIND", kind).rstrip(".")
+    with tarfile.open(path, f"w:{kind}") as tar:  # type: ignore[call-overload]
+        for member, content in MEMBERS:
+            info = tarfile.TarInfo(member)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    content, skipped = read(path)
+    assert (content, skipped) == (dict(MEMBERS), [])
+
+
+@pytest.mark.parametrize("kind", ["bz2", "xz"])
+def test_a_damaged_compression_gives_what_came_before(tmp_path: Path, kind: str) -> None:
+    noise = [(f"{number}.png", os.urandom(1_200_000)) for number in range(3)]
+    path = tmp_path / f"cut.tar.{kind}"
+    with tarfile.open(path, f"w:{kind}") as tar:  # type: ignore[call-overload]
+        for member, content in noise:
+            info = tarfile.TarInfo(member)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    whole = bytearray(path.read_bytes())
+    path.write_bytes(whole[: len(whole) * 5 // 8])
+    content, skipped = read(path)
+    assert content == dict(noise[:1])
+    assert "damaged or cut off after '0.png'" in skipped[0].reason
+
+
+ARCHIVES = [
+    ("shard.tar.zst", b"\x28\xb5\x2f\xfd", "compressed with zstd"),
+    ("shard", b"\x28\xb5\x2f\xfd", "compressed with zstd"),
+    ("list.tsv.gz", gzip.compress(b"a\ta.png\n"), "compressed with gzip and holds no tar"),
+    ("photos.zip", b"PK\3\4", "a zip archive"),
+    ("photos.7z", b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    ("shard.lz4", b"\x04\x22\x4d\x18", "compressed with lz4"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "what"), ARCHIVES)
+def test_archives_that_are_not_read_are_refused_by_name(
+    tmp_path: Path, name: str, content: bytes, what: str
+) -> None:
+    if "zstd" in what and find_spec("compression") is not None:
+        pytest.skip("this Python reads zstd")
+    (tmp_path / name).write_bytes(content + bytes(600))
+    with pytest.raises(RequestError, match=what) as caught:
+        open_source(tmp_path / name)
+    assert "unpack it" in str(caught.value)
+
+
+def linked_folders(tmp_path: Path) -> Path:
+    """A folder with links to a folder elsewhere, to itself, and to what is above."""
+    for name in ("photos/a.png", "photos/deep/b.png", "else/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "photos/deep/back").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos/more").symlink_to(tmp_path / "else")
+    (tmp_path / "else/round").symlink_to(tmp_path / "photos/deep")
+    (tmp_path / "photos/self.png").symlink_to("self.png")
+    return tmp_path / "photos"
+
+
+def test_links_to_folders_are_counted_where_they_are_not_followed(tmp_path: Path) -> None:
+    source = open_source(linked_folders(tmp_path))
+    assert list(source.ids()) == ["a.png", "deep/b.png", "self.png"]
+    assert source.num_links == 2
+
+
+def test_links_to_folders_are_followed_but_not_in_rings(tmp_path: Path) -> None:
+    source = open_source(linked_folders(tmp_path), follow_links=True)
+    ids = ["a.png", "deep/b.png", "more/c.png", "more/round/b.png", "self.png"]
+    assert list(source.ids()) == ids
+    assert source.num_links == 2, "each way to `photos`"
+    assert [entry.id for entry in source.entries(everything)] == ids
+    assert source.num_links == 2
+
+
+def test_the_root_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(linked_folders(tmp_path))
+    assert list(open_source(tmp_path / "link").ids()) == ["a.png", "deep/b.png", "self.png"]
+
+
+def test_what_mkfs_left_in_a_disk_is_no_image(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path\n"
+        "from edje.runtime.indexing.sources import open_source\n"
+        "print(*open_source(Path('disk')).ids())"
+    )
+    mounts = "mkdir disk; mount -t tmpfs none disk; mkdir -p disk/lost+found disk/b/lost+found"
+    mounts += "; touch disk/a.png disk/lost+found/1.png disk/b/lost+found/2.png"
+    assert run_with_mounts(mounts, code, tmp_path) == "a.png b/lost+found/2.png\n"
 
 
 def test_a_size_that_leads_back_ends_the_tar(tmp_path: Path) -> None:
@@ -238,3 +333,21 @@ def test_the_estimate_follows_the_bytes_read(tmp_path: Path) -> None:
     assert estimates[49] == pytest.approx(200, rel=0.1)
     assert estimates[149] == pytest.approx(200, rel=0.1)
     assert source.estimate(200) == 200
+
+
+@pytest.mark.parametrize("before", [b"", b"zero\tz.png\n"])
+def test_a_byte_order_mark_in_a_list_is_no_part_of_an_id(tmp_path: Path, before: bytes) -> None:
+    path = tmp_path / "list.tsv"
+    path.write_bytes(before + b"\xef\xbb\xbfone\ta.png\r\ntwo\tb.png\r\n")
+    assert list(open_source(path).ids())[-2:] == ["one", "two"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_a_list_in_utf_16_is_refused_with_what_makes_it_utf_8(
+    tmp_path: Path, encoding: str
+) -> None:
+    path = tmp_path / "list.tsv"
+    path.write_bytes("one\ta.png\n".encode(encoding))
+    with pytest.raises(RequestError, match="is not a list of images") as caught:
+        open_source(path)
+    assert "iconv -f UTF-16" in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import fcntl
 import os
 import random
 import re
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -270,6 +272,30 @@ def test_a_second_writer_is_refused_with_the_name_of_the_first(tmp_path: Path) -
     assert len(refusals) == 2
     assert all(f"writer already (process {os.getpid()} on" in refusal for refusal in refusals)
     TokenStore.open(tmp_path / "s", mode="a").close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize(("mode", "lock"), [("a", "writer.lock"), ("r", "readers.lock")])
+def test_a_file_system_without_locks_is_named_not_a_writer(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    mode: Literal["r", "a"],
+    lock: str,
+) -> None:
+    path = tmp_path / "s"
+    TokenStore.create(path, num_tokens=4, hidden=8, fingerprint_encoder="tower").close()
+
+    def refuse(descriptor: int, *_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    with pytest.raises(StoreError, match="its file system offers no locks") as caught:
+        TokenStore.open(path, mode=mode)
+    assert str(path / lock) in str(caught.value)
+    assert caught.value.hint is not None
+    assert "-o flock" in caught.value.hint
 
 
 def test_threads_share_one_writer(tmp_path: Path) -> None:

@@ -302,11 +302,25 @@ def test_a_full_disk_stops_an_export_and_nothing_is_published(
 
 def test_an_existing_folder_is_left_alone_unless_told(tmp_path: Path) -> None:
     source = make_store(tmp_path / "s")
-    (tmp_path / "out").mkdir()
+    export(source, tmp_path / "out")
+    (tmp_path / "out/old.txt").touch()
     with pytest.raises(EdjeError, match="left as it was"):
         export(source, tmp_path / "out")
     export(source, tmp_path / "out", overwrite=True)
     assert len(list((tmp_path / "out").iterdir())) == 2
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.txt").touch()
+    with pytest.raises(EdjeError, match="holds other files"):
+        export(source, tmp_path / "home", overwrite=True)
+    assert (tmp_path / "home/thesis.txt").exists()
+
+
+def test_empty_folders_take_shards_and_stores(tmp_path: Path) -> None:
+    source = make_store(tmp_path / "s")
+    for name in ("out", "new"):
+        (tmp_path / name).mkdir()
+    export(source, tmp_path / "out")
+    assert import_store(tmp_path / "out", tmp_path / "new").num_added == len(IDS)
 
 
 @pytest.fixture

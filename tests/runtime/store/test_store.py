@@ -28,6 +28,11 @@ def read_all(store: TokenStore, ids: list[str]) -> np.ndarray:
     return out
 
 
+def du(folder: Path) -> int:
+    """What `du` says: blocks on disk of a folder and all in it."""
+    return sum(path.stat().st_blocks * 512 for path in (folder, *folder.rglob("*")))
+
+
 def segment_bytes(store: TokenStore) -> int:
     return sum(path.stat().st_size for path in (store.path / "segments").iterdir())
 
@@ -211,6 +216,7 @@ def test_a_reader_or_a_closed_store_does_not_append(tmp_path: Path) -> None:
 
 def test_an_existing_folder_or_file_is_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/thesis.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("folder", "file"):
         with pytest.raises(StoreError, match="exists already and is left as it was"):
@@ -291,16 +297,20 @@ def test_compaction_frees_what_was_deleted(tmp_path: Path) -> None:
         store.append(names, tokens)
         store.delete(names[:5] + names[10:20])
         before = segment_bytes(store)
+        disk = du(store.path)
         assert store.compact(0.6).num_dropped == 1, "the one without a live record"
+        between = du(store.path)
         report = store.compact()
         after = store.stat()
         assert report.num_moved >= 5
-        assert report.freed_bytes > 0
+        assert disk > between > du(store.path)
+        assert report.freed_bytes == between - du(store.path)
+        assert report.waiting_bytes == 0
         assert (after.num_records, after.num_deleted) == (25, 0)
         assert before - segment_bytes(store) >= 15 * 4096
         left = names[5:10] + names[20:]
         assert np.array_equal(read_all(store, left), np.r_[tokens[5:10], tokens[20:]])
-        assert store.compact() == CompactReport(0, 0, 0, ()), "nothing is left to do"
+        assert store.compact() == CompactReport(0, 0, 0, 0, ()), "nothing is left to do"
 
 
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])
@@ -321,13 +331,19 @@ def test_files_that_a_reader_needs_stay_until_it_has_gone(tmp_path: Path) -> Non
         reader = TokenStore.open(tmp_path / "s")
         files = {path.name for path in segments.iterdir()}
         writer.delete(names[::2])
-        writer.compact()
+        before, needed = du(writer.path), du(segments)
+        report = writer.compact()
+        assert report.freed_bytes == before - du(writer.path) < 0, "nothing was freed yet"
+        assert report.waiting_bytes == needed - segments.stat().st_blocks * 512
         assert files < {path.name for path in segments.iterdir()}
         assert writer.stat().num_retired == len(files)
         assert np.array_equal(read_all(reader, names), tokens)
         reader.close()
         with TokenStore.open(tmp_path / "s") as newer:
-            writer.compact()
+            before = du(writer.path)
+            report = writer.compact()
+            assert report.freed_bytes == before - du(writer.path) > 0
+            assert report.waiting_bytes == 0
             assert not files & {path.name for path in segments.iterdir()}
             assert writer.stat().num_retired == 0
             assert np.array_equal(read_all(newer, names[1::2]), tokens[1::2])
