@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from math import isfinite
@@ -17,18 +17,29 @@ from ..errors import EdjeError, RequestError
 from .cli_build import build
 from .cli_index import IndexCommand, index
 from .cli_store import store_app
+from .cli_streams import EXIT_NO_READER, Verbs, as_text, be_quiet, finish_output, start_output
 
 if TYPE_CHECKING:
     from .residency.plan import Place
 
 EXIT_BROKEN_LIMITS = 1
 EXIT_BAD_INPUT = 2
+EXIT_CODES = f"""\b
+Exit codes:
+  0    done
+  1    a limit that does not hold, damage that stays, or work that gave nothing
+  {EXIT_BAD_INPUT}    wrong usage or input: one clear sentence on stderr
+  130  interrupted (Ctrl-C)
+  {EXIT_NO_READER}  the reader of the output went away (`| head`)
+"""
 
 app = typer.Typer(
     name="edje",
+    cls=Verbs,
     help="Score image-text pairs with trained EDJE models, as fast as the hardware can.",
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -39,12 +50,16 @@ Overwrite = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code.
+    """Run the command line; return its exit code, one of `EXIT_CODES`."""
+    start_output()
+    code = _exit_code(lambda: app(args=argv, prog_name="edje"))
+    return _exit_code(finish_output) or code
 
-    0 is well, 1 a measured limit that does not hold, 2 bad input (one clear sentence each).
-    """
+
+def _exit_code(run: Callable[[], object]) -> int:
+    """Run something; say what it failed of and return the exit code."""
     try:
-        app(args=argv, prog_name="edje")
+        run()
     except EdjeError as error:
         return _fail(str(error))
     except OSError as error:
@@ -70,6 +85,15 @@ def _options(
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            *("--quiet", "-q"),
+            callback=be_quiet,
+            expose_value=False,
+            help="No progress, no notes: only results and errors.",
+        ),
     ] = False,
 ) -> None:
     """Score image-text pairs with trained EDJE models, as fast as the hardware can."""
@@ -162,6 +186,7 @@ def rerank(
     from .reranker import Reranker
     from .residency.plan import ResidencyOptions
 
+    query = as_text(query, "--query")
     ids = None if candidates is None else read_ids(candidates, what="candidates")
     with Reranker.open(
         engine,
@@ -215,7 +240,7 @@ def verify(
       edje verify engine --bundle bundle --store photos.store --queries captions.tsv --write
     """
     from ..engines.fidelity import FidelityLimits
-    from .cli_output import note, print_fidelity, print_json, progress_steps
+    from .cli_output import print_fidelity, print_json, progress_steps, warn
     from .samples import open_samples
     from .verify import verify_engine
 
@@ -229,7 +254,7 @@ def verify(
     else:
         print_fidelity(f"{engine} against its bundle in float32", fidelity.to_json())
     if broken:
-        note(f"{engine} breaks its limits: {'; '.join(broken)}")
+        warn(f"{engine} breaks its limits: {'; '.join(broken)}")
         raise typer.Exit(EXIT_BROKEN_LIMITS)
 
 
@@ -255,7 +280,7 @@ def doctor(as_json: Json = False) -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write the demo to.")] = Path("demo-out"),
     num_queries: Annotated[
-        int | None, typer.Option(help="Test queries, a multiple of 4; default: the full set.")
+        int | None, typer.Option(help="Test queries, a multiple of 4 up to 1024, the default.")
     ] = None,
 ) -> None:
     """Walk the whole way on synthetic scenes: render, export, build, index, rerank, compare.

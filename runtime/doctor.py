@@ -60,7 +60,10 @@ class Diagnosis:
     def to_json(self) -> dict[str, Any]:
         """Return the diagnosis as plain JSON values."""
         extras = [{**asdict(extra), "command": extra.command} for extra in self.extras]
-        backends = [{**asdict(backend), "usable": backend.usable} for backend in self.backends]
+        backends = [
+            {**asdict(backend), "usable": backend.usable, "buildable": backend.buildable}
+            for backend in self.backends
+        ]
         return {**asdict(self), "extras": extras, "backends": backends}
 
 
