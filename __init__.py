@@ -10,7 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .errors import CheckpointError, EdjeError, EngineError, RequestError, StoreError
+    from .errors import (
+        CheckpointError,
+        EdjeError,
+        EngineError,
+        RequestError,
+        StoppedError,
+        StoreError,
+    )
     from .runtime.reranker import Reranker
     from .runtime.residency.plan import ResidencyOptions
     from .runtime.results import Hit, RankResult
@@ -29,6 +36,7 @@ _HOMES = {
     "EngineError": ".errors",
     "StoreError": ".errors",
     "RequestError": ".errors",
+    "StoppedError": ".errors",
 }
 
 __all__ = [
@@ -40,19 +48,22 @@ __all__ = [
     "RequestError",
     "Reranker",
     "ResidencyOptions",
+    "StoppedError",
     "StoreError",
     "TokenStore",
     "__version__",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name on its first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name], __name__), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker that sees it takes every misspelt name for a public one
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name on its first use."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_HOMES[name], __name__), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

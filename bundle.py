@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .arguments import StrPath, path_of
 from .errors import CheckpointError
 
 FORMAT_VERSION = 2  # 2: query, key and value are three products of the joint encoder
@@ -128,13 +129,13 @@ class BundleManifest:
         (folder / MANIFEST).write_text(text, encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> BundleManifest:
+    def read(cls, folder: StrPath) -> BundleManifest:
         """Read `edje.json` of the bundle at `folder`.
 
         Raises:
             CheckpointError: no bundle there, or a manifest that cannot be read.
         """
-        path = folder / MANIFEST
+        path = path_of("bundle", folder) / MANIFEST
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class EdjeError(Exception):
@@ -51,7 +52,23 @@ class RequestError(EdjeError):
 
 
 class StoppedError(RequestError):
-    """A request's deadline passed, or its caller cancelled it, before all of it was scored."""
+    """A request's deadline passed, or its caller cancelled it, before all of it was scored.
+
+    Attributes:
+        partial: what the call would have returned, as far as it got. `Reranker.rank`: a
+            `RankResult` of the images scored so far, which may lack better ones.
+            `Reranker.predict`: float32 [N], NaN where there is no score.
+        num_scored: images (`predict`: pairs) with a score so far.
+        num_asked: images (pairs) that were asked for.
+    """
+
+    def __init__(
+        self, message: str, *, partial: Any = None, num_scored: int = 0, num_asked: int = 0
+    ):
+        super().__init__(message)
+        self.partial = partial
+        self.num_scored = num_scored
+        self.num_asked = num_asked
 
 
 def named(names: Sequence[str], *, limit: int = 20) -> str:

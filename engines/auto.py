@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import StrPath, path_of
 from ..bundle import IMAGE_ENCODER, BundleManifest
 from ..errors import EngineError
 from ..files import sha256_of
@@ -55,8 +56,8 @@ class Trial:
 
 
 def build_fastest(
-    bundle: Path,
-    out: Path,
+    bundle: StrPath,
+    out: StrPath,
     *,
     max_pairs: int = DEFAULT_MAX_PAIRS,
     text_buckets: Sequence[int] = DEFAULT_TEXT_BUCKETS,
@@ -84,7 +85,7 @@ def build_fastest(
             profile that cannot be.
         CheckpointError, EdjeError: as `build_engine`.
     """
-    bundle, out, tell = Path(bundle), Path(out), progress or (lambda _: None)
+    bundle, out, tell = path_of("bundle", bundle), path_of("out", out), progress or (lambda _: None)
     source = BundleManifest.read(bundle)
     checked_profile(max_pairs, text_buckets, source.text.max_wordpieces)
     check_token_dtype(token_dtype)

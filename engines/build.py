@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from ..arguments import Arguments, StrPath, is_whole, path_of, shown
 from ..bundle import IMAGE_ENCODER, JOINT_ENCODER, TOKENIZER, BundleManifest
 from ..errors import EngineError
 from ..files import sha256_of
@@ -33,13 +34,13 @@ EMULATED = "emulation of the graph in float32 on the CPU"
 
 
 def build_engine(
-    bundle: Path,
-    out: Path,
+    bundle: StrPath,
+    out: StrPath,
     *,
     backend: str,
     precision: str,
     max_pairs: int = DEFAULT_MAX_PAIRS,
-    text_buckets: Sequence[int] = DEFAULT_TEXT_BUCKETS,
+    text_buckets: Iterable[int] = DEFAULT_TEXT_BUCKETS,
     token_dtype: str = "float16",
     calibration: Samples | None = None,
     limits: FidelityLimits | None = None,
@@ -71,7 +72,7 @@ def build_engine(
         EdjeError: `out` exists or cannot be written.
     """
     began = perf_counter()
-    bundle, out, options = Path(bundle), Path(out), options or BuildOptions()
+    bundle, out, options = path_of("bundle", bundle), path_of("out", out), options or BuildOptions()
     source = BundleManifest.read(bundle)
     module = require_builder(backend, precision, options)
     profile = checked_profile(max_pairs, text_buckets, source.text.max_wordpieces)
@@ -167,26 +168,27 @@ class _Build:
         return not_measured(emulated)
 
 
-def checked_profile(max_pairs: int, text_buckets: Sequence[int], max_wordpieces: int) -> Profile:
+def checked_profile(max_pairs: int, text_buckets: Iterable[int], max_wordpieces: int) -> Profile:
     """Return the profile with its buckets in ascending order, each once.
 
     Raises:
         EngineError: sizes that no engine of this model can have (all named).
     """
     longest = max_wordpieces + 3  # 64 in the official model: 61, CLS, SEP, rounded up
-    faults = []
-    if max_pairs < 1:
-        faults.append(f"max_pairs: got {max_pairs}, expected 1 or more")
-    if not text_buckets:
+    given = Arguments("a profile")
+    buckets, faults = given.items("text_buckets", text_buckets, "whole numbers"), given.faults
+    if not is_whole(max_pairs):
+        faults.append(f"max_pairs: got {shown(max_pairs)}, expected 1 or more")
+    if not (buckets or faults):
         faults.append("text_buckets: got none, expected at least one")
     faults += [
-        f"text_buckets: got {bucket}, expected 3 (CLS, one wordpiece, SEP) to {longest}"
-        for bucket in text_buckets
-        if not 3 <= bucket <= longest
+        f"text_buckets: got {shown(bucket)}, expected 3 (CLS, one wordpiece, SEP) to {longest}"
+        for bucket in buckets
+        if not (is_whole(bucket, 3) and bucket <= longest)
     ]
     if faults:
         raise EngineError("no engine can have this profile", faults=faults)
-    return Profile(int(max_pairs), tuple(sorted({int(bucket) for bucket in text_buckets})))
+    return Profile(int(max_pairs), tuple(sorted({int(bucket) for bucket in buckets})))
 
 
 def check_token_dtype(token_dtype: str) -> None:

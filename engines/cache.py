@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..arguments import StrPath, path_of
 from ..bundle import IMAGE_ENCODER, JOINT_ENCODER, TOKENIZER, BundleManifest
 from ..errors import CheckpointError, EngineError
 from ..files import sha256_of
@@ -39,8 +40,8 @@ _HIDDEN = re.compile(r"\.(?P<entry>[0-9a-f]{16}-[a-z-]+-[a-z0-9]+)\.")
 
 
 def cached_engine(
-    bundle: Path,
-    root: Path | None = None,
+    bundle: StrPath,
+    root: StrPath | None = None,
     *,
     progress: Progress | None = None,
     **arguments: Any,
@@ -61,8 +62,8 @@ def cached_engine(
         EngineError: as `build_engine`, an argument that no key can hold, or a root that cannot
             be written.
     """
-    bundle, tell = Path(bundle), progress or (lambda _: None)
-    root = default_root() if root is None else Path(root)
+    bundle, tell = path_of("bundle", bundle), progress or (lambda _: None)
+    root = default_root() if root is None else path_of("root", root)
     parts = key_parts(bundle, **arguments)
     entry = root / entry_name(parts)
     if is_sound(entry, parts):

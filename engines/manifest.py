@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from ..arguments import StrPath, path_of
 from ..bundle import MANIFEST as BUNDLE_MANIFEST
 from ..bundle import BundleManifest
 from ..errors import CheckpointError, EngineError
@@ -107,12 +108,13 @@ class EngineManifest:
         (folder / MANIFEST).write_text(text, encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> EngineManifest:
+    def read(cls, folder: StrPath) -> EngineManifest:
         """Read `engine.json` of the engine at `folder`.
 
         Raises:
             EngineError: no engine there, or a manifest that cannot be read.
         """
+        folder = path_of("engine", folder)
         try:
             content = (folder / MANIFEST).read_bytes()
         except OSError as error:

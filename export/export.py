@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import bundle
+from ..arguments import StrPath
 from ..bundle import BundleManifest, ImageSpec, ModelSizes, TextSpec
 from ..errors import CheckpointError
 from ..files import sha256_of
@@ -53,11 +54,11 @@ class _Model:
 
 
 def export_bundle(
-    checkpoint: str | Path,
-    language_model: str | Path,
-    out: str | Path,
+    checkpoint: StrPath,
+    language_model: StrPath,
+    out: StrPath,
     *,
-    vision_model: str | Path | None = None,
+    vision_model: StrPath | None = None,
     text_normalization: str = "openclip",
     overwrite: bool = False,
     progress: Progress | None = None,

@@ -18,8 +18,9 @@ from time import perf_counter
 import numpy as np
 import numpy.typing as npt
 
+from ..arguments import Arguments
 from ..engines.manifest import EngineManifest
-from ..errors import EngineError, RequestError
+from ..errors import EngineError, StoppedError
 from .pipeline import Pipeline, Request, Scored
 from .results import EngineLabel, Rescoring
 
@@ -31,6 +32,7 @@ Int64 = npt.NDArray[np.int64]
 # Small rounds follow the rising threshold closely; smaller ones leave the engine half idle (CPU
 # time a pair, demo scorer, OpenVINO float32 on two cores: 3.2 ms at 4 pairs, 2.5 at 16 and 32).
 PAIRS_PER_ROUND = 16
+MARGIN = "0 or more: the raw logits by which a fast score may lie below the precise one"
 # The largest difference of a build's few thousand pairs is not the largest there is.
 SAFETY = 1.5
 
@@ -142,10 +144,12 @@ class Cascade:
             and how the precise engine was used.
 
         Raises:
-            As `Pipeline.run`.
+            As `Pipeline.run`; what was stopped while it was rescored has the fast engine's scores
+            as its `partial`.
         """
-        result = self._fast.run(request)
-        result.damaged.clear()  # their scores are NaN: the precise pipeline sees them again
+        fast = self._fast.run(request)
+        # What it found damaged has no score, so the precise pipeline sees it again.
+        result = replace(fast, damaged={})
         began = perf_counter()
 
         def score_precisely(places: Int64) -> Float32:
@@ -156,7 +160,11 @@ class Cascade:
             result.add_times(part)
             return part.scores
 
-        found = rescore_top(result.scores, score_precisely, top_k=top_k, margin=self._margin)
+        try:
+            found = rescore_top(fast.scores, score_precisely, top_k=top_k, margin=self._margin)
+        except StoppedError as stop:
+            stop.partial = fast
+            raise
         result.scores, result.skipped = found.scores, ~found.rescored
         num_rescored = int(np.count_nonzero(found.rescored))
         total_ms = (perf_counter() - began) * 1e3
@@ -195,12 +203,10 @@ def check_margin(margin: float) -> float:
     Raises:
         RequestError: it is negative or not finite.
     """
-    if not 0 <= margin < math.inf:
-        raise RequestError(
-            f"rescore_margin is {margin}, expected 0 or more: the raw logits by which a fast "
-            "score may lie below the precise one"
-        )
-    return float(margin)
+    given = Arguments("a cascade")
+    found = given.number("rescore_margin", margin, MARGIN)
+    given.check()
+    return found
 
 
 def learned_margin(fast: EngineManifest, precise: EngineManifest) -> float:

@@ -20,6 +20,7 @@ from .cli_store import store_app
 from .cli_streams import EXIT_NO_READER, Verbs, as_text, be_quiet, finish_output, start_output
 
 if TYPE_CHECKING:
+    from .ranking import Missing
     from .residency.plan import Place
 
 EXIT_BROKEN_LIMITS = 1
@@ -172,6 +173,9 @@ def rerank(
     resident_gb: Annotated[
         float | None, typer.Option(help="GPU memory for tokens, in 1e9 bytes; default: most.")
     ] = None,
+    missing: Annotated[
+        str, typer.Option(help="Candidates that STORE lacks: error (default), or skip.")
+    ] = "error",
     timeout: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -200,7 +204,13 @@ def rerank(
             max_bytes=_bytes_of(resident_gb),
         ),
     ) as reranker:
-        result = reranker.rank(query, ids, top_k, timeout_s=timeout)
+        result = reranker.rank(
+            query,
+            ids,
+            top_k,
+            missing=cast("Missing", missing),  # checked where it is used
+            timeout_s=timeout,
+        )
     if as_json:
         print_json({"query": query, **result.to_json(), "residency": asdict(reranker.residency)})
     else:

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from ..engines.backends import BackendStatus
 from ..engines.fidelity import NOT_MEASURED, is_measured
+from ..errors import named
 from .cli_streams import is_quiet
 from .cli_streams import note as note  # these two are for the verbs, too
 from .cli_streams import warn as warn
@@ -111,6 +112,9 @@ def print_ranking(result: RankResult) -> None:
     )
     if result.truncated:
         note("the query was cut to the wordpieces that the model takes")
+    if result.missing:
+        names = named([fault.id for fault in result.missing])
+        note(f"{len(result.missing)} candidates are not in the store: {names}")
     for fault in result.errors:
         warn(f"{fault.id!r} was not ranked: {fault.reason}")
 

@@ -149,6 +149,9 @@ def import_shards(
     fingerprint: Annotated[
         str | None, typer.Option(help="The encoder, for shards that do not name it.")
     ] = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Also add records with NaN or infinity.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Append safetensors shards to a store. Ids that it has are left out: run again to continue.
@@ -162,7 +165,12 @@ def import_shards(
 
     with progress_bar("import") as progress:
         report = import_store(
-            shards, store, dtype=dtype, fingerprint_encoder=fingerprint, progress=progress
+            shards,
+            store,
+            dtype=dtype,
+            fingerprint_encoder=fingerprint,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
         )
     _print("imported", asdict(report), as_json)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..errors import RequestError, named
+from ..files import decode_text, read_text
 
 
 def read_ids(source: str, *, what: str = "ids") -> list[str]:
     """Read one id a line from a file, or from stdin for `-`; blank lines do not count.
+
+    A byte order mark is no part of an id.
 
     Args:
         source: a path, or `-`.
@@ -19,14 +21,16 @@ def read_ids(source: str, *, what: str = "ids") -> list[str]:
     Raises:
         RequestError: the list cannot be read or is not UTF-8.
     """
-    try:
-        content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        lines = content.decode("utf-8").split("\n")
-    except OSError as error:
-        raise RequestError(f"cannot read the {what} {source}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"the {what} {source} are not UTF-8 text: {error}") from error
-    return [line.rstrip("\r") for line in lines if line.strip()]
+    if source == "-":
+        text = decode_text(sys.stdin.buffer.read(), f"the list of {what} on stdin")
+    else:
+        text = read_text(source)
+    if "\0" in text:
+        raise RequestError(
+            f"the list of {what} {source} holds NUL characters, expected an id a line in UTF-8",
+            hint="if it is UTF-16, iconv -f UTF-16LE -t UTF-8 makes it UTF-8",
+        )
+    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
 def listed(ids: Sequence[str]) -> str:
@@ -35,10 +39,14 @@ def listed(ids: Sequence[str]) -> str:
     Raises:
         RequestError: ids that a line cannot hold, all counted.
     """
-    bad = [name for name in ids if "\n" in name or not name.strip() or name.endswith("\r")]
+    bad = [name for name in ids if _is_changed_by_a_line(name)]
     if bad:
         raise RequestError(
             f"{len(bad)} ids cannot stand on a line of their own: {named(bad)}",
             hint="use --json",
         )
     return "".join(f"{name}\n" for name in ids)
+
+
+def _is_changed_by_a_line(name: str) -> bool:
+    return "\n" in name or not name.strip() or name.endswith("\r") or name.startswith("\ufeff")

@@ -1,24 +1,23 @@
-"""What a reranker runs on, opened from folders and names: store, device, engines, tokenizer."""
+"""What a reranker runs on, checked, then opened: store, device, engines, tokenizer."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from ..arguments import Arguments, StrPath
 from ..engines.contract import Engine, OpenOptions
 from ..engines.manifest import EngineManifest
-from .device.open import open_device
+from .cascade import MARGIN
+from .device.open import NAMES, open_device
 from .device.protocol import Device
-from .residency.plan import ResidencyOptions
+from .residency.plan import Place, ResidencyOptions
 from .store import TokenStore
 from .store.store import Access
 from .text import QueryTokenizer
-
-StrPath = str | os.PathLike[str]
 
 
 class Parts(NamedTuple):
@@ -30,6 +29,42 @@ class Parts(NamedTuple):
     store: TokenStore
     device: Device
     reopen: Callable[[], TokenStore] | None
+
+
+def check_arguments(
+    engine: StrPath,
+    store: StrPath | TokenStore,
+    rescore: StrPath | None,
+    rescore_margin: float | None,
+    num_threads: int | None,
+    backend_settings: Mapping[str, str] | None,
+    device: str | Device | None,
+    residency: Place | ResidencyOptions | None,
+    graphs: bool,
+) -> tuple[OpenOptions, ResidencyOptions]:
+    """Check everything that `Reranker.open` was given, before anything is opened; see there.
+
+    Raises:
+        RequestError: what cannot be meant, all of it.
+    """
+    given = Arguments("Reranker.open")
+    given.path("engine", engine, "the folder of an engine")
+    if not isinstance(store, TokenStore):
+        given.path("store", store, "the folder of a token store, or an open TokenStore")
+    if rescore is not None:
+        given.path("rescore", rescore, "the folder of an engine, or None")
+    if rescore_margin is not None:
+        given.number("rescore_margin", rescore_margin, f"{MARGIN}; or None")
+    if num_threads is not None:
+        num_threads = given.whole("num_threads", num_threads, "1 or more, or None")
+    settings = given.settings("backend_settings", backend_settings or {})
+    if not (device is None or isinstance(device, str) or hasattr(device, "shares_memory")):
+        given.refuse("device", device, f"a name ({NAMES}), an open device, or None")
+    given.flag("graphs", graphs)
+    wish = residency if isinstance(residency, ResidencyOptions) else ResidencyOptions(residency)
+    given.faults += wish.faults()
+    given.check()
+    return OpenOptions(num_threads, settings), wish
 
 
 def open_parts(
@@ -49,7 +84,6 @@ def open_parts(
     Raises:
         EngineError, StoreError, RequestError: as `Reranker.open`.
     """
-    residency.check()
     opened, reopen = _open_store(store, residency, undo)
     runs_on = _open_device(device, Path(engine), undo)
     model = _open_engine(Path(engine), options, runs_on, undo)

@@ -7,10 +7,9 @@ events are made once, when the pipeline is.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import zip_longest
 from time import monotonic, perf_counter
 
 import numpy as np
@@ -69,13 +68,15 @@ class Scored:
     """What came out, in the order of the request's pairs.
 
     Attributes:
-        scores: float32 [N]: raw logits; NaN where the stored record is damaged or not finite.
+        scores: float32 [N]: raw logits; NaN where the stored record is damaged or not finite, and
+            where there is none.
         damaged: why a pair's stored record could not be used, by the pair's place.
         gather_ms: time the calling thread spent filling slots.
         upload_ms: time this request's batches took to the device; 0 where it shares host memory.
         compute_ms: time the engine spent on this request's batches.
         download_ms: time their scores took back; 0 where the device shares host memory.
-        skipped: bool [N]: pairs that a cascade left without a score; None: it left out none.
+        skipped: bool [N]: pairs that a cascade, or a request that was stopped, left without a
+            score; None: there are none.
     """
 
     scores: npt.NDArray[np.float32]
@@ -85,6 +86,13 @@ class Scored:
     compute_ms: float = 0.0
     download_ms: float = 0.0
     skipped: npt.NDArray[np.bool_] | None = None
+
+    def leave_out(self, batches: Iterable[PlannedBatch]) -> None:
+        """Mark the pairs of batches that were never started as skipped."""
+        self.skipped = np.zeros(len(self.scores), np.bool_)
+        for planned in batches:
+            self.skipped[planned.pairs] = True
+        self.scores[self.skipped] = np.nan
 
     def add_times(self, other: Scored) -> None:
         """Add the times of another run of the same request."""
@@ -148,27 +156,31 @@ class Pipeline:
 
         Raises:
             RequestError: a query is longer than the engine's largest text bucket.
-            StoppedError: the deadline passed or the caller cancelled; what was started finishes.
+            StoppedError: the deadline passed or the caller cancelled. What was started finishes,
+                `partial` is the `Scored` of it.
             EngineError: the engine or the device failed (`stage` says where), the pipeline was
                 closed meanwhile, or this is a forked child.
             StoreError: the store cannot be read.
         """
         self.check()
         result = Scored(np.empty(len(request.rows), np.float32), {})
-        profile = self._engine.manifest.profile
+        profile, lengths = self._engine.manifest.profile, request.queries.text_length
+        left = deque(plan_batches(lengths, request.query_of_pair, profile))
         flights: deque[Flight] = deque()
         with self._device.current():
             try:
-                lengths = request.queries.text_length
-                batches = plan_batches(lengths, request.query_of_pair, profile)
-                for planned, following in zip_longest(batches, batches[1:]):
+                while left:
                     request.check_wanted()
-                    if following is not None:
-                        self._prefetch(request.rows[following.pairs])
+                    if len(left) > 1:
+                        self._prefetch(request.rows[left[1].pairs])
                     slot = self._take_slot(request, flights, result)
-                    flights.append(self.step(request, planned, slot))
-                while flights:
-                    self._collect_oldest(flights, result)
+                    flights.append(self.step(request, left.popleft(), slot))
+                self._collect_all(flights, result)
+            except StoppedError as stop:
+                self._collect_all(flights, result)
+                result.leave_out(left)
+                stop.partial = result
+                raise
             finally:
                 for flight in flights:  # only after an error: their slots must come back
                     self._settle(flight.slot)
@@ -315,6 +327,10 @@ class Pipeline:
             left_s = None if request.deadline is None else request.deadline - monotonic()
             slot = self._ring.take(left_s)
         return slot
+
+    def _collect_all(self, flights: deque[Flight], result: Scored) -> None:
+        while flights:
+            self._collect_oldest(flights, result)
 
     def _collect_oldest(self, flights: deque[Flight], result: Scored) -> None:
         slot = flights[0].slot

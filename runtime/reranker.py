@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from time import monotonic, perf_counter
+from functools import partial
+from time import perf_counter
 from types import TracebackType
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from ..engines.contract import Engine, OpenOptions
-from ..errors import EngineError, RequestError
+from ..arguments import Arguments, StrPath
+from ..engines.contract import Engine
+from ..errors import EngineError, RequestError, StoppedError
 from .cascade import Cascade, check_margin, check_same_model, learned_margin
 from .device.host import HostDevice
 from .device.protocol import Device
 from .graphs import GraphReport
-from .opening import StrPath, open_parts
+from .opening import check_arguments, open_parts
 from .pipeline import Request, Scored
 from .pipelines import ON_HOST, RunOptions, open_pipelines
-from .ranking import faults_of, hits_of, raise_faults
+from .ranking import Candidates, Missing, faults_of, raise_faults
+from .request import deadline_of, split_pairs
 from .residency.plan import Place, ResidencyOptions
-from .results import EngineLabel, RankResult, Rescoring, StageTimes
+from .results import EngineLabel, RankResult, StageTimes
 from .store import TokenStore
 from .text import QueryTokenizer
 from .token_source import check_store
@@ -125,10 +129,19 @@ class Reranker:
             EngineError: no engine there, one that is stale on this machine, engines of two
                 models, no margin was given or can be learned, or no such device.
             StoreError: no store there, or one made by another encoder.
-            RequestError: `rescore_margin` or `residency` cannot be meant so.
+            RequestError: an argument of another kind, or that cannot be meant so (all of them).
         """
-        wish = residency if isinstance(residency, ResidencyOptions) else ResidencyOptions(residency)
-        options = OpenOptions(num_threads, backend_settings or {})
+        options, wish = check_arguments(
+            engine,
+            store,
+            rescore,
+            rescore_margin,
+            num_threads,
+            backend_settings,
+            device,
+            residency,
+            graphs,
+        )
         with ExitStack() as undo:
             parts = open_parts(engine, rescore, store, device, options, wish, undo)
             reranker = cls(
@@ -145,9 +158,10 @@ class Reranker:
     def rank(
         self,
         query: str,
-        candidates: Sequence[str] | None = None,
+        candidates: Iterable[str] | None = None,
         top_k: int | None = None,
         *,
+        missing: Missing = "error",
         timeout_s: float | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> RankResult:
@@ -155,42 +169,45 @@ class Reranker:
 
         Args:
             query: plain text; special tokens in it have no meaning.
-            candidates: ids, duplicates allowed (equal scores); None ranks the whole store.
+            candidates: ids, any iterable, duplicates allowed (equal scores); None ranks the whole
+                store.
             top_k: how many hits to return; None returns all. A cascade needs it: without, or
                 with as many images as that, the precise engine alone scores everything.
+            missing: what ids that the store does not hold do: `error` refuses the request, `skip`
+                ranks the others and names these in the result's `missing`.
             timeout_s: seconds after which no further batch is started; None: no limit.
             cancelled: asked before each batch, on this thread; True ends the request.
 
         Raises:
-            StoppedError: the time was up, or the caller cancelled.
-            RequestError: an empty query, ids the store does not hold (all named, up to 20), or a
-                `top_k` below 1.
+            StoppedError: the time was up, or the caller cancelled; `partial` is the ranking of
+                what was scored so far (of a cascade: by the fast engine).
+            RequestError: an empty query, ids the store does not hold (all named, up to 20), or
+                arguments of another kind (all of them).
             EngineError: the engine failed or the reranker is closed.
             StoreError: the store cannot be read.
         """
         with self._running():
             began = perf_counter()
-            _check_top_k(top_k)
+            given = Arguments("Reranker.rank")
+            given.text("query", query)
+            ids = None if candidates is None else given.strings("candidates", candidates)
+            if top_k is not None:
+                top_k = given.whole("top_k", top_k, "1 or more, or None for all")
+            given.choice("missing", missing, get_args(Missing))
+            deadline = deadline_of(given, timeout_s, cancelled)
+            given.check()
             queries = self._tokenizer([query])
             tokenized = perf_counter()
-            ids = self._store.ids() if candidates is None else _checked_ids(candidates)
-            rows, place = np.unique(self._store.rows(ids), return_inverse=True)
-            resolved = perf_counter()
-            asked = np.zeros(len(rows), np.int64)
-            request = Request(queries, asked, rows, _deadline(timeout_s), cancelled)
-            scored, label, rescoring = self._score(request, top_k)
-            return RankResult(
-                hits_of(ids, scored.scores[place], top_k),
-                faults_of(ids, scored, place),
-                bool(queries.truncated[0]),
-                _times(began, tokenized, resolved, scored),
-                label,
-                rescoring,
-            )
+            ids = self._store.ids() if ids is None else ids
+            asked = Candidates.find(self._store, ids, missing)
+            times = partial(_times, began, tokenized, perf_counter())
+            alone = np.zeros(len(asked.rows), np.int64)
+            request = Request(queries, alone, asked.rows, deadline, cancelled)
+            return self._ranked(request, asked, top_k, times)
 
     def predict(
         self,
-        pairs: Sequence[tuple[str, str]],
+        pairs: Iterable[tuple[str, str]],
         *,
         timeout_s: float | None = None,
         cancelled: Callable[[], bool] | None = None,
@@ -198,19 +215,25 @@ class Reranker:
         """Score (query, id) pairs of any number of queries; a cascade's precise engine does it.
 
         Args:
+            pairs: any iterable; none may be missing in the store.
             timeout_s, cancelled: as in `rank`.
 
         Returns:
             float32 [N]: raw logits in the order of `pairs`, owned by the caller.
 
         Raises:
-            StoppedError: the time was up, or the caller cancelled.
-            RequestError: an empty query, or ids the store does not hold.
+            StoppedError: the time was up, or the caller cancelled; `partial` is what it would have
+                returned, NaN for pairs without a score.
+            RequestError: an empty query, ids the store does not hold, or arguments of another
+                kind (all of them).
             EngineError: the engine failed or the reranker is closed.
             StoreError: a stored record is damaged or gave no finite score (all named).
         """
         with self._running():
-            texts, ids = _split_pairs(pairs)
+            given = Arguments("Reranker.predict")
+            texts, ids = split_pairs(given, pairs)
+            deadline = deadline_of(given, timeout_s, cancelled)
+            given.check()
             if not ids:
                 return np.empty(0, np.float32)
             number = {text: place for place, text in enumerate(dict.fromkeys(texts))}
@@ -219,9 +242,13 @@ class Reranker:
             pair = np.stack([asked, self._store.rows(ids)], axis=1)
             unique, place = np.unique(pair, axis=0, return_inverse=True)
             columns = unique[:, 0].copy(), unique[:, 1].copy()
-            request = Request(queries, *columns, _deadline(timeout_s), cancelled)
-            scored = self._pipelines[-1].run(request)
+            request = Request(queries, *columns, deadline, cancelled)
             place = place.reshape(-1)
+            try:
+                scored = self._pipelines[-1].run(request)
+            except StoppedError as stop:
+                known = stop.partial.scores[place]
+                raise _stopped(stop, known, int(np.isfinite(known).sum()), len(known)) from None
             raise_faults(faults_of(ids, scored, place))
             return scored.scores[place]
 
@@ -274,14 +301,27 @@ class Reranker:
     ) -> None:
         self.close()
 
-    def _score(
-        self, request: Request, top_k: int | None
-    ) -> tuple[Scored, EngineLabel, Rescoring | None]:
-        """Score one query's images; say which engine scored all, and how a cascade went on."""
-        if self._cascade is None or top_k is None or top_k >= len(request.rows):
-            return self._pipelines[-1].run(request), self._labels[-1], None
-        scored, rescoring = self._cascade.run(request, top_k)
-        return scored, self._labels[0], rescoring
+    def _ranked(
+        self,
+        request: Request,
+        asked: Candidates,
+        top_k: int | None,
+        times: Callable[[Scored], StageTimes],
+    ) -> RankResult:
+        """Score one query's images and rank them; when it is stopped, say how far it got."""
+        truncated, rescoring = bool(request.queries.truncated[0]), None
+        cascade = None if top_k is None or top_k >= len(asked.rows) else self._cascade
+        label = self._labels[-1 if cascade is None else 0]  # of the engine that scores all
+        try:
+            if cascade is None or top_k is None:
+                scored = self._pipelines[-1].run(request)
+            else:
+                scored, rescoring = cascade.run(request, top_k)
+        except StoppedError as stop:
+            part: Scored = stop.partial
+            known = asked.result(part, top_k, truncated, times(part), label, stopped=True)
+            raise _stopped(stop, known, known.num_scored, known.num_asked) from None
+        return asked.result(scored, top_k, truncated, times(scored), label, rescoring)
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -304,17 +344,10 @@ def _label(engine: Engine, device: str, token_dtype: str, place: str) -> EngineL
     return EngineLabel(manifest.backend, manifest.precision, device, token_dtype, place)
 
 
-def _deadline(timeout_s: float | None) -> float | None:
-    """Return when the time is up, as `time.monotonic` counts.
-
-    Raises:
-        RequestError: it is not a time.
-    """
-    if timeout_s is None:
-        return None
-    if not timeout_s >= 0:
-        raise RequestError(f"timeout_s is {timeout_s}, expected 0 or more seconds, or None")
-    return monotonic() + timeout_s
+def _stopped(stop: StoppedError, known: object, num_scored: int, num_asked: int) -> StoppedError:
+    """Return the error with what is known so far."""
+    message = f"{stop.message}: {num_scored:,} of {num_asked:,} have a score"
+    return StoppedError(message, partial=known, num_scored=num_scored, num_asked=num_asked)
 
 
 def _margin(engine: Engine, rescore: Engine | None, given: float | None) -> float:
@@ -327,28 +360,6 @@ def _margin(engine: Engine, rescore: Engine | None, given: float | None) -> floa
     if given is None:
         return learned_margin(engine.manifest, rescore.manifest)
     return check_margin(given)
-
-
-def _check_top_k(top_k: int | None) -> None:
-    if top_k is not None and top_k < 1:
-        raise RequestError(f"top_k is {top_k}, expected 1 or more, or None for all")
-
-
-def _checked_ids(candidates: Sequence[object]) -> list[str]:
-    """Return the ids as a list; a lone string is a mistake, not a list of letters."""
-    if isinstance(candidates, str):
-        raise RequestError(f"candidates is the string {candidates!r}, expected a list of ids")
-    wrong = [repr(candidate) for candidate in candidates if not isinstance(candidate, str)]
-    if wrong:
-        raise RequestError(f"{len(wrong)} candidates are not strings: {', '.join(wrong[:20])}")
-    return [candidate for candidate in candidates if isinstance(candidate, str)]
-
-
-def _split_pairs(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    try:
-        return [query for query, _ in pairs], _checked_ids([image for _, image in pairs])
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"pairs must be (query, id) tuples: {error}") from error
 
 
 def _times(began: float, tokenized: float, resolved: float, scored: Scored) -> StageTimes:

@@ -18,7 +18,7 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One candidate without a score, and why; `index` is its place in `candidates`."""
+    """One candidate that was not ranked, and why; `index` is its place in `candidates`."""
 
     id: str
     reason: str
@@ -111,6 +111,9 @@ class RankResult(Sequence[Hit]):
         timings_ms: where the time went.
         engine: the backend, precision and device that scored all candidates.
         rescoring: what a cascade's precise engine did; None where one engine did everything.
+        missing: candidates that the store does not hold (`missing="skip"`), in their order.
+        num_asked: candidates, the missing ones and each duplicate included.
+        num_scored: candidates with a score, whether they are among the hits or not.
     """
 
     hits: tuple[Hit, ...]
@@ -119,12 +122,18 @@ class RankResult(Sequence[Hit]):
     timings_ms: StageTimes
     engine: EngineLabel
     rescoring: Rescoring | None = None
+    missing: tuple[Fault, ...] = ()
+    num_asked: int = 0
+    num_scored: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as plain JSON values."""
         return {
             "hits": [asdict(hit) for hit in self.hits],
             "errors": [asdict(fault) for fault in self.errors],
+            "missing": [asdict(fault) for fault in self.missing],
+            "num_asked": self.num_asked,
+            "num_scored": self.num_scored,
             "truncated": self.truncated,
             "timings_ms": asdict(self.timings_ms),
             "engine": asdict(self.engine),

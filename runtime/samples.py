@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import StrPath, path_of
 from ..bundle import BundleManifest
 from ..engines.contract import Array, Int32
 from ..engines.samples import SEED, RankingSample, fingerprint_of
 from ..errors import RequestError, StoreError, named
+from ..files import read_text
 from .store import TokenStore
 from .text import QueryTokenizer
 from .token_source import float16_tokens
@@ -58,7 +60,7 @@ class StoreSamples:
         self,
         store: TokenStore,
         tokenizer: QueryTokenizer,
-        queries: Path,
+        queries: StrPath,
         *,
         num_candidates: int = DEFAULT_NUM_CANDIDATES,
         max_queries: int | None = None,
@@ -74,6 +76,7 @@ class StoreSamples:
         Raises:
             RequestError: the file cannot be read or used (all faults, up to 20, by their lines).
         """
+        queries = path_of("queries", queries)
         _check_counts(num_candidates, max_queries, len(store))
         entries, text_ids = _usable(queries, tokenizer, store)
         order = np.random.default_rng(seed).permutation(len(entries))[:max_queries]
@@ -95,9 +98,9 @@ class StoreSamples:
     @classmethod
     def open(
         cls,
-        store: Path,
-        bundle: Path,
-        queries: Path,
+        store: StrPath,
+        bundle: StrPath,
+        queries: StrPath,
         *,
         num_candidates: int = DEFAULT_NUM_CANDIDATES,
         max_queries: int | None = None,
@@ -192,7 +195,7 @@ class StoreSamples:
 
 @contextmanager
 def open_samples(
-    store: Path | None, bundle: Path, queries: Path | None, **drawn: Any
+    store: StrPath | None, bundle: StrPath, queries: StrPath | None, **drawn: Any
 ) -> Iterator[StoreSamples | None]:
     """Yield the samples of a store and a queries file, None where neither is given.
 
@@ -276,12 +279,7 @@ def _tokenized(entry: QueryEntry, tokenizer: QueryTokenizer, faults: list[str]) 
 
 def _entries(path: Path, faults: list[str]) -> Iterator[QueryEntry]:
     """Yield the queries of a file; note in `faults` the lines that are none."""
-    try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except OSError as error:
-        raise RequestError(f"cannot read the queries {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"the queries {path} are not UTF-8 text: {error}") from error
+    lines = read_text(path, f"the queries {path}").split("\n")
     parse = _json_entry if path.suffix == ".jsonl" else _text_entry
     for number, line in enumerate(lines, 1):
         if line.strip():

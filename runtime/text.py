@@ -9,14 +9,14 @@ from __future__ import annotations
 import html
 import json
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from ..arguments import Arguments, StrPath, path_of
 from ..bundle import TEXT_NORMALIZATIONS, TOKENIZER, TextSpec
 from ..errors import EngineError, RequestError
 
@@ -75,13 +75,13 @@ class QueryTokenizer:
         self._normalize("warm-up")  # pays the lazy import before the first request
 
     @classmethod
-    def open(cls, folder: Path, spec: TextSpec) -> QueryTokenizer:
+    def open(cls, folder: StrPath, spec: TextSpec) -> QueryTokenizer:
         """Read `tokenizer.json` of a bundle or engine folder.
 
         Raises:
             EngineError: the file is missing or is not a tokenizer.
         """
-        path = folder / TOKENIZER
+        path = path_of("folder", folder) / TOKENIZER
         try:
             tokenizer = _plain_tokenizer(path.read_text(encoding="utf-8"))
         except Exception as error:  # `tokenizers` raises bare Exception on a bad file
@@ -91,14 +91,16 @@ class QueryTokenizer:
             ) from error
         return cls(tokenizer, spec)
 
-    def __call__(self, queries: Sequence[str]) -> TokenizedQueries:
+    def __call__(self, queries: Iterable[str]) -> TokenizedQueries:
         """Return the ids of `queries`, each cut to its first `max_wordpieces` wordpieces.
 
         Raises:
             RequestError: a query is not a string, not valid Unicode, or has no text left after
                 normalisation (all such queries are named).
         """
-        faults: list[str] = []
+        given = Arguments("a tokenizer")
+        queries, faults = given.items("queries", queries, "a list of strings"), given.faults
+        given.check()
         texts = [self._text(number, query, faults) for number, query in enumerate(queries)]
         if faults:
             raise RequestError("a query cannot be used", faults=faults)

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..arguments import StrPath, path_of
 from ..bundle import JOINT_ENCODER, TOKENIZER, BundleManifest
 from ..engines.contract import Progress
 from ..engines.fidelity import Fidelity, measure_fidelity
@@ -22,8 +23,8 @@ from ..folders import sync_folder
 
 
 def verify_engine(
-    folder: Path,
-    bundle: Path,
+    folder: StrPath,
+    bundle: StrPath,
     samples: Samples | None = None,
     *,
     write: bool = False,
@@ -42,6 +43,7 @@ def verify_engine(
             that differs is named), a failed run, or an `engine.json` that cannot be written.
         StoreError: damaged records of the samples' store.
     """
+    folder, bundle = path_of("folder", folder), path_of("bundle", bundle)
     manifest = EngineManifest.read(folder)
     before = (folder / MANIFEST).read_bytes()
     check_bundle(manifest, folder, bundle)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...arguments import Arguments
 from ...bundle import BundleManifest
 from ...errors import RequestError, StoreError, named
 from ..store import TokenStore
@@ -66,7 +67,7 @@ class IndexOptions:
     """What runs of every kind have in common; see `index_images`."""
 
     dtype: str | None
-    only: Collection[str] | None
+    only: frozenset[str] | None
     progress: Progress | None
     on_skip: OnSkip | None
 
@@ -79,7 +80,7 @@ def index_images(
     batch_size: int = DEFAULT_BATCH_SIZE,
     workers: int | None = None,
     dtype: str | None = None,
-    only: Collection[str] | None = None,
+    only: Iterable[str] | None = None,
     progress: Progress | None = None,
     on_skip: OnSkip | None = None,
 ) -> IndexReport:
@@ -116,9 +117,9 @@ def index_images(
     """
     import_pillow()
     _check_batch_size(batch_size)
+    options = IndexOptions(dtype, wanted_ids(only), progress, on_skip)
     source = open_source(images, leave_out=Path(store))
     num_workers = default_workers() if workers is None else workers
-    options = IndexOptions(dtype, only, progress, on_skip)
     with DecoderPool(encoder.image, num_workers) as pool:
 
         def work(run: Run) -> str:
@@ -137,7 +138,7 @@ def index_features(
     ids: str | os.PathLike[str] | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     dtype: str | None = None,
-    only: Collection[str] | None = None,
+    only: Iterable[str] | None = None,
     progress: Progress | None = None,
     on_skip: OnSkip | None = None,
 ) -> IndexReport:
@@ -161,7 +162,7 @@ def index_features(
     _check_batch_size(batch_size)
     listed = None if ids is None else Path(ids)
     source = FeatureSource(Path(features), encoder.manifest.sizes, ids=listed)
-    options = IndexOptions(dtype, only, progress, on_skip)
+    options = IndexOptions(dtype, wanted_ids(only), progress, on_skip)
 
     def work(run: Run) -> str:
         entries = groups(source.entries(run.selection), batch_size)
@@ -174,6 +175,20 @@ def index_features(
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise RequestError(f"batch_size is {batch_size}, expected at least 1")
+
+
+def wanted_ids(only: Iterable[str] | None) -> frozenset[str] | None:
+    """Return the ids of `only`, taken once.
+
+    Raises:
+        RequestError: a lone string, or what is no string.
+    """
+    if only is None:
+        return None
+    given = Arguments("an index run")
+    ids = frozenset(given.strings("only", only))
+    given.check()
+    return ids
 
 
 def run_index(

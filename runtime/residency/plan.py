@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from ...arguments import Arguments, is_whole, plain, shown
 from ...errors import RequestError
 from ..device.protocol import Device
 from ..results import Residency
@@ -36,12 +37,40 @@ class ResidencyOptions:
     Attributes:
         place: where tokens shall be read from; None: wherever the store was opened to read from.
         max_bytes: device memory that resident tokens may take; None: most of what is free.
-        ids: the images to keep on the device; None: all, or those asked for last.
+        ids: the images to keep on the device (any iterable, taken once); None: all, or those
+            asked for last.
     """
 
     place: Place | None = None
     max_bytes: int | None = None
-    ids: Sequence[str] | None = None
+    ids: Iterable[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.ids is None:
+            return
+        given = Arguments("ResidencyOptions")
+        ids = plain(given.items("ids", self.ids, "a list of ids"))
+        if not given.faults:  # else it stays as it is, for `faults` to name
+            object.__setattr__(self, "ids", tuple(ids))
+
+    def faults(self) -> list[str]:
+        """Return one sentence for everything that cannot be meant."""
+        given = Arguments("ResidencyOptions")
+        places = get_args(Place)
+        if self.place is not None and self.place not in places:
+            given.faults.append(f"residency: got {shown(self.place)}, expected {', '.join(places)}")
+        if self.max_bytes is not None and not is_whole(self.max_bytes):
+            given.faults.append(f"max_bytes: got {shown(self.max_bytes)}, expected 1 or more")
+        if self.ids is not None:
+            given.strings("ids", self.ids)
+        if self.place not in ("device", "auto"):
+            values = {"max_bytes": self.max_bytes, "ids": self.ids}
+            given.faults += [
+                f'{name}: only where residency is "device" or "auto"'
+                for name, value in values.items()
+                if value is not None
+            ]
+        return given.faults
 
     def check(self) -> None:
         """Refuse what cannot be meant.
@@ -49,20 +78,7 @@ class ResidencyOptions:
         Raises:
             RequestError: all faults at once.
         """
-        faults = []
-        if self.place is not None and self.place not in get_args(Place):
-            faults.append(f"residency: got {self.place!r}, expected {', '.join(get_args(Place))}")
-        if self.max_bytes is not None and self.max_bytes < 1:
-            faults.append(f"max_bytes: got {self.max_bytes}, expected 1 or more")
-        if isinstance(self.ids, str):
-            faults.append(f"ids: got the string {self.ids!r}, expected a list of ids")
-        if self.place not in ("device", "auto"):
-            given = {"max_bytes": self.max_bytes, "ids": self.ids}
-            faults += [
-                f'{name}: only where residency is "device" or "auto"'
-                for name, value in given.items()
-                if value is not None
-            ]
+        faults = self.faults()
         if faults:
             raise RequestError("tokens cannot be kept so", faults=faults)
 

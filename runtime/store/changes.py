@@ -11,12 +11,12 @@ import numpy as np
 
 from ...errors import StoreError, named
 from . import disk
+from .arrays import NewRecords
 from .catalog import Catalog, CatalogState, Change
 from .index import RecordIndex
 from .layout import SEGMENTS, Int64, StoreLayout, id_fault, segment_name
 from .pins import is_pinned_before
-from .records import digests_of
-from .segment_file import RecordBytes
+from .records import digests_of, repeated
 from .writer import Appender, lock_writer, seal
 
 
@@ -72,19 +72,23 @@ class StoreWriter:
         self.seal_full(state)
         self.collect(state)
 
-    def append(self, index: RecordIndex, ids: Sequence[str], records: RecordBytes) -> None:
+    def append(self, index: RecordIndex, new: NewRecords) -> None:
         """Add records of new ids."""
-        self._check_ids("append to", ids, index, present=False)
-        self._add(index, ids, records, replaced=np.empty(0, np.int64))
+        faults = new.faults(self.layout)
+        self._check_ids("append to", new.ids, index, faults, present=False)
+        self._add(index, new, replaced=np.empty(0, np.int64))
 
-    def replace(self, index: RecordIndex, ids: Sequence[str], records: RecordBytes) -> None:
-        """Put new records in the place of those that `ids` have."""
-        old = self._check_ids("replace in", ids, index, present=True)
-        self._add(index, ids, records, replaced=old)
+    def replace(self, index: RecordIndex, new: NewRecords) -> None:
+        """Put new records in the place of those that their ids have."""
+        faults = new.faults(self.layout)
+        old = self._check_ids("replace in", new.ids, index, faults, present=True)
+        self._add(index, new, replaced=old)
 
     def delete(self, index: RecordIndex, ids: Sequence[str]) -> None:
         """Take records away; their space stays until the store is compacted."""
-        locations = self._check_ids("delete from", ids, index, present=True)
+        locations = self._check_ids("delete from", ids, index, [], present=True)
+        if not len(locations):
+            return
         self.commit(Change(deleted=locations))
         index.remove(ids, locations)
 
@@ -160,10 +164,11 @@ class StoreWriter:
             appender.rollback(mark)
             raise
 
-    def _add(
-        self, index: RecordIndex, ids: Sequence[str], records: RecordBytes, *, replaced: Int64
-    ) -> None:
-        appender, digests = self.appender, digests_of(ids)
+    def _add(self, index: RecordIndex, new: NewRecords, *, replaced: Int64) -> None:
+        ids = new.ids
+        if not ids:
+            return
+        appender, digests, records = self.appender, digests_of(ids), new.packed(self.layout)
         with self.writing("write to"):
             batches = appender.write(ids, digests, records)
         segments = appender.segments_of(batches)
@@ -173,16 +178,25 @@ class StoreWriter:
             self.seal_full()
 
     def _check_ids(
-        self, verb: str, ids: Sequence[str], index: RecordIndex, *, present: bool
+        self,
+        verb: str,
+        ids: Sequence[str],
+        index: RecordIndex,
+        faults: list[str],
+        *,
+        present: bool,
     ) -> Int64:
-        """Return the rows of `ids`, which must all be there, or must all be new (`present`)."""
+        """Return the rows of `ids`, which must all be there, or must all be new (`present`).
+
+        Raises:
+            StoreError: what is wrong with them, after the `faults` of what belongs to them.
+        """
         wrong = [f"{image_id!r:.80} {why}" for image_id in ids if (why := id_fault(image_id))]
-        faults = [f"{len(wrong)} are no ids: {'; '.join(wrong[:20])}"] if wrong else []
+        faults += [f"{len(wrong)} are no ids: {'; '.join(wrong[:20])}"] if wrong else []
         rows = np.empty(0, np.int64)
         if not wrong:
             rows, unknown = index.rows(ids)
-            seen: set[str] = set()
-            twice = [i for i in ids if i in seen or seen.add(i)]  # type: ignore[func-returns-value]
+            twice = repeated(ids)
             faults += [f"{len(twice)} ids come twice: {named(twice)}"] if twice else []
             known = [ids[at] for at in np.flatnonzero(rows >= 0).tolist()]
             if present and unknown:

@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from ...arguments import StrPath, path_of
 from ...errors import StoreError
 
 FORMAT = "edje-token-store"
@@ -186,13 +187,14 @@ class StoreLayout:
         return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
     @classmethod
-    def read(cls, folder: Path) -> StoreLayout:
+    def read(cls, folder: StrPath) -> StoreLayout:
         """Read `store.json` of the store at `folder`.
 
         Raises:
+            RequestError: `folder` is no path.
             StoreError: no store there, another format version, or one damaged byte.
         """
-        path = folder / STORE_JSON
+        path = path_of("folder", folder) / STORE_JSON
         try:
             content = path.read_bytes()
         except FileNotFoundError as error:

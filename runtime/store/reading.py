@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ...arguments import Arguments
 from ...errors import RequestError, StoreError, named
-from .arrays import check_buffers
+from .arrays import check_buffers, rows_of
 from .index import RecordIndex
 from .layout import Int64, StoreLayout, UInt64
 from .read.reader import BadRecord
@@ -34,21 +35,31 @@ class ReadableStore:
 
     path: Path
     layout: StoreLayout
-    _index: RecordIndex
+    _records: RecordIndex
     _reader: Reader | None = None
     _closed = False
 
-    def rows(self, ids: Sequence[str]) -> Int64:
+    def rows(self, ids: Iterable[str], *, missing: Literal["raise", "mark"] = "raise") -> Int64:
         """Return the row handles of `ids`: int64 [N], the caller's; the same id may come twice.
 
         A handle stays valid as long as this store is open (and not compacted by this object).
 
+        Args:
+            ids: any iterable, taken once.
+            missing: `"raise"` on ids that the store does not hold, or `"mark"` them with -1.
+
         Raises:
-            RequestError: ids that the store does not hold (up to 20 named, with the count).
+            RequestError: ids that the store does not hold (up to 20 named, with the count); or
+                arguments of another kind (all of them).
+            StoreError: the store is closed.
         """
-        rows, unknown = self._index.rows(ids)
-        if unknown:
-            count = f"{len(unknown)} of {len(ids)}"
+        given = Arguments("rows")
+        names = given.strings("ids", ids)
+        given.choice("missing", missing, ("raise", "mark"))
+        given.check()
+        rows, unknown = self._index.rows(names)
+        if unknown and missing == "raise":
+            count = f"{len(unknown)} of {len(names)}"
             raise RequestError(
                 f"{count} ids are not in the store {self.path}: {named(unknown)}",
                 hint="`edje index` adds images; an id is the path below the indexed folder",
@@ -61,7 +72,7 @@ class ReadableStore:
 
     def read(
         self,
-        rows: Int64,
+        rows: Int64 | Iterable[int],
         out: Tokens,
         scales: Float16 | None = None,
         *,
@@ -71,7 +82,7 @@ class ReadableStore:
         """Copy records into `out` and verify each against its checksum.
 
         Args:
-            rows: int64 [N] from `rows`, in any order, repeats allowed.
+            rows: int64 [N] from `rows`, or any iterable of them, in any order, repeats allowed.
             out: the store's dtype [N, m, H], C-contiguous, host or pinned, the caller's; record i
                 goes to `out[i]`. A bad record leaves zeros there.
             scales: float16 [N, m], C-contiguous, the caller's: int8 stores only.
@@ -83,10 +94,13 @@ class ReadableStore:
 
         Raises:
             StoreError: (`"raise"`) damaged records, each with id, segment, row and reason.
-            RequestError: buffers that do not fit, or rows that this store did not give out.
+            RequestError: buffers that do not fit, rows that this store did not give out, or
+                arguments of another kind.
         """
-        rows, reader = np.asarray(rows), self._open_reader()
+        rows, reader = rows_of(rows), self._open_reader()
         check_buffers(self.layout, rows, out, scales)
+        if bad not in ("raise", "mark"):
+            raise RequestError(f'bad is {bad!r}, expected "raise" or "mark"')
         if len(rows) == 0:
             return []
         plan = self._index.plan(rows)
@@ -107,10 +121,11 @@ class ReadableStore:
             'images again. read(..., bad="mark") serves the others meanwhile',
         )
 
-    def prefetch(self, rows: Int64) -> None:
+    def prefetch(self, rows: Int64 | Iterable[int]) -> None:
         """Ask the system to fetch records that will be read soon; returns at once."""
-        if len(rows) and not self._closed:
-            self._open_reader().prefetch(rows)
+        rows, reader = rows_of(rows), self._open_reader()
+        if len(rows):
+            reader.prefetch(rows)
 
     def iterate(
         self, batch_size: int = 256, *, bad: Literal["raise", "mark"] = "raise"
@@ -118,9 +133,18 @@ class ReadableStore:
         """Yield all records in the order they lie in the store; the arrays are the caller's.
 
         Raises:
-            StoreError: (`"raise"`) a damaged record.
+            RequestError: arguments of another kind (all of them), at once.
+            StoreError: (`"raise"`) a damaged record; the store is closed.
         """
-        rows = self._index.live_rows()
+        given = Arguments("iterate")
+        batch_size = given.whole("batch_size", batch_size, "1 or more")
+        given.choice("bad", bad, ("raise", "mark"))
+        given.check()
+        return self._batches(self._index.live_rows(), batch_size, bad)
+
+    def _batches(
+        self, rows: Int64, batch_size: int, bad: Literal["raise", "mark"]
+    ) -> Iterator[TokenBatch]:
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
             self.prefetch(rows[start + batch_size : start + 2 * batch_size])
@@ -130,12 +154,13 @@ class ReadableStore:
             found = self.read(part, out, scales, bad=bad)
             yield TokenBatch(tuple(self._index.ids_of(part)), out, scales, tuple(found))
 
-    def checksums(self, rows: Int64) -> UInt64:
+    def checksums(self, rows: Int64 | Iterable[int]) -> UInt64:
         """Return the catalog's checksums of `rows`: uint64 [N], the caller's; reads no record.
 
         Raises:
             RequestError: rows that this store did not give out.
         """
+        rows = rows_of(rows)
         plan = self._index.plan(rows)
         sums = np.empty(len(rows), np.uint64)
         sums[plan.positions] = plan.checksums
@@ -161,7 +186,23 @@ class ReadableStore:
         """(m, H) of one record."""
         return (self.layout.num_tokens, self.layout.hidden)
 
+    @property
+    def _index(self) -> RecordIndex:
+        """What the store holds, as long as it is open."""
+        self._check_open()
+        return self._records
+
     def _open_reader(self) -> Reader:
-        if self._closed or self._reader is None:
-            raise StoreError(f"the store {self.path} is closed")
-        return self._reader
+        reader = self._reader
+        if reader is None or self._closed:
+            raise self._closed_error()
+        return reader
+
+    def _check_open(self) -> None:
+        """Refuse what a closed store cannot do."""
+        if self._closed:
+            raise self._closed_error()
+
+    def _closed_error(self) -> StoreError:
+        hint = "open it again with TokenStore.open"
+        return StoreError(f"the store {self.path} is closed", hint=hint)

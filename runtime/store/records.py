@@ -98,3 +98,9 @@ class Records:
 def digests_of(ids: Iterable[str]) -> bytes:
     """Return the digests of `ids`, 16 bytes each."""
     return b"".join(map(id_digest, ids))
+
+
+def repeated(ids: Iterable[str]) -> list[str]:
+    """Return the ids that came before, in order, each as often as it comes again."""
+    seen: set[str] = set()
+    return [image_id for image_id in ids if image_id in seen or seen.add(image_id)]  # type: ignore[func-returns-value]

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
+from ...arguments import Arguments, StrPath
 from ...errors import StoreError, named
 from . import disk
-from .arrays import record_bytes_of
+from .arrays import NewRecords
 from .layout import StoreLayout, id_fault
-from .records import Records, digests_of
-from .segment_file import SegmentFile
+from .records import Records, digests_of, repeated
+from .segment_file import RecordBytes, SegmentFile
 
 SUFFIX = ".tokens"
 
@@ -29,7 +29,7 @@ class SegmentWriter:
     killed, leaves nothing that could be committed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], layout: StoreLayout):
+    def __init__(self, path: StrPath, layout: StoreLayout):
         """Begin a segment that will appear at `path` when it is closed.
 
         Args:
@@ -37,9 +37,14 @@ class SegmentWriter:
             layout: of the store (`StoreLayout.read`).
 
         Raises:
+            RequestError: arguments of another kind (all of them).
             StoreError: the file cannot be made.
         """
-        self.path = Path(path)
+        given = Arguments("SegmentWriter")
+        self.path = given.path("path", path)
+        if not isinstance(layout, StoreLayout):
+            given.refuse("layout", layout, "a StoreLayout: StoreLayout.read(store)")
+        given.check()
         self._layout = layout
         self._parts: list[Records] = []
         self._num_rows = 0
@@ -55,29 +60,26 @@ class SegmentWriter:
 
     def append(
         self,
-        ids: Sequence[str],
+        ids: Iterable[str],
         tokens: npt.NDArray[np.generic],
         scales: npt.NDArray[np.float16] | None = None,
+        *,
+        allow_nonfinite: bool = False,
     ) -> None:
         """Add records, as `TokenStore.append` does; on disk only when the segment is closed.
 
         Raises:
-            StoreError: the segment is closed or full; ids twice or no ids; wrong arrays; no room.
+            RequestError: arguments of another kind (all of them).
+            StoreError: the segment is closed or full; ids twice or no ids; wrong arrays; tokens
+                that are not finite; no room.
         """
-        if self._file is None:
+        file = self._file
+        if file is None:
             raise StoreError(f"the segment {self.path} is closed")
-        records = record_bytes_of(self._layout, len(ids), tokens, scales)
-        self._check(ids)
-        if not len(ids):
-            return
-        digests = digests_of(ids)
-        try:
-            self._file.put(self._num_rows, records)
-        except OSError as error:
-            raise StoreError(f"cannot write to {self.path}: {error.strerror}") from error
-        self._parts.append(Records.pack(ids, digests, records.checksums(digests)))
-        self._num_rows += len(ids)
-        self._ids.update(ids)
+        new = NewRecords.take(ids, tokens, scales, allow_nonfinite)
+        self._check(new)
+        if new.ids:
+            self._put(file, new.ids, new.packed(self._layout))
 
     def close(self) -> Path | None:
         """Seal the segment, make it durable, and give it its name.
@@ -123,11 +125,24 @@ class SegmentWriter:
         else:
             self.discard()
 
-    def _check(self, ids: Sequence[str]) -> None:
-        faults = [f"{image_id!r:.80} {why}" for image_id in ids if (why := id_fault(image_id))][:20]
-        twice = sorted({i for i in ids if i in self._ids})
-        if twice or len(set(ids)) < len(ids):
-            faults.append(f"ids come twice: {named(twice or sorted(ids))}")
+    def _put(self, file: SegmentFile, ids: Sequence[str], records: RecordBytes) -> None:
+        """Write records behind the others."""
+        digests = digests_of(ids)
+        try:
+            file.put(self._num_rows, records)
+        except OSError as error:
+            raise StoreError(f"cannot write to {self.path}: {error.strerror}") from error
+        self._parts.append(Records.pack(ids, digests, records.checksums(digests)))
+        self._num_rows += len(ids)
+        self._ids.update(ids)
+
+    def _check(self, new: NewRecords) -> None:
+        ids, faults = new.ids, new.faults(self._layout)
+        wrong = [f"{image_id!r:.80} {why}" for image_id in ids if (why := id_fault(image_id))]
+        if wrong:
+            faults.append(f"{len(wrong)} are no ids: {'; '.join(wrong[:20])}")
+        elif twice := repeated([*self._ids.intersection(ids), *ids]):
+            faults.append(f"{len(twice)} ids come twice: {named(twice)}")
         room = self._layout.max_rows - self._num_rows
         if len(ids) > room:
             faults.append(f"{len(ids)} records, but a segment of this store has room for {room}")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
+from ...arguments import Arguments, StrPath, is_whole, path_of, plain
 from ...errors import StoreError
-from .arrays import record_bytes_of
+from .arrays import NewRecords
 from .catalog import Catalog, CatalogState
 from .changes import StoreWriter
 from .compaction import CompactReport, Progress, compact
@@ -54,7 +54,7 @@ class TokenStore(ReadableStore):
     @classmethod
     def create(
         cls,
-        path: str | os.PathLike[str],
+        path: StrPath,
         *,
         num_tokens: int,
         hidden: int,
@@ -73,9 +73,12 @@ class TokenStore(ReadableStore):
             segment_bytes: a segment's records take no more (1 GiB).
 
         Raises:
-            StoreError: `path` exists or cannot be written, or sizes that no store can have.
+            RequestError: `path` is no path.
+            StoreError: `path` exists or cannot be written, or sizes that no store can have (all).
         """
-        folder = Path(path)
+        folder = path_of("path", path)
+        sizes = (num_tokens, hidden, segment_bytes)
+        num_tokens, hidden, segment_bytes = (int(n) if is_whole(n) else n for n in sizes)
         created_by = f"edje-runtime {package_version()}"
         layout = StoreLayout(
             num_tokens, hidden, dtype, fingerprint_encoder, segment_bytes, created_by
@@ -86,7 +89,7 @@ class TokenStore(ReadableStore):
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike[str],
+        path: StrPath,
         *,
         mode: Literal["r", "a"] = "r",
         access: Access = "cached",
@@ -100,70 +103,93 @@ class TokenStore(ReadableStore):
                 reads from memory (only with `"r"`).
 
         Raises:
-            StoreError: no store there, damaged, of another version, or (`"a"`) another writer.
+            RequestError: `path` is no path.
+            StoreError: no store there, damaged, of another version, or (`"a"`) another writer; or
+                modes that there are not.
         """
+        folder = path_of("path", path)
+        faults = []
         if mode not in ("r", "a"):
-            raise StoreError(f'mode is {mode!r}, expected "r" or "a"')
+            faults.append(f'mode is {mode!r}, expected "r" or "a"')
         if access not in ("cached", "direct", "resident"):
-            raise StoreError(f'access is {access!r}, expected "cached", "direct" or "resident"')
+            faults.append(f'access is {access!r}, expected "cached", "direct" or "resident"')
         if mode == "a" and access == "resident":
-            raise StoreError('access "resident" is for reading, expected mode "r"')
-        folder = Path(path)
+            faults.append('access "resident" is for reading, expected mode "r"')
+        if faults:
+            raise StoreError("; ".join(faults))
         return cls(folder, StoreLayout.read(folder), writable=mode == "a", access=access)
 
-    def append(self, ids: Sequence[str], tokens: Tokens, scales: Float16 | None = None) -> None:
+    def append(
+        self,
+        ids: Iterable[str],
+        tokens: Tokens,
+        scales: Float16 | None = None,
+        *,
+        allow_nonfinite: bool = False,
+    ) -> None:
         """Add records; durable when it returns, all of them or none.
 
         Args:
-            ids: N ids, each new to the store.
+            ids: N ids, each new to the store; any iterable but a set, which has no order.
             tokens: float16 [N, m, H] (an int8 store quantises them), or int8 [N, m, H]; host, the
                 caller's, copied before this returns.
             scales: float16 [N, m] with int8 tokens.
+            allow_nonfinite: let NaN and infinity in, which give an image no score.
 
         Raises:
-            StoreError: opened for reading; ids twice, present or no ids; wrong dtype or shape
-                (all named); the disk is full. Then nothing was added.
+            RequestError: arguments of another kind (all of them).
+            StoreError: opened for reading; ids twice, present or no ids; wrong dtype or shape;
+                tokens that are not finite (all named); the disk is full. Then nothing was added.
         """
+        new = NewRecords.take(ids, tokens, scales, allow_nonfinite)
         with self._mutex:
-            records = record_bytes_of(self.layout, len(ids), tokens, scales)
-            writer = self._writing()
-            if len(ids):
-                writer.append(self._index, ids, records)
+            self._writing().append(self._index, new)
 
-    def replace(self, ids: Sequence[str], tokens: Tokens, scales: Float16 | None = None) -> None:
+    def replace(
+        self,
+        ids: Iterable[str],
+        tokens: Tokens,
+        scales: Float16 | None = None,
+        *,
+        allow_nonfinite: bool = False,
+    ) -> None:
         """Put new records in the place of present ones, all or none; arguments as in `append`.
 
         Raises:
-            StoreError: as `append`; or ids that the store does not hold.
+            As `append`; StoreError: ids that the store does not hold.
         """
+        new = NewRecords.take(ids, tokens, scales, allow_nonfinite)
         with self._mutex:
-            records = record_bytes_of(self.layout, len(ids), tokens, scales)
-            writer = self._writing()
-            if len(ids):
-                writer.replace(self._index, ids, records)
+            self._writing().replace(self._index, new)
 
-    def delete(self, ids: Sequence[str]) -> None:
+    def delete(self, ids: Iterable[str]) -> None:
         """Take records away, all or none; durable when it returns. `compact` frees their space.
 
         Raises:
+            RequestError: no list of ids.
             StoreError: opened for reading; ids twice or not present (named); the disk is full.
         """
+        given = Arguments("delete")
+        names = plain(given.items("ids", ids, "a list of ids"))
+        given.check()
         with self._mutex:
-            writer = self._writing()
-            if len(ids):
-                writer.delete(self._index, ids)
+            self._writing().delete(self._index, names)
 
-    def commit_segments(self, paths: Sequence[str | os.PathLike[str]]) -> CommitReport:
+    def commit_segments(self, paths: Iterable[StrPath]) -> CommitReport:
         """Add segments that `SegmentWriter` wrote, and remove their files.
 
         Ids that the store holds already are left out, so a task that ran twice does no harm.
 
         Raises:
+            RequestError: no list of paths.
             StoreError: opened for reading; a file that is no whole segment of this store's layout
                 (it was not added, those before it were).
         """
+        given = Arguments("commit_segments")
+        files = [given.path("a path", path) for path in given.items("paths", paths, "a list")]
+        given.check()
         with self._mutex:
-            return commit_segments(self._writing(), self._index, [Path(path) for path in paths])
+            return commit_segments(self._writing(), self._index, files)
 
     def compact(
         self, max_dead_share: float = 0.0, *, progress: Progress | None = None
@@ -198,10 +224,12 @@ class TokenStore(ReadableStore):
         """
         from .repair.check import verify_store
 
+        self._check_open()
         return verify_store(self.path, progress=progress)
 
     def stat(self) -> StoreStat:
         """Return what the store holds and what it takes on disk."""
+        self._check_open()
         state = self._state
         if self._writer is not None and self._writer.is_open:
             with self._mutex, self._writer.catalog.snapshot() as state:
@@ -241,7 +269,7 @@ class TokenStore(ReadableStore):
                     for segment, num_rows in counts.items()
                     for batch in catalog.batches(segment, num_rows)
                 )
-                self._index = RecordIndex(counts, batches, state.deleted)
+                self._records = RecordIndex(counts, batches, state.deleted)
             self._faults = list(catalog.faults)
         finally:
             if self._writer is None:

@@ -29,7 +29,8 @@ def make_store(path, records, **changed) -> TokenStore:
     sizes = {"num_tokens": NUM_TOKENS, "hidden": HIDDEN, "fingerprint_encoder": FINGERPRINT}
     with TokenStore.create(path, **{**sizes, **changed}) as store:
         ids = [f"img-{i}" for i in range(len(records))]
-        store.append(ids, np.stack([record(value) for value in records]))
+        tokens = np.stack([record(value) for value in records])
+        store.append(ids, tokens, allow_nonfinite=True)
     return TokenStore.open(path)
 
 

@@ -16,8 +16,10 @@ from typing import Any
 
 import xxhash
 
+from ....arguments import Arguments, StrPath, path_of
 from ....errors import RequestError, StoreError
 from ....folders import publish_folder
+from ..arrays import nonfinite_records
 from ..batch_buffers import BatchBuffers
 from ..layout import DEFAULT_SEGMENT_BYTES, Int64, StoreLayout
 from ..store import TokenStore
@@ -56,7 +58,7 @@ class ImportReport:
 
 def export_store(
     store: TokenStore,
-    out: Path,
+    out: StrPath,
     *,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
@@ -75,8 +77,10 @@ def export_store(
         StoreError: a damaged record, or the disk is full; then nothing is published.
         EdjeError: `out` exists and `overwrite` is false.
     """
-    if shard_bytes < 1:
-        raise RequestError(f"shard_bytes is {shard_bytes}, expected 1 or more")
+    given = Arguments("export_store")
+    out = given.path("out", out)
+    shard_bytes = given.whole("shard_bytes", shard_bytes, "1 or more")
+    given.check()
     started = time.perf_counter()
     ids = store.ids()
     rows = store.rows(ids)
@@ -95,11 +99,12 @@ def export_store(
 
 
 def import_store(
-    source: Path,
-    store: Path,
+    source: StrPath,
+    store: StrPath,
     *,
     dtype: str | None = None,
     fingerprint_encoder: str | None = None,
+    allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> ImportReport:
     """Append the records of shards to a store; records whose ids it has already are left out.
@@ -113,22 +118,28 @@ def import_store(
         store: a token store, made if there is none.
         dtype: of a new store: the shards' (None), or `int8` to quantise float16 tokens.
         fingerprint_encoder: names the encoder of shards that do not name it themselves.
+        allow_nonfinite: also add records that hold NaN or infinity; else these are left out and
+            named when everything else was added.
         progress: called with (records done, records in all).
 
     Raises:
         RequestError: no shards, or shards that cannot go into one store (all faults named).
-        StoreError: a damaged shard (the others were added), another encoder's store, disk full.
+        StoreError: a damaged shard or record (the others were added), another encoder's store,
+            disk full.
     """
+    source, store = path_of("source", source), path_of("store", store)
     started = time.perf_counter()
     headers, hashes = _read_source(source)
     layout = _common_layout(source, headers, fingerprint_encoder)
     total = sum(header.num_records for header in headers)
-    done, added, damaged = 0, 0, []
+    done, added = 0, 0
+    damaged: list[str] = []
     with _open_target(store, layout, dtype) as target:
         for header in headers:
             shown = _from(progress, done, total)
             try:
-                added += _add_shard(target, header, hashes.get(header.path.name), shown)
+                left_out = None if allow_nonfinite else damaged
+                added += _add_shard(target, header, hashes.get(header.path.name), left_out, shown)
             except ShardError as fault:
                 damaged += [f"{header.path.name}: {reason}" for reason in fault.faults]
             done += header.num_records
@@ -136,7 +147,8 @@ def import_store(
         raise StoreError(
             f"not all of {source} could be added to {store}: {added} records were",
             faults=damaged[:MAX_FAULTS],
-            hint="put whole copies of these shards there and run the same import again",
+            hint="put whole copies of damaged shards there, let NaN and infinity in with "
+            "--allow-nonfinite, and run the same import again",
         )
     seconds = time.perf_counter() - started
     return ImportReport(str(store), added, total - added, len(headers), seconds)
@@ -163,9 +175,16 @@ def _write_shard(
 
 
 def _add_shard(
-    store: TokenStore, header: ShardHeader, hashes: Mapping[str, str] | None, progress: Progress
+    store: TokenStore,
+    header: ShardHeader,
+    hashes: Mapping[str, str] | None,
+    left_out: list[str] | None,
+    progress: Progress,
 ) -> int:
-    """Add what the store lacks of one shard; return how many records."""
+    """Add what the store lacks of one shard; return how many records.
+
+    Those that are not finite are named in `left_out`, or added where that is None.
+    """
     added = 0
     buffers = BatchBuffers(_layout_of(header, store.fingerprint_encoder), header.num_records)
     with ShardReader(header) as shard:
@@ -178,8 +197,14 @@ def _add_shard(
             if missing:
                 tokens, scales = buffers.views(len(batch))
                 shard.read(start, tokens, scales)
+                if left_out is not None:
+                    odd = set(nonfinite_records(tokens if scales is None else scales).tolist())
+                    names = [batch[place] for place in missing if place in odd]
+                    left_out += [f"{header.path.name}: {name!r} is not finite" for name in names]
+                    missing = [place for place in missing if place not in odd]
                 kept = None if scales is None else scales[missing]
-                store.append([batch[place] for place in missing], tokens[missing], kept)
+                new = [batch[place] for place in missing]
+                store.append(new, tokens[missing], kept, allow_nonfinite=left_out is None)
             added += len(missing)
             progress(start + len(batch), len(ids))
     return added
