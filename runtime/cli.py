@@ -6,22 +6,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
-from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated
 
 import typer
 
 from .. import __version__
-from ..errors import EdjeError, RequestError
+from ..errors import EdjeError
 from .cli_build import build
 from .cli_index import IndexCommand, index
+from .cli_rerank import rerank
 from .cli_store import store_app
-from .cli_streams import EXIT_NO_READER, Verbs, as_text, be_quiet, finish_output, start_output
-
-if TYPE_CHECKING:
-    from .ranking import Missing
-    from .residency.plan import Place
+from .cli_streams import EXIT_NO_READER, Verbs, be_quiet, finish_output, start_output
 
 EXIT_BROKEN_LIMITS = 1
 EXIT_BAD_INPUT = 2
@@ -144,79 +140,7 @@ def export(
 
 app.command()(build)
 app.command(cls=IndexCommand)(index)
-
-
-@app.command()
-def rerank(
-    engine: Annotated[Path, typer.Argument(help="Engine folder, written by `edje build`.")],
-    store: Annotated[Path, typer.Option(help="Token store, written by `edje index`.")],
-    query: Annotated[str, typer.Option(help="Plain text.")],
-    candidates: Annotated[
-        str | None, typer.Option(help="File with an id a line, or - for stdin; default: all ids.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Hits to show; default: all.")] = None,
-    rescore: Annotated[
-        Path | None, typer.Option(help="Precise engine: the top K becomes its own.")
-    ] = None,
-    rescore_margin: Annotated[
-        float | None,
-        typer.Option(help="How far ENGINE may score below RESCORE; default: as measured."),
-    ] = None,
-    num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="host, cuda_core (:1 for the next GPU) or pycuda."),
-    ] = None,
-    residency: Annotated[
-        str | None, typer.Option(help="Read tokens from disk (default), host, device or auto.")
-    ] = None,
-    resident_gb: Annotated[
-        float | None, typer.Option(help="GPU memory for tokens, in 1e9 bytes; default: most.")
-    ] = None,
-    missing: Annotated[
-        str, typer.Option(help="Candidates that STORE lacks: error (default), or skip.")
-    ] = "error",
-    timeout: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Rank images of a store for a query, best first.
-
-    \b
-    Example:
-      edje rerank engine --store photos.store --query "a dog in the snow" --top-k 10
-    """
-    from .cli_output import note, print_json, print_ranking
-    from .id_list import read_ids
-    from .reranker import Reranker
-    from .residency.plan import ResidencyOptions
-
-    query = as_text(query, "--query")
-    ids = None if candidates is None else read_ids(candidates, what="candidates")
-    with Reranker.open(
-        engine,
-        store=store,
-        rescore=rescore,
-        rescore_margin=rescore_margin,
-        num_threads=num_threads,
-        device=device,
-        residency=ResidencyOptions(
-            cast("Place | None", residency),  # checked where it is opened
-            max_bytes=_bytes_of(resident_gb),
-        ),
-    ) as reranker:
-        result = reranker.rank(
-            query,
-            ids,
-            top_k,
-            missing=cast("Missing", missing),  # checked where it is used
-            timeout_s=timeout,
-        )
-    if as_json:
-        print_json({"query": query, **result.to_json(), "residency": asdict(reranker.residency)})
-    else:
-        if residency is not None:
-            note(f"tokens are read from {reranker.residency.place}: {reranker.residency.reason}")
-        print_ranking(result)
+app.command()(rerank)
 
 
 @app.command()
@@ -304,14 +228,6 @@ def demo(
     from ..demo.guide import NUM_QUERIES, run_demo
 
     run_demo(out, num_queries=NUM_QUERIES if num_queries is None else num_queries)
-
-
-def _bytes_of(gigabytes: float | None) -> int | None:
-    if gigabytes is None:
-        return None
-    if not isfinite(gigabytes):
-        raise RequestError(f"--resident-gb is {gigabytes}, expected a number of 1e9 bytes")
-    return int(gigabytes * 1e9)
 
 
 def _require(extra: str, *modules: str) -> None:

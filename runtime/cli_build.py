@@ -107,14 +107,8 @@ def build(
     """
     from .cli_output import progress_steps
 
-    options = _options(
-        workspace_mb,
-        optimization_level,
-        compute_capability,
-        hardware_compatible,
-        version_compatible,
-        report,
-    )
+    flags = (hardware_compatible, version_compatible, report)
+    options = _options(workspace_mb, optimization_level, compute_capability, *flags)
     pairs = (calibration_store, calibration_queries, calibration_random)
     _check(backend, precision, *pairs, options)
     with (

@@ -95,18 +95,25 @@ def print_facts(title: str, facts: Mapping[str, Any]) -> None:
     _print_table(title, ("", ""), [(name, _shown(value)) for name, value in facts.items()])
 
 
-def print_ranking(result: RankResult) -> None:
-    """Write the hits to stdout; what could not be ranked goes to stderr."""
+def print_ranking(result: RankResult, *, open_s: float, warm_up_s: float) -> None:
+    """Write the hits to stdout; what could not be ranked goes to stderr.
+
+    Args:
+        open_s, warm_up_s: seconds that were spent before the ranking.
+    """
     rows = [(str(n), f"{hit.score:.4f}", hit.id) for n, hit in enumerate(result, 1)]
-    times, engine, rescoring = result.timings_ms, result.engine, result.rescoring
+    engine, rescoring, total_ms = result.engine, result.rescoring, result.timings_ms.total
     ran = f"{engine.backend} {engine.precision}"
     if engine.tokens != "float16":
         ran += f" from {engine.tokens} tokens"
     if rescoring is not None:
         precise = rescoring.engine
         ran += f", {rescoring.num_rescored} rescored on {precise.backend} {precise.precision}"
+    asked = f" of {result.num_asked:,}" if result.num_asked != result.num_scored else ""
     _print_table(
-        f"{len(rows)} images in {times.total:.1f} ms on {ran}",
+        f"{result.num_scored:,}{asked} images scored in {total_ms:,.1f} ms "
+        f"({result.num_scored / total_ms * 1e3:,.0f} pairs/s) on {ran}\n"
+        f"before: opened in {open_s:.2f} s, warmed up in {warm_up_s:.2f} s",
         ("rank", "score", "id"),
         rows,
     )
