@@ -1,4 +1,5 @@
-# Every target sets itself up: `.venv` is made once and renewed when the pins change.
+# Every target sets itself up: `.venv` is made once and renewed when the pins change. `make demo`
+# installs what the demo needs, the others everything: the rest comes into the same `.venv`.
 #   PYTHON=python3.12       the Python that makes .venv (3.10 or newer)
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #                           where pip finds torch's small CPU build; PyPI's Linux build of the
@@ -11,10 +12,13 @@ TORCH_INDEX ?=
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 GPU_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLED_FOR_DEMO := $(VENV)/.installed-demo
+DEMO_EXTRAS := cpu,build,export,index
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
@@ -25,7 +29,7 @@ help: ## list the targets
 
 setup: $(INSTALLED) ## make .venv and install everything into it (the others do it too)
 
-demo: $(INSTALLED) ## scenes -> export -> build -> index -> rerank: the table and demo-out/index.html
+demo: $(or $(wildcard $(INSTALLED)),$(INSTALLED_FOR_DEMO)) ## scenes -> export -> build -> index -> rerank: the table and demo-out/index.html
 	$(BIN)/edje demo
 
 test: $(INSTALLED) ## run the whole test suite (no GPU, no network)
@@ -47,11 +51,11 @@ types: $(INSTALLED)
 sizes: $(INSTALLED)
 	$(BIN)/python .ci/size_report.py
 
-bench: $(INSTALLED) ## measure the store, and end to end against the bare engines (minutes)
-	$(BIN)/python -m edje.perf.bench_store
-	$(BIN)/python -m edje.perf.bench_pipeline
-	$(BIN)/python -m edje.perf.bench_end_to_end
-	$(BIN)/python -m edje.perf.bench_precisions
+bench: $(INSTALLED) ## measure store, pipeline and engines into .cache/perf (minutes; BENCH_ARGS=--help)
+	$(BIN)/python -m edje.perf.bench_store $(BENCH_ARGS)
+	$(BIN)/python -m edje.perf.bench_pipeline $(BENCH_ARGS)
+	$(BIN)/python -m edje.perf.bench_end_to_end $(BENCH_ARGS)
+	$(BIN)/python -m edje.perf.bench_precisions $(BENCH_ARGS)
 
 # Without .venv nothing is installed: the package is found through the link that `types` uses.
 gpu: $(if $(VENV),$(INSTALLED)) ## measure all that needs an NVIDIA GPU (9 minutes; GPU_ARGS=--help)
@@ -72,10 +76,20 @@ clean: ## remove .venv and everything that runs have written
 # pip comes last into a new .venv: where it is missing, an earlier try was cut short.
 # --no-compile: Python compiles the few modules that are used on their first import, in seconds;
 # pip would compile all of torch and transformers, which takes longer than the rest of the install.
-$(INSTALLED): pyproject.toml constraints.txt
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo "edje needs Python 3.10 or newer; name one with PYTHON=python3.12" >&2; exit 2; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -e '.[dev]' -c constraints.txt \
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -e '.[$(1)]' -c constraints.txt \
 		$(PIP_INDEX) $(PIP_ARGS)
+endef
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(call install,dev)
 	@touch $@
+
+$(INSTALLED_FOR_DEMO): pyproject.toml constraints.txt
+	$(call install,$(DEMO_EXTRAS))
+	@touch $@
+
+.NOTPARALLEL: # two installations at a time would spoil one .venv

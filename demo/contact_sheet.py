@@ -9,11 +9,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .evaluation import DemoResult, QueryResult, spread
 
-THUMB, GAP, MARGIN, ROW_TEXT, HEAD = 124, 10, 48, 44, 150
-PAPER, INK, FAINT, RIGHT = (250, 249, 246), (28, 30, 36), (124, 128, 138), (21, 148, 84)
+THUMB, GAP, MARGIN, ROW_TEXT, HEAD = 124, 10, 48, 44, 252
+PAPER, INK, FAINT, RIGHT = (250, 249, 246), (28, 30, 36), (101, 106, 117), (21, 148, 84)
 TOP = 5
 BLOCK = TOP * THUMB + (TOP - 1) * GAP
-WIDTH = 2 * MARGIN + 2 * BLOCK + 56
+MIDDLE = MARGIN + BLOCK + 56  # where the right half begins
+WIDTH = MIDDLE + BLOCK + MARGIN
 ROW = ROW_TEXT + THUMB + 30
 
 
@@ -31,19 +32,32 @@ def draw_contact_sheet(result: DemoResult, images: Path, target: Path, count: in
     for number, query in enumerate(shown):
         top = HEAD + number * ROW
         draw.text((MARGIN, top), query.caption, INK, font(20))
-        middle = MARGIN + BLOCK + 56
         _draw_strip(sheet, draw, query, query.before, images, (MARGIN, top + ROW_TEXT))
-        _draw_strip(sheet, draw, query, query.after, images, (middle, top + ROW_TEXT))
+        _draw_strip(sheet, draw, query, query.after, images, (MIDDLE, top + ROW_TEXT))
     sheet.save(target, optimize=True)
 
 
 def _draw_head(draw: ImageDraw.ImageDraw, result: DemoResult) -> None:
+    """Draw the title and the legend: what figures, rows, halves and frames mean."""
     recalls = result.recalls()
     before, after = recalls["first stage"]["R@1"], recalls["reranked"]["R@1"]
-    title = f"The right image first: {before:.1f} % -> {after:.1f} %"
+    title = f"The right image first: from {before:.1f} % to {after:.1f} % of the queries"
     draw.text((MARGIN, 34), title, INK, font(38))
-    for left, words in ((MARGIN, "First stage"), (MARGIN + BLOCK + 56, "Reranked by EDJE")):
-        draw.text((left, 96), f"{words}, top {TOP}", FAINT, font(20))
+    legend = (
+        f"A row is one of {len(result.queries):,} queries, its text above: taken at even "
+        "distances, not chosen.",
+        f"Left and right stand the first {TOP} of the same {result.num_candidates} candidates, "
+        "best first.",
+    )
+    for number, line in enumerate(legend):
+        draw.text((MARGIN, 96 + 30 * number), line, INK, font(20))
+    swatch = (MARGIN + 1, 164, MARGIN + 27, 190)
+    draw.rounded_rectangle(swatch, 6, outline=RIGHT, width=5)
+    draw.text(
+        (MARGIN + 40, 164), "the right image: the one that the text was written for", INK, font(20)
+    )
+    for left, words in ((MARGIN, "First stage"), (MIDDLE, "Reranked by EDJE")):
+        draw.text((left, 208), f"{words}, top {TOP}", FAINT, font(20))
 
 
 def _draw_strip(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import platform
+import shlex
 import shutil
+import sys
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
@@ -20,23 +22,24 @@ from ..bundle import JOINT_ENCODER, PARITY
 from ..engines.auto import build_fastest
 from ..engines.cpu import cpu_features
 from ..engines.manifest import EngineManifest
-from ..errors import EdjeError
+from ..errors import EdjeError, RequestError
 from ..export.export import export_bundle
 from ..folders import LOST_AND_FOUND, is_free
 from ..machine import cpu_model, usable_cores
-from ..runtime.cli_output import progress_bar, progress_steps
+from ..runtime.cli_output import Screen, print_facts, progress_bar, progress_steps, trial_lines
 from ..runtime.indexing.image_encoder import ImageEncoder
 from ..runtime.indexing.index import index_images
 from ..runtime.reranker import Reranker
 from ..runtime.store import TokenStore
 from . import calibration, scenes, weights
 from .contact_sheet import draw_contact_sheet
-from .evaluation import DemoResult, QueryResult
+from .evaluation import CUTOFFS, DemoResult, QueryResult
 from .first_stage import FirstStage
 from .page import write_page
 
 NUM_QUERIES = 1024
 NUM_CANDIDATES = 50
+QUERIES_STEP = 4
 MARKER = ".edje-demo"
 
 
@@ -46,11 +49,18 @@ def run_demo(out: Path, *, num_queries: int = NUM_QUERIES) -> DemoResult:
     Args:
         out: folder for images, bundle, engine, store, `index.html`, `contact-sheet.png` and
             `demo.json`; a former demo there is replaced, anything else is refused.
-        num_queries: test queries; the pool holds as many images.
+        num_queries: test queries, a multiple of 4 up to the full set of 1,024; the pool holds as
+            many images.
 
     Raises:
+        RequestError: another number of queries.
         EdjeError: `out` holds something else, or a step fails.
     """
+    if num_queries not in range(QUERIES_STEP, NUM_QUERIES + 1, QUERIES_STEP):
+        raise RequestError(
+            f"num_queries is {num_queries}, expected a multiple of {QUERIES_STEP} "
+            f"from {QUERIES_STEP} to {NUM_QUERIES}"
+        )
     out = _fresh_folder(out)
     result = DemoResult(num_candidates=min(NUM_CANDIDATES, num_queries), num_images=num_queries)
     pool = _render(result, out / "images", num_queries)
@@ -194,27 +204,35 @@ def _rerank(
 
 
 def print_table(result: DemoResult, out: Path) -> None:
-    """Print the demo's one table, and where the page and the sheet lie."""
-    console, recalls = Console(), result.recalls()
-    table = Table(
-        title=f"{len(result.queries):,} queries, {result.num_candidates} candidates each",
-        title_justify="left",
+    """Print the demo's one table, what was tried, and where to go on."""
+    screen, recalls = Screen(), result.recalls()
+    screen.print(
+        f"{len(result.queries):,} queries, {result.num_candidates} candidates each; "
+        "R@k: the right image is among the first k"
     )
-    table.add_column("")
-    columns = ["R@1", "R@5", "R@10", f"R@{result.num_candidates}"]
+    table = Table("")
+    columns = [f"R@{k}" for k in CUTOFFS if k < result.num_candidates]
+    columns.append(f"R@{result.num_candidates}")
     for name in columns:
         table.add_column(name, justify="right")
     for stage, values in recalls.items():
         style = "bold green" if stage == "reranked" else ""
         table.add_row(stage, *(f"{values[name]:.1f} %" for name in columns), style=style)
-    console.print(table)
-    console.print(
+    screen.print(table)
+    screen.print(
         f"{result.pairs_per_s:,.0f} pairs/s with {result.engine}; "
-        f"{result.bytes_per_image:,} bytes an image"
+        f"{result.bytes_per_image:,} bytes an image\n"
     )
-    for trial in result.trials:
-        found = trial["refused"] or f"{trial['pairs_per_s']:,.0f} pairs/s"
-        console.print(f"Tried {trial['backend']} {trial['precision']}: {found}", style="dim")
-    steps = ", ".join(f"{step.name} {step.seconds:.1f} s" for step in result.steps)
-    console.print(f"Steps: {steps}", style="dim")
-    console.print(f"Page:  {out / 'index.html'}\nSheet: {out / 'contact-sheet.png'}")
+    print_facts("engines: the fastest that ranks as float32 does", dict(trial_lines(result.trials)))
+    print_facts("seconds", {step.name: f"{step.seconds:.1f}" for step in result.steps})
+    query = shlex.quote(result.queries[0].caption)
+    print(f"Look:  {out / 'index.html'}, {out / 'contact-sheet.png'}")
+    print(f"Try:   {_command()} rerank {out / 'engine'} --store {out / 'scenes.store'} \\")
+    print(f"           --top-k 5 --query {query}")
+
+
+def _command() -> str:
+    """Return how this process could be started again from a shell."""
+    if shutil.which("edje"):
+        return "edje"
+    return f"{shlex.quote(os.path.relpath(sys.executable))} -m edje"

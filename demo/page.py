@@ -72,7 +72,8 @@ def _bars(recalls: Mapping[str, Mapping[str, float]], k: int) -> str:
 
 def _bar(value: float, kind: str) -> str:
     return (
-        f'<div class="bar{kind}"><i style="width:{0.84 * value:.2f}%"></i><b>{value:.1f}</b></div>'
+        f'<div class="bar{kind}"><span><i style="width:{value:.1f}%"></i></span>'
+        f"<b>{value:.1f}&nbsp;%</b></div>"
     )
 
 
@@ -111,6 +112,6 @@ def _verdict(target: str, order: Sequence[str]) -> str:
 
 def _row(name: str, seconds: str, detail: str) -> str:
     return (
-        f'<tr><td>{html.escape(name)}</td><td class="number">{seconds}</td>'
+        f'<tr class="step"><td>{html.escape(name)}</td><td class="number">{seconds}</td>'
         f'<td class="soft">{html.escape(detail)}</td></tr>'
     )

@@ -21,10 +21,10 @@ from ..errors import EngineError
 from ..files import sha256_of
 from ..folders import publish_folder, refuse_existing
 from .backends import probe_backends
-from .build import build_engine, check_files
+from .build import build_engine, check_files, check_token_dtype, checked_profile
 from .contract import Batch, Engine, Progress
 from .fidelity import Fidelity, FidelityLimits, engine_scorer
-from .manifest import MANIFEST, EngineManifest
+from .manifest import DEFAULT_MAX_PAIRS, DEFAULT_TEXT_BUCKETS, MANIFEST, EngineManifest
 from .open import open_engine
 from .precision.prepare import DEFAULT_LIMITS, GraphCache
 from .precision.quantize import QUANTIZED
@@ -43,6 +43,7 @@ class Trial:
         pairs_per_s: of the fastest of `NUM_ROUNDS` forwards; None where it was not timed.
         kendall_tau, top_1: agreement with float32; None where it was not measured.
         refused: why it was not taken, but for being slower; None where it could have been.
+        not_tried: why it was not even built; None where it was.
     """
 
     backend: str
@@ -51,52 +52,61 @@ class Trial:
     kendall_tau: float | None = None
     top_1: float | None = None
     refused: str | None = None
+    not_tried: str | None = None
 
 
 def build_fastest(
     bundle: StrPath,
     out: StrPath,
     *,
+    max_pairs: int = DEFAULT_MAX_PAIRS,
+    text_buckets: Sequence[int] = DEFAULT_TEXT_BUCKETS,
+    token_dtype: str = "float16",
     calibration: Samples | None = None,
     limits: FidelityLimits | None = None,
     image_encoder: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
-    **arguments: Any,
 ) -> EngineManifest:
     """Build `out` with the fastest faithful backend and precision that this machine has.
 
     Everything that runs here is built in a scratch folder, those that hold `limits` are timed
     interleaved on one batch, and the fastest becomes `out`; `build_options["auto"]` of its
-    manifest says what was tried and measured. int8 and fp8 are only tried with real pairs.
+    manifest says what was tried and measured, and why the rest was not. int8 and fp8 are only
+    tried with real pairs.
 
     Args:
+        max_pairs, text_buckets, token_dtype: as `build_engine`.
         calibration: as `build_engine`; None leaves int8 and fp8 out.
         limits: what every precision must hold; None: the defaults.
-        arguments: more of `build_engine`'s.
 
     Raises:
-        EngineError: nothing can be built here, or nothing holds the limits (all reasons).
+        EngineError: nothing can be built here, or nothing holds the limits (all reasons); a
+            profile that cannot be.
         CheckpointError, EdjeError: as `build_engine`.
     """
     bundle, out, tell = path_of("bundle", bundle), path_of("out", out), progress or (lambda _: None)
     source = BundleManifest.read(bundle)
+    checked_profile(max_pairs, text_buckets, source.text.max_wordpieces)
+    check_token_dtype(token_dtype)
     refuse_existing(out, overwrite, MANIFEST)
     check_files(bundle, [IMAGE_ENCODER] if image_encoder else [])
     with TemporaryDirectory() as scratch:
         common = {
-            **arguments,
+            "max_pairs": max_pairs,
+            "text_buckets": text_buckets,
+            "token_dtype": token_dtype,
             "calibration": calibration,
             "limits": limits,
             "progress": tell,
             "graphs": GraphCache(Path(scratch) / "graphs"),
         }
         folders = {
-            Path(scratch) / f"{backend}-{precision}": _candidate(backend, precision, calibration)
-            for backend, precision in _candidates()
+            Path(scratch) / f"{trial.backend}-{trial.precision}": trial
+            for trial in _candidates(calibration)
         }
         for folder, trial in folders.items():
-            if trial.refused is None:
+            if trial.not_tried is None:
                 folders[folder] = _try(bundle, folder, trial, limits, common)
         tell("timing what was built")
         samples = RandomSamples(source) if calibration is None else calibration
@@ -105,14 +115,20 @@ def build_fastest(
         return _publish(best, bundle, out, image_encoder, overwrite, list(folders.values()))
 
 
-def _candidates() -> list[tuple[str, str]]:
-    """Return every backend and precision that this machine runs."""
-    return [(status.name, name) for status in probe_backends() for name in status.usable]
-
-
-def _candidate(backend: str, precision: str, calibration: Samples | None) -> Trial:
-    needs_pairs = precision in QUANTIZED and (calibration is None or calibration.random)
-    return Trial(backend, precision, refused=NOTHING_TO_CALIBRATE if needs_pairs else None)
+def _candidates(calibration: Samples | None) -> list[Trial]:
+    """Return every backend and precision, with the reason where it cannot be tried."""
+    uncalibrated = calibration is None or calibration.random
+    return [
+        Trial(
+            status.name,
+            precision,
+            not_tried=why_not
+            or status.builds[precision]
+            or (NOTHING_TO_CALIBRATE if uncalibrated and precision in QUANTIZED else None),
+        )
+        for status in probe_backends()
+        for precision, why_not in status.runs.items()
+    ]
 
 
 def _try(
@@ -145,7 +161,7 @@ def _try(
 
 def _timed(folders: Mapping[Path, Trial], sample: RankingSample) -> dict[Path, Trial]:
     """Time the engines that were not refused, one forward each in turns."""
-    good = [folder for folder, trial in folders.items() if trial.refused is None]
+    good = [f for f, t in folders.items() if t.refused is None and t.not_tried is None]
     best = dict.fromkeys(good, math.inf)
     with ExitStack() as stack:
         engines = {folder: stack.enter_context(closing(open_engine(folder))) for folder in good}
@@ -181,10 +197,14 @@ def _fastest(folders: Mapping[Path, Trial]) -> Path:
     if not timed:
         raise EngineError(
             "no backend of this machine gives a faithful engine",
-            faults=[f"{t.backend} {t.precision}: {t.refused}" for t in folders.values()],
+            faults=[f"{t.backend} {t.precision}: {_why(t)}" for t in folders.values()],
             hint="`edje doctor` says what is missing; --min-kendall-tau lowers the limit",
         )
     return max(timed, key=lambda folder: timed[folder])
+
+
+def _why(trial: Trial) -> str | None:
+    return trial.refused or f"not tried: {trial.not_tried}"
 
 
 def _publish(

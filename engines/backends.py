@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import cast
 
 from ..errors import EngineError
 from .contract import Backend, BuildOptions
 from .manifest import PRECISIONS
+from .option_faults import raise_option_faults, refused_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +31,25 @@ class BackendStatus:
     Attributes:
         name: its command-line name.
         version: the installed library's version, None where it cannot be imported.
-        precisions: every precision the backend knows; the value is None where this machine runs
-            it, else why not.
+        runs: every precision the backend knows; the value is None where this machine runs it,
+            else why not.
+        builds: as `runs`: whether this machine builds it, for itself or for another.
     """
 
     name: str
     version: str | None
-    precisions: Mapping[str, str | None]
+    runs: Mapping[str, str | None]
+    builds: Mapping[str, str | None]
 
     @property
     def usable(self) -> tuple[str, ...]:
         """Precisions that this machine runs."""
-        return tuple(name for name, reason in self.precisions.items() if reason is None)
+        return tuple(name for name, reason in self.runs.items() if reason is None)
+
+    @property
+    def buildable(self) -> tuple[str, ...]:
+        """Precisions that this machine builds."""
+        return tuple(name for name, reason in self.builds.items() if reason is None)
 
 
 REGISTRY: Mapping[str, BackendEntry] = {
@@ -59,7 +68,7 @@ def load_backend(name: str) -> Backend:
     """
     entry = REGISTRY.get(name)
     if entry is None:
-        raise EngineError(f"unknown backend {name!r}", hint=_what_runs())
+        raise EngineError(f"unknown backend {name!r}", hint=_what_works())
     try:
         return cast(Backend, importlib.import_module(entry.module, __package__))
     except ImportError as error:
@@ -79,7 +88,7 @@ def require_backend(name: str, precision: str) -> Backend:
     backend = _with_precision(name, precision)
     reason = backend.why_not(precision)
     if reason is not None:
-        raise EngineError(f"{name} cannot run {precision} here: {reason}", hint=_what_runs())
+        raise EngineError(f"{name} cannot run {precision} here: {reason}", hint=_what_works())
     return backend
 
 
@@ -87,12 +96,19 @@ def require_builder(name: str, precision: str, options: BuildOptions) -> Backend
     """Import the backend `name` and make sure that this machine builds `precision` with it.
 
     Raises:
-        EngineError: an unknown backend or precision, or one that cannot be built here.
+        EngineError: an unknown backend or precision, one that cannot be built here, or options
+            that cannot be (all of them) or that the backend has not.
     """
+    raise_option_faults(options)
     backend = _with_precision(name, precision)
     reason = backend.why_not_build(precision, options)
     if reason is not None:
-        raise EngineError(f"{name} cannot build {precision} here: {reason}", hint=_what_runs())
+        wrong = refused_options(backend, precision, options)
+        hint = f"leave out or change {', '.join(wrong)}: see `edje build --help`"
+        raise EngineError(
+            f"{name} cannot build {precision} here: {reason}",
+            hint=hint if wrong else _what_works(),
+        )
     return backend
 
 
@@ -103,7 +119,7 @@ def _with_precision(name: str, precision: str) -> Backend:
     if precision not in known:
         raise EngineError(
             f"the backend {name} has no precision {precision!r}, expected {' or '.join(known)}",
-            hint=_what_runs(),
+            hint=_what_works(),
         )
     return backend
 
@@ -117,15 +133,33 @@ def _probe(name: str, entry: BackendEntry) -> BackendStatus:
     try:
         backend = load_backend(name)
     except EngineError as error:
-        reason = f"{error.message} ({error.hint})"
-        return BackendStatus(name, None, dict.fromkeys(entry.precisions, reason))
-    precisions = {precision: backend.why_not(precision) for precision in entry.precisions}
-    return BackendStatus(name, backend.version(), precisions)
+        reason = dict.fromkeys(entry.precisions, f"{error.__cause__}: {error.hint}")
+        return BackendStatus(name, None, reason, reason)
+    runs = {precision: backend.why_not(precision) for precision in entry.precisions}
+    builds = {precision: _why_not_build(backend, precision) for precision in entry.precisions}
+    return BackendStatus(name, backend.version(), runs, builds)
 
 
-def _what_runs() -> str:
-    """Say in one line what this machine can run."""
-    usable = [f"{s.name} ({', '.join(s.usable)})" for s in probe_backends() if s.usable]
-    if not usable:
+def _why_not_build(backend: Backend, precision: str) -> str | None:
+    """Return why this machine cannot build `precision`: the backend's reason, or no library."""
+    from .precision.quantize import QUANTIZED
+
+    reason = backend.why_not_build(precision, BuildOptions())
+    if reason is not None:
+        return reason
+    if precision not in QUANTIZED and backend.compute_type(precision) == "float32":
+        return None  # from the graph as it was exported
+    missing = [name for name in ("onnx", "ml_dtypes") if find_spec(name) is None]
+    return f"needs {', '.join(missing)}: pip install 'edje-runtime[build]'" if missing else None
+
+
+def _what_works() -> str:
+    """Say in one line what this machine can run, and what it can build for others."""
+    statuses = probe_backends()
+    runs = [f"{s.name} ({', '.join(s.usable)})" for s in statuses if s.usable]
+    if not runs:
         return "this machine can run none; pip install 'edje-runtime[cpu]'"
-    return f"this machine can run {'; '.join(usable)}; `edje doctor` says why not the rest"
+    others = {s.name: [p for p in s.buildable if p not in s.usable] for s in statuses}
+    builds = [f"{name} ({', '.join(found)})" for name, found in others.items() if found]
+    more = f", and build {'; '.join(builds)}" if builds else ""
+    return f"this machine can run {'; '.join(runs)}{more}; `edje doctor` says why not the rest"

@@ -76,7 +76,7 @@ def build_engine(
     source = BundleManifest.read(bundle)
     module = require_builder(backend, precision, options)
     profile = checked_profile(max_pairs, text_buckets, source.text.max_wordpieces)
-    _check_token_dtype(token_dtype)
+    check_token_dtype(token_dtype)
     copied = [TOKENIZER, *([IMAGE_ENCODER] if image_encoder else [])]
     check_files(bundle, [JOINT_ENCODER, *copied])
     typed = (precision, module.compute_type(precision), token_dtype)
@@ -190,7 +190,8 @@ def checked_profile(max_pairs: int, text_buckets: Iterable[int], max_wordpieces:
     return Profile(int(max_pairs), tuple(sorted({int(bucket) for bucket in buckets})))
 
 
-def _check_token_dtype(token_dtype: str) -> None:
+def check_token_dtype(token_dtype: str) -> None:
+    """Raise EngineError if no engine takes tokens of this dtype."""
     if token_dtype not in TOKEN_DTYPES:
         raise EngineError(f"token_dtype is {token_dtype!r}, expected {' or '.join(TOKEN_DTYPES)}")
 

@@ -151,7 +151,7 @@ def rebuild_command(values: Values, folder: Path) -> str:
         words += ["--text-buckets", ",".join(str(bucket) for bucket in buckets)]
     if values.get("token_dtype", "float16") != "float16":
         words += ["--tokens", str(values["token_dtype"])]
-    words += [word for name, value in options.items() for word in _option_words(name, value)]
+    words += [word for name, value in options.items() for word in option_words(name, value)]
     return shlex.join([*words, "--out", str(folder), "--overwrite"])
 
 
@@ -166,7 +166,7 @@ _VALUES = (
 )
 
 
-def _option_words(name: str, value: Any) -> list[str]:
+def option_words(name: str, value: Any) -> list[str]:
     """Return how `edje build` spells an entry of `build_options`, if it does."""
     option = "--" + name.replace("_", "-")
     if name in _FLAGS:

@@ -94,8 +94,9 @@ def capability_faults(precision: str, capabilities: Sequence[str]) -> list[str]:
     ]
     faults = []
     if unknown:
+        served = [one for one in known if capability_key(one) >= capability_key(least)]
         faults.append(
-            f"compute capability {', '.join(unknown)} is none of its own ({', '.join(known)}); "
+            f"compute capability {', '.join(unknown)} is none of its own ({', '.join(served)}); "
             f"{DATA_CENTRE}"
         )
     if early:

@@ -38,7 +38,7 @@ from ..runtime.reranker import Reranker
 from ..runtime.results import RankResult
 from ..runtime.samples import StoreSamples
 from ..runtime.store import TokenStore
-from .harness import conditions, write_result
+from .harness import add_out_option, conditions, write_result
 
 TOP_K = 10
 NUM_CANDIDATES = 1000
@@ -290,13 +290,14 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark, print it, write `perf/results/cascade.json`; 1 where the top 10 differ."""
+    """Run the benchmark, print it, write `cascade.json`; 1 where the top 10 differ."""
     parser = argparse.ArgumentParser(prog="python -m edje.perf.bench_cascade", description=__doc__)
     parser.add_argument("demo", type=Path, help="folder that `edje demo --out` has written")
     parser.add_argument("--queries", type=int, default=None, help="only so many test queries")
     parser.add_argument("--precise", type=Path, help="engine folder; default: float32, built")
     parser.add_argument("--fast", type=Path, help="engine folder; default: int8, built")
-    parser.add_argument("--name", default="cascade", help="file name under perf/results")
+    parser.add_argument("--name", default="cascade", help="of the JSON file")
+    add_out_option(parser)
     options = parser.parse_args(arguments)
     settings = Settings(options.demo, options.queries, options.precise, options.fast)
     try:
@@ -308,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     print(summary(result))
-    print(f"written to {write_result(options.name, result)}")
+    print(f"written to {write_result(options.name, result, options.out)}")
     return 0 if result["share_equal"] == 1 else 1
 
 

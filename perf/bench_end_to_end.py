@@ -37,7 +37,15 @@ from ..errors import EdjeError
 from ..machine import usable_cores
 from ..runtime.reranker import Reranker
 from ..runtime.store import TokenStore
-from .harness import conditions, interleave, speedup, table, timings_json, write_result
+from .harness import (
+    add_out_option,
+    conditions,
+    interleave,
+    speedup,
+    table,
+    timings_json,
+    write_result,
+)
 from .random_model import CACHE, full_size_bundle, query_of, source_hash
 
 Float32 = npt.NDArray[np.float32]
@@ -313,7 +321,7 @@ def _feed(batch: Batch) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark, print a table, write `perf/results/end_to_end.json`."""
+    """Run the benchmark, print a table, write `end_to_end.json`."""
     parser = argparse.ArgumentParser(
         prog="python -m edje.perf.bench_end_to_end", description=__doc__
     )
@@ -321,7 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--wordpieces", type=int, default=13)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--name", default="end_to_end", help="file name under perf/results")
+    parser.add_argument("--name", default="end_to_end", help="of the JSON file")
+    add_out_option(parser)
     options = parser.parse_args(arguments)
     settings = Settings(options.candidates, options.wordpieces, options.rounds, options.threads)
     try:
@@ -331,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     print(summary(result))
-    print(f"written to {write_result(options.name, result)}")
+    print(f"written to {write_result(options.name, result, options.out)}")
     return 0
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +34,7 @@ from ..engines.samples import Samples, sample_batches
 from ..errors import EdjeError
 from ..runtime.cli_output import progress_bar, progress_steps
 from ..runtime.samples import StoreSamples
-from .harness import conditions, write_result
+from .harness import add_out_option, conditions, write_result
 
 MAX_LOSS, MIN_TAU = 0.3, 0.97
 REFERENCE = "float32"
@@ -48,12 +48,13 @@ EMULATED = (
 FOR_REAL = ("bf16", "int8")  # on every CPU backend, where the CPU has the instructions
 
 
-def main() -> int:
-    """Measure, print and write `perf/results/fidelity.json`; 1 where a limit is broken."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print and write `fidelity.json`; 1 where a limit is broken."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("demo", type=Path, help="folder written by `edje demo`")
     parser.add_argument("--queries", type=int, help="use no more; default: all")
-    options = parser.parse_args()
+    add_out_option(parser)
+    options = parser.parse_args(arguments)
     bundle, calibration = options.demo / "bundle", options.demo / "calibration"
     with (
         TemporaryDirectory() as scratch,
@@ -74,7 +75,7 @@ def main() -> int:
     broken = [name for name, row in rows.items() if is_broken(row)]
     print(table(rows))
     result = {**conditions(**data), "rows": rows, "plans": plans, "broken": broken}
-    print(write_result("fidelity", result))
+    print(f"written to {write_result('fidelity', result, options.out)}")
     return 1 if broken else 0
 
 

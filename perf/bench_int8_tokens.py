@@ -32,7 +32,7 @@ from ..runtime.reranker import Reranker
 from ..runtime.samples import StoreSamples
 from ..runtime.store import TokenStore
 from ..runtime.token_source import Float16Tokens
-from .harness import Timing, conditions, interleave, timings_json, write_result
+from .harness import Timing, add_out_option, conditions, interleave, timings_json, write_result
 from .harness import table as timing_table
 
 Tell = Callable[[str], None]
@@ -61,7 +61,7 @@ class Query:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write `perf/results/int8_tokens.json`; 1 where too much R@1 is lost."""
+    """Measure, print, write `int8_tokens.json`; 1 where too much R@1 is lost."""
     parser = argparse.ArgumentParser(
         prog="python -m edje.perf.bench_int8_tokens", description=__doc__
     )
@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--queries", type=int, help="use no more; default: all")
     parser.add_argument("--backend", default="openvino", help="of every engine")
     parser.add_argument("--rounds", type=int, default=30, help="rounds of gathers")
+    add_out_option(parser)
     options = parser.parse_args(arguments)
     try:
         with TemporaryDirectory() as folder:
@@ -84,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(timing_table(gathers.pop("timings")))
     where = conditions(queries=len(queries), candidates=len(queries[0].candidates))
     where |= {"backend": options.backend, "max_loss_of_r1_points": MAX_LOSS}
-    print(write_result("int8_tokens", {**where, "rows": rows, "gather": gathers, "broken": broken}))
+    result = {**where, "rows": rows, "gather": gathers, "broken": broken}
+    print(f"written to {write_result('int8_tokens', result, options.out)}")
     return 1 if broken else 0
 
 

@@ -37,7 +37,16 @@ from ..runtime.pipeline import NUM_SLOTS, Pipeline, Request
 from ..runtime.store import BadRecord, TokenStore
 from ..runtime.text import TokenizedQueries
 from ..runtime.token_source import TokenSource
-from .harness import Timing, conditions, interleave, speedup, table, timings_json, write_result
+from .harness import (
+    Timing,
+    add_out_option,
+    conditions,
+    interleave,
+    speedup,
+    table,
+    timings_json,
+    write_result,
+)
 
 NUM_TOKENS, HIDDEN = 64, 384
 NUM_RECORDS, NUM_PAIRS, MAX_PAIRS = 2048, 4096, 64
@@ -251,10 +260,11 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run, print, write `perf/results/pipeline.json`; return 1 where a figure falls short."""
+    """Run, print, write `pipeline.json`; return 1 where a figure falls short."""
     parser = argparse.ArgumentParser(prog="python -m edje.perf.bench_pipeline", description=__doc__)
     parser.add_argument("--rounds", type=int, default=NUM_ROUNDS)
-    parser.add_argument("--name", default="pipeline", help="file name under perf/results")
+    parser.add_argument("--name", default="pipeline", help="of the JSON file")
+    add_out_option(parser)
     options = parser.parse_args(arguments)
     try:
         with TemporaryDirectory() as scratch:
@@ -264,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(summary(result))
     del result["tables"]
-    print(f"written to {write_result(options.name, result)}")
+    print(f"written to {write_result(options.name, result, options.out)}")
     return 1 if result["faults"] else 0
 
 

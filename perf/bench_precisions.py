@@ -25,7 +25,16 @@ from ..engines.manifest import EngineManifest
 from ..engines.open import open_engine
 from ..errors import EdjeError
 from .bench_end_to_end import Scorer, Settings, engine_of, engine_scorer, text_ids
-from .harness import Timing, conditions, interleave, speedup, table, timings_json, write_result
+from .harness import (
+    Timing,
+    add_out_option,
+    conditions,
+    interleave,
+    speedup,
+    table,
+    timings_json,
+    write_result,
+)
 from .official_scorer import official_scorer
 from .random_model import full_size_bundle
 
@@ -167,14 +176,15 @@ def summary(result: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark, print a table, write `perf/results/precisions.json`."""
+    """Run the benchmark, print a table, write `precisions.json`."""
     parser = argparse.ArgumentParser(
         prog="python -m edje.perf.bench_precisions", description=__doc__
     )
     parser.add_argument("--wordpieces", type=int, default=13)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--name", default="precisions", help="file name under perf/results")
+    parser.add_argument("--name", default="precisions", help="of the JSON file")
+    add_out_option(parser)
     options = parser.parse_args(arguments)
     settings = Settings(max(BATCH_SIZES), options.wordpieces, options.rounds, options.threads)
     try:
@@ -183,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     print(summary(result))
-    print(f"written to {write_result(options.name, result)}")
+    print(f"written to {write_result(options.name, result, options.out)}")
     return 0
 
 

@@ -39,7 +39,15 @@ from ..runtime.store import TokenStore
 from ..runtime.store.catalog import Catalog, Change, RecordBatch, Segment
 from ..runtime.store.layout import ROW_BITS
 from ..runtime.store.records import Records, digests_of
-from .harness import ROOT, Timing, conditions, interleave, timings_json, write_result
+from .harness import (
+    ROOT,
+    Timing,
+    add_out_option,
+    conditions,
+    interleave,
+    timings_json,
+    write_result,
+)
 
 NUM_TOKENS, HIDDEN = 64, 384
 NUM_RECORDS, GATHERED = 20_480, 256
@@ -335,11 +343,12 @@ def _memory_mb(name: str) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run, print, write `perf/results/store.json`; return 1 where a figure falls short."""
+    """Run, print, write `store.json`; return 1 where a figure falls short."""
     parser = argparse.ArgumentParser(prog="python -m edje.perf.bench_store", description=__doc__)
     parser.add_argument("--rounds", type=int, default=NUM_ROUNDS)
-    parser.add_argument("--name", default="store", help="file name under perf/results")
+    parser.add_argument("--name", default="store", help="of the JSON file")
     parser.add_argument("--resolve", nargs=2, help=argparse.SUPPRESS)
+    add_out_option(parser)
     options = parser.parse_args(arguments)
     try:
         if options.resolve:
@@ -355,7 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     print(summary(result))
-    print(f"written to {write_result(options.name, result)}")
+    print(f"written to {write_result(options.name, result, options.out)}")
     return 1 if result["faults"] else 0
 
 

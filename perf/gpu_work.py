@@ -83,7 +83,7 @@ def look_around(report: Report) -> None:
     report.put(gpu=asdict(current_gpu()), python=platform.python_version())
     report.put(versions={name: _version(name) for name in LIBRARIES})
     backends = {
-        status.name: {"version": status.version, "precisions": dict(status.precisions)}
+        status.name: {"version": status.version, "precisions": dict(status.runs)}
         for status in probe_backends()
     }
     report.put(backends=backends, torch=_torch_facts(), onnxruntime_providers=_providers())

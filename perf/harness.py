@@ -6,6 +6,7 @@ same share of the bad moments, and the minimum is the run that was disturbed lea
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ from ..machine import cpu_features, cpu_model, usable_cores
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+SCRATCH = Path(".cache") / "perf"  # git ignores it: a trial run never touches the kept results
 LIBRARIES = (
     "numpy",
     "onnxruntime",
@@ -99,7 +101,17 @@ def conditions(**more: Any) -> dict[str, Any]:
     }
 
 
-def write_result(name: str, values: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+def add_out_option(parser: argparse.ArgumentParser) -> None:
+    """Give a benchmark its `--out`: the folder that its JSON is written to."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=SCRATCH,
+        help=f"folder of the JSON; default: {SCRATCH}; perf/results keeps it",
+    )
+
+
+def write_result(name: str, values: Mapping[str, Any], folder: Path) -> Path:
     """Write `values` as `folder/name.json`; return the path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"

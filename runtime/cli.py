@@ -3,58 +3,59 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated
 
 import typer
 
 from .. import __version__
-from ..errors import EdjeError, RequestError
+from ..errors import EdjeError
 from .cli_build import build
 from .cli_index import IndexCommand, index
+from .cli_rerank import rerank
 from .cli_store import store_app
-
-if TYPE_CHECKING:
-    from .ranking import Missing
-    from .residency.plan import Place
-    from .results import RankResult
+from .cli_streams import EXIT_NO_READER, Verbs, be_quiet, finish_output, start_output
 
 EXIT_BROKEN_LIMITS = 1
-EXIT_NOT_WHOLE = 1
 EXIT_BAD_INPUT = 2
+EXIT_CODES = f"""\b
+Exit codes:
+  0    done
+  1    a limit that does not hold, damage that stays, or work that gave nothing
+  {EXIT_BAD_INPUT}    wrong usage or input: one clear sentence on stderr
+  130  interrupted (Ctrl-C)
+  {EXIT_NO_READER}  the reader of the output went away (`| head`)
+"""
 
 app = typer.Typer(
     name="edje",
+    cls=Verbs,
     help="Score image-text pairs with trained EDJE models, as fast as the hardware can.",
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 app.add_typer(store_app, name="store")
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
-ResidentGb = Annotated[
-    float | None, typer.Option(help="GPU memory for tokens, in 1e9 bytes; default: most.")
-]
-Strict = Annotated[
-    bool, typer.Option("--strict", help="Exit with 1 if a candidate was not ranked.")
-]
 Overwrite = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code.
+    """Run the command line; return its exit code, one of `EXIT_CODES`."""
+    start_output()
+    code = _exit_code(lambda: app(args=argv, prog_name="edje"))
+    return _exit_code(finish_output) or code
 
-    0 is well; 1 is a result that is there but not what it should be (a limit that does not hold,
-    damage, images that were skipped); 2 is bad input. Each comes with one clear sentence.
-    """
+
+def _exit_code(run: Callable[[], object]) -> int:
+    """Run something; say what it failed of and return the exit code."""
     try:
-        app(args=argv, prog_name="edje")
+        run()
     except EdjeError as error:
         return _fail(str(error))
     except OSError as error:
@@ -80,6 +81,15 @@ def _options(
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            *("--quiet", "-q"),
+            callback=be_quiet,
+            expose_value=False,
+            help="No progress, no notes: only results and errors.",
+        ),
     ] = False,
 ) -> None:
     """Score image-text pairs with trained EDJE models, as fast as the hardware can."""
@@ -142,88 +152,7 @@ def export(
 
 app.command()(build)
 app.command(cls=IndexCommand)(index)
-
-
-@app.command()
-def rerank(
-    engine: Annotated[Path, typer.Argument(help="Engine folder, written by `edje build`.")],
-    store: Annotated[Path, typer.Option(help="Token store, written by `edje index`.")],
-    query: Annotated[str, typer.Option(help="Plain text.")],
-    candidates: Annotated[
-        str | None, typer.Option(help="File with an id a line, or - for stdin; default: all ids.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Hits to show; default: all.")] = None,
-    rescore: Annotated[
-        Path | None, typer.Option(help="Precise engine: the top K becomes its own.")
-    ] = None,
-    rescore_margin: Annotated[
-        float | None,
-        typer.Option(help="How far ENGINE may score below RESCORE; default: as measured."),
-    ] = None,
-    num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="host, cuda_core (:1 for the next GPU) or pycuda."),
-    ] = None,
-    residency: Annotated[
-        str | None, typer.Option(help="Read tokens from disk (default), host, device or auto.")
-    ] = None,
-    resident_gb: ResidentGb = None,
-    missing: Annotated[
-        str, typer.Option(help="Candidates that STORE lacks: error (default), or skip.")
-    ] = "error",
-    timeout: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
-    strict: Strict = False,
-    as_json: Json = False,
-) -> None:
-    """Rank images of a store for a query, best first. Exits with 1 if none could be scored.
-
-    \b
-    Example:
-      edje rerank engine --store photos.store --query "a dog in the snow" --top-k 10
-    """
-    from .cli_output import note, print_json, print_ranking
-    from .id_list import read_ids
-    from .reranker import Reranker
-    from .residency.plan import ResidencyOptions
-
-    ids = None if candidates is None else read_ids(candidates, what="candidates")
-    with Reranker.open(
-        engine,
-        store=store,
-        rescore=rescore,
-        rescore_margin=rescore_margin,
-        num_threads=num_threads,
-        device=device,
-        residency=ResidencyOptions(
-            cast("Place | None", residency),  # checked where it is opened
-            max_bytes=_bytes_of(resident_gb),
-        ),
-    ) as reranker:
-        result = reranker.rank(
-            query,
-            ids,
-            top_k,
-            missing=cast("Missing", missing),  # checked where it is used
-            timeout_s=timeout,
-        )
-    if as_json:
-        print_json({"query": query, **result.to_json(), "residency": asdict(reranker.residency)})
-    else:
-        if residency is not None:
-            note(f"tokens are read from {reranker.residency.place}: {reranker.residency.reason}")
-        print_ranking(result)
-    _exit_unless_scored(result, strict)
-
-
-def _exit_unless_scored(result: RankResult, strict: bool) -> None:
-    from .cli_output import note
-
-    failed = len(result.errors)
-    if failed and (strict or not result.hits):
-        rest = "the others were" if result.hits else "none was"
-        note(f"{failed:,} candidates could not be scored, {rest}; `edje store verify` says more")
-        raise typer.Exit(EXIT_NOT_WHOLE)
+app.command()(rerank)
 
 
 @app.command()
@@ -257,7 +186,7 @@ def verify(
       edje verify engine --bundle bundle --store photos.store --queries captions.tsv --write
     """
     from ..engines.fidelity import FidelityLimits
-    from .cli_output import note, print_fidelity, print_json, progress_steps
+    from .cli_output import print_fidelity, print_json, progress_steps, warn
     from .samples import open_samples
     from .verify import verify_engine
 
@@ -271,7 +200,7 @@ def verify(
     else:
         print_fidelity(f"{engine} against its bundle in float32", fidelity.to_json())
     if broken:
-        note(f"{engine} breaks its limits: {'; '.join(broken)}")
+        warn(f"{engine} breaks its limits: {'; '.join(broken)}")
         raise typer.Exit(EXIT_BROKEN_LIMITS)
 
 
@@ -297,7 +226,7 @@ def doctor(as_json: Json = False) -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write the demo to.")] = Path("demo-out"),
     num_queries: Annotated[
-        int | None, typer.Option(help="Test queries, a multiple of 4; default: the full set.")
+        int | None, typer.Option(help="Test queries, a multiple of 4 up to 1024, the default.")
     ] = None,
 ) -> None:
     """Walk the whole way on synthetic scenes: render, export, build, index, rerank, compare.
@@ -311,14 +240,6 @@ def demo(
     from ..demo.guide import NUM_QUERIES, run_demo
 
     run_demo(out, num_queries=NUM_QUERIES if num_queries is None else num_queries)
-
-
-def _bytes_of(gigabytes: float | None) -> int | None:
-    if gigabytes is None:
-        return None
-    if not isfinite(gigabytes):
-        raise RequestError(f"--resident-gb is {gigabytes}, expected a number of 1e9 bytes")
-    return int(gigabytes * 1e9)
 
 
 def _require(extra: str, *modules: str) -> None:

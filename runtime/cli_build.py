@@ -49,19 +49,24 @@ MinKendallTau = Annotated[
 MaxTop1Change = Annotated[
     float | None, typer.Option(help="Largest share of changed first places; default: 0.02.")
 ]
-WorkspaceMb = Annotated[int | None, typer.Option(help="TensorRT: device memory to use.")]
-OptimizationLevel = Annotated[int | None, typer.Option(help="TensorRT: 0 to 5.")]
+WorkspaceMb = Annotated[
+    int | None, typer.Option(help="tensorrt, tensorrt-rtx: most memory of a kernel.")
+]
+OptimizationLevel = Annotated[int | None, typer.Option(help="tensorrt, tensorrt-rtx: 0 to 5.")]
 ComputeCapability = Annotated[
-    list[str] | None, typer.Option(help="TensorRT-RTX: GPUs to build for, as 8.9.")
+    list[str] | None, typer.Option(help="tensorrt-rtx: GPUs to build for, as 8.9; default: all.")
 ]
 HardwareCompatible = Annotated[
-    bool, typer.Option("--hardware-compatible", help="TensorRT: run on later GPUs too.")
+    bool, typer.Option("--hardware-compatible", help="tensorrt: run on later GPUs too.")
 ]
 VersionCompatible = Annotated[
-    bool, typer.Option("--version-compatible", help="TensorRT: run with later versions too.")
+    bool, typer.Option("--version-compatible", help="tensorrt: run with later versions too.")
 ]
 Report = Annotated[
-    bool, typer.Option("--report", help="TensorRT: write the layers' kernels to report.json.")
+    bool,
+    typer.Option(
+        "--report", help="tensorrt, tensorrt-rtx: write report.json, the kernels of the layers."
+    ),
 ]
 ImageEncoder = Annotated[
     bool, typer.Option("--image-encoder", help="Add the image encoder, to index with.")
@@ -102,9 +107,12 @@ def build(
     """
     from .cli_output import progress_steps
 
-    _check(backend, precision, calibration_store, calibration_queries, calibration_random)
+    flags = (hardware_compatible, version_compatible, report)
+    options = _options(workspace_mb, optimization_level, compute_capability, *flags)
+    pairs = (calibration_store, calibration_queries, calibration_random)
+    _check(backend, precision, *pairs, options)
     with (
-        _samples(bundle, calibration_store, calibration_queries, calibration_random) as samples,
+        _samples(bundle, *pairs) as samples,
         progress_steps("build") as progress,
     ):
         manifest = _build(
@@ -112,19 +120,12 @@ def build(
             out,
             backend,
             precision,
+            options,
             max_pairs=max_pairs,
             text_buckets=_whole_numbers(text_buckets, "--text-buckets"),
             token_dtype=tokens,
             calibration=samples,
             limits=_limits(min_kendall_tau, max_top1_change),
-            options=_options(
-                workspace_mb,
-                optimization_level,
-                compute_capability,
-                hardware_compatible,
-                version_compatible,
-                report,
-            ),
             image_encoder=image_encoder,
             overwrite=overwrite,
             progress=progress,
@@ -143,14 +144,22 @@ def _show(out: Path, manifest: EngineManifest, as_json: bool) -> None:
 
 
 def _build(
-    bundle: Path, out: Path, backend: str, precision: str | None, **arguments: Any
+    bundle: Path,
+    out: Path,
+    backend: str,
+    precision: str | None,
+    options: BuildOptions,
+    **arguments: Any,
 ) -> EngineManifest:
     from ..engines.auto import build_fastest
     from ..engines.build import build_engine
 
     if backend == AUTO:
         return build_fastest(bundle, out, **arguments)
-    return build_engine(bundle, out, backend=backend, precision=precision or "fp32", **arguments)
+    precision = precision or "fp32"
+    return build_engine(
+        bundle, out, backend=backend, precision=precision, options=options, **arguments
+    )
 
 
 def _check(
@@ -159,9 +168,18 @@ def _check(
     store: Path | None,
     queries: Path | None,
     random: bool,
+    options: BuildOptions,
 ) -> None:
-    """Refuse options that contradict each other."""
+    """Refuse options that contradict each other, and values that no backend can take."""
+    from ..engines.option_faults import flag, given_options, raise_option_faults
+
+    raise_option_faults(options)
     faults = []
+    if backend == AUTO:
+        faults += [
+            f"{flag(name, value)}: it belongs to one backend; name that in place of auto"
+            for name, value in given_options(options).items()
+        ]
     if backend == AUTO and precision is not None:
         faults.append(f"--precision {precision}: --backend auto chooses it; name a backend")
     if (store is None) != (queries is None):
@@ -225,6 +243,8 @@ def _options(
 
 def _facts(manifest: EngineManifest) -> Mapping[str, Any]:
     """Return what a newcomer wants to see of a new engine."""
+    from .cli_output import trial_lines
+
     plan = manifest.precision_plan
     kept = plan.get("kept", {})
     facts = {
@@ -234,11 +254,7 @@ def _facts(manifest: EngineManifest) -> Mapping[str, Any]:
     if "quantized" in plan:
         facts["calibrated"] = f"{plan['method']}, on {plan['calibration_data']}"
         facts["kept in 16 bit"] = ", ".join(kept) or "nothing"
-    for trial in manifest.build_options.get("auto", []):
-        found = (
-            trial["refused"] or f"{trial['pairs_per_s']} pairs/s, tau {trial['kendall_tau']:.4f}"
-        )
-        facts[f"{trial['backend']} {trial['precision']}"] = found
+    facts |= trial_lines(manifest.build_options.get("auto", []))
     return facts
 
 

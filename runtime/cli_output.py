@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
 from ..bundle import BundleManifest
+from ..engines.backends import BackendStatus
 from ..engines.fidelity import NOT_MEASURED, is_measured
 from ..errors import named
+from .cli_streams import is_quiet
+from .cli_streams import note as note  # these two are for the verbs, too
+from .cli_streams import warn as warn
 from .doctor import Diagnosis
 from .results import RankResult
 
@@ -18,14 +35,22 @@ MAX_NOTES = 20  # faults that are told one a line
 FILE_WIDTH = 160  # columns of a table that goes to a file or a pipe
 
 
+class Screen(Console):
+    """A rich console that leaves a reader's departure to the caller."""
+
+    def on_broken_pipe(self) -> None:
+        """Pass the error on, where rich would end the process."""
+        raise BrokenPipeError
+
+
 def print_json(values: Any) -> None:
-    """Write one JSON document to stdout."""
-    print(json.dumps(values, indent=2, ensure_ascii=False))
-
-
-def note(message: str) -> None:
-    """Tell the user something beside the result."""
-    print(f"edje: {message}", file=sys.stderr)
+    """Write one JSON document to stdout; in ASCII where stdout cannot encode what it holds."""
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(values, indent=2)
+    print(text)
 
 
 @contextmanager
@@ -36,16 +61,6 @@ def progress_bar(
 
     `text` gives what stands beside the counts, from the speed a second.
     """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -54,7 +69,7 @@ def progress_bar(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Screen(stderr=True), disable=is_quiet()) as bar:
         task = bar.add_task(description, total=None, text="")
 
         def update(done: int, total: int) -> None:
@@ -67,12 +82,12 @@ def progress_bar(
 
 @contextmanager
 def progress_steps(description: str) -> Iterator[Callable[[str], None]]:
-    """Yield `show(step)`: names the step at work, with a clock, on stderr."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as steps:
+    """Yield `show(step)`: names the step at work, with a clock, on a terminal's stderr."""
+    screen = Screen(stderr=True)
+    spinner = SpinnerColumn("line" if screen.options.ascii_only else "dots")
+    columns = (spinner, TextColumn("{task.description}"), TimeElapsedColumn())
+    disable = is_quiet() or not screen.is_terminal
+    with Progress(*columns, console=screen, transient=True, disable=disable) as steps:
         task = steps.add_task(description, total=None)
         yield lambda step: steps.update(task, description=f"{description}: {step}")
 
@@ -136,18 +151,25 @@ def _outputs(found: Mapping[str, Any]) -> str:
     return f"up to {found['max_abs_output']:.3g}, {found['output_dtype']}"
 
 
-def print_ranking(result: RankResult) -> None:
-    """Write the hits to stdout; what could not be ranked goes to stderr."""
+def print_ranking(result: RankResult, *, open_s: float, warm_up_s: float) -> None:
+    """Write the hits to stdout; what could not be ranked goes to stderr.
+
+    Args:
+        open_s, warm_up_s: seconds that were spent before the ranking.
+    """
     rows = [(str(n), f"{hit.score:.4f}", hit.id) for n, hit in enumerate(result, 1)]
-    times, engine, rescoring = result.timings_ms, result.engine, result.rescoring
+    engine, rescoring, total_ms = result.engine, result.rescoring, result.timings_ms.total
     ran = f"{engine.backend} {engine.precision}"
     if engine.tokens != "float16":
         ran += f" from {engine.tokens} tokens"
     if rescoring is not None:
         precise = rescoring.engine
         ran += f", {rescoring.num_rescored} rescored on {precise.backend} {precise.precision}"
+    asked = f" of {result.num_asked:,}" if result.num_asked != result.num_scored else ""
     _print_table(
-        f"{len(rows)} images in {times.total:.1f} ms on {ran}",
+        f"{result.num_scored:,}{asked} images scored in {total_ms:,.1f} ms "
+        f"({result.num_scored / total_ms * 1e3:,.0f} pairs/s) on {ran}\n"
+        f"before: opened in {open_s:.2f} s, warmed up in {warm_up_s:.2f} s",
         ("rank", "score", "id"),
         rows,
     )
@@ -157,9 +179,9 @@ def print_ranking(result: RankResult) -> None:
         names = named([fault.id for fault in result.missing])
         note(f"{len(result.missing)} candidates are not in the store: {names}")
     for fault in result.errors[:MAX_NOTES]:
-        note(f"{fault.id!r} was not ranked: {fault.reason}")
+        warn(f"{fault.id!r} was not ranked: {fault.reason}")
     if len(result.errors) > MAX_NOTES:
-        note(f"{len(result.errors) - MAX_NOTES:,} more were not ranked: --json names all")
+        warn(f"{len(result.errors) - MAX_NOTES:,} more were not ranked: --json names all")
 
 
 def print_fidelity(title: str, values: Mapping[str, Any]) -> None:
@@ -211,16 +233,55 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
         },
     )
     backends = [
-        (status.name, status.version or "-", precision, why or "runs")
-        for status in diagnosis.backends
-        for precision, why in status.precisions.items()
+        (s.name, s.version or "-", _listed(s.buildable), _listed(s.usable))
+        for s in diagnosis.backends
     ]
-    _print_table("backends", ("backend", "version", "precision", "here"), backends)
+    _print_table("backends", ("backend", "version", "builds", "runs"), backends)
+    reasons = [row for status in diagnosis.backends for row in _why_not(status)]
+    if reasons:
+        _print_table("why not", ("", ""), reasons)
     extras = [
         (extra.name, extra.command if extra.missing else "installed", ", ".join(extra.missing))
         for extra in diagnosis.extras
     ]
     _print_table("optional parts", ("extra", "state or mend", "missing"), extras)
+
+
+def _why_not(status: BackendStatus) -> Iterator[tuple[str, str]]:
+    """Yield each reason for which a backend does not build or run, with its precisions."""
+    verdicts = [*status.runs.items(), *status.builds.items()]
+    for reason, precisions in _by_reason(verdicts).items():
+        yield f"{status.name} {_listed(precisions)}", reason
+
+
+def trial_lines(trials: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Yield what `--backend auto` made of each backend and precision of a manifest's `auto`.
+
+    Those that were not tried come last, one line for all that share a backend and a reason.
+    """
+    skipped: dict[str, list[tuple[str, str | None]]] = {}
+    for trial in trials:
+        backend, precision, agrees = trial["backend"], trial["precision"], trial["kendall_tau"]
+        skipped.setdefault(backend, []).append((precision, trial["not_tried"]))
+        if trial["not_tried"] is None:
+            found = f"{trial['pairs_per_s'] or 0:,.0f} pairs/s, Kendall tau {agrees or 0:.4f}"
+            yield f"{backend} {precision}", trial["refused"] or found
+    for backend, verdicts in skipped.items():
+        for reason, precisions in _by_reason(verdicts).items():
+            yield f"{backend} {_listed(precisions)}", f"not tried: {reason}"
+
+
+def _by_reason(verdicts: Iterable[tuple[str, str | None]]) -> dict[str, list[str]]:
+    """Gather the precisions of each reason, each once; those without a reason are left out."""
+    found: dict[str, list[str]] = {}
+    for precision, reason in verdicts:
+        if reason is not None and precision not in found.setdefault(reason, []):
+            found[reason].append(precision)
+    return found
+
+
+def _listed(precisions: Sequence[str]) -> str:
+    return " ".join(precisions) or "none"
 
 
 def _shown(value: Any) -> str:
@@ -234,19 +295,15 @@ def _shown(value: Any) -> str:
 
 
 def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(show_header=any(header), box=None)
     for name in header[:-1]:
         table.add_column(name, no_wrap=True)
     table.add_column(header[-1], overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: ids may hold rich's markup
-    console = Console()
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
-    console.print(Text(title, style="bold"))
-    console.print(table)
-    console.print()
+    screen = Screen()
+    if not screen.is_terminal:
+        screen.width = FILE_WIDTH
+    screen.print(Text(title, style="bold"))
+    screen.print(table)
+    screen.print()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import RequestError
+from .cli_streams import Verbs, as_text
 
 if TYPE_CHECKING:
     from .store.repair.check import VerifyReport
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 EXIT_DAMAGED = 1
 MAX_SHOWN = 20  # damaged ids and faults told one a line
 
-store_app = typer.Typer(help="Look after token stores.", no_args_is_help=True)
+store_app = typer.Typer(cls=Verbs, help="Look after token stores.", no_args_is_help=True)
 
 Store = Annotated[Path, typer.Argument(help="Token store.")]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
@@ -30,7 +31,7 @@ def stat(store: Store, as_json: Json = False) -> None:
     Example:
       edje store stat photos.store
     """
-    from .cli_output import note
+    from .cli_output import warn
     from .store import TokenStore
 
     with TokenStore.open(store) as opened:
@@ -38,7 +39,7 @@ def stat(store: Store, as_json: Json = False) -> None:
     facts = {**asdict(found), "compact_frees_bytes": found.num_deleted * stride}
     _print("token store", facts, as_json)
     if found.faults:
-        note(f"its catalog is damaged: `edje store verify --repair {store}` mends it")
+        warn(f"its catalog is damaged: `edje store verify --repair {store}` mends it")
 
 
 @store_app.command()
@@ -79,7 +80,10 @@ def delete(
     from .id_list import read_ids
     from .store import TokenStore
 
-    gone = [*(image_ids or []), *(read_ids(source) if source else [])]
+    gone = [
+        *(as_text(name, "ID") for name in image_ids or []),
+        *(read_ids(source) if source else []),
+    ]
     if not gone:
         raise RequestError("no ids to delete were given", hint="name them, or a list with --from")
     with TokenStore.open(store, mode="a") as opened:
@@ -218,7 +222,7 @@ def verify(
 
 
 def _show_verified(report: VerifyReport) -> None:
-    from .cli_output import note, print_facts
+    from .cli_output import print_facts, warn
 
     facts = report.to_json()
     names = ("damaged", "faults", "repaired", "leftovers")
@@ -227,9 +231,9 @@ def _show_verified(report: VerifyReport) -> None:
     print_facts("verified", {**facts, **{name: len(lines) for name, lines in lists.items()}})
     for name, lines in lists.items():
         for line in lines[:MAX_SHOWN]:
-            note(f"{name}: {line}")
+            warn(f"{name}: {line}")
         if len(lines) > MAX_SHOWN:
-            note(f"{name}: and {len(lines) - MAX_SHOWN} more (all of them with --json)")
+            warn(f"{name}: and {len(lines) - MAX_SHOWN} more (all of them with --json)")
 
 
 def _print(title: str, facts: dict[str, Any], as_json: bool) -> None:

@@ -85,7 +85,10 @@ class Diagnosis:
     def to_json(self) -> dict[str, Any]:
         """Return the diagnosis as plain JSON values."""
         extras = [{**asdict(extra), "command": extra.command} for extra in self.extras]
-        backends = [{**asdict(backend), "usable": backend.usable} for backend in self.backends]
+        backends = [
+            {**asdict(backend), "usable": backend.usable, "buildable": backend.buildable}
+            for backend in self.backends
+        ]
         gpu = None if self.gpu is None else asdict(self.gpu)
         if gpu is not None and self.gpu is not None and self.gpu.copies is not None:
             gpu["copies"]["blocks"] = self.gpu.copies.blocks

@@ -252,10 +252,13 @@ class Reranker:
             raise_faults(faults_of(ids, scored, place))
             return scored.scores[place]
 
-    def warm_up(self) -> None:
+    def warm_up(self, query: str | None = None) -> None:
         """Score a full batch of every text bucket, twice: allocate, compile and capture now.
 
         Otherwise the first requests of each length pay for it. The images are drawn at random.
+
+        Args:
+            query: warm up for this text only, on one image: for a process of one request.
 
         Raises:
             As `rank`.
@@ -263,6 +266,10 @@ class Reranker:
         with self._running():
             rows = self._store.live_rows()
             for pipeline in self._pipelines if len(rows) else ():
+                if query is not None:
+                    alone = np.zeros(1, np.int64)
+                    pipeline.run(Request(self._tokenizer([query]), alone, rows[:1]))
+                    continue
                 pipeline.warm_up(np.random.default_rng(0).choice(rows, pipeline.max_pairs))
 
     def graphs(self) -> tuple[GraphReport, ...]:

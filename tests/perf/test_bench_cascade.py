@@ -58,8 +58,9 @@ def test_another_top_k_is_counted_and_fails_the_benchmark(monkeypatch, tmp_path,
     result = {"share_equal": 0.5}
     monkeypatch.setattr(bench, "run_benchmark", lambda *_: result)
     monkeypatch.setattr(bench, "summary", lambda _: "half of them")
-    monkeypatch.setattr(bench, "write_result", lambda name, _: tmp_path / name)
+    monkeypatch.chdir(tmp_path)
     assert bench.main(["demo-out"]) == 1
+    assert json.loads((tmp_path / ".cache/perf/cascade.json").read_text()) == result
     assert "half of them" in capsys.readouterr().out
     result["share_equal"] = 1.0
     assert bench.main(["demo-out"]) == 0

@@ -49,9 +49,7 @@ def test_wrong_scores_end_the_comparison(monkeypatch, tmp_path):
 
 def test_the_command_writes_its_figures(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "_faults", lambda cost_us, share: [])
-    write = bench.write_result
-    monkeypatch.setattr(bench, "write_result", lambda name, values: write(name, values, tmp_path))
-    assert bench.main(["--rounds", "2", "--name", "tried"]) == 0
+    assert bench.main(["--rounds", "2", "--name", "tried", "--out", str(tmp_path)]) == 0
     written = json.loads((tmp_path / "tried.json").read_text())
     assert np.isfinite(written["share_of_gather_speed"])
     assert "tables" not in written

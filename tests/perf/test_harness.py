@@ -1,6 +1,9 @@
 """The harness takes turns, reports minima, and says under which conditions."""
 
 import json
+import subprocess
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -81,3 +84,20 @@ def test_conditions_name_machine_versions_and_commit(monkeypatch):
 def test_results_are_json(tmp_path):
     path = write_result("name", {"a": 1.5}, tmp_path / "results")
     assert json.loads(path.read_text()) == {"a": 1.5}
+
+
+BENCHMARKS = sorted(path.stem for path in Path(harness.__file__).parent.glob("bench_*.py"))
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_keeps_its_figures_only_where_out_says(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        import_module(f"edje.perf.{name}").main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--out OUT folder of the JSON; default: .cache/perf; perf/results keeps it" in told
+
+
+def test_git_ignores_where_benchmarks_write_by_default():
+    root = Path(harness.__file__).parent.parent
+    ignored = ["git", "-C", str(root), "check-ignore", "-q", str(harness.SCRATCH / "store.json")]
+    assert subprocess.run(ignored, check=False).returncode == 0
