@@ -58,7 +58,15 @@ def test_the_hardware_decides_what_runs(monkeypatch, precision, capabilities, ru
             return capabilities
 
     monkeypatch.setattr(ov.ov, "Core", Core)
+    monkeypatch.delenv("EDJE_CPU_FEATURES", raising=False)
     assert (ov.why_not(precision) is None) == runs
+
+
+def test_bfloat16_that_is_kept_from_use_is_refused_by_that_name(monkeypatch):
+    if ov.why_not("bf16") is not None:
+        pytest.skip(ov.why_not("bf16"))
+    monkeypatch.setenv("EDJE_CPU_FEATURES", "avx2,fma,avx512f,asimd")
+    assert "EDJE_CPU_FEATURES keeps this CPU's bfloat16" in ov.why_not("bf16")
 
 
 def test_bfloat16_stays_close_to_float32(tiny_bundle, tmp_path, official_pairs, run):

@@ -9,6 +9,7 @@ import numpy as np
 import openvino
 import pytest
 
+from capabilities import needs_int8
 from edje.bundle import BundleManifest
 from edje.engines import cpu, ort, ov
 from edje.engines.build import build_engine
@@ -18,8 +19,6 @@ from edje.engines.open import open_engine
 from edje.engines.ov_graph import fit_to_x86
 from edje.engines.samples import RandomSamples, int8_batch
 from edje.errors import EngineError
-
-needs_int8 = pytest.mark.skipif(cpu.why_no_int8() is not None, reason=str(cpu.why_no_int8()))
 
 # An activation at the border of two steps may round either way: largest |score difference| of two
 # libraries on one graph. The fixture's scores reach 2; seen 0.03.
@@ -157,7 +156,15 @@ def test_int8_tokens_are_read_with_their_scales(
 )
 def test_int8_is_refused_where_its_sums_overflow(monkeypatch, module, architecture, features, runs):
     monkeypatch.setattr(cpu.platform, "machine", lambda: architecture)
-    monkeypatch.setattr(cpu, "cpu_features", lambda precision: features)
+    monkeypatch.setattr("edje.machine.cpu_features", lambda: features)
     reason = module.why_not("int8")
     assert (reason is None) == runs
     assert runs or "VNNI" in reason
+
+
+@pytest.mark.parametrize("module", [ov, ort])
+def test_int8_that_is_kept_from_use_is_refused_by_that_name(monkeypatch, module):
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr("edje.machine.cpu_features", lambda: ("avx2", "fma"))
+    monkeypatch.setattr("edje.machine.hidden_features", lambda: ("avx512_vnni",))
+    assert "EDJE_CPU_FEATURES keeps this CPU's VNNI from use" in module.why_not("int8")

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from capabilities import needs_int8
 from edje.bundle import BundleManifest
 from edje.errors import EdjeError
 from edje.perf import bench_int8_tokens as bench
@@ -40,6 +41,7 @@ def demo(tiny_bundle, tmp_path_factory):
     return folder
 
 
+@needs_int8
 def test_every_way_to_read_int8_tokens_ranks_the_queries(demo, tmp_path):
     queries = bench.read_queries(demo / "queries.jsonl")
     assert [query.target for query in queries] == [3, 2, 1, 0, None]

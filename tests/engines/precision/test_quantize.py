@@ -3,11 +3,14 @@
 from collections import Counter
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import checker
 
+from edje.engines.cpu import why_no_int8
 from edje.engines.precision.calibrate import METHODS, Activations, amax_by, by_mse, observe
 from edje.engines.precision.emulate import scorer
 from edje.engines.precision.graph import in_layers, linears
@@ -15,6 +18,7 @@ from edje.engines.precision.lower import lower
 from edje.engines.precision.quantize import LARGEST, find_linears, quantize
 from edje.engines.precision.smooth import outlier_values, smooth
 from edje.engines.precision.switch import Switches
+from edje.machine import is_x86
 
 PRECISIONS = tuple(LARGEST)
 
@@ -113,6 +117,29 @@ def test_switches_score_as_the_graph_with_those_places_kept(graph, amax, queries
         expected = scorer(quantize(graph, precision, amax, keep=kept))(batch)
         found = switches.score(batch, set(switches.places) - kept)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_int8_is_emulated_in_float32_where_the_cpus_own_sums_would_overflow(
+    graph, amax, queries, monkeypatch
+):
+    if not is_x86():
+        pytest.skip("only x86 has int8 products that overflow")
+    opened, session = [], onnxruntime.InferenceSession
+
+    def open_session(content, *options, **more):
+        opened.append(onnx.load_from_string(content))
+        return session(content, *options, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
+    quantized, batch = quantize(graph, "int8", amax), queries[0][0]
+    monkeypatch.setenv("EDJE_CPU_FEATURES", "avx2,fma")
+    in_float32 = scorer(quantized)(batch)
+    weights = [w for w in opened[0].graph.initializer if w.data_type == onnx.TensorProto.INT8]
+    assert [w.name for w in weights if len(w.dims) > 1] == []
+    monkeypatch.delenv("EDJE_CPU_FEATURES")
+    if why_no_int8() is not None:
+        pytest.skip(f"nothing to compare with: {why_no_int8()}")
+    np.testing.assert_allclose(in_float32, scorer(quantized)(batch), rtol=0, atol=1e-3)
 
 
 def activations(values):
