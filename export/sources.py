@@ -170,20 +170,20 @@ def _checkpoint(given: StrPath) -> Source | HubName:
     """Return the local file, or the one file that a name on the Hub means."""
     text = os.fspath(given)
     path, name = Path(text), HubName.parse(text)
-    if not path.exists() and name is not None and name.file and name.revision is None:
-        folder = Path(name.repo)
-        path = folder / name.file if folder.is_dir() else path  # a local folder wins
+    is_hub = name is not None and not path.exists()
+    if name and is_hub and name.file and name.revision is None and Path(name.repo).is_dir():
+        text, is_hub = f"{name.repo}/{name.file}", False  # a local folder wins
+        path = Path(text)
+    if name and is_hub and (name.file or not text.endswith(CHECKPOINT_SUFFIXES)):
+        return _with_file(name)
     if path.is_dir():
         raise CheckpointError(
             f"{text} is a folder, expected a checkpoint file",
             hint="name the file in it, for example checkpoint_16.pth",
         )
-    if path.exists():
-        return Source(path, {"file": path.name})
-    looks_like_file = text.endswith(CHECKPOINT_SUFFIXES) and (name is None or name.file is None)
-    if name is None or looks_like_file:
+    if not path.exists():
         raise CheckpointError(f"{text} does not exist, expected a checkpoint file or {HUB_FILE}")
-    return _with_file(name)
+    return Source(path, {"file": path.name})
 
 
 def _with_file(name: HubName) -> HubName:

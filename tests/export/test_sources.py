@@ -97,6 +97,7 @@ def test_a_local_path_wins_over_a_name(cache, official_tiny, tmp_path):
     assert sources.language_model.path == Path(LM)
     assert sources.to_json()["language_model"] == {"folder": "lm"}
     assert "is a folder, expected a checkpoint file" in refusal(EDJE, LM).message
+    assert f"{EDJE}/none.pth does not exist" in refusal(f"{EDJE}:none.pth", LM).message
 
 
 def test_all_three_are_told_at_once(cache, tmp_path):
