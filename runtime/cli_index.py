@@ -191,10 +191,10 @@ def _exit_unless_enough(report: IndexReport, store: Path, allowed: int | None) -
 
     skipped, where = report.num_skipped, f"{store / SKIPPED} says why"
     if skipped and not report.indexed and not report.already_present:
-        note(f"nothing could be read: all of {skipped:,} were skipped; {where}")
+        note(f"nothing could be read, {skipped:,} skipped: {where}")
         raise typer.Exit(EXIT_SKIPPED)
     if allowed is not None and skipped > allowed:
-        note(f"{skipped:,} were skipped, {allowed:,} are allowed; all else is indexed; {where}")
+        note(f"{skipped:,} skipped, {allowed:,} allowed; all else is indexed: {where}")
         raise typer.Exit(EXIT_SKIPPED)
 
 

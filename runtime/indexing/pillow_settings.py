@@ -122,6 +122,8 @@ def _load_plugin(plugin: str) -> None:
     """Import a plugin and call its function; refuse one that changes nothing."""
     from PIL import Image
 
+    for known, _ in _ATTRIBUTES:  # so that what the plugin itself imports is no change
+        import_module(known)
     before = PillowSettings.of_this_process()
     module, _, function = plugin.partition(":")
     try:

@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from .image_encoder import DEVICES, ImageEncoder, read_manifest
 from .images import import_pillow
 from .index import IndexOptions, IndexReport, run_index
 from .pillow_settings import PillowSettings
+from .ray_connect import connect
 from .sources import Paths, open_source
 
 # Large enough that one fsync and one commit cost nothing, small enough to be lost and done again.
@@ -197,41 +197,6 @@ def index_on_ray(
         return run_index(manifest, source, Path(store), options, work)
 
 
-@contextmanager
-def connect(address: str | None) -> Iterator[Any]:
-    """Yield the module `ray`, connected; a connection that was there before stays.
-
-    Args:
-        address: of a cluster (`host:port`), `auto`, `local` for workers on this machine only, or
-            None: Ray's own order, that is RAY_ADDRESS, a cluster this machine is part of, local.
-
-    Raises:
-        RequestError: Ray is not installed, or an address of Ray Client.
-        EngineError: there is no such cluster.
-    """
-    if address is not None and address.startswith("ray://"):
-        raise RequestError(
-            f"{address} is an address of Ray Client, which Ray Data does not work through",
-            hint="run `edje index` on a machine of the cluster (or as a Ray job) with --ray auto",
-        )
-    ray = import_ray()
-    if ray.is_initialized():
-        yield ray
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent home unasked
-    try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise EngineError(
-            f"cannot connect to the Ray cluster {address or 'of this machine'}: {error}",
-            hint="`ray status` shows whether it runs; --ray local needs none",
-        ) from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
 def run_on_ray(
     ray: Any, job: WorkerJob, tasks: Sequence[IndexTask], pool: WorkerPool
 ) -> Iterator[TaskResult]:
@@ -298,23 +263,6 @@ def size_pool(
         return WorkerPool(sum(cpus // min(cores) for cpus in cores), min(cores), 0)
     shares = (n for n in range(max(cores), 0, -1) if sum(c // n for c in cores) >= num_workers)
     return WorkerPool(num_workers, next(shares, min(cores)), 0)
-
-
-def import_ray() -> Any:
-    """Return the module `ray`, with Ray Data.
-
-    Raises:
-        RequestError: one of them is not installed.
-    """
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise RequestError(
-            f"indexing on many machines needs Ray Data: {error}",
-            hint="pip install 'edje-runtime[cluster]'",
-        ) from error
-    return ray
 
 
 def _quiet_ray_data() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -172,6 +173,29 @@ def test_cut_queries_and_damaged_records_are_told_on_stderr(
     assert "the query was cut" in ran.err
     assert "'img-4' was not ranked" in ran.err
     assert "11 images in" in ran.out
+
+
+def test_a_store_whose_segments_are_gone_exits_with_1(edje, tiny_engine, tiny_store, tmp_path):
+    store = shutil.copytree(tiny_store, tmp_path / "store")
+    for segment in (store / "segments").iterdir():
+        segment.unlink()
+    ran = edje("rerank", tiny_engine, "--store", store, "--query", "x", "--json")
+    assert (ran.code, ran.json["hits"], len(ran.json["errors"])) == (1, [], 12)
+    assert "12 candidates could not be scored, none was" in ran.err
+
+
+def test_strict_exits_with_1_where_one_was_not_ranked(edje, tiny_engine, tiny_store, tmp_path):
+    store = shutil.copytree(tiny_store, tmp_path / "store")
+    common = ("rerank", tiny_engine, "--store", store, "--query", "x", "--json")
+    assert edje(*common, "--strict").code == 0
+    segment = store / "segments/000001.tokens"
+    content = bytearray(segment.read_bytes())
+    content[4096 + 5] ^= 1
+    segment.write_bytes(content)
+    assert edje(*common).code == 0
+    ran = edje(*common, "--strict")
+    assert (ran.code, len(ran.json["hits"]), len(ran.json["errors"])) == (1, 11, 1)
+    assert "1 candidates could not be scored, the others were" in ran.err
 
 
 def test_an_empty_candidate_list_gives_an_empty_result(edje, tiny_engine, tiny_store, tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import toy_format
 from edje.errors import EngineError, RequestError
 from edje.runtime.cli import main
 from edje.runtime.indexing.image_encoder import ImageEncoder
@@ -35,6 +36,12 @@ def photos(tmp_path: Path) -> Path:
         Image.new("RGB", (5, 5), (8 * number,) * 3).save(tmp_path / f"photos/{number:02}.png")
         (tmp_path / f"photos/{number:02}.txt").write_text("a caption")
     return tmp_path / "photos"
+
+
+def png() -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (5, 5)).save(content, "PNG")
+    return content.getvalue()
 
 
 def ids_of(store: Path) -> list[str]:
@@ -81,13 +88,11 @@ def test_features_and_tars(
     (tmp_path / "names").write_text("one\ntwo\n")
     features = ["--features", str(tmp_path / "f.npy"), "--ids", str(tmp_path / "names")]
     assert main(["index", str(bundle), *features, "--store", str(tmp_path / "s")]) == 0
-    content = io.BytesIO()
-    Image.new("RGB", (5, 5)).save(content, "PNG")
     for number in (1, 2):
         with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
             info = tarfile.TarInfo(f"{number}.png")
-            info.size = len(content.getvalue())
-            tar.addfile(info, io.BytesIO(content.getvalue()))
+            info.size = len(png())
+            tar.addfile(info, io.BytesIO(png()))
     tars = [str(tmp_path / f"{number}.tar") for number in (1, 2)]
     assert main(["index", str(bundle), *tars, "--store", str(tmp_path / "s")]) == 0
     assert "2/2" in capsys.readouterr().err, "the bar ends at the number of images"
@@ -166,3 +171,139 @@ def test_auto_takes_cuda_only_where_it_really_runs(
     assert ImageEncoder.open(bundle).name.startswith("openvino ")
     with pytest.raises(EngineError, match="cannot start CUDAExecutionProvider"):
         ImageEncoder.open(bundle, device="cuda")
+
+
+def index(bundle: Path, photos: Path, store: Path, *options: str) -> int:
+    return main(["index", str(bundle), str(photos), "--store", str(store), *options])
+
+
+def test_a_run_that_could_read_nothing_exits_with_1(
+    tmp_path: Path, bundle: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in photos.glob("*.png"):
+        path.write_bytes(b"")
+    assert index(bundle, photos, tmp_path / "s", "--json") == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["num_skipped"] == 60
+    assert f"nothing could be read, 60 skipped: {tmp_path / 's/skipped.jsonl'}" in shown.err
+    (photos / "00.png").write_bytes(png())
+    assert index(bundle, photos, tmp_path / "s") == 0
+    assert index(bundle, photos, tmp_path / "s") == 0, "what is there already counts"
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ([], 0),
+        (["--strict"], 1),
+        (["--max-skipped", "30"], 0),
+        (["--max-skipped", "29"], 1),
+        (["--max-skipped", "0"], 1),
+    ],
+)
+def test_skips_that_are_not_allowed_exit_with_1_when_all_else_is_indexed(
+    tmp_path: Path,
+    bundle: Path,
+    photos: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    code: int,
+) -> None:
+    assert index(bundle, photos, tmp_path / "s", "--json", *options) == code
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["indexed"] == 30
+    assert len(ids_of(tmp_path / "s")) == 30
+    allowed = options[-1] if options[1:] else "0"
+    assert (f"30 skipped, {allowed} allowed" in shown.err) == bool(code)
+
+
+def test_a_run_without_skips_is_well_however_strict(
+    tmp_path: Path, bundle: Path, photos: Path
+) -> None:
+    for path in photos.glob("*.txt"):
+        path.unlink()
+    for option in (["--strict"], ["--max-skipped", "0"]):
+        assert index(bundle, photos, tmp_path / "s", *option) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--strict", "--max-skipped", "3"], "give one of them"),
+        (["--max-skipped", "-1"], "--max-skipped is -1"),
+        (["--max-pixels", "-1"], "max_pixels is -1"),
+        (["--plugin", "no_such_plugin"], "the plugin no_such_plugin cannot be loaded"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(
+    tmp_path: Path,
+    bundle: Path,
+    photos: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    assert index(bundle, photos, tmp_path / "s", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_pixels_and_formats_are_options(tmp_path: Path, bundle: Path, photos: Path) -> None:
+    with (photos / "grey.toy").open("wb") as file:
+        toy_format.write_toy(file, 77)
+    try:
+        plugin = ["--plugin", "toy_format:register"]
+        assert index(bundle, photos, tmp_path / "s", "--max-pixels", "24", *plugin) == 0
+    finally:
+        toy_format.unregister()
+    assert ids_of(tmp_path / "s") == ["grey.toy"]
+    assert index(bundle, photos, tmp_path / "all", "--max-pixels", "0") == 0
+    assert len(ids_of(tmp_path / "all")) == 30
+
+
+def test_links_to_folders_are_said_or_followed(
+    tmp_path: Path, bundle: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/x.png").write_bytes(png())
+    (photos / "linked").symlink_to(tmp_path / "more")
+    (tmp_path / "more/back").symlink_to(photos)
+    assert index(bundle, photos, tmp_path / "s", "--json") == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["num_links"] == 1
+    assert "1 links to folders were not followed; --follow-links follows them" in shown.err
+    assert index(bundle, photos, tmp_path / "s", "--follow-links") == 0
+    assert "1 links to folders lead back to one above" in capsys.readouterr().err
+    assert "linked/x.png" in ids_of(tmp_path / "s")
+
+
+def test_links_to_folders_of_features_are_followed_too(
+    tmp_path: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("features/a.npy", "else/b.npy"):
+        (tmp_path / name).parent.mkdir()
+        np.save(tmp_path / name, np.ones((3, FEATURE_DIM), np.float16))
+    (tmp_path / "features/linked").symlink_to(tmp_path / "else")
+    common = ["index", str(bundle), "--features", str(tmp_path / "features")]
+    assert main([*common, "--store", str(tmp_path / "s")]) == 0
+    assert "1 links to folders were not followed" in capsys.readouterr().err
+    assert main([*common, "--store", str(tmp_path / "s"), "--follow-links"]) == 0
+    assert ids_of(tmp_path / "s") == ["a", "linked/b"]
+
+
+def test_a_list_with_a_byte_order_mark_selects_what_it_names(
+    tmp_path: Path, bundle: Path, photos: Path
+) -> None:
+    (tmp_path / "only.txt").write_bytes(b"\xef\xbb\xbf04.png\r\n11.png\r\n")
+    assert index(bundle, photos, tmp_path / "s", "--only", str(tmp_path / "only.txt")) == 0
+    assert ids_of(tmp_path / "s") == ["04.png", "11.png"]
+
+
+def test_nobody_at_the_address_of_ray_is_one_sentence(
+    tmp_path: Path, bundle: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray.data", reason="needs edje-runtime[cluster]")
+    assert index(bundle, photos, tmp_path / "s", "--ray", "127.0.0.1:1") == 2
+    shown = capsys.readouterr().err
+    assert "cannot connect to the Ray cluster 127.0.0.1:1: Connection refused" in shown
+    assert not (tmp_path / "s").exists()

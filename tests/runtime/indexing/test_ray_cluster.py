@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator
 from itertools import islice
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import toy_format
 from edje.errors import EngineError, RequestError
 from edje.runtime.cli import main
 from edje.runtime.indexing.image_encoder import ImageEncoder
@@ -22,7 +22,6 @@ from edje.runtime.indexing.index import IndexOptions, index_images
 from edje.runtime.indexing.ray_cluster import (
     RayOptions,
     WorkerPool,
-    connect,
     index_on_ray,
     size_pool,
 )
@@ -181,6 +180,28 @@ def test_a_worker_that_cannot_work_says_why_and_where(
     assert list((tmp_path / "s/incoming").iterdir()) == []
 
 
+@pytest.mark.slow
+def test_what_the_caller_set_in_pillow_holds_in_rays_decoders(
+    ray: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    with (tmp_path / "photos/grey.toy").open("wb") as file:
+        toy_format.write_toy(file, 77)
+    Image.new("RGB", (12, 10)).save(tmp_path / "photos/large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    toy_format.register()
+    try:
+        options = RayOptions(num_workers=1, device="cpu")
+        common = IndexOptions(None, None, None, None)
+        report = index_on_ray(bundle, tmp_path / "photos", tmp_path / "s", options, common)
+    finally:
+        toy_format.unregister()
+    assert list(records(tmp_path / "s")) == ["grey.toy"]
+    assert [(entry.id, "more than 100" in entry.reason) for entry in report.skipped] == [
+        ("large.png", True)
+    ]
+
+
 BIG, SMALL = {"CPU": 32.0, "memory": 1e9}, {"CPU": 8.0}
 
 
@@ -207,20 +228,6 @@ def test_a_cluster_that_can_run_no_worker_is_refused() -> None:
         size_pool([SMALL], None, gpu=True)
     with pytest.raises(EngineError, match="offers a CPU"):
         size_pool([], None, gpu=False)
-
-
-def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(RequestError, match=r"edje-runtime\[cluster\]"), connect(None):
-        pass
-
-
-def test_ray_client_is_refused() -> None:
-    with (
-        pytest.raises(RequestError, match=r"ray://head:10001 .*[\s\S]*--ray auto"),
-        connect("ray://head:10001"),
-    ):
-        pass
 
 
 def test_all_options_that_cannot_be_are_named() -> None:
