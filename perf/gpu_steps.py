@@ -115,11 +115,11 @@ def run_step(
     values, unreadable = _read(report)
     if code == 0 and unreadable is None:
         return StepResult(name, OK, seconds, None, values)
-    output = log.read_bytes()[-OUTPUT_BYTES:].decode("utf-8", "replace")
+    printed = log.read_bytes()[-OUTPUT_BYTES:].decode("utf-8", "replace")
     if code is None:
-        return StepResult(name, TIMED_OUT, seconds, f"over its {limit_s:.0f} s", values, output)
-    reason = unreadable if code == 0 else f"{_how_it_ended(code)}: {_last_lines(output)}"
-    return StepResult(name, FAILED, seconds, reason, values, output)
+        return StepResult(name, TIMED_OUT, seconds, f"over its {limit_s:.0f} s", values, printed)
+    reason = unreadable if code == 0 else f"{_how_it_ended(code)}: {_last_lines(printed)}"
+    return StepResult(name, FAILED, seconds, reason, values, printed)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -202,7 +202,7 @@ class StoreLayout:
         except FileNotFoundError as error:
             raise StoreError(
                 f"there is no token store at {folder}: {STORE_JSON} is missing",
-                hint=_hint_for(folder),
+                hint=_hint_for(path.parent),
             ) from error
         except OSError as error:
             raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
