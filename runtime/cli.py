@@ -37,6 +37,18 @@ app.add_typer(store_app, name="store")
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
+DeviceName = Annotated[
+    str | None, typer.Option(help="host, cuda_core (:1 for the next GPU) or pycuda.")
+]
+ResidencyName = Annotated[
+    str | None, typer.Option(help="Read tokens from disk (default), host, device or auto.")
+]
+ResidentGb = Annotated[
+    float | None, typer.Option(help="GPU memory for tokens, in 1e9 bytes; default: most.")
+]
+OnMissing = Annotated[
+    str, typer.Option(help="Candidates that STORE lacks: error (default), or skip.")
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,19 +151,10 @@ def rerank(
         typer.Option(help="How far ENGINE may score below RESCORE; default: as measured."),
     ] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="host, cuda_core (:1 for the next GPU) or pycuda."),
-    ] = None,
-    residency: Annotated[
-        str | None, typer.Option(help="Read tokens from disk (default), host, device or auto.")
-    ] = None,
-    resident_gb: Annotated[
-        float | None, typer.Option(help="GPU memory for tokens, in 1e9 bytes; default: most.")
-    ] = None,
-    missing: Annotated[
-        str, typer.Option(help="Candidates that STORE lacks: error (default), or skip.")
-    ] = "error",
+    device: DeviceName = None,
+    residency: ResidencyName = None,
+    resident_gb: ResidentGb = None,
+    missing: OnMissing = "error",
     timeout: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
     as_json: Json = False,
 ) -> None:
