@@ -14,7 +14,7 @@ from .errors import RequestError
 
 StrPath = str | os.PathLike[str]
 
-_LONE = (str, bytes, bytearray, memoryview, os.PathLike)
+_LONE = (str, bytes, bytearray, os.PathLike)
 
 
 class Arguments:
@@ -102,7 +102,7 @@ class Arguments:
         """
         if isinstance(values, _LONE):
             kind = "string" if isinstance(values, str) else type(values).__name__
-            self.faults.append(f"{name}: got the {kind} {shown(values)}, expected {expected}")
+            self.faults.append(f"{name}: got the {kind} {str(values)!r:.80}, expected {expected}")
         elif isinstance(values, Mapping):
             kind = f"a {type(values).__name__}"
             self.faults.append(f"{name}: got {kind}, expected {expected}: its keys() or values()")
@@ -121,14 +121,14 @@ class Arguments:
         self, name: str, values: object, expected: str = "a list of ids", *, paired: bool = False
     ) -> list[str]:
         """Return the strings of an iterable, as `items` does; NumPy's become Python's."""
-        found = self.items(name, values, expected, paired=paired)
-        wrong = [shown(value) for value in found if not isinstance(value, str)]
+        found = plain(self.items(name, values, expected, paired=paired))
+        wrong = [] if _are_strings(found) else [v for v in found if not isinstance(v, str)]
         if wrong:
             rest = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-            which = ", ".join(wrong[:20]) + rest
+            which = ", ".join(map(shown, wrong[:20])) + rest
             self.faults.append(f"{len(wrong)} {name} are not strings: {which}")
             return []
-        return plain(found)
+        return found
 
 
 def is_whole(value: object, least: int = 1) -> TypeGuard[int]:
@@ -140,9 +140,13 @@ def is_whole(value: object, least: int = 1) -> TypeGuard[int]:
 
 def plain(values: list[Any]) -> list[Any]:
     """Return strings of a subclass (NumPy's) as Python's own, everything else as it is."""
-    if set(map(type, values)) <= {str}:
+    if _are_strings(values):
         return values
     return [str.__str__(value) if isinstance(value, str) else value for value in values]
+
+
+def _are_strings(values: list[Any]) -> bool:
+    return set(map(type, values)) <= {str}
 
 
 def path_of(name: str, value: object) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class Agreement:
     top_10: float
 
 
-def rank_agreement(expected: Sequence[Scores], found: Sequence[Scores]) -> Agreement:
+def rank_agreement(expected: Iterable[Scores], found: Iterable[Scores]) -> Agreement:
     """Compare two lists of scores, one float [C] a query; C may differ between queries.
 
     A score that is not finite ranks last and differs by infinity.
@@ -120,7 +120,7 @@ def top_agreement(expected: Scores, found: Scores, k: int) -> float:
     return len(best[0] & best[1]) / k
 
 
-def recall(scores: Sequence[Scores], targets: Sequence[int | None]) -> dict[str, float] | None:
+def recall(scores: Iterable[Scores], targets: Iterable[int | None]) -> dict[str, float] | None:
     """Return {"R@1": share, ...}: queries whose target is among the first 1, 5, 10 of a ranking.
 
     Ties keep the order of the candidates. None where no query knows its target.

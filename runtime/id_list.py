@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from ..errors import RequestError, named
 from ..files import decode_text, read_text
@@ -22,23 +22,19 @@ def read_ids(source: str, *, what: str = "ids") -> list[str]:
         RequestError: the list cannot be read or is not UTF-8.
     """
     if source == "-":
-        text = decode_text(sys.stdin.buffer.read(), f"the list of {what} on stdin")
+        text = decode_text(sys.stdin.buffer.read(), f"the {what} on stdin")
     else:
-        text = read_text(source)
-    if "\0" in text:
-        raise RequestError(
-            f"the list of {what} {source} holds NUL characters, expected an id a line in UTF-8",
-            hint="if it is UTF-16, iconv -f UTF-16LE -t UTF-8 makes it UTF-8",
-        )
+        text = read_text(source, f"the {what} {source}")
     return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
-def listed(ids: Sequence[str]) -> str:
+def listed(ids: Iterable[str]) -> str:
     """Return `ids` as the text that `read_ids` reads back.
 
     Raises:
         RequestError: ids that a line cannot hold, all counted.
     """
+    ids = list(ids)
     bad = [name for name in ids if _is_changed_by_a_line(name)]
     if bad:
         raise RequestError(

@@ -131,17 +131,8 @@ class Reranker:
             StoreError: no store there, or one made by another encoder.
             RequestError: an argument of another kind, or that cannot be meant so (all of them).
         """
-        options, wish = check_arguments(
-            engine,
-            store,
-            rescore,
-            rescore_margin,
-            num_threads,
-            backend_settings,
-            device,
-            residency,
-            graphs,
-        )
+        folders, how = (engine, store, rescore), (rescore_margin, num_threads, backend_settings)
+        options, wish = check_arguments(*folders, *how, device, residency, graphs)
         with ExitStack() as undo:
             parts = open_parts(engine, rescore, store, device, options, wish, undo)
             reranker = cls(

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from ...arguments import StrPath
 from ...errors import RequestError, StoreError
 from ..store import SegmentWriter, StoreLayout, TokenStore, incoming_name
 from ..store.layout import INCOMING
@@ -135,7 +136,7 @@ class SegmentEncoder:
         self._pool = DecoderPool(encoder.image, workers)
 
     def write(
-        self, entries: Iterable[ImageFile | SkippedImage], folder: Path, *, task: str
+        self, entries: Iterable[ImageFile | SkippedImage], folder: StrPath, *, task: str
     ) -> tuple[list[Path], list[SkippedImage]]:
         """Index `entries` into segments in `folder`; return their paths, and what was skipped.
 
@@ -156,7 +157,7 @@ class SegmentEncoder:
         with closing(read_ahead(decoded, NUM_AHEAD)) as batches:
             num_batches = batches_a_segment
             while num_batches == batches_a_segment:
-                with SegmentWriter(folder / incoming_name(task), self._layout) as writer:
+                with SegmentWriter(Path(folder) / incoming_name(task), self._layout) as writer:
                     some = islice(batches, batches_a_segment)
                     num_batches = sum(self._add(writer, batch, skipped) for batch in some)
                     path = writer.close()

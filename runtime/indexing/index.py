@@ -67,7 +67,7 @@ class IndexOptions:
     """What runs of every kind have in common; see `index_images`."""
 
     dtype: str | None
-    only: frozenset[str] | None
+    only: Iterable[str] | None
     progress: Progress | None
     on_skip: OnSkip | None
 
@@ -117,9 +117,10 @@ def index_images(
     """
     import_pillow()
     _check_batch_size(batch_size)
-    options = IndexOptions(dtype, wanted_ids(only), progress, on_skip)
+    only = wanted_ids(only)
     source = open_source(images, leave_out=Path(store))
     num_workers = default_workers() if workers is None else workers
+    options = IndexOptions(dtype, only, progress, on_skip)
     with DecoderPool(encoder.image, num_workers) as pool:
 
         def work(run: Run) -> str:
@@ -160,9 +161,10 @@ def index_features(
         StoreError: a store of another encoder or dtype, or one that cannot be written.
     """
     _check_batch_size(batch_size)
+    only = wanted_ids(only)
     listed = None if ids is None else Path(ids)
     source = FeatureSource(Path(features), encoder.manifest.sizes, ids=listed)
-    options = IndexOptions(dtype, wanted_ids(only), progress, on_skip)
+    options = IndexOptions(dtype, only, progress, on_skip)
 
     def work(run: Run) -> str:
         entries = groups(source.entries(run.selection), batch_size)
@@ -205,7 +207,8 @@ def run_index(
         StoreError: a store of another encoder or dtype, or one that cannot be written.
     """
     started = time.perf_counter()
-    _check_only(source, options.only)
+    only = wanted_ids(options.only)
+    _check_only(source, only)
     tally = Tally()
 
     def report() -> None:
@@ -217,11 +220,11 @@ def run_index(
         store = stack.enter_context(_open_store(folder, manifest, options.dtype))
         adopt_leftovers(store)
         log = stack.enter_context(SkippedLog(folder))
-        selection = Selection(store, options.only, tally)
+        selection = Selection(store, only, tally)
         selection.survey(source)
         report()
         encoder = work(Run(store, selection, log, tally, report, options.on_skip))
-        whole = options.only is None
+        whole = only is None
         log.settle(lambda old: selection.has(old.id) or (whole and old.source in source.names))
     if tally.done == 0:
         raise RequestError(f"{' '.join(source.names)} holds no images to index")

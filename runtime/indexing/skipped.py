@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
+from ...arguments import StrPath
 from ...folders import sync_folder
 from .sources import SkippedImage
 
@@ -91,9 +92,9 @@ class SkippedLog:
             self._file.flush()
 
 
-def read_skipped(store: Path) -> list[SkippedImage]:
+def read_skipped(store: StrPath) -> list[SkippedImage]:
     """Return what `STORE/skipped.jsonl` holds, a new list; empty where there is no such file."""
-    path = store / SKIPPED
+    path = Path(store) / SKIPPED
     if not path.exists():
         return []
     entries = (_parsed(line) for line in path.read_bytes().split(b"\n") if line)

@@ -104,7 +104,8 @@ def _take_array(given: Arguments, name: str, value: object) -> None:
 def nonfinite_records(values: Float16) -> Int64:
     """Return the places, int64, of the records in float16 [N, ...] that hold NaN or infinity.
 
-    Twice the largest of some integers, which costs a tenth of `np.isfinite`.
+    The largest of some integers, twice, takes a twentieth of the time of `np.isfinite`: 0.9 us a
+    record of 64 x 384, where appending takes 29 us at least (an AMD EPYC, in the page cache).
     """
     if not values.size:
         return np.empty(0, np.int64)
@@ -132,7 +133,7 @@ def rows_of(rows: object) -> Int64:
     if not isinstance(rows, np.ndarray):
         given = Arguments("rows")
         found = given.items("rows", rows, "int64 [N], from `TokenStore.rows`")
-        wrong = [shown(row) for row in found if not is_whole(row, -(1 << 63))]
+        wrong = [shown(row) for row in found if not (is_whole(row, 0) and row < 1 << 63)]
         if wrong:
             given.faults.append(f"{len(wrong)} rows are no row handles: {', '.join(wrong[:20])}")
         given.check()

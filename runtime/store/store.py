@@ -203,8 +203,14 @@ class TokenStore(ReadableStore):
             progress: called with (done, total) segments.
 
         Raises:
+            RequestError: arguments of another kind (all of them), or a share that is none.
             StoreError: opened for reading; no room for one segment more; then nothing is lost.
         """
+        given = Arguments("compact")
+        expected = "0 or more, less than 1"
+        max_dead_share = given.number("max_dead_share", max_dead_share, expected)
+        given.callback("progress", progress)
+        given.check()
         with self._mutex:
             writer = self._writing()
             try:

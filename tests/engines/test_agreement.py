@@ -103,3 +103,10 @@ def test_lists_that_do_not_belong_together_are_refused():
         rank_agreement([np.zeros(3)], [np.zeros(2)])
     with pytest.raises(ValueError, match="shorter"):
         rank_agreement([np.zeros(3)], [])
+
+
+def test_scores_may_come_from_any_iterable():
+    rng = np.random.default_rng(0)
+    first, second = rng.standard_normal((2, 5, 12)).astype(np.float32)
+    assert rank_agreement(iter(first), map(np.copy, second)) == rank_agreement(first, second)
+    assert recall(iter(first), iter([0] * 5)) == recall(first, [0] * 5)

@@ -125,7 +125,8 @@ def test_rerank_says_where_it_reads_tokens_from(edje, tiny_engine, tiny_store):
         (("--residency", "auto", "--resident-gb", "nan"), "--resident-gb is nan"),
         (("--residency", "auto", "--resident-gb", "0"), "max_bytes: got 0"),
         (("--device", "cuda_core"), "built for the CPU"),
-        (("--timeout", "0"), "deadline passed"),
+        (("--timeout", "0"), "before all of it was scored: 0 of 12 have a score"),
+        (("--missing", "ignore"), 'missing is \'ignore\', expected "error" or "skip"'),
         (("--timeout", "nan"), "timeout_s is nan"),
     ],
 )
@@ -134,6 +135,21 @@ def test_rerank_refuses_what_cannot_be_meant(edje, tiny_engine, tiny_store, opti
     assert (ran.code, ran.out) == (2, "")
     assert says in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_rerank_skips_missing_candidates_where_asked(edje, tiny_engine, tiny_store, tmp_path):
+    (tmp_path / "ids.txt").write_bytes(b"\xef\xbb\xbfimg-3\r\nghost\r\nimg-5\r\n")
+    common = ("rerank", tiny_engine, "--store", tiny_store, "--query", "a dog")
+    common += ("--candidates", tmp_path / "ids.txt")
+    refused = edje(*common)
+    assert (refused.code, "1 of 3 ids are not in the store" in refused.err) == (2, True)
+    table = edje(*common, "--missing", "skip")
+    assert table.code == 0
+    assert "1 candidates are not in the store: 'ghost'" in table.err
+    result = edje(*common, "--missing", "skip", "--json").json
+    assert {hit["id"] for hit in result["hits"]} == {"img-3", "img-5"}
+    assert [(fault["id"], fault["index"]) for fault in result["missing"]] == [("ghost", 1)]
+    assert (result["num_asked"], result["num_scored"]) == (3, 2)
 
 
 def test_candidates_come_from_stdin(edje, tiny_engine, tiny_store, monkeypatch):

@@ -107,6 +107,17 @@ def test_json_lines_may_bring_their_candidates(sampled):
     assert samples.data.endswith("1 targets are not among their candidates")
 
 
+@pytest.mark.parametrize("name", ["queries.tsv", "queries.jsonl"])
+def test_a_byte_order_mark_is_no_part_of_a_query_or_an_id(sampled, name):
+    """Windows tools write it, and `cat` of two such files leaves one inside."""
+    line = "{}\t{}\r" if name.endswith(".tsv") else '{{"query": "{}", "target": "{}"}}\r'
+    lines = [line.format("red", "img-3"), line.format("blue", "img-4")]
+    plain = sampled(*lines, name=name)
+    marked = sampled(*(f"\ufeff{line}" for line in lines), name=f"marked-{name}")
+    assert len(marked) == 2
+    assert marked.fingerprint == plain.fingerprint
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     targets=st.lists(st.integers(0, NUM_IMAGES - 1), min_size=1, max_size=9),

@@ -356,6 +356,11 @@ def test_a_request_nobody_wants_any_more_stops_and_gives_its_slots_back(
     )
     error = rig.outcome(unwanted)
     assert isinstance(error, StoppedError) if len(asked) > after else error is None
+    if error is not None:
+        known = error.partial
+        right = np.where(known.skipped, np.nan, expected_scores(request_))
+        assert np.array_equal(known.scores, right, equal_nan=True)
+        assert known.skipped.any(), "nothing was left to do"
     rig.check(request_)
     rig.finish()
 

@@ -1,0 +1,149 @@
+"""Promises of arguments: iterables are taken once, kinds are checked, faults come together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edje.arguments import Arguments, path_of, shown
+from edje.errors import RequestError
+
+WAYS: dict[str, Callable[[list[str]], Iterable[str]]] = {
+    "tuple": tuple,
+    "iterator": iter,
+    "generator": lambda values: (value for value in values),
+    "map": lambda values: map(str, values),
+    "filter": lambda values: filter(lambda _: True, values),
+    "keys of a dict": lambda values: dict.fromkeys(values).keys(),
+    "values of a dict": lambda values: dict(enumerate(values)).values(),
+    "array": lambda values: np.array(values, dtype="<U20"),
+    "object array": lambda values: np.array(values, dtype=object),
+}
+
+
+class PathLike:
+    """What `os.fspath` takes and is neither text nor a Path."""
+
+    def __init__(self, path: str | bytes):
+        self.path = path
+
+    def __fspath__(self) -> Any:
+        return self.path
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(st.lists(st.text(st.characters(codec="ascii", exclude_characters="\0")), unique=True))
+def test_every_iterable_gives_its_strings_once_and_in_order(way: str, values: list[str]) -> None:
+    arguments = Arguments("a call")
+    values = [f"<{value[:8]}{number}>" for number, value in enumerate(values)]
+    found = arguments.strings("ids", WAYS[way](values))
+    assert (found, arguments.faults) == (values, [])
+    assert {type(name) for name in found} <= {str}
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ("cd", "ids: got the string 'cd', expected a list of ids"),
+        (b"cd", "ids: got the bytes \"b'cd'\", expected a list of ids"),
+        (Path("cd"), "ids: got the PosixPath 'cd', expected a list of ids"),
+        ({"a": 1}, "ids: got a dict, expected a list of ids: its keys() or values()"),
+        (3, "ids is 3, expected a list of ids"),
+        (["a", 3, None, b"x"], "3 ids are not strings: 3, None, b'x'"),
+        (np.array([["a", "b"]]), "1 ids are not strings: of type ndarray"),
+    ],
+)
+def test_what_is_no_list_of_strings_is_one_sentence(values: object, fault: str) -> None:
+    arguments = Arguments("a call")
+    arguments.strings("ids", values)
+    assert arguments.faults == [fault]
+    with pytest.raises(RequestError) as caught:
+        arguments.check()
+    assert str(caught.value) == fault
+
+
+def test_a_set_has_no_order_for_what_lies_beside_it() -> None:
+    arguments = Arguments("a call")
+    assert sorted(arguments.items("ids", {"b", "a"}, "a list")) == ["a", "b"]
+    arguments.items("ids", {"b", "a"}, "a list", paired=True)
+    assert arguments.faults == [
+        "ids is of type set, expected a list in the order of what belongs to them"
+    ]
+
+
+@pytest.mark.parametrize("value", [1, np.int8(1), np.uint64(1), np.int32(1)])
+def test_whole_numbers_of_python_and_numpy_are_taken(value: Any) -> None:
+    arguments = Arguments("a call")
+    found = arguments.whole("top_k", value, "1 or more")
+    assert (found, type(found), arguments.faults) == (1, int, [])
+
+
+@pytest.mark.parametrize("value", ["3", 2.0, True, np.True_, np.float32(2), None, [1], 0, -1, 1j])
+def test_what_is_no_whole_number_is_refused(value: object) -> None:
+    arguments = Arguments("a call")
+    arguments.whole("top_k", value, "1 or more")
+    assert arguments.faults == [f"top_k is {shown(value)}, expected 1 or more"]
+
+
+@pytest.mark.parametrize("value", [0, 0.5, np.float32(0.5), np.int64(3)])
+def test_numbers_are_taken(value: Any) -> None:
+    arguments = Arguments("a call")
+    assert arguments.number("timeout_s", value, "0 or more") == float(value)
+    assert arguments.faults == []
+
+
+@pytest.mark.parametrize("value", ["1", True, None, float("nan"), -0.1, float("inf"), [1], 1j])
+def test_what_is_no_number_is_refused(value: object) -> None:
+    arguments = Arguments("a call")
+    arguments.number("timeout_s", value, "0 or more")
+    assert arguments.faults == [f"timeout_s is {shown(value)}, expected 0 or more"]
+
+
+def test_infinity_is_taken_where_it_means_something() -> None:
+    arguments = Arguments("a call")
+    assert arguments.number("timeout_s", float("inf"), "0 or more", finite=False) == float("inf")
+    assert arguments.faults == []
+
+
+def test_all_faults_come_together() -> None:
+    arguments = Arguments("rank")
+    arguments.text("query", b"red")
+    arguments.flag("graphs", 1)
+    arguments.choice("missing", "skipp", ("error", "skip"))
+    arguments.callback("cancelled", 3)
+    arguments.settings("settings", {"a": 1, 2: "b"})
+    arguments.path("store", 3)
+    with pytest.raises(RequestError, match="rank cannot be called so") as caught:
+        arguments.check()
+    assert caught.value.faults == (
+        "query is b'red', expected a string",
+        "graphs is 1, expected True or False",
+        'missing is \'skipp\', expected "error" or "skip"',
+        "cancelled is 3, expected a function or None",
+        "settings: 'a' is 1, expected strings",
+        "settings: 2 is 'b', expected strings",
+        "store is 3, expected a path",
+    )
+
+
+@pytest.mark.parametrize("path", ["a/b", Path("a/b"), PathLike("a/b")])
+def test_paths_are_taken_as_text_and_as_paths(path: str | os.PathLike[str]) -> None:
+    assert path_of("store", path) == Path("a/b")
+
+
+@pytest.mark.parametrize("path", [b"a/b", PathLike(b"a/b"), 3, None, ["a"]])
+def test_what_is_no_path_is_refused(path: object) -> None:
+    with pytest.raises(RequestError, match=r"store is .*, expected a path"):
+        path_of("store", path)
+
+
+def test_a_large_value_is_not_written_out() -> None:
+    assert len(shown("x" * 10_000)) == 80
+    assert shown(list(range(10_000))) == "of type list"
