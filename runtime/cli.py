@@ -43,18 +43,6 @@ app.add_typer(store_app, name="store")
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
-DeviceName = Annotated[
-    str | None, typer.Option(help="host, cuda_core (:1 for the next GPU) or pycuda.")
-]
-ResidencyName = Annotated[
-    str | None, typer.Option(help="Read tokens from disk (default), host, device or auto.")
-]
-ResidentGb = Annotated[
-    float | None, typer.Option(help="GPU memory for tokens, in 1e9 bytes; default: most.")
-]
-OnMissing = Annotated[
-    str, typer.Option(help="Candidates that STORE lacks: error (default), or skip.")
-]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

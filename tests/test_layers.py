@@ -41,8 +41,13 @@ def layer_faults(imports: list[Import]) -> Iterator[str]:
 
 
 def _is_front_door(found: Import) -> bool:
-    """Whether `edje` hands out a public name, or the command line runs a verb, when asked."""
+    """Whether `edje` hands out a public name, or the command line runs a verb, when asked.
+
+    `python -m edje` is the command line and nothing else.
+    """
     is_command_line = found.module.startswith(f"{PACKAGE}.runtime.cli")
+    if found.module == f"{PACKAGE}.__main__":
+        return found.target == f"{PACKAGE}.runtime.cli"
     return not found.eager and (found.module == PACKAGE or is_command_line)
 
 
@@ -136,6 +141,7 @@ def test_the_rules_accept_a_good_tree() -> None:
         ("edje.runtime.bad", "def f():\n    from ..export import run", "runtime may not"),
         ("edje.runtime.cli", "from ..export import run", "runtime may not import export"),
         ("edje.errors", "from .engines import backends", "root may not import engines"),
+        ("edje.__main__", "from .engines import backends", "root may not import engines"),
         ("edje.demo.bad", "import edje.export.run", "write it relative"),
         ("edje.demo.bad", "from edje.errors import EdjeError", "write it relative"),
         ("edje.engines.bad", "def f():\n    import onnx.helper", "the online path never"),

@@ -3,6 +3,7 @@
 import pytest
 
 from edje.engines.auto import NOTHING_TO_CALIBRATE, build_fastest
+from edje.engines.backends import REGISTRY, load_backend
 from edje.engines.fidelity import FidelityLimits
 from edje.engines.manifest import EngineManifest, Profile
 from edje.engines.open import open_engine
@@ -22,9 +23,40 @@ def test_a_profile_of_ones_own_is_timed_and_kept(tiny_bundle, tmp_path):
     assert (manifest.backend, manifest.precision) == max(rates, key=rates.get)
     for (_, precision), trial in trials.items():
         if precision in ("int8", "fp8"):
-            assert trial["refused"] == NOTHING_TO_CALIBRATE
+            assert trial["not_tried"]
     assert (out / "image_encoder.onnx").is_file()
     open_engine(out).close()
+
+
+def test_the_manifest_says_why_a_precision_was_not_tried(tiny_bundle, tmp_path, monkeypatch):
+    reasons = {"bf16": "this CPU has no bf16", "int8": None}
+    for name in ("openvino", "onnxruntime"):
+        monkeypatch.setattr(load_backend(name), "why_not", reasons.get)
+    manifest = build_fastest(tiny_bundle, tmp_path / "engine", max_pairs=4, text_buckets=[15])
+    trials = {(t["backend"], t["precision"]): t for t in manifest.build_options["auto"]}
+    assert trials.keys() == {(n, p) for n, entry in REGISTRY.items() for p in entry.precisions}
+    assert trials["openvino", "bf16"]["not_tried"] == "this CPU has no bf16"
+    assert trials["openvino", "int8"]["not_tried"] == NOTHING_TO_CALIBRATE
+    assert trials["openvino", "fp32"]["not_tried"] is None
+    skipped = [trial for trial in trials.values() if trial["not_tried"]]
+    assert all(t["pairs_per_s"] is t["kendall_tau"] is t["refused"] is None for t in skipped)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fault"),
+    [
+        ({"max_pairs": 0}, "max_pairs: got 0, expected 1 or more"),
+        ({"text_buckets": [2]}, "text_buckets: got 2"),
+        ({"token_dtype": "int4"}, "token_dtype is 'int4'"),
+    ],
+)
+def test_what_no_engine_can_have_is_said_once_and_not_per_backend(
+    tiny_bundle, tmp_path, wrong, fault
+):
+    with pytest.raises(EngineError) as caught:
+        build_fastest(tiny_bundle, tmp_path / "engine", **wrong)
+    assert str(caught.value).count(fault) == 1
+    assert "openvino" not in str(caught.value)
 
 
 def test_int8_tokens_are_timed_as_int8(tiny_bundle, tmp_path):

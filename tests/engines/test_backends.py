@@ -57,7 +57,31 @@ def test_a_missing_library_says_how_to_install_it(monkeypatch):
     status = {status.name: status for status in probe_backends()}["openvino"]
     assert status.version is None
     assert status.usable == ()
-    assert all("pip install" in str(reason) for reason in status.precisions.values())
+    for reasons in (status.runs, status.builds):
+        assert all("pip install 'edje-runtime[cpu]'" in str(why) for why in reasons.values())
+
+
+def test_what_builds_without_a_gpu_is_told_apart_from_what_runs(monkeypatch):
+    rtx = pytest.importorskip("edje.engines.tensorrt_rtx", reason="needs the extra rtx")
+    monkeypatch.setattr(rtx, "gpu_fault", lambda: "no NVIDIA driver here")
+    (status,) = probe_backends(["tensorrt-rtx"])
+    assert status.usable == ()
+    assert status.buildable == ("fp32", "bf16", "fp16", "fp8")
+    assert status.runs["fp16"] == "no NVIDIA driver here"
+    assert "no int8" in status.builds["int8"]
+    with pytest.raises(EngineError) as caught:
+        require_backend("tensorrt-rtx", "fp16")
+    assert "and build tensorrt-rtx (fp32, bf16, fp16, fp8)" in caught.value.hint
+
+
+def test_without_the_passes_only_exported_graphs_build(monkeypatch):
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    module = load_backend("openvino")
+    monkeypatch.setattr(module, "why_not", lambda precision: None)
+    (status,) = probe_backends(["openvino"])
+    assert status.usable == ("fp32", "bf16", "int8")
+    assert status.buildable == ("fp32", "bf16")
+    assert status.builds["int8"] == "needs onnx, ml_dtypes: pip install 'edje-runtime[build]'"
 
 
 def test_nothing_installed(monkeypatch):

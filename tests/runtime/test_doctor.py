@@ -22,13 +22,35 @@ def test_the_diagnosis_is_json_and_names_every_backend(capsys):
     assert diagnosis["memory_bytes"] > 2**28
 
 
-def test_the_table_says_why_a_precision_does_not_run(capsys, monkeypatch):
-    status = doctor.BackendStatus("openvino", "1.0", {"fp32": None, "bf16": "no AMX here"})
-    monkeypatch.setattr(doctor, "probe_backends", lambda: (status,))
+def test_the_table_says_what_builds_what_runs_and_why_not_the_rest(capsys, monkeypatch):
+    statuses = (
+        doctor.BackendStatus(
+            "openvino",
+            "1.0",
+            runs={"fp32": None, "bf16": "no AMX here", "int8": "no VNNI here"},
+            builds={"fp32": None, "bf16": "no AMX here", "int8": "no onnx here"},
+        ),
+        doctor.BackendStatus(
+            "tensorrt-rtx",
+            "2.0",
+            runs=dict.fromkeys(("fp32", "fp16"), "no GPU here"),
+            builds={"fp32": None, "fp16": None},
+        ),
+    )
+    monkeypatch.setattr(doctor, "probe_backends", lambda: statuses)
     assert main(["doctor"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["openvino", "1.0", "fp32", "runs"] in lines
-    assert ["openvino", "1.0", "bf16", "no", "AMX", "here"] in lines
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "backend version builds runs" in lines
+    assert "openvino 1.0 fp32 fp32" in lines
+    assert "tensorrt-rtx 2.0 fp32 fp16 none" in lines
+    assert "openvino bf16 no AMX here" in lines
+    assert {"openvino int8 no VNNI here", "openvino int8 no onnx here"} <= set(lines)
+    assert "tensorrt-rtx fp32 fp16 no GPU here" in lines
+    assert main(["doctor", "--json"]) == 0
+    _, rtx = json.loads(capsys.readouterr().out)["backends"]
+    assert (rtx["usable"], rtx["buildable"]) == ([], ["fp32", "fp16"])
+    assert rtx["runs"] == {"fp32": "no GPU here", "fp16": "no GPU here"}
+    assert rtx["builds"] == {"fp32": None, "fp16": None}
 
 
 @pytest.fixture
