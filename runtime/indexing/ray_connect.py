@@ -1,7 +1,7 @@
 """A connection to a Ray cluster: there within half a minute, or one sentence why not.
 
 Ray itself tries for minutes, in C++ that no Ctrl-C reaches. So its address is tried first, and
-Ray connects in a thread that the caller need not wait for.
+to a cluster Ray connects in a thread that the caller need not wait for.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def connect(address: str | None) -> Iterator[Any]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent home unasked
     _check_address(named)
-    _init(ray, address, None if named in (None, "local") else CONNECT_S)
+    _init(ray, address, named)
     try:
         yield ray
     finally:
@@ -115,9 +115,8 @@ def _why_no_cluster(host: str, port: int) -> str | None:
     return None if answer[3] == _SETTINGS else "something else answers there"
 
 
-def _init(ray: Any, address: str | None, seconds: float | None) -> None:
-    """Connect, or start a Ray on this machine, which may take as long as it does (None)."""
-    abandoned = Event()
+def _init(ray: Any, address: str | None, named: str | None) -> None:
+    """Connect to what `named` says; without a cluster's name, Ray may start one here."""
 
     def init() -> None:
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -125,13 +124,17 @@ def _init(ray: Any, address: str | None, seconds: float | None) -> None:
         if abandoned.is_set():
             ray.shutdown()
 
+    abandoned = Event()
     try:
-        _within(seconds, init)
-    except NotYet as error:
-        why = str(error) if seconds is None else f"Ray could not connect in {seconds:.0f} s"
-        raise _no_cluster(address, why) from error
+        # A Ray that is started here ends with the thread that has started it (PR_SET_PDEATHSIG).
+        if named in (None, "local"):
+            init()
+        else:
+            _within(CONNECT_S, init)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise _no_cluster(address, str(error)) from error
+    except NotYet as error:
+        raise _no_cluster(address, f"Ray could not connect in {CONNECT_S:.0f} s") from error
     finally:
         abandoned.set()
 
@@ -143,7 +146,7 @@ def _no_cluster(address: str | None, why: str) -> EngineError:
     )
 
 
-def _within(seconds: float | None, call: Callable[[], Result]) -> Result:
+def _within(seconds: float, call: Callable[[], Result]) -> Result:
     """Return what `call` returns or raise what it raises; Ctrl-C ends the wait at once.
 
     Raises:

@@ -63,6 +63,7 @@ def ray() -> Iterator[Any]:
     with tempfile.TemporaryDirectory(prefix="ray") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("PYTHONPATH", str(Path(toy_format.__file__).parent))  # a plugin's place
         ray.init(
             "local",
             num_cpus=2,
