@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,64 @@ def test_make_help_lists_real_targets() -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = set(re.findall(r"^make ([a-z]+) ", shown.stdout, re.M))
     assert {"demo", "test", "check", "bench", "clean"} <= listed <= targets()
+
+
+# Stands in for Python, pip and what they install: writes down how it was called.
+RECORDER = """#!/bin/sh
+echo "$(basename "$0") $*" >> calls
+case "$*" in *"-m venv"*)
+    mkdir -p .venv/bin && for name in python pip edje pytest; do cp "$0" .venv/bin/$name; done
+esac
+"""
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[[str], list[str]]:
+    """Run a target of the Makefile in a folder of its own; return what was called."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "recorder").write_text(RECORDER)
+    (tmp_path / "recorder").chmod(0o755)
+
+    def run(target: str) -> list[str]:
+        calls = tmp_path / "calls"
+        calls.write_text("")
+        command = ["make", target, "PYTHON=./recorder"]
+        subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+        return calls.read_text().splitlines()
+
+    return run
+
+
+def installs(calls: list[str]) -> list[str]:
+    """The extras that were installed."""
+    return [found[1] for call in calls if (found := re.search(r" -e \.\[(.*?)\] ", call))]
+
+
+def test_make_demo_installs_what_the_demo_needs_and_make_test_the_rest(make, tmp_path) -> None:
+    first = make("demo")
+    assert installs(first) == ["cpu,build,export,index"]
+    assert first[-1] == "edje demo"
+    assert make("demo") == ["edje demo"]
+    second = make("test")
+    assert installs(second) == ["dev"]
+    assert not any("venv" in call for call in second), "both share one .venv"
+    assert make("demo") == ["edje demo"]
+    assert installs(make("test")) == []
+
+
+def test_after_make_test_the_demo_installs_nothing(make) -> None:
+    assert installs(make("test")) == ["dev"]
+    assert make("demo") == ["edje demo"]
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_changed_pins_are_installed_again(make, tmp_path, target) -> None:
+    before = installs(make(target))
+    for stamp in (tmp_path / ".venv").glob(".installed*"):
+        os.utime(stamp, (1, 1))
+    assert installs(make(target)) == before
+    assert installs(make(target)) == []
 
 
 def code_of(markdown: str) -> str:

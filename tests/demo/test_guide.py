@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from edje.demo.evaluation import DemoResult
-from edje.demo.guide import run_demo
+from edje.demo.guide import print_table, run_demo
 from edje.engines.build import build_engine
 from edje.engines.fidelity import FidelityLimits
 from edje.engines.manifest import EngineManifest
-from edje.errors import EdjeError
+from edje.errors import EdjeError, RequestError
+from edje.runtime.cli import main
 from edje.runtime.samples import StoreSamples
 
 README = Path(__file__).parents[2] / "README.md"
@@ -100,16 +103,63 @@ def test_the_demo_spares_folders_it_did_not_write(
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_the_readme_example_runs(
+@pytest.mark.parametrize("wrong", [0, -4, 1, 3, 66, 1028, 10**9])
+def test_a_number_of_queries_that_cannot_be_is_refused_before_the_work(
+    tmp_path: Path, wrong: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(RequestError, match=f"num_queries is {wrong}, expected a multiple of 4"):
+        run_demo(out, num_queries=wrong)
+    assert main(["demo", "--out", str(out), "--num-queries", str(wrong)]) == 2
+    assert f"num_queries is {wrong}" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_terminal_says_what_was_tried_what_was_not_and_where_to_go_on(
+    result: DemoResult, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trials = [
+        {"backend": "openvino", "precision": "fp32", "pairs_per_s": 1234.5, "kendall_tau": 1.0},
+        {"backend": "openvino", "precision": "bf16", "refused": "tau 0.9 is below 0.975"},
+        {"backend": "openvino", "precision": "int8", "not_tried": "this CPU has no VNNI"},
+        {"backend": "tensorrt", "precision": "fp16", "not_tried": "not installed"},
+        {"backend": "tensorrt", "precision": "fp8", "not_tried": "not installed"},
+    ]
+    blank = dict.fromkeys(("pairs_per_s", "kendall_tau", "refused", "not_tried"))
+    print_table(replace(result, trials=[{**blank, **trial} for trial in trials]), folder)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "openvino fp32 1,234 pairs/s, Kendall tau 1.0000" in lines
+    assert "openvino bf16 tau 0.9 is below 0.975" in lines
+    assert "openvino int8 not tried: this CPU has no VNNI" in lines
+    assert "tensorrt fp16 fp8 not tried: not installed" in lines
+    assert f"Look: {folder / 'index.html'}, {folder / 'contact-sheet.png'}" in lines
+
+
+def test_the_command_that_the_terminal_proposes_runs(
+    result: DemoResult, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_table(result, folder)
+    proposed = capsys.readouterr().out.split("Try:")[1].replace("\\\n", " ")
+    done = subprocess.run(proposed, shell=True, capture_output=True, text=True, check=True)
+    assert f"{NUM_QUERIES} images scored in" in done.stdout
+
+
+def test_the_readme_example_gives_what_the_readme_shows(
     result: DemoResult,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    example, *_ = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
+    blocks = r"^```python\n(.*?)^```\n\n^```\n(.*?)^```"
+    (example, shown), *_ = re.findall(blocks, README.read_text(), re.M | re.S)
     monkeypatch.chdir(folder.parent)
     scope: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), scope)
-    assert len(capsys.readouterr().out.splitlines()) == 5
-    scores = scope["scores"]
-    assert getattr(scores, "shape", None) == (2,)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(shown.splitlines()) == 6
+    (score, best), (runner_up, _) = (line.split() for line in printed[:2])
+    told, told_best = shown.splitlines()[0].split()
+    assert best == told_best
+    assert abs(float(score) - float(told)) < 0.5, "engines differ by less"
+    assert float(runner_up) < float(score) - 5, "a clear first place"
+    assert getattr(scope["scores"], "shape", None) == (2,)
