@@ -117,18 +117,18 @@ class Arguments:
                 return list(iterator)
         return []
 
-    def strings(
-        self, name: str, values: object, expected: str = "a list of ids", *, paired: bool = False
-    ) -> list[str]:
-        """Return the strings of an iterable, as `items` does; NumPy's become Python's."""
-        found = plain(self.items(name, values, expected, paired=paired))
-        wrong = [] if _are_strings(found) else [v for v in found if not isinstance(v, str)]
+    def strings(self, name: str, values: object) -> list[str]:
+        """Return the strings (ids) of an iterable, as `items` does; NumPy's become Python's."""
+        found = self.items(name, values, "a list of ids")
+        if _are_strings(found):
+            return found
+        wrong = [value for value in found if not isinstance(value, str)]
         if wrong:
             rest = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
             which = ", ".join(map(shown, wrong[:20])) + rest
             self.faults.append(f"{len(wrong)} {name} are not strings: {which}")
             return []
-        return found
+        return plain(found)
 
 
 def is_whole(value: object, least: int = 1) -> TypeGuard[int]:

@@ -177,16 +177,16 @@ class Reranker:
             EngineError: the engine failed or the reranker is closed.
             StoreError: the store cannot be read.
         """
+        began = perf_counter()
+        given = Arguments("Reranker.rank")
+        given.text("query", query)
+        ids = None if candidates is None else given.strings("candidates", candidates)
+        if top_k is not None:
+            top_k = given.whole("top_k", top_k, "1 or more, or None for all")
+        given.choice("missing", missing, get_args(Missing))
+        deadline = deadline_of(given, timeout_s, cancelled)
+        given.check()
         with self._running():
-            began = perf_counter()
-            given = Arguments("Reranker.rank")
-            given.text("query", query)
-            ids = None if candidates is None else given.strings("candidates", candidates)
-            if top_k is not None:
-                top_k = given.whole("top_k", top_k, "1 or more, or None for all")
-            given.choice("missing", missing, get_args(Missing))
-            deadline = deadline_of(given, timeout_s, cancelled)
-            given.check()
             queries = self._tokenizer([query])
             tokenized = perf_counter()
             ids = self._store.ids() if ids is None else ids
@@ -220,11 +220,11 @@ class Reranker:
             EngineError: the engine failed or the reranker is closed.
             StoreError: a stored record is damaged or gave no finite score (all named).
         """
+        given = Arguments("Reranker.predict")
+        texts, ids = split_pairs(given, pairs)
+        deadline = deadline_of(given, timeout_s, cancelled)
+        given.check()
         with self._running():
-            given = Arguments("Reranker.predict")
-            texts, ids = split_pairs(given, pairs)
-            deadline = deadline_of(given, timeout_s, cancelled)
-            given.check()
             if not ids:
                 return np.empty(0, np.float32)
             number = {text: place for place, text in enumerate(dict.fromkeys(texts))}
