@@ -37,7 +37,7 @@ def test_the_ladder_holds_its_limit_with_outliers_and_says_what_it_kept(full_siz
     profile = Profile(64, (15, 63))
     queries = [
         list(sample_batches(sample, profile, pad_id=0, sep_id=bundle.text.sep_id))
-        for sample in RandomSamples(bundle, 2, 12)
+        for sample in RandomSamples(bundle, 1, 24)
     ]
     told: list[str] = []
     limits = FidelityLimits(min_kendall_tau=MIN_TAU)
