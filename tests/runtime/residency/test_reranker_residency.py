@@ -314,3 +314,15 @@ def test_after_a_warm_up_every_bucket_has_run(tmp_path, store):
     profile = engine.manifest.profile
     assert {bucket for _, bucket in engine.batches} == set(profile.text_buckets)
     assert {size for size, _ in engine.batches} == {profile.max_pairs}
+
+
+def test_a_warm_up_for_one_query_scores_one_image_of_its_length(tmp_path, store):
+    engine = ToyEngine()
+    with Reranker(engine, toy_tokenizer(tmp_path), store) as reranker:
+        reranker.warm_up("red")
+        (warm,) = engine.batches
+        reranker.rank("red", IDS)
+        with pytest.raises(RequestError, match="empty"):
+            reranker.warm_up(" ")
+    (_, bucket), *_ = engine.batches[1:]
+    assert warm == (1, bucket)
