@@ -166,7 +166,7 @@ def test_cut_queries_and_damaged_records_are_told_on_stderr(
         fingerprint = source.fingerprint_encoder
     tokens[4] = np.nan
     with TokenStore.create(store, **sizes, fingerprint_encoder=fingerprint) as target:
-        target.append([f"img-{i}" for i in range(12)], tokens)
+        target.append([f"img-{i}" for i in range(12)], tokens, allow_nonfinite=True)
     ran = edje("rerank", tiny_engine, "--store", store, "--query", "a " * 70)
     assert ran.code == 0
     assert "the query was cut" in ran.err
