@@ -51,7 +51,11 @@ class Arguments:
 
     def number(self, name: str, value: object, expected: str, *, finite: bool = True) -> float:
         """Return a real number (no bool) of 0 or more; `finite` refuses infinity."""
-        found = float(value) if isinstance(value, Real) and not isinstance(value, bool) else -1.0
+        try:
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            found = float(value) if is_number else -1.0  # type: ignore[arg-type]
+        except OverflowError:  # an int beyond all floats
+            found = math.inf
         if found >= 0 and (math.isfinite(found) or not finite):
             return found
         self.refuse(name, value, expected)
@@ -166,4 +170,4 @@ def shown(value: object) -> str:
     if value is None or isinstance(value, str | bytes | bool | Real):
         text = repr(value)
         return text if len(text) <= 80 else f"{text[:77]}..."
-    return f"of type {type(value).__name__}"
+    return f"an object of type {type(value).__name__}"

@@ -57,7 +57,7 @@ def test_every_iterable_gives_its_strings_once_and_in_order(way: str, values: li
         ({"a": 1}, "ids: got a dict, expected a list of ids: its keys() or values()"),
         (3, "ids is 3, expected a list of ids"),
         (["a", 3, None, b"x"], "3 ids are not strings: 3, None, b'x'"),
-        (np.array([["a", "b"]]), "1 ids are not strings: of type ndarray"),
+        (np.array([["a", "b"]]), "1 ids are not strings: an object of type ndarray"),
     ],
 )
 def test_what_is_no_list_of_strings_is_one_sentence(values: object, fault: str) -> None:
@@ -74,7 +74,7 @@ def test_a_set_has_no_order_for_what_lies_beside_it() -> None:
     assert sorted(arguments.items("ids", {"b", "a"}, "a list")) == ["a", "b"]
     arguments.items("ids", {"b", "a"}, "a list", paired=True)
     assert arguments.faults == [
-        "ids is of type set, expected a list in the order of what belongs to them"
+        "ids is an object of type set, expected a list in the order of what belongs to them"
     ]
 
 
@@ -106,9 +106,10 @@ def test_what_is_no_number_is_refused(value: object) -> None:
     assert arguments.faults == [f"timeout_s is {shown(value)}, expected 0 or more"]
 
 
-def test_infinity_is_taken_where_it_means_something() -> None:
+@pytest.mark.parametrize("value", [float("inf"), 10**400])
+def test_infinity_is_taken_where_it_means_something(value: float) -> None:
     arguments = Arguments("a call")
-    assert arguments.number("timeout_s", float("inf"), "0 or more", finite=False) == float("inf")
+    assert arguments.number("timeout_s", value, "0 or more", finite=False) == float("inf")
     assert arguments.faults == []
 
 
@@ -146,4 +147,4 @@ def test_what_is_no_path_is_refused(path: object) -> None:
 
 def test_a_large_value_is_not_written_out() -> None:
     assert len(shown("x" * 10_000)) == 80
-    assert shown(list(range(10_000))) == "of type list"
+    assert shown(list(range(10_000))) == "an object of type list"

@@ -91,7 +91,7 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
     "a number": ({"candidates": 3}, "candidates is 3"),
     "bytes as query": ({"query": b"red"}, "query is b'red'"),
     "no query": ({"query": None}, "query is None"),
-    "queries": ({"query": ["red"]}, "query is of type list"),
+    "queries": ({"query": ["red"]}, "query is an object of type list"),
     "top_k as text": ({"top_k": "3"}, "top_k is '3'"),
     "top_k as float": ({"top_k": 2.0}, "top_k is 2.0"),
     "top_k as bool": ({"top_k": True}, "top_k is True"),

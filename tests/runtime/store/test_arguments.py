@@ -258,7 +258,7 @@ def test_a_closed_store_refuses_everything(store: TokenStore, mode: Any) -> None
         (lambda store: TokenStore.create(3, **SIZES), "path is 3, expected a path"),
         (lambda store: TokenStore.create(store.path / "x", **{**SIZES, "hidden": "4"}), "hidden"),
         (lambda store: TokenStore.create(store.path / "x", **{**SIZES, "hidden": True}), "hidden"),
-        (lambda store: store.append(["c"], [[1.0]]), "tokens is of type list, expected a NumPy"),
+        (lambda store: store.append(["c"], [[1.0]]), "tokens is an object of type list"),
         (lambda store: store.append(["c"], None), "tokens is None, expected a NumPy array"),
         (lambda store: store.read([], "out"), "out is 'out', expected a NumPy array"),
         (lambda store: store.read([], np.empty((0, 2, 4), np.float16), bad="skip"), "bad is"),
