@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         StoreError,
     )
     from .runtime.reranker import Reranker
-    from .runtime.residency.plan import ResidencyOptions
+    from .runtime.residency import ResidencyOptions
     from .runtime.results import Hit, RankResult
     from .runtime.store import TokenStore
 
@@ -31,7 +31,7 @@ _switch_off_telemetry()
 
 _HOMES = {
     "Reranker": ".runtime.reranker",
-    "ResidencyOptions": ".runtime.residency.plan",
+    "ResidencyOptions": ".runtime.residency",
     "RankResult": ".runtime.results",
     "Hit": ".runtime.results",
     "TokenStore": ".runtime.store",

@@ -19,22 +19,23 @@ from rich.table import Table
 
 from .. import __version__
 from ..bundle import JOINT_ENCODER, PARITY
-from ..engines.auto import build_fastest
+from ..engines.builder.auto import build_fastest, trial_lines
 from ..engines.cpu import cpu_features
+from ..engines.image import ImageEncoder
 from ..engines.manifest import EngineManifest
 from ..errors import EdjeError, RequestError
 from ..export.export import export_bundle
-from ..folders import LOST_AND_FOUND, is_free
+from ..files import LOST_AND_FOUND, is_free
 from ..machine import cpu_model, usable_cores
-from ..runtime.cli_output import Screen, print_facts, progress_bar, progress_steps, trial_lines
-from ..runtime.indexing.image_encoder import ImageEncoder
 from ..runtime.indexing.index import index_images
 from ..runtime.reranker import Reranker
 from ..runtime.store import TokenStore
-from . import calibration, scenes, weights
+from ..show import Screen, print_facts, progress_bar, progress_steps
+from . import evaluation as calibration
+from . import scenes
+from . import tiny_model as weights
 from .contact_sheet import draw_contact_sheet
-from .evaluation import CUTOFFS, DemoResult, QueryResult
-from .first_stage import FirstStage
+from .evaluation import CUTOFFS, DemoResult, FirstStage, QueryResult
 from .page import write_page
 
 NUM_QUERIES = 1024

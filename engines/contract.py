@@ -1,6 +1,6 @@
 """The page a backend author reads: the batch, the engine, the stream, the backend, who checks what.
 
-A backend is one module with the functions of `Backend`, listed in `engines/backends.py`.
+A backend is one module with the functions of `Backend`, listed in `engines/registry.py`.
 Its engine subclasses `Engine` (`HostEngine` on the CPU) and only works: the base class checks
 every batch, `open_engine` checks every folder. What a backend cannot do it refuses with
 `EngineError`; it never runs another precision or device than it was asked for.
@@ -8,26 +8,19 @@ every batch, `open_engine` checks every folder. What a backend cannot do it refu
 
 from __future__ import annotations
 
-import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from ..arrays import Array, DeviceArray, Float16, Float32, Int32, even_parts
 from ..bundle import BundleManifest
 from ..errors import EngineError
-from .manifest import EngineManifest, Profile
+from .manifest import EngineManifest, Profile, option_words
 
 Progress = Callable[[str], None]
-Array = npt.NDArray[Any]
-Int32 = npt.NDArray[np.int32]
-Float16 = npt.NDArray[np.float16]
-Float32 = npt.NDArray[np.float32]
 
 INPUTS = ("text_ids", "text_length", "query_of_pair", "visual_tokens")
 OUTPUT = "scores"
@@ -44,43 +37,6 @@ class Stream(Protocol):
     def handle(self) -> int: ...
 
     def submit(self, work: Callable[[], None]) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceArray:
-    """A C-contiguous array in a GPU's memory, owned by whoever allocated it.
-
-    It stands where a NumPy array would in a `Batch` and for `scores`: an engine on a GPU takes
-    these only, an engine on the CPU never. Nothing here reads or writes the memory.
-
-    Attributes:
-        address: of the first element, in the device's address space.
-        shape: number of elements in each dimension.
-        dtype: NumPy's name of the element type.
-    """
-
-    address: int
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions."""
-        return len(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the memory."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def __getitem__(self, rows: slice) -> DeviceArray:
-        """Return some of the rows as a view, as NumPy does; steps are not taken."""
-        start, stop, step = rows.indices(self.shape[0])
-        if step != 1:
-            raise IndexError(f"rows of a DeviceArray come one after the other, got step {step}")
-        shape = (max(stop - start, 0), *self.shape[1:])
-        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        return DeviceArray(self.address + start * row_bytes, shape, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,13 +264,6 @@ class HostEngine(Engine):
         """
 
 
-def even_parts(num_pairs: int, most: int) -> Iterator[slice]:
-    """Cut `num_pairs` into the fewest slices of at most `most`, equal within one; 0 into none."""
-    num_parts = -(-num_pairs // most)
-    ends = [num_pairs * part // max(1, num_parts) for part in range(num_parts + 1)]
-    return (slice(start, end) for start, end in pairwise(ends))
-
-
 def raise_faults(faults: list[str]) -> None:
     """Raise one EngineError that lists `faults`; return when there are none."""
     if faults:
@@ -398,3 +347,52 @@ def _scale_faults(batch: Batch, token_dtype: str) -> list[str]:
     if scales is None:
         return ["visual_scales: got none, int8 tokens need float16 [P, m]"]
     return _array_faults("visual_scales", scales, "float16", batch.visual_tokens.shape[:2])
+
+
+_CAPABILITY = re.compile(r"\d+\.\d")
+
+
+def raise_option_faults(options: BuildOptions) -> None:
+    """Refuse values that no backend can take.
+
+    Raises:
+        EngineError: with one sentence for each.
+    """
+    faults = []
+    level, workspace = options.optimization_level, options.workspace_bytes
+    if level is not None and not 0 <= level <= 5:
+        faults.append(f"--optimization-level: got {level}, expected 0 (fast build) to 5")
+    if workspace is not None and workspace < 1:
+        faults.append(f"--workspace-mb: got {workspace >> 20}, expected 1 or more")
+    faults += [
+        f"--compute-capability: got {capability!r}, expected major and minor, as 8.9"
+        for capability in options.compute_capabilities
+        if not _CAPABILITY.fullmatch(capability)
+    ]
+    if faults:
+        raise EngineError("no engine can be built with these options", faults=faults)
+
+
+def given_options(options: BuildOptions) -> dict[str, Any]:
+    """Return the fields that are not at their default, by name."""
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    return {name: value for name, value in values.items() if value != getattr(_NONE, name)}
+
+
+def refused_options(backend: Backend, precision: str, options: BuildOptions) -> list[str]:
+    """Return the options without which `backend` would build; none where it could not anyway."""
+    if backend.why_not_build(precision, _NONE) is not None:
+        return []
+    return [
+        flag(name, value)
+        for name, value in given_options(options).items()
+        if backend.why_not_build(precision, replace(_NONE, **{name: value})) is not None
+    ]
+
+
+def flag(name: str, value: Any) -> str:
+    """Return how `edje build` spells the option `name`."""
+    return option_words(name, value)[0]
+
+
+_NONE = BuildOptions()

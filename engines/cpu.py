@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import machine
 from ..machine import BFLOAT16, FLOAT, INT8, cpu_model, is_x86
-from ..machine import usable_cores as usable_cores  # also for programs that ask for it here
+from ..machine import usable_cores as usable_cores
 from .contract import BuildOptions
 from .manifest import EngineManifest
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from ..arrays import Float32
 from ..bundle import JOINT_ENCODER, BundleManifest
 from ..errors import EngineError
 from ..machine import thread_limit
 from .agreement import Agreement, rank_agreement, recall
-from .contract import INPUTS, Batch, Engine, Float32, Progress
+from .contract import INPUTS, Batch, Engine, Progress, raise_faults, value_faults
 from .manifest import Profile
 from .samples import RandomSamples, Samples, int8_batch, sample_batches
 
@@ -209,8 +210,6 @@ def measure(
 def engine_scorer(engine: Engine) -> Scorer:
     """Return what scores host batches with an open engine, on the CPU or on a device."""
     if engine.manifest.device.get("kind") == "cuda":
-        from .cuda_memory import score_host_batch  # of no use where there is no device
-
         return lambda batch: score_host_batch(engine, batch)
     stream = InlineStream()
 
@@ -225,7 +224,7 @@ def engine_scorer(engine: Engine) -> Scorer:
 def _device_words(device: Mapping[str, Any]) -> str:
     """Name what runs here an engine of this `device` entry: it may be built for many GPUs."""
     if device.get("kind") == "cuda":
-        from .cuda_memory import current_gpu
+        from ..kernels.device.facts import current_gpu
 
         return current_gpu().name
     return str(device.get("model") or device.get("architecture") or "an unnamed CPU")
@@ -270,3 +269,31 @@ def reference_scorer(bundle: Path) -> Scorer:
         return scores
 
     return score
+
+
+def score_host_batch(engine: Engine, batch: Batch) -> Float32:
+    """Score a batch of host arrays with an engine on the GPU; allocates and waits each time.
+
+    Args:
+        engine: open, of device kind `cuda`.
+        batch: host arrays that fit the engine's profile; its values are checked here.
+
+    Returns:
+        float32 [P] in host memory, the raw logits.
+
+    Raises:
+        EngineError: a batch that does not fit, or CUDA fails.
+    """
+    from ..kernels.device.facts import DeviceMemory, measuring_stream
+
+    raise_faults(value_faults(batch, engine.manifest))
+    stream = measuring_stream()
+    with DeviceMemory(stream) as memory:
+        arrays = {name: getattr(batch, name) for name in (*INPUTS, "visual_scales")}
+        on_device = {
+            name: None if array is None else memory.upload(np.ascontiguousarray(array))
+            for name, array in arrays.items()
+        }
+        scores = memory.empty((len(batch),), "float32")
+        engine.enqueue(Batch(**cast(Any, on_device)), cast(Any, scores), stream=stream)
+        return memory.download(scores)

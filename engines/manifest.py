@@ -18,6 +18,7 @@ FORMAT_VERSION = 2
 MANIFEST = "engine.json"
 BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
+QUANTIZED = ("int8", "fp8")  # of PRECISIONS: products of 8 bits
 DEFAULT_MAX_PAIRS = 256
 # With 64 visual tokens and the last SEP the sequences are 80, 88, 96, 112 and 128 slots: multiples
 # of the tiles of CPUs and GPUs (81 slots instead of 80 cost OpenVINO 5.6 %). 63 is the longest
@@ -71,6 +72,11 @@ class EngineManifest:
     build_seconds: float
     fidelity: Mapping[str, Any]
     format_version: int = FORMAT_VERSION
+
+    @property
+    def hides_nan(self) -> bool:
+        """Whether rounding turns NaN into a number, and the score into a wrong one."""
+        return self.precision in QUANTIZED or self.token_dtype == "int8"
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as plain JSON values."""

@@ -10,9 +10,10 @@ from typing import Protocol
 
 import numpy as np
 
+from ..arrays import Array, Float16, Int32
 from ..bundle import BundleManifest
-from .contract import Array, Batch, Float16, Int32
-from .int8_tokens import quantize_tokens
+from ..tokens import quantize_tokens
+from .contract import Batch
 from .manifest import Profile
 
 SEED = 0

@@ -1,21 +1,44 @@
-"""The two Hugging Face folders: settings read, and checked against the checkpoint's tensors."""
+"""The Hugging Face folders beside a checkpoint: configs and tokenizer, checked against it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+from torch.nn import functional
+
 from ..bundle import ImageSpec
 from ..errors import CheckpointError
-from .activations import ACTIVATIONS
 from .checkpoint import MAX_TEXT, VISION, Checkpoint, tensor_faults, vision_shapes, vision_sizes
-from .image_processor import OPTION, image_spec, read_image_processor
-from .settings import read_settings
+from .image_processor import OPTION, image_spec, read_image_processor, read_settings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "gelu_new": partial(functional.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
+
+ONNX_ACTIVATIONS: dict[str, tuple[str, dict[str, str]]] = {
+    "gelu": ("Gelu", {}),
+    "gelu_new": ("Gelu", {"approximate": "tanh"}),
+    "gelu_pytorch_tanh": ("Gelu", {"approximate": "tanh"}),
+    "relu": ("Relu", {}),
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """Return the function that a Hugging Face `hidden_act` names (checked by `configs`)."""
+    return ACTIVATIONS[name]
+
 
 IMAGE_TOKEN = "<image>"
 SPECIAL_TOKENS = ("[CLS]", "[SEP]", "[PAD]")
@@ -239,3 +262,34 @@ def _vocabulary_faults(tokenizer: Tokenizer, rows: int) -> list[str]:
         f"vocabulary: the tokenizer has {words} tokens, so {expected} embedding rows with "
         f"{IMAGE_TOKEN} were expected; the checkpoint has {rows}"
     ]
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Return the wordpiece tokenizer of a Hugging Face folder, with no truncation or padding set.
+
+    transformers reads it, as it did in training: `tokenizer.json` or `vocab.txt`, and what
+    `tokenizer_config.json` changes of them (lower case, accents, added tokens).
+
+    Raises:
+        CheckpointError: the folder holds no tokenizer that can be saved as `tokenizer.json`.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, BertConfig
+
+    try:
+        read = AutoTokenizer.from_pretrained(
+            str(folder),
+            config=BertConfig(),  # the class, where neither file tells it
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        tokenizer = Tokenizer.from_str(read.backend_tokenizer.to_str())
+    except Exception as error:  # transformers and `tokenizers` raise all kinds on a bad file
+        cause = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise CheckpointError(
+            f"cannot read the tokenizer in {folder}: {cause}",
+            hint="pass --language-model the Hugging Face folder of the language model",
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

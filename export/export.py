@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import import_module
@@ -13,9 +15,7 @@ from .. import __version__, bundle
 from ..arguments import StrPath
 from ..bundle import BundleManifest, ImageSpec, ModelSizes, TextSpec
 from ..errors import CheckpointError
-from ..files import sha256_of
-from ..folders import publish_folder
-from .adapter import Adapter, load_adapter
+from ..files import publish_folder, sha256_of
 from .checkpoint import MAX_TEXT, Checkpoint, read_checkpoint
 from .configs import (
     OFFICIAL_VISION_EPS,
@@ -23,21 +23,33 @@ from .configs import (
     VisionConfig,
     adapter_heads,
     read_language_model,
+    read_tokenizer,
     read_vision_model,
 )
-from .encoder_graphs import adapter_graph, image_encoder_graph
-from .fingerprint import fingerprint
-from .graph_builder import OPSET
-from .image_encoder import ImageEncoder, load_tower
-from .joint_encoder import load_joint_encoder
-from .joint_encoder_graph import joint_encoder_graph
+from .onnx_blocks import OPSET
+from .onnx_graphs import adapter_graph, image_encoder_graph, joint_encoder_graph
 from .parity import adapter_feeds, check_parity, image_feeds, scorer_feeds
+from .reference import Adapter, ImageEncoder, load_adapter, load_joint_encoder, load_tower
 from .sources import Progress, Sources, locate
-from .tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     import onnx
     from tokenizers import Tokenizer
+    from torch import Tensor
+
+
+def fingerprint(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
+    """Return the sha256 (hex) over `settings` and the sorted (name, shape, float32 values).
+
+    Values are hashed as little-endian float32, so a checkpoint and its bfloat16 twin with the
+    same values, in either spelling of the vision keys, have one fingerprint.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name in sorted(tensors):
+        values = tensors[name].detach().float().contiguous().numpy().astype("<f4", copy=False)
+        digest.update(f"\n{name} {list(values.shape)}\n".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..arrays import Array
 from ..errors import CheckpointError
 from ..machine import thread_limit
 from .configs import LanguageConfig
-from .graph_builder import Array
 
 SEED = 20251
 MAX_DIFFERENCE = 1e-3  # of the largest output; float16 outputs are rounded by half of that

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EdjeError, EngineError
-from ..folders import publish_folder
+from ..files import publish_folder
 from .manifest import CUBINS, MANIFEST, Cubin, KernelEntry, KernelManifest, source_hash
 from .variants import (
     COMPUTE_CAPABILITIES,

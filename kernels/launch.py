@@ -1,18 +1,9 @@
-"""Load compiled kernels through a device and pass them their arguments; no Triton at run time.
-
-Whoever runs code on a GPU implements three calls, as `runtime/device` does:
-
-- `load_module(cubin)`: cuda.core `ObjectCode.from_cubin`, pycuda `module_from_buffer`,
-  cuda.bindings `cuModuleLoadData`;
-- `kernel(symbol)` of that module: `get_kernel`, `get_function`, `cuModuleGetFunction`;
-- `launch(...)` of that kernel. The arguments are NumPy scalars of exactly the types that the
-  kernel was compiled for; cuda.core and pycuda take them as they are.
-"""
+"""Arrays as kernels take them, and the launch of a compiled kernel without Triton."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +12,61 @@ import numpy as np
 from ..errors import EngineError, named
 from .manifest import CUBINS, Cubin, KernelEntry, read_manifest
 from .variants import Parameter
+
+DTYPES = {
+    name: np.dtype(name) for name in ("float16", "float32", "int8", "int32", "int64", "uint16")
+}
+
+
+class DeviceArray(Protocol):
+    """A C-contiguous array in device memory, as `engines.contract.DeviceArray`."""
+
+    @property
+    def address(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+
+def raise_faults(operation: str, faults: Iterator[str]) -> None:
+    if found := list(faults):
+        raise EngineError(f"{operation} does not take these arrays", faults=found)
+
+
+def array_faults(
+    name: str, array: DeviceArray, dtype: str, shape: tuple[int, ...]
+) -> Iterator[str]:
+    # A dtype's name takes microseconds to make; bfloat16 is no dtype of NumPy's own.
+    known = DTYPES.get(dtype)
+    same = array.dtype == known if known is not None else array.dtype.name == dtype
+    if not same or array.shape != shape:
+        yield f"{name}: got {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}"
+
+
+def scales_faults(
+    name: str, array: DeviceArray | None, wanted: bool, shape: tuple[int, ...]
+) -> Iterator[str]:
+    """Yield what is wrong with scales, which int8 tokens have and float16 tokens have not."""
+    if array is None and wanted:
+        yield f"{name}: got none, int8 tokens need float16 {list(shape)}"
+    elif array is not None and not wanted:
+        yield f"{name}: got an array, float16 tokens have none"
+    elif array is not None:
+        yield from array_faults(name, array, "float16", shape)
+
+
+def choice_faults(name: str, value: str, known: Sequence[str]) -> Iterator[str]:
+    if value not in known:
+        yield f"{name}: got {value!r}, expected one of {list(known)}"
+
+
+def bounds_faults(name: str, value: int, most: int) -> Iterator[str]:
+    if not 1 <= value <= most:
+        yield f"{name}: got {value}, expected 1 to {most}"
+
 
 Grid = tuple[int, int, int]
 SCALARS: dict[str, type[np.generic]] = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}

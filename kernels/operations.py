@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import (
+from .launch import (
     DeviceArray,
+    KernelLibrary,
     array_faults,
     bounds_faults,
     choice_faults,
     raise_faults,
     scales_faults,
 )
-from .launch import KernelLibrary
 from .variants import (
     ASSEMBLE_COLUMNS,
     MAX_SCORES,

@@ -12,8 +12,14 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from .arrays import DeviceArray, array_faults, choice_faults, raise_faults, scales_faults
-from .launch import KernelLibrary
+from .launch import (
+    DeviceArray,
+    KernelLibrary,
+    array_faults,
+    choice_faults,
+    raise_faults,
+    scales_faults,
+)
 from .variants import COPY_VECTORS, gather_name, scatter_name
 
 VECTOR_BYTES = 16

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
-Float16 = npt.NDArray[np.float16]
-Float32 = npt.NDArray[np.float32]
-Int32 = npt.NDArray[np.int32]
+from ..arrays import Array, Float16, Float32, Int32
 
 
 @dataclass(frozen=True, slots=True)

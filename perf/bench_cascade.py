@@ -30,13 +30,13 @@ from typing import Any
 import numpy as np
 
 from ..bundle import BundleManifest
-from ..engines.build import build_engine
+from ..engines.builder.build import build_engine
 from ..engines.fidelity import FidelityLimits
 from ..engines.manifest import EngineManifest
 from ..errors import EdjeError
+from ..runtime.queries import StoreSamples
 from ..runtime.reranker import Reranker
 from ..runtime.results import RankResult
-from ..runtime.samples import StoreSamples
 from ..runtime.store import TokenStore
 from .harness import add_out_option, conditions, write_result
 
@@ -238,8 +238,8 @@ def calibration_pairs(demo: Path, without: set[str], scratch: Path, tell: Tell) 
 
 def first_stage(demo: Path, texts: Sequence[str], count: int, tell: Tell) -> list[Query]:
     """Return each text with the `count` images that the demo's dual encoder likes best."""
-    from ..demo import weights
-    from ..demo.first_stage import FirstStage
+    from ..demo import tiny_model as weights
+    from ..demo.evaluation import FirstStage
 
     spec = BundleManifest.read(demo / "bundle").image
     if spec is None:

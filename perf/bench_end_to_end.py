@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import Float32
 from ..bundle import BundleManifest
-from ..engines.backends import load_backend
-from ..engines.cache import cached_engine
+from ..engines.builder.cache import cached_engine
 from ..engines.contract import INPUTS, Batch, Engine, OpenOptions
 from ..engines.cpu import PAIRS_PER_THREAD, pairs_per_forward
 from ..engines.fidelity import InlineStream
 from ..engines.manifest import EngineManifest
-from ..engines.open import open_engine
+from ..engines.registry import load_backend, open_engine
 from ..engines.samples import RandomSamples
 from ..errors import EdjeError
 from ..machine import usable_cores
@@ -48,7 +48,6 @@ from .harness import (
 )
 from .random_model import CACHE, full_size_bundle, query_of, source_hash
 
-Float32 = npt.NDArray[np.float32]
 Scorer = Callable[[], Float32]
 
 FLOAT32_TOLERANCE = 1e-3

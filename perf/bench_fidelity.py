@@ -19,21 +19,20 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import Float32
 from ..bundle import JOINT_ENCODER, BundleManifest
 from ..engines.agreement import rank_agreement, recall
-from ..engines.backends import probe_backends
-from ..engines.build import build_engine, checked_profile
-from ..engines.contract import Float32
+from ..engines.builder.build import build_engine, checked_profile
 from ..engines.fidelity import Scorer, engine_scorer, reference_scorer
 from ..engines.manifest import DEFAULT_MAX_PAIRS, DEFAULT_TEXT_BUCKETS
-from ..engines.open import open_engine
 from ..engines.precision.emulate import scorer
 from ..engines.precision.graph import Graph
 from ..engines.precision.prepare import Recipe, prepare_graph
+from ..engines.registry import open_engine, probe_backends
 from ..engines.samples import Samples, sample_batches
 from ..errors import EdjeError
-from ..runtime.cli_output import progress_bar, progress_steps
-from ..runtime.samples import StoreSamples
+from ..runtime.queries import StoreSamples
+from ..show import progress_bar, progress_steps
 from .harness import add_out_option, conditions, write_result
 
 MAX_LOSS, MIN_TAU = 0.3, 0.97

@@ -23,15 +23,15 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import Array, Float16, Float32
 from ..engines.agreement import rank_agreement, recall
-from ..engines.build import build_engine
-from ..engines.contract import Array, Float16, Float32
-from ..engines.int8_tokens import dequantize_tokens, quantize_tokens
+from ..engines.builder.build import build_engine
 from ..errors import EdjeError
+from ..runtime.queries import StoreSamples
 from ..runtime.reranker import Reranker
-from ..runtime.samples import StoreSamples
+from ..runtime.source import Float16Tokens
 from ..runtime.store import TokenStore
-from ..runtime.token_source import Float16Tokens
+from ..tokens import dequantize_tokens, quantize_tokens
 from .harness import Timing, add_out_option, conditions, interleave, timings_json, write_result
 from .harness import table as timing_table
 

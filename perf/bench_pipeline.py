@@ -25,18 +25,18 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import Array, Float16, Float32, Int64
 from ..bundle import BundleManifest, ModelSizes, TextSpec
-from ..engines.contract import Batch, Float16, Float32, HostEngine
+from ..engines.contract import Batch, HostEngine
 from ..engines.fidelity import InlineStream
 from ..engines.manifest import EngineManifest, Profile
 from ..errors import EdjeError
-from ..runtime.device.host import HostDevice
+from ..kernels.device.host import HostDevice
 from ..runtime.pipeline import NUM_SLOTS, Pipeline, Request
+from ..runtime.source import TokenSource
 from ..runtime.store import BadRecord, TokenStore
 from ..runtime.text import TokenizedQueries
-from ..runtime.token_source import TokenSource
 from .harness import (
     Timing,
     add_out_option,
@@ -55,9 +55,6 @@ NUM_ROUNDS = 40
 FINGERPRINT = "0" * 64
 PIPELINE, LOOP, READ = "pipeline", "plain loop", "store read"
 MAX_COST_US, LEAST_GATHER_SHARE = 100.0, 0.8
-
-Array = npt.NDArray[Any]
-Int64 = npt.NDArray[np.int64]
 
 
 class FirstValue(HostEngine):

@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 
 from ..engines.agreement import kendall_tau
-from ..engines.backends import load_backend
 from ..engines.contract import Batch, OpenOptions
 from ..engines.manifest import EngineManifest
-from ..engines.open import open_engine
+from ..engines.registry import load_backend, open_engine
 from ..errors import EdjeError
 from .bench_end_to_end import Scorer, Settings, engine_of, engine_scorer, text_ids
 from .harness import (
@@ -35,8 +34,8 @@ from .harness import (
     timings_json,
     write_result,
 )
-from .official_scorer import official_scorer
 from .random_model import full_size_bundle
+from .scorers import official_scorer
 
 FAST, FLOAT32, OFFICIAL = "openvino int8", "onnxruntime fp32", "Hugging Face fp32"
 ENGINES = (FAST, "openvino bf16", "openvino fp32", "onnxruntime int8", FLOAT32)

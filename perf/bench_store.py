@@ -31,13 +31,13 @@ from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import Array, Int64
 from ..errors import EdjeError
-from ..runtime.device.host import HostBuffer
+from ..kernels.device.host import HostBuffer
 from ..runtime.store import TokenStore
 from ..runtime.store.catalog import Catalog, Change, RecordBatch, Segment
-from ..runtime.store.layout import ROW_BITS
+from ..runtime.store.format import ROW_BITS
 from ..runtime.store.records import Records, digests_of
 from .harness import (
     ROOT,
@@ -64,8 +64,6 @@ EXPECTED = ((VERIFIED, COPY, 0.6), (UNVERIFIED, COPY, 0.8), (VERIFIED, MAPPED, 1
 MAX_RESOLVE_MS, MAX_OPEN_S, MAX_OPEN_MB = 25.0, 2.0, 60.0
 
 Dtype = Literal["float16", "int8"]
-Array = npt.NDArray[Any]
-Int64 = npt.NDArray[np.int64]
 Tell = Callable[[str], None]
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,18 +18,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import Float16, Float32, Int32
 from ..bundle import BundleManifest
 from ..engines.agreement import rank_agreement
-from ..engines.contract import Batch, Engine, Float16, Float32, Int32
-from ..engines.cuda_memory import CudaStream, DeviceMemory
+from ..engines.contract import Batch, Engine
 from ..engines.fidelity import reference_scorer
 from ..engines.manifest import EngineManifest, Profile
-from ..runtime.device.protocol import Device
-from ..runtime.lane import Lane
+from ..kernels.device.contract import Device
+from ..kernels.device.facts import CudaStream, DeviceMemory, measuring_stream
 from ..runtime.pipeline import Pipeline, Request, Scored
-from ..runtime.residency.token_pool import TokenPool
+from ..runtime.pool import TokenPool
+from ..runtime.source import HeldTokens
+from ..runtime.streams import Lane
 from ..runtime.text import TokenizedQueries
-from ..runtime.token_source import HeldTokens
 from .gpu_steps import Report
 from .harness import interleave
 from .roofline import slots_of
@@ -46,7 +46,6 @@ CPU_PAIRS = 32  # that the float32 reference scores where PyTorch sees no GPU
 SEED = 0
 BARE, PIPELINE, RESIDENT = "bare", "pipeline", "resident"
 
-Array = npt.NDArray[Any]
 Scores = Callable[[], Float32]
 
 
@@ -115,7 +114,7 @@ def torch_scorer(folder: Path, device: str, part: int = 512) -> Callable[[Batch]
     """Return the lean scorer in float32 on `device`, `part` pairs at a time, TF32 off."""
     import torch
 
-    from .lean_scorer import load_scorer
+    from .scorers import load_scorer
 
     torch.backends.cuda.matmul.allow_tf32 = False
     scorer = load_scorer(folder, device=device)
@@ -231,7 +230,7 @@ def measure_points(
 
 def measure_point(engine: Engine, pairs: Pairs, size: int) -> list[dict[str, Any]]:
     """Measure one batch size: bare, and through the pipeline, tokens on the host and resident."""
-    from ..runtime.device.cuda_core import CudaCoreDevice
+    from ..kernels.device.cuda_core import CudaCoreDevice
 
     num_batches = max(NUM_RESIDENT, NUM_PAIRS // size)
     rows = np.arange(num_batches * size) % (NUM_RESIDENT * size) % len(pairs.tokens)
@@ -328,12 +327,6 @@ def bare_scores(
         return np.concatenate([parts[index % NUM_RESIDENT] for index in range(num_batches)])
 
     return run
-
-
-@cache
-def measuring_stream() -> CudaStream:
-    """Return the one stream of this process: engines keep contexts for every stream they see."""
-    return CudaStream()
 
 
 @contextmanager

@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import DeviceArray, Float32
 from ..bundle import JOINT_ENCODER, BundleManifest
-from ..engines.backends import require_backend
-from ..engines.cache import cached_engine
-from ..engines.contract import INPUTS, OUTPUT, Batch, DeviceArray, Engine, Float32, Stream
-from ..engines.cuda_memory import CudaStream, DeviceMemory, current_gpu, synchronize
+from ..engines.builder.cache import cached_engine
+from ..engines.contract import INPUTS, OUTPUT, Batch, Engine, Stream
 from ..engines.manifest import EngineManifest, Profile
-from ..engines.open import open_engine
 from ..engines.precision.prepare import DEFAULT_LIMITS, Recipe, prepare_graph
+from ..engines.registry import open_engine, require_backend
 from ..engines.samples import RandomSamples
 from ..errors import EngineError
+from ..kernels.device.facts import CudaStream, DeviceMemory, current_gpu, synchronize
 from .random_model import CACHE, source_hash
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
@@ -40,7 +40,7 @@ class TorchEngine(Engine):
 
     def __init__(self, bundle: Path, profile: Profile):
         """Read the weights; compiling comes with the first batch of a shape."""
-        from .lean_scorer import load_scorer
+        from .scorers import load_scorer
 
         torch: Any = import_module("torch")
         super().__init__(manifest_of(bundle, "PyTorch", torch.__version__, "fp16", profile))

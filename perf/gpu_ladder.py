@@ -23,18 +23,11 @@ from time import monotonic
 from typing import Any
 
 from ..bundle import ModelSizes
-from ..engines.cuda_memory import current_gpu, gpu_fault
 from ..errors import EdjeError
+from ..kernels.device.facts import current_gpu, gpu_fault
 from . import random_model
 from .gpu_steps import OK, SKIPPED, Report, StepResult, run_step
-from .gpu_table import (
-    ceilings_of,
-    ceilings_text,
-    found_text,
-    ladder_table,
-    step_texts,
-    with_roofs,
-)
+from .gpu_table import ceilings_of, ceilings_text, found_text, ladder_table, step_texts, with_roofs
 from .gpu_work import STEPS, Step, find_step
 from .harness import RESULTS, conditions, write_result
 

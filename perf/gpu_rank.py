@@ -20,15 +20,16 @@ from typing import Any, cast
 
 import numpy as np
 
+from ..arrays import DeviceArray, Float16, Float32
 from ..bundle import BundleManifest
-from ..engines.contract import Batch, DeviceArray, Engine, Float16, Float32, Stream
-from ..engines.cuda_memory import DeviceMemory, copy_row_heads
+from ..engines.contract import Batch, Engine, Stream
 from ..engines.manifest import Profile
 from ..errors import EdjeError
-from ..runtime.device.cuda_core import CudaCoreDevice
-from ..runtime.pipelines import RunOptions
+from ..kernels.device.cuda_core import CudaCoreDevice
+from ..kernels.device.facts import DeviceMemory, copy_row_heads, measuring_stream
+from ..runtime.opening import RunOptions
 from ..runtime.reranker import Reranker
-from ..runtime.residency.plan import Place, ResidencyOptions
+from ..runtime.residency import Place, ResidencyOptions
 from ..runtime.store import TokenStore
 from ..runtime.store.store import Access
 from ..runtime.text import QueryTokenizer
@@ -55,7 +56,7 @@ class RowHeads(Engine):
 
     def _enqueue(self, batch: Batch, scores: Float32, stream: Stream) -> None:
         on_device = cast(DeviceArray, batch.visual_tokens), cast(DeviceArray, scores)
-        copy_row_heads(*on_device, stream)
+        copy_row_heads(*on_device, stream.handle)
 
     def close(self) -> None:
         """Nothing to free."""
@@ -122,10 +123,8 @@ def measure_places(
             place: stack.enter_context(opened_reranker(engine, folder, store, place))
             for place in PLACES
         }
-        memory = stack.enter_context(DeviceMemory(contest.measuring_stream()))
-        bare = contest.bare_scores(
-            engine, pairs, size, num_batches, memory, contest.measuring_stream()
-        )
+        memory = stack.enter_context(DeviceMemory(measuring_stream()))
+        bare = contest.bare_scores(engine, pairs, size, num_batches, memory, measuring_stream())
         first = np.arange(num_batches * size) % (contest.NUM_RESIDENT * size)
         compared = {contest.BARE: contest.agreement(pairs, first, bare())}
         runs: dict[str, Callable[[], object]] = {contest.BARE: bare}

@@ -17,14 +17,15 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import Float32
 from ..bundle import BundleManifest
-from ..engines.backends import probe_backends
-from ..engines.contract import Batch, Engine, Float32
-from ..engines.cuda_memory import current_gpu
+from ..engines.contract import Batch, Engine
 from ..engines.fidelity import reference_scorer
+from ..engines.registry import probe_backends
 from ..errors import EdjeError
-from ..runtime.device.copies import measure_copies
-from ..runtime.device.open import GPU_DEVICES, open_gpu
+from ..kernels.device import GPU_DEVICES, open_gpu
+from ..kernels.device.copies import measure_copies
+from ..kernels.device.facts import current_gpu
 from . import bench_precisions
 from . import gpu_contest as contest
 from .bench_end_to_end import Settings
@@ -167,7 +168,7 @@ def measure_official(report: Report) -> None:
     """Measure PyTorch eager in float16 as the official code runs it, tokens here and there."""
     import torch
 
-    from .official_scorer import official_scorer
+    from .scorers import official_scorer
 
     folder = full_size_bundle()
     score = official_scorer(device="cuda", dtype="float16")

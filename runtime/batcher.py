@@ -6,14 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from ..engines.contract import even_parts
+from ..arrays import Int32, Int64, even_parts
 from ..engines.manifest import Profile
 from ..errors import RequestError
-
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
 
 _FIRST: Int64 = np.zeros(1, np.int64)
 

@@ -19,15 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arguments import Arguments
+from ..arrays import Bool, Float32, Int64
 from ..engines.manifest import EngineManifest
 from ..errors import EngineError, StoppedError
 from .pipeline import Pipeline, Request, Scored
 from .results import EngineLabel, Rescoring
 
-Bool = npt.NDArray[np.bool_]
-Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 # Small rounds follow the rising threshold closely; smaller ones leave the engine half idle (CPU
 # time a pair, demo scorer, OpenVINO float32 on two cores: 3.2 ms at 4 pairs, 2.5 at 16 and 32).

@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from ..engines.contract import Batch, Engine, Float32
+from ..arrays import Float32
+from ..engines.contract import Batch, Engine
 from ..engines.contract import Stream as EngineStream
 from ..errors import EdjeError
+from ..kernels.device.contract import Device, Graph, Stream
 from .batcher import PlannedBatch
-from .device.protocol import Device, Graph, Stream
-from .staging import Slot
+from .slot import Slot
 
 # A launch saves about a hundred launches of kernels, together less than half a millisecond of the
 # calling thread. From some hundred pairs of a full-size scorer on, the GPU computes longer than

@@ -1,23 +1,144 @@
-"""What a reranker runs on, checked, then opened: store, device, engines, tokenizer."""
+"""What a reranker runs on: arguments checked, parts opened, pipelines made."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import NamedTuple
 
-from ..arguments import Arguments, StrPath
+from ..arguments import Arguments, StrPath, shown
 from ..engines.contract import Engine, OpenOptions
 from ..engines.manifest import EngineManifest
+from ..kernels.device import NAMES, open_device
+from ..kernels.device.contract import Device
 from .cascade import MARGIN
-from .device.open import NAMES, open_device
-from .device.protocol import Device
-from .residency.plan import Place, ResidencyOptions
+from .measure import decide
+from .pipeline import Pipeline
+from .residency import Place, ResidencyOptions, make_pool
+from .results import Residency
+from .source import tokens_for
 from .store import TokenStore
 from .store.store import Access
+from .streams import Lane
 from .text import QueryTokenizer
+
+
+def split_pairs(given: Arguments, pairs: object) -> tuple[list[str], list[str]]:
+    """Return the queries and the ids of (query, id) pairs."""
+    expected = "(query, id) tuples"
+    found = [(pair, _halves(pair)) for pair in given.items("pairs", pairs, f"a list of {expected}")]
+    wrong = [shown(pair) for pair, halves in found if halves is None]
+    if wrong:
+        given.faults.append(f"{len(wrong)} pairs are no {expected}: {', '.join(wrong[:20])}")
+    halves = [both for _, both in found if both is not None]
+    queries = given.strings("queries", [query for query, _ in halves])
+    return queries, given.strings("ids", [image for _, image in halves])
+
+
+def _halves(pair: object) -> tuple[object, object] | None:
+    """Return the two parts of a pair, None for what is none: letters and sets have no order."""
+    if isinstance(pair, str | bytes | Mapping | set | frozenset):
+        return None
+    try:
+        parts = tuple(pair)  # type: ignore[arg-type, var-annotated]
+    except TypeError:
+        return None
+    return (parts[0], parts[1]) if len(parts) == 2 else None
+
+
+def deadline_of(
+    given: Arguments, timeout_s: float | None, cancelled: Callable[[], bool] | None
+) -> float | None:
+    """Return when the time is up, as `time.monotonic` counts; check what else ends a request."""
+    given.callback("cancelled", cancelled)
+    if timeout_s is None:
+        return None
+    expected = "0 or more seconds, or None"
+    return monotonic() + given.number("timeout_s", timeout_s, expected, finite=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Where and how the engines of a reranker run.
+
+    Attributes:
+        device: the caller's; None is the host, made by the reranker.
+        stream: the caller's own to compute on (see `Device.borrow`); None makes one.
+        residency: where tokens shall be read from.
+        graphs: let a GPU run batches of sizes that come again as CUDA graphs.
+        reopen: opens the store again with its records in memory, should that be decided; the
+            reranker then closes both. None: it must stay as it is.
+    """
+
+    device: Device | None = None
+    stream: object | None = None
+    residency: ResidencyOptions = field(default_factory=ResidencyOptions)
+    graphs: bool = True
+    reopen: Callable[[], TokenStore] | None = None
+
+
+ON_HOST = RunOptions()
+
+
+class OpenedPipelines(NamedTuple):
+    """One pipeline an engine, and what they read from: `store` may be another than was given."""
+
+    store: TokenStore
+    pipelines: list[Pipeline]
+    residency: Residency
+
+
+def open_pipelines(
+    engines: Sequence[Engine],
+    store: TokenStore,
+    device: Device,
+    tokenizer: QueryTokenizer,
+    runs: RunOptions,
+) -> OpenedPipelines:
+    """Decide where tokens are read from, load what is to be held, make the pipelines.
+
+    Args:
+        engines: of one model, all reading tokens of one dtype.
+
+    Raises:
+        RequestError: a wish that cannot be granted.
+        EngineError: not enough memory, or the device failed.
+        StoreError: the store cannot be read.
+    """
+    runs.residency.check()
+    lane = Lane(device, borrowed=runs.stream)
+    residency, plan = decide(
+        runs.residency,
+        engines[0],
+        store,
+        device,
+        lane,
+        queries=tokenizer(["a photo"]),
+        num_pipelines=len(engines),
+        may_load=runs.reopen is not None,
+    )
+    if residency.place == "host" and store.access != "resident" and runs.reopen is not None:
+        store.close()
+        store = runs.reopen()
+    pool = None
+    if plan is not None:
+        checks_finite = any(engine.manifest.hides_nan for engine in engines)
+        pool = make_pool(store, plan, device, checks_finite=checks_finite)
+    pipelines = [
+        Pipeline(
+            engine, tokens_for(engine, store), device, lane=lane, pool=pool, graphs=runs.graphs
+        )
+        for engine in engines
+    ]
+    if plan is not None and pool is not None:
+        pipelines[0].load(plan.ahead)
+        if plan.policy != "recent":
+            pool.map.freeze()
+    return OpenedPipelines(store, pipelines, residency)
 
 
 class Parts(NamedTuple):
@@ -112,7 +233,7 @@ def _open_device(device: str | Device | None, engine: Path, undo: ExitStack) -> 
 
 def _open_engine(folder: Path, options: OpenOptions, device: Device, undo: ExitStack) -> Engine:
     """Open an engine where its device is current: a GPU's engine belongs to one GPU."""
-    from ..engines.open import open_engine
+    from ..engines.registry import open_engine
 
     with device.current():
         engine = open_engine(folder, options)

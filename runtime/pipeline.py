@@ -15,19 +15,18 @@ from time import monotonic, perf_counter
 import numpy as np
 import numpy.typing as npt
 
-from ..engines.contract import Engine, even_parts
-from ..engines.manifest import EngineManifest
-from ..engines.precision.quantize import QUANTIZED
+from ..arrays import even_parts
+from ..engines.contract import Engine
 from ..errors import StoppedError
+from ..kernels.device.contract import Device
 from .batcher import PlannedBatch, plan_batches
-from .device.protocol import Device
 from .graphs import GraphReport, Graphs
-from .lane import Lane
-from .residency.token_pool import TokenPool
+from .pool import TokenPool
+from .slot import Slot, SlotRing
 from .slot_tokens import Gathered
-from .staging import Slot, SlotRing
+from .source import TokenSource
+from .streams import Lane
 from .text import TokenizedQueries
-from .token_source import TokenSource
 
 # One batch computes, one waits in the stream, one is being gathered.
 NUM_SLOTS = 3
@@ -137,7 +136,7 @@ class Pipeline:
         """
         self._engine = engine
         self._source = source
-        self._hides_nan = hides_nan(engine.manifest)
+        self._hides_nan = engine.manifest.hides_nan
         self._device = device
         self._pool = pool
         self._lane = Lane(device) if lane is None else lane
@@ -344,8 +343,3 @@ class Pipeline:
             slot.finished.synchronize()
         slot.tokens.let_go()
         self._ring.give_back(slot)
-
-
-def hides_nan(manifest: EngineManifest) -> bool:
-    """Whether an engine's rounding turns NaN into a number, and the score into a wrong one."""
-    return manifest.precision in QUANTIZED or manifest.token_dtype == "int8"

@@ -17,20 +17,33 @@ import numpy.typing as npt
 from ..arguments import Arguments, StrPath
 from ..engines.contract import Engine
 from ..errors import EngineError, RequestError, StoppedError
+from ..kernels.device.contract import Device
+from ..kernels.device.host import HostDevice
 from .cascade import Cascade, check_margin, check_same_model, learned_margin
-from .device.host import HostDevice
-from .device.protocol import Device
 from .graphs import GraphReport
-from .opening import check_arguments, open_parts
+from .opening import (
+    ON_HOST,
+    RunOptions,
+    check_arguments,
+    deadline_of,
+    open_parts,
+    open_pipelines,
+    split_pairs,
+)
 from .pipeline import Request, Scored
-from .pipelines import ON_HOST, RunOptions, open_pipelines
-from .ranking import Candidates, Missing, faults_of, raise_faults
-from .request import deadline_of, split_pairs
-from .residency.plan import Place, ResidencyOptions
-from .results import EngineLabel, RankResult, StageTimes
+from .residency import Place, ResidencyOptions
+from .results import (
+    Candidates,
+    EngineLabel,
+    Missing,
+    RankResult,
+    StageTimes,
+    faults_of,
+    raise_faults,
+)
+from .source import check_store
 from .store import TokenStore
 from .text import QueryTokenizer
-from .token_source import check_store
 
 
 class Reranker:

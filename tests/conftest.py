@@ -28,7 +28,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """
     if item.get_closest_marker("gpu") is None:
         return
-    from edje.engines.cuda_memory import driver_fault, gpu_fault
+    from edje.kernels.device.facts import driver_fault, gpu_fault
 
     reason = gpu_fault()
     if reason is not None:

@@ -18,7 +18,7 @@ SAID = """
 import importlib.metadata, json, sys
 from edje import TokenStore
 from edje.perf.harness import conditions
-from edje.runtime.doctor import examine
+from edje.runtime.cli.doctor import examine
 with TokenStore.create("s", num_tokens=64, hidden=32, fingerprint_encoder="a" * 64) as store:
     said = [store.stat().created_by, conditions()["versions"]["edje-runtime"], examine().edje]
 try:

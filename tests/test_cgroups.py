@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from edje.cgroups import cpu_quota, free_memory_bytes, memory_limit_bytes
+from edje.machine import cpu_quota, free_memory_bytes, memory_limit_bytes
 
 GIB = 1 << 30
 V2 = "31 23 0:28 {start} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"

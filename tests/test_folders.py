@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from edje import folders
+from edje import files as folders
 from edje.errors import EdjeError
-from edje.folders import publish_folder
+from edje.files import publish_folder
 from mounts import run_with_mounts
 
 
@@ -156,7 +156,7 @@ PUBLISH = """
 import sys
 from pathlib import Path
 from edje.errors import EdjeError
-from edje.folders import is_free, publish_folder
+from edje.files import is_free, publish_folder
 target = Path("disk")
 try:
     with publish_folder(target, manifest="it.json", overwrite=OVERWRITE) as folder:

@@ -19,7 +19,7 @@ from packaging.version import Version
 from typer.testing import CliRunner
 
 import edje
-from edje.runtime.cli import app
+from edje.runtime.cli.app import app
 
 if sys.version_info >= (3, 11):
     import tomllib

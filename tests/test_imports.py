@@ -42,16 +42,16 @@ def test_import_edje_takes_less_than_300_ms_of_cpu():
 def test_the_online_path_never_imports_training_libraries():
     code = """
 from edje import *
-import edje.engines.build, edje.engines.ort, edje.engines.ov
-import edje.runtime.cli, edje.runtime.doctor
-import edje.runtime.indexing.index, edje.runtime.indexing.image_encoder
-edje.runtime.doctor.examine()
+import edje.engines.builder.build, edje.engines.onnxruntime, edje.engines.openvino
+import edje.runtime.cli.app, edje.runtime.cli.doctor
+import edje.runtime.indexing.index, edje.engines.image
+edje.runtime.cli.doctor.examine()
 """
     assert not loaded_after(code) & set(HEAVY)
 
 
 def test_the_command_line_shows_help_without_numpy_or_rich():
-    code = "from edje.runtime.cli import main; main(['--help'])"
+    code = "from edje.runtime.cli.app import main; main(['--help'])"
     assert not loaded_after(code) & {*HEAVY, "numpy", "rich", "openvino", "onnxruntime"}
 
 

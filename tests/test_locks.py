@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edje.locks import lock_fault, open_lock, try_lock, wait_lock
+from edje.files import lock_fault, open_lock, try_lock, wait_lock
 
 NO_LOCKS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
 

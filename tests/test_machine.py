@@ -130,7 +130,7 @@ def test_a_real_quota_is_obeyed(tmp_path):
     limits = {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "100000"}
     code = (
         "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid()))\n"
-        "from edje.runtime.doctor import examine; print(examine().num_cpus)"
+        "from edje.runtime.cli.doctor import examine; print(examine().num_cpus)"
     )
     try:
         group.mkdir()

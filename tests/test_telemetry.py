@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import no_network
-from edje.engines.build import build_engine
+from edje.engines.builder.build import build_engine
 
 # What decides for the libraries, and for us.
 DECISIONS = ("ORT_DISABLE_TELEMETRY", "EDJE_TELEMETRY", "XDG_CACHE_HOME")
@@ -22,7 +22,7 @@ CI_SYSTEMS = (
     *("CI", "TF_BUILD", "JENKINS_URL", "GITHUB_ACTIONS", "GITLAB_CI", "CIRCLECI", "TRAVIS"),
     *("CODEBUILD_BUILD_ID", "BUILDKITE", "TEAMCITY_VERSION", "APPVEYOR", "BITBUCKET_BUILD_NUMBER"),
 )
-EDJE = [sys.executable, "-c", "import sys; from edje.runtime.cli import main; sys.exit(main())"]
+EDJE = [sys.executable, "-c", "import sys; from edje.runtime.cli.app import main; sys.exit(main())"]
 RANK = """
 import sys
 from edje import Reranker
@@ -71,8 +71,8 @@ NOTHING: Traces = ([], 0)
 @pytest.mark.parametrize(
     "code",
     [
-        "import edje.engines.ort",
-        "import edje.engines.ov",
+        "import edje.engines.onnxruntime",
+        "import edje.engines.openvino",
         f"import edje\n{LIBRARIES}",
         f"from edje.perf import harness\n{LIBRARIES}",
         f"from edje.runtime.indexing.decoders import serve\n{LIBRARIES}",

@@ -25,9 +25,8 @@ from pathlib import Path
 import torch
 
 from ..scenes import SEEDS
-from .bank import NUM_EXTRA, make_bank
-from .joint import train_joint
-from .tower import train_tower
+from .data import NUM_EXTRA, make_bank
+from .train import train_joint, train_tower
 
 
 def main() -> None:

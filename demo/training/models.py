@@ -11,7 +11,7 @@ from transformers import BertForMaskedLM, SiglipModel
 
 from .. import scenes, tiny_model
 from ..tiny_model import HIDDEN, NUM_TOKENS
-from .bank import IMAGE_ID, SEP, Uint8, normalized
+from .data import IMAGE_ID, SEP, Uint8, normalized
 
 
 class Adapter(nn.Module):

@@ -17,11 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from ..scenes import SEEDS, groups
-from ..weights import CARD, MODEL, WEIGHTS, State, packed
-from .bank import GROUP, NUM_EXTRA, Captions, make_bank
-from .joint import rerank_ranks
+from ..tiny_model import CARD, MODEL, WEIGHTS, State, packed
+from .data import GROUP, NUM_EXTRA, Captions, make_bank
 from .models import Joint, Tower
-from .tower import first_stage_order
+from .train import first_stage_order, rerank_ranks
 
 NUM_TEST_GROUPS = 128
 NUM_CANDIDATES = 50

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...arrays import Array
 from ...errors import EngineError
-from ..contract import Array
 
 if TYPE_CHECKING:
     import onnx

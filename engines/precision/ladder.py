@@ -8,17 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from ...arrays import Float32
 from ...errors import EngineError
 from ..agreement import Agreement, rank_agreement
-from ..contract import Batch, Float32, Progress
+from ..contract import Batch, Progress
 from ..fidelity import FidelityLimits
-from .calibrate import METHODS, Activations, amax_by, observe
-from .emulate import scorer
+from .calibrate import METHODS, Activations, amax_by, observe, outlier_values, smooth
+from .emulate import Switches, scorer
 from .graph import Graph
 from .lower import lower
 from .quantize import quantize
-from .smooth import outlier_values, smooth
-from .switch import Switches
 
 Query = Sequence[Batch]  # one query's candidates, cut into batches
 

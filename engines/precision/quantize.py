@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..contract import Array
+from ...arrays import Array
 from .graph import Graph, linear_name, linears, node, place_of, with_inputs
 
 if TYPE_CHECKING:
     import onnx
 
 LARGEST = {"int8": 127.0, "fp8": 448.0}
-QUANTIZED = tuple(LARGEST)
 
 
 @dataclass(frozen=True, slots=True)

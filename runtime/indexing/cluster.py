@@ -25,9 +25,10 @@ from itertools import islice
 from pathlib import Path
 
 from ...arguments import StrPath
+from ...engines.image import ImageEncoder
 from ...errors import RequestError, StoreError
 from ..store import SegmentWriter, StoreLayout, TokenStore, incoming_name
-from ..store.layout import INCOMING
+from ..store.format import INCOMING
 from .decoders import DecoderPool
 from .flow import (
     DEFAULT_BATCH_SIZE,
@@ -39,7 +40,6 @@ from .flow import (
     groups,
     read_ahead,
 )
-from .image_encoder import ImageEncoder
 from .pillow_settings import PillowSettings
 from .sources import ImageFile, SkippedImage
 

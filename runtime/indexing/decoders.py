@@ -16,10 +16,11 @@ from multiprocessing.connection import Connection, Pipe
 from queue import Empty, SimpleQueue
 from types import TracebackType
 
+from ...arrays import UInt8
 from ...bundle import ImageSpec
 from ...errors import EdjeError, RequestError
 from ...machine import usable_cores
-from .images import UInt8, Unreadable, decode_entry, import_pillow
+from .images import Unreadable, decode_entry, import_pillow
 from .pillow_settings import PillowSettings
 from .sources import ImageFile
 

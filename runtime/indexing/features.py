@@ -15,9 +15,8 @@ import numpy.typing as npt
 
 from ...bundle import ModelSizes
 from ...errors import RequestError, named
-from ..id_list import read_ids
-from .sources import SkippedImage, Wanted, id_hash, repeated
-from .walk import FolderWalk, Unlisted
+from ..queries import read_ids
+from .sources import FolderWalk, SkippedImage, Unlisted, Wanted, id_hash, repeated
 
 Features = npt.NDArray[np.floating]
 Read = Callable[[], Features]

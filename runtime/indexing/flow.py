@@ -12,15 +12,15 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from ...arrays import Float16
 from ..store import TokenStore
-from ..store.layout import id_fault
+from ..store.format import id_fault
 from .decoders import Decoded, DecoderPool
 from .features import FeatureEntry
 from .images import Unreadable
 from .skipped import SkippedLog
 from .sources import ImageFile, SkippedImage, Source
 
-Float16 = npt.NDArray[np.float16]
 Encode = Callable[[npt.NDArray[Any]], Float16]
 Progress = Callable[[int, int], None]
 OnSkip = Callable[[SkippedImage], None]

@@ -1,30 +1,116 @@
-"""An image file -> `pixels`, exactly as the official code and transformers' processor make them.
-
-In two steps, so that little travels between processes: a decoder gives RGB bytes of the model's
-size, and `pixels_from_rgb` scales and normalises them.
-"""
+"""One image file: the raster formats that are opened, decoding, and the pixels an encoder takes."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
+from ...arrays import Float32, UInt8
 from ...bundle import ImageSpec
+from ...engines.image import pixels_from_rgb
 from ...errors import RequestError
-from .formats import HEAD_BYTES, opened_formats, why_not_opened
 from .sources import ImageFile
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Float32 = npt.NDArray[np.float32]
-UInt8 = npt.NDArray[np.uint8]
+
+# What Pillow itself decodes, in this process, from pixels. Not among them: what starts programs
+# (EPS: Ghostscript), renders (WMF), opens whatever it finds inside (IPTC), or holds measurements
+# and films (FITS, GRIB, HDF5, BUFR, MPEG).
+RASTER = frozenset(
+    (
+        *("AVIF", "BMP", "CUR", "DCX", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000"),
+        *("MPO", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP"),
+        *("XBM", "XPM"),
+    )
+)
+HEAD_BYTES = 512  # enough to tell what a file is
+
+_NAMES = {"EPS": "PostScript (EPS)", "WMF": "a Windows metafile (WMF or EMF)"}
+# How files begin that Pillow does not know.
+_MARKS = (
+    (b"%!", "PostScript (EPS) is no raster image"),
+    (b"%PDF", "PDF is no raster image"),
+    (b"PK\3\4", "is a zip archive, no image"),
+    (b"\x1f\x8b", "is a gzip archive, no image"),
+    (b"\x1a\x45\xdf\xa3", "is a video (Matroska or WebM), no image"),
+    (b"\xff\x0a", "JPEG XL is read where an opener is registered (as --plugin pillow_jxl does)"),
+    (
+        b"\0\0\0\x0cJXL ",
+        "JPEG XL is read where an opener is registered (as --plugin pillow_jxl does)",
+    ),
+)
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+
+
+def registered_openers(image_module: Any) -> dict[str, tuple[Any, Any]]:
+    """Return (factory, accept) of the formats that somebody else than Pillow has registered."""
+    return {
+        name: opener for name, opener in image_module.OPEN.items() if not is_pillows_own(opener[0])
+    }
+
+
+def is_pillows_own(item: Any) -> bool:
+    """Return whether a class or function is part of Pillow."""
+    return str(getattr(item, "__module__", "")).partition(".")[0] == "PIL"
+
+
+def opened_formats(image_module: Any) -> tuple[str, ...]:
+    """Return the formats to open: those that were registered, then Pillow's raster formats."""
+    registered = registered_openers(image_module)
+    image_module.init()  # loads the plugins; it must not take back what was registered before
+    for name, (factory, accept) in registered.items():
+        image_module.register_open(name, factory, accept)
+    own = (name for name in image_module.ID if name in RASTER and name not in registered)
+    return (*registered, *own)
+
+
+def why_not_opened(image_module: Any, head: bytes) -> str:
+    """Return what a file is that no opened format takes, from its first `HEAD_BYTES`."""
+    for start, reason in _MARKS:
+        if head.startswith(start):
+            return reason
+    opened = opened_formats(image_module)
+    for name in image_module.ID:
+        if name not in opened and _accepts(image_module.OPEN[name][1], head):
+            if name in _NAMES:
+                return f"{_NAMES[name]} is no raster image"
+            return f"{name} is not among the formats that are read"
+    return _why_not_text(head) or _why_not_media(head) or "not an image of a known format"
+
+
+def _accepts(accept: Any, head: bytes) -> bool:
+    # Pillow hands them 16 bytes; some look at places that a shorter file does not have.
+    return accept is not None and accept(head[:16].ljust(16, b"\0")) is True
+
+
+def _why_not_text(head: bytes) -> str | None:
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "is a web page (HTML), no image"
+    is_xml = text.startswith((b"<?xml", b"<!--", b"<!doctype svg"))
+    if text.startswith(b"<svg") or (is_xml and b"<svg" in text):
+        return "SVG is no raster image"
+    return None
+
+
+def _why_not_media(head: bytes) -> str | None:
+    if head[4:8] == b"ftyp":
+        if head[8:12] in _HEIF_BRANDS:
+            return (
+                "HEIF is read where an opener is registered "
+                "(as --plugin pillow_heif.HeifImagePlugin does)"
+            )
+        if head[8:12] not in (b"avif", b"avis"):
+            return "is a video (MP4 or QuickTime), no image"
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        return "is a video (AVI), no image"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,23 +195,6 @@ def rgb_from_image(image: Image, spec: ImageSpec) -> UInt8:
         image = image.convert("RGBA")  # the same colours, without Pillow's warning
     resized = image.convert("RGB").resize((spec.size, spec.size), resample=spec.resample)
     return np.array(resized)
-
-
-def pixels_from_rgb(rgb: UInt8, spec: ImageSpec) -> Float32:
-    """Return `pixels` float32 [..., 3, R, R], C-contiguous, of RGB uint8 [..., R, R, 3]."""
-    pixels = np.empty((*rgb.shape[:-3], 3, *rgb.shape[-3:-1]), np.float32)
-    for channel, table in enumerate(_pixel_values(spec)):
-        pixels[..., channel, :, :] = table[rgb[..., channel]]
-    return pixels
-
-
-@lru_cache(maxsize=8)
-def _pixel_values(spec: ImageSpec) -> Float32:
-    """Return what each byte becomes in each channel: float32 [3, 256]."""
-    # float64 first, then float32: the processor's own rounding.
-    scaled = (np.arange(256).astype(np.float64) * spec.rescale_factor).astype(np.float32)
-    mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
-    return np.asarray((scaled[None] - mean[:, None]) / std[:, None], np.float32)
 
 
 def import_pillow() -> Any:

@@ -12,8 +12,9 @@ from typing import Any
 
 from ...arguments import Arguments
 from ...bundle import BundleManifest
+from ...engines.image import FeatureEncoder, ImageEncoder
 from ...errors import RequestError, StoreError, named
-from ...folders import is_free
+from ...files import is_free
 from ..store import TokenStore
 from .cluster import adopt_leftovers
 from .decoders import DecoderPool, default_workers
@@ -30,7 +31,6 @@ from .flow import (
     feature_batches,
     groups,
 )
-from .image_encoder import FeatureEncoder, ImageEncoder
 from .images import import_pillow
 from .skipped import SkippedLog
 from .sources import Paths, SkippedImage, Source, open_source

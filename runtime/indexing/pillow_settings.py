@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from ...errors import RequestError
-from .formats import is_pillows_own, registered_openers
+from .images import is_pillows_own, registered_openers
 
 # Module and name of what Pillow's documentation lets users set. A module that this process has
 # not loaded holds its defaults, as it will elsewhere.

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ...arguments import StrPath
-from ...folders import sync_folder
+from ...files import sync_folder
 from .sources import SkippedImage
 
 SKIPPED = "skipped.jsonl"

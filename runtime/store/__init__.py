@@ -1,12 +1,11 @@
 """The token store: one folder, one writer, many readers, every record verified on reading."""
 
-from .compaction import CompactReport
+from .compact import CompactReport
 from .folder import StoreStat
-from .incoming import CommitReport
-from .layout import StoreLayout
-from .read.reader import BadRecord
+from .format import StoreLayout
+from .incoming import CommitReport, SegmentWriter, incoming_name
+from .reader import BadRecord
 from .reading import TokenBatch
-from .segment import SegmentWriter, incoming_name
 from .store import TokenStore
 
 __all__ = [

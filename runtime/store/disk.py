@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...folders import sync_folder as _sync_folder
+from ...files import sync_folder as _sync_folder
 
 
 def create(path: Path) -> int:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import EdjeError, StoreError
-from ...folders import is_free, publish_folder
+from ...files import is_free, publish_folder
 from .catalog import Catalog, CatalogState
-from .layout import INCOMING, LOCK, READERS, SEGMENTS, STORE_JSON, StoreLayout, segment_name
+from .format import INCOMING, LOCK, READERS, SEGMENTS, STORE_JSON, StoreLayout, segment_name
 
 NEW_FOLDER = "choose a new or an empty folder for the store"
 

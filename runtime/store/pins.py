@@ -13,8 +13,8 @@ import struct
 from pathlib import Path
 
 from ...errors import StoreError
-from ...locks import LOCKS_HINT, lock_fault
-from .layout import READERS
+from ...files import LOCKS_HINT, lock_fault
+from .format import READERS
 
 # type, whence, start, length, pid; `0q` pads as C does
 _FLOCK = struct.Struct("@hhqqi0q")

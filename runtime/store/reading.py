@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ...arguments import Arguments
+from ...arrays import Float16, Int64, UInt64
 from ...errors import RequestError, StoreError, named
-from .arrays import check_buffers, rows_of
-from .index import RecordIndex
-from .layout import Int64, StoreLayout, UInt64
-from .read.reader import BadRecord
-from .read.resident import Reader
+from .batches import check_buffers, rows_of
+from .format import StoreLayout
+from .ids import RecordIndex
+from .memory import Reader
+from .reader import BadRecord
 
-Float16 = npt.NDArray[np.float16]
 Tokens = npt.NDArray[Any]
 
 

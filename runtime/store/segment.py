@@ -1,155 +1,143 @@
-"""Segments made elsewhere: a task writes one, the store's writer commits it."""
+"""One segment file being written: header page, records with their scales, footer."""
 
 from __future__ import annotations
 
+import os
 import secrets
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
-from ...arguments import Arguments, StrPath
-from ...errors import StoreError, named
+from ...arrays import UInt64
+from ...errors import StoreError
 from . import disk
-from .arrays import NewRecords
-from .layout import StoreLayout, id_fault
-from .records import Records, digests_of, repeated
-from .segment_file import RecordBytes, SegmentFile
+from .format import PAGE_BYTES, StoreLayout, header_fault, header_page
+from .records import Records, footer_bytes
 
-SUFFIX = ".tokens"
+Bytes = npt.NDArray[np.uint8]
+
+# Linux takes at most 1,024 pieces a call; a padded record is two.
+MAX_RECORDS_A_WRITE = 512
 
 
-class SegmentWriter:
-    """Writes one immutable segment file that explains itself, for a store of the same layout.
+class RecordBytes(NamedTuple):
+    """The bytes of N records: uint8 [N, record_bytes], and scales uint8 [N, scale_bytes] (int8)."""
 
-    Any number of processes and machines write segments at once; whoever writes the store commits
-    them with `TokenStore.commit_segments`. Leaving the `with` block by an exception, or being
-    killed, leaves nothing that could be committed.
-    """
+    tokens: Bytes
+    scales: Bytes | None
 
-    def __init__(self, path: StrPath, layout: StoreLayout):
-        """Begin a segment that will appear at `path` when it is closed.
+    def cut(self, start: int, stop: int) -> RecordBytes:
+        """Return records `start` to `stop`; views."""
+        scales = None if self.scales is None else self.scales[start:stop]
+        return RecordBytes(self.tokens[start:stop], scales)
 
-        Args:
-            path: ends in `.tokens`; best in the store's folder `incoming/`, on its file system.
-            layout: of the store (`StoreLayout.read`).
+    def checksums(self, digests: bytes) -> UInt64:
+        """Return the checksums uint64 [N] of records whose ids have these digests."""
+        seeds = np.frombuffer(digests, ">u8")[1::2].tolist()
+        hashed = xxhash.xxh3_64_intdigest
+        if self.scales is not None:
+            seeds = [hashed(row.data, seed) for row, seed in zip(self.scales, seeds, strict=True)]
+        sums = (hashed(row.data, seed) for row, seed in zip(self.tokens, seeds, strict=True))
+        return np.fromiter(sums, np.uint64, len(self.tokens))
 
-        Raises:
-            RequestError: arguments of another kind (all of them).
-            StoreError: the file cannot be made.
-        """
-        given = Arguments("SegmentWriter")
-        self.path = given.path("path", path)
-        if not isinstance(layout, StoreLayout):
-            given.refuse("layout", layout, "a StoreLayout: StoreLayout.read(store)")
-        given.check()
+
+class SegmentFile:
+    """An open segment file. Nothing it writes counts before whoever owns it says so."""
+
+    def __init__(self, path: Path, layout: StoreLayout, key: int, descriptor: int):
+        self.path = path
+        self.key = key
         self._layout = layout
-        self._parts: list[Records] = []
-        self._num_rows = 0
-        self._ids: set[str] = set()
-        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}.partial")
-        self._file: SegmentFile | None = None
-        if self.path.suffix != SUFFIX:
-            raise StoreError(f"cannot write a segment at {path}: its name must end in {SUFFIX}")
-        try:
-            self._file = SegmentFile.create(self._temporary, layout)
-        except OSError as error:
-            raise StoreError(f"cannot write a segment at {path}: {error.strerror}") from error
+        self._descriptor: int | None = descriptor
 
-    def append(
-        self,
-        ids: Iterable[str],
-        tokens: npt.NDArray[np.generic],
-        scales: npt.NDArray[np.float16] | None = None,
-        *,
-        allow_nonfinite: bool = False,
-    ) -> None:
-        """Add records, as `TokenStore.append` does; on disk only when the segment is closed.
+    @classmethod
+    def create(cls, path: Path, layout: StoreLayout) -> SegmentFile:
+        """Make a segment file with its header page, durable with its name.
 
         Raises:
-            RequestError: arguments of another kind (all of them).
-            StoreError: the segment is closed or full; ids twice or no ids; wrong arrays; tokens
-                that are not finite; no room.
+            OSError: it cannot be written.
         """
-        file = self._file
-        if file is None:
-            raise StoreError(f"the segment {self.path} is closed")
-        new = NewRecords.take(ids, tokens, scales, allow_nonfinite)
-        self._check(new)
-        if new.ids:
-            self._put(file, new.ids, new.packed(self._layout))
+        key = secrets.randbits(64)
+        file = cls(path, layout, key, disk.create(path))
+        try:
+            disk.write(file._open_descriptor(), [header_page(layout, key)], 0)
+            file.sync()
+            disk.sync_folder(path.parent)
+        except BaseException:
+            file.close()
+            raise
+        return file
 
-    def close(self) -> Path | None:
-        """Seal the segment, make it durable, and give it its name.
-
-        Returns:
-            Its path, or None when it holds no records: then there is no file.
+    @classmethod
+    def open(cls, path: Path, layout: StoreLayout, key: int) -> SegmentFile:
+        """Open a segment file to write on.
 
         Raises:
-            StoreError: it cannot be written; then there is no file.
+            OSError: it cannot be opened.
+            StoreError: its header page is damaged or another's.
         """
-        if self._file is None or not self._num_rows:
-            self.discard()
-            return None
-        try:
-            self._file.seal(Records.join(self._parts))
-            self._file.close()
-            disk.rename(self._temporary, self.path)
-            disk.sync_folder(self.path.parent)
-        except OSError as error:
-            self.discard()
-            raise StoreError(f"cannot write {self.path}: {error.strerror}") from error
-        self._file = None
-        return self.path
+        descriptor = disk.open_write(path)
+        fault = header_fault(os.pread(descriptor, PAGE_BYTES, 0), layout, key)
+        if fault:
+            os.close(descriptor)
+            raise StoreError(
+                f"cannot append to {path}: {fault}",
+                hint=f"`edje store verify --repair {path.parent.parent}` mends a header page",
+            )
+        return cls(path, layout, key, descriptor)
 
-    def discard(self) -> None:
-        """Remove what was written. Calling it twice, or after `close`, is allowed."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-            disk.unlink(self._temporary)
+    def put(self, row: int, records: RecordBytes) -> None:
+        """Write records from `row` on; not yet on disk.
 
-    def __enter__(self) -> SegmentWriter:
-        return self
+        Raises:
+            OSError: they cannot be written.
+        """
+        most = self._layout.group_records or MAX_RECORDS_A_WRITE
+        start = 0
+        while start < len(records.tokens):
+            place = row + start
+            stop = start + most - place % most if self._layout.group_records else start + most
+            self._put_run(place, records.cut(start, stop))
+            start = stop
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.close()
-        else:
-            self.discard()
+    def sync(self) -> None:
+        """Return when everything put is on disk."""
+        disk.sync(self._open_descriptor())
 
-    def _put(self, file: SegmentFile, ids: Sequence[str], records: RecordBytes) -> None:
-        """Write records behind the others."""
-        digests = digests_of(ids)
-        try:
-            file.put(self._num_rows, records)
-        except OSError as error:
-            raise StoreError(f"cannot write to {self.path}: {error.strerror}") from error
-        self._parts.append(Records.pack(ids, digests, records.checksums(digests)))
-        self._num_rows += len(ids)
-        self._ids.update(ids)
+    def seal(self, records: Records) -> None:
+        """Write the footer of all `records` of the segment and return when it is on disk.
 
-    def _check(self, new: NewRecords) -> None:
-        ids, faults = new.ids, new.faults(self._layout)
-        wrong = [f"{image_id!r:.80} {why}" for image_id in ids if (why := id_fault(image_id))]
-        if wrong:
-            faults.append(f"{len(wrong)} are no ids: {'; '.join(wrong[:20])}")
-        elif twice := repeated([*self._ids.intersection(ids), *ids]):
-            faults.append(f"{len(twice)} ids come twice: {named(twice)}")
-        room = self._layout.max_rows - self._num_rows
-        if len(ids) > room:
-            faults.append(f"{len(ids)} records, but a segment of this store has room for {room}")
-        if faults:
-            raise StoreError(f"cannot add to the segment {self.path}", faults=faults)
+        Raises:
+            OSError: it cannot be written; whatever of it stands in the file does not count.
+        """
+        offset = self._layout.end(len(records))
+        footer = footer_bytes(records, self.key)
+        disk.write(self._open_descriptor(), [footer], offset)
+        disk.truncate(self.path, offset + len(footer))  # what an unfinished append left
+        self.sync()
 
+    def close(self) -> None:
+        """Close the file. Calling it twice is allowed."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
-def incoming_name(task: str) -> str:
-    """Return a file name for a task's segment that no other attempt of it takes."""
-    return f"{task}-{secrets.token_hex(8)}{SUFFIX}"
+    def _put_run(self, row: int, records: RecordBytes) -> None:
+        """Write records that lie without a gap, and the scales they share a page for."""
+        descriptor, layout = self._open_descriptor(), self._layout
+        pieces: list[memoryview | bytes] = [record.data for record in records.tokens]
+        padding = bytes(layout.stride - layout.record_bytes)
+        if padding:
+            pieces = [part for record in pieces for part in (record, padding)]
+        disk.write(descriptor, pieces, layout.offset(row))
+        if records.scales is not None:
+            scales = np.ascontiguousarray(records.scales)
+            disk.write(descriptor, [scales.data.cast("B")], layout.scales_offset(row))
+
+    def _open_descriptor(self) -> int:
+        if self._descriptor is None:
+            raise StoreError(f"{self.path} is closed")
+        return self._descriptor

@@ -10,22 +10,23 @@ from typing import TYPE_CHECKING, Literal
 
 from ... import __version__
 from ...arguments import Arguments, StrPath, is_whole, path_of, plain
+from ...arrays import Float16
 from ...errors import StoreError
-from .arrays import NewRecords
+from .batches import NewRecords
 from .catalog import Catalog, CatalogState
-from .changes import StoreWriter
-from .compaction import CompactReport, Progress, move_records
+from .compact import CompactReport, Progress, move_records
 from .folder import StoreStat, create_folder, disk_bytes, stat_of, waiting_bytes
+from .format import DEFAULT_SEGMENT_BYTES, StoreLayout
+from .ids import RecordIndex
 from .incoming import CommitReport, commit_segments
-from .index import RecordIndex
-from .layout import DEFAULT_SEGMENT_BYTES, StoreLayout
+from .memory import Reader, ResidentRecords
 from .pins import Pin
-from .read.reader import SegmentReader
-from .read.resident import Reader, ResidentRecords
-from .reading import Float16, ReadableStore, Tokens
+from .reader import SegmentReader
+from .reading import ReadableStore, Tokens
+from .writer import StoreWriter
 
 if TYPE_CHECKING:
-    from .repair.check import VerifyReport
+    from .verify import VerifyReport
 
 Access = Literal["cached", "direct", "resident"]
 
@@ -237,7 +238,7 @@ class TokenStore(ReadableStore):
         Returns:
             The report; `.bad` holds the ids of damaged records. `edje store verify --repair` mends.
         """
-        from .repair.check import verify_store
+        from .verify import verify_store
 
         self._check_open()
         return verify_store(self.path, progress=progress)

@@ -9,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-from .layout import ROW_BITS
+from .format import ROW_BITS
 
 # Table -> its columns; the first is the primary key, `self_check` (xxh3-64 of the others) follows.
 # location: segment << 32 | row. num_rows of a segment counts committed rows: what an unsealed file

@@ -12,12 +12,12 @@ import pytest
 
 from edje.demo.evaluation import DemoResult
 from edje.demo.guide import print_table, run_demo
-from edje.engines.build import build_engine
+from edje.engines.builder.build import build_engine
 from edje.engines.fidelity import FidelityLimits
 from edje.engines.manifest import EngineManifest
 from edje.errors import EdjeError, RequestError
-from edje.runtime.cli import main
-from edje.runtime.samples import StoreSamples
+from edje.runtime.cli.app import main
+from edje.runtime.queries import StoreSamples
 
 README = Path(__file__).parents[2] / "README.md"
 NUM_QUERIES = 64

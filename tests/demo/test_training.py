@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from edje.demo import scenes
-from edje.demo.training.bank import GROUP, IMAGE_ID, NUM_EXTRA, Captions, make_bank
-from edje.demo.training.joint import MatchingBatches, joint_losses
-from edje.demo.training.loop import Run, schedule
+from edje.demo.training.data import GROUP, IMAGE_ID, NUM_EXTRA, Captions, make_bank
 from edje.demo.training.models import Joint
+from edje.demo.training.train import MatchingBatches, Run, joint_losses, schedule
 
 CAPTIONS = ["a small red circle above a large blue star on a grey background", "a red circle"]
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import BertForMaskedLM, SiglipModel
 
-from edje.demo import tiny_model, weights
+from edje.demo import tiny_model
+from edje.demo import tiny_model as weights
 from edje.errors import CheckpointError
 
 

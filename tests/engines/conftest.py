@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edje.engines.build import build_engine
+from edje.engines.builder.build import build_engine
 from edje.engines.contract import Batch, Engine
 from edje.engines.fidelity import InlineStream
-from edje.engines.open import open_engine
+from edje.engines.registry import open_engine
 
 BACKENDS = ("onnxruntime", "openvino")
 

@@ -2,11 +2,10 @@
 
 import pytest
 
-from edje.engines.auto import NOTHING_TO_CALIBRATE, build_fastest
-from edje.engines.backends import REGISTRY, load_backend
+from edje.engines.builder.auto import NOTHING_TO_CALIBRATE, build_fastest
 from edje.engines.fidelity import FidelityLimits
 from edje.engines.manifest import EngineManifest, Profile
-from edje.engines.open import open_engine
+from edje.engines.registry import REGISTRY, load_backend, open_engine
 from edje.errors import EdjeError, EngineError
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from edje.bundle import BundleManifest
-from edje.engines.build import build_engine, checked_profile
+from edje.engines.builder.build import build_engine, checked_profile
 from edje.engines.manifest import EngineManifest, Profile
-from edje.engines.open import open_engine
+from edje.engines.registry import open_engine
 from edje.errors import CheckpointError, EdjeError, EngineError
 from edje.files import sha256_of
 

@@ -23,13 +23,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edje.bundle import BundleManifest
-from edje.engines import cache
-from edje.engines.build import build_engine
-from edje.engines.cache import cached_engine, default_root, entry_name, is_sound, key_parts
+from edje.engines.builder import cache
+from edje.engines.builder.build import build_engine
+from edje.engines.builder.cache import cached_engine, default_root, entry_name, is_sound, key_parts
 from edje.engines.contract import BuildOptions
 from edje.engines.fidelity import FidelityLimits
 from edje.engines.manifest import EngineManifest
-from edje.engines.open import open_engine
+from edje.engines.registry import open_engine
 from edje.engines.samples import RandomSamples
 from edje.errors import CheckpointError, EngineError
 
@@ -40,7 +40,7 @@ PLAIN = {"backend": "onnxruntime", "precision": "fp32"}
 BUILDER = """
 import sys, time
 from pathlib import Path
-from edje.engines.cache import cached_engine
+from edje.engines.builder.cache import cached_engine
 bundle, root, told = map(Path, sys.argv[1:])
 def tell(step):
     word = step.split()[0]
@@ -193,7 +193,7 @@ def test_a_failed_build_leaves_nothing_and_the_next_one_runs(tiny_bundle, root, 
         raise EngineError("no luck")
 
     with monkeypatch.context() as broken:
-        broken.setattr("edje.engines.ort.build", fail)
+        broken.setattr("edje.engines.onnxruntime.build", fail)
         with pytest.raises(EngineError, match="no luck"):
             cached_engine(tiny_bundle, root, **PLAIN)
     assert [path for path in root.iterdir() if path.is_dir()] == []
@@ -339,10 +339,12 @@ def test_the_bundle_the_library_and_the_device_are_in_the_key(tiny_bundle, tmp_p
     (bundle / "edje.json").write_text(json.dumps(values))
     keys.append(name_of(bundle))
     with monkeypatch.context() as patch:
-        patch.setattr("edje.engines.ort.version", lambda: "0.0")
+        patch.setattr("edje.engines.onnxruntime.version", lambda: "0.0")
         keys.append(name_of(tiny_bundle))
     with monkeypatch.context() as patch:
-        patch.setattr("edje.engines.ort.device", lambda *_: {"kind": "cpu", "model": "other"})
+        patch.setattr(
+            "edje.engines.onnxruntime.device", lambda *_: {"kind": "cpu", "model": "other"}
+        )
         keys.append(name_of(tiny_bundle))
     assert len(set(keys)) == len(keys)
     values["provenance"] = {"made": "elsewhere"}

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edje.engines.contract import OpenOptions, even_parts, shape_faults, value_faults
+from edje.arrays import even_parts
+from edje.engines.contract import OpenOptions, shape_faults, value_faults
 from edje.engines.fidelity import InlineStream
-from edje.engines.open import open_engine
+from edje.engines.registry import open_engine
 from edje.errors import EngineError
 
 

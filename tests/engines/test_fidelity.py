@@ -153,10 +153,10 @@ def test_a_device_engine_is_scored_through_device_memory_and_names_the_gpu(
         asked.append(engine)
         return exact(batch)
 
-    memory = ModuleType("edje.engines.cuda_memory")
+    memory = ModuleType("edje.kernels.device.facts")
     memory.score_host_batch = score_host_batch
     memory.current_gpu = lambda: SimpleNamespace(name="NVIDIA Any")
-    monkeypatch.setitem(sys.modules, "edje.engines.cuda_memory", memory)
+    monkeypatch.setitem(sys.modules, "edje.kernels.device.facts", memory)
     device = OnDevice(engine.manifest)
     found = measure_fidelity(device, tiny_bundle)
     assert found["max_abs_diff"] == 0.0

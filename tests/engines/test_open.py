@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edje.engines import open as opening
+from edje.engines import registry as opening
 from edje.engines.contract import OpenOptions
 from edje.engines.cpu import device_faults
 from edje.engines.manifest import EngineManifest
-from edje.engines.open import open_engine
+from edje.engines.registry import open_engine
 from edje.errors import EngineError
 from toy_engine import toy_manifest
 

@@ -5,11 +5,11 @@ import openvino
 import pytest
 
 from edje.bundle import JOINT_ENCODER
-from edje.engines import ov
-from edje.engines.build import build_engine
+from edje.engines import openvino as ov
+from edje.engines.builder.build import build_engine
 from edje.engines.contract import INPUTS, OpenOptions
-from edje.engines.open import open_engine
-from edje.engines.ov_graph import widen_score
+from edje.engines.openvino import widen_score
+from edje.engines.registry import open_engine
 from edje.errors import EngineError
 
 # Largest |score difference| to the official float32 scores. bfloat16 keeps 8 bits of mantissa:

@@ -11,12 +11,14 @@ import pytest
 
 from capabilities import needs_int8
 from edje.bundle import BundleManifest
-from edje.engines import cpu, ort, ov
-from edje.engines.build import build_engine
+from edje.engines import cpu
+from edje.engines import onnxruntime as ort
+from edje.engines import openvino as ov
+from edje.engines.builder.build import build_engine
 from edje.engines.contract import INPUTS
 from edje.engines.manifest import EngineManifest
-from edje.engines.open import open_engine
-from edje.engines.ov_graph import fit_to_x86
+from edje.engines.openvino import fit_to_x86
+from edje.engines.registry import open_engine
 from edje.engines.samples import RandomSamples, int8_batch
 from edje.errors import EngineError
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from edje.engines.backends import REGISTRY, require_builder
 from edje.engines.contract import BuildOptions
+from edje.engines.registry import REGISTRY, require_builder
 from edje.errors import EngineError
-from edje.runtime.cli import main
+from edje.runtime.cli.app import main
 
 GIVEN = {
     "--workspace-mb": {"workspace_bytes": 1 << 20},
@@ -31,7 +31,7 @@ def test_an_option_of_another_backend_is_to_be_left_out(backend, flag):
 
 
 def test_all_options_that_do_not_fit_are_named_and_no_other():
-    pytest.importorskip("edje.engines.tensorrt_rtx", reason="needs the extra rtx")
+    pytest.importorskip("edje.engines.tensorrt.rtx", reason="needs the extra rtx")
     both = BuildOptions(report=True, hardware_compatible=True, version_compatible=True)
     hint = refused("tensorrt-rtx", both).hint
     assert "--hardware-compatible, --version-compatible:" in hint
@@ -39,7 +39,7 @@ def test_all_options_that_do_not_fit_are_named_and_no_other():
 
 
 def test_a_gpu_that_a_backend_cannot_build_for_is_told_from_those_that_it_can():
-    rtx = pytest.importorskip("edje.engines.tensorrt_rtx", reason="needs the extra rtx")
+    rtx = pytest.importorskip("edje.engines.tensorrt.rtx", reason="needs the extra rtx")
     error = refused("tensorrt-rtx", BuildOptions(compute_capabilities=("5.0",)))
     assert "--compute-capability" in error.hint
     assert "7.5" not in error.message, "fp32 cannot be built for it"
@@ -49,7 +49,7 @@ def test_a_gpu_that_a_backend_cannot_build_for_is_told_from_those_that_it_can():
 
 
 def test_where_the_machine_is_at_fault_the_hint_is_not_about_options(monkeypatch):
-    from edje.engines import ov
+    from edje.engines import openvino as ov
 
     monkeypatch.setattr(ov, "why_not", lambda precision: "no units")
     assert "--report" not in refused("openvino", BuildOptions(report=True)).hint

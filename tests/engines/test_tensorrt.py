@@ -9,14 +9,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from edje.engines import cuda_memory, trt_library
-from edje.engines.backends import load_backend, require_builder
-from edje.engines.contract import Batch, BuildJob, BuildOptions, DeviceArray, OpenOptions
-from edje.engines.fidelity import InlineStream
-from edje.engines.trt_build import PLAN
-from edje.engines.trt_library import MAX_MESSAGES, MessageLog
+from edje.arrays import DeviceArray
+from edje.engines.contract import Batch, BuildJob, BuildOptions, OpenOptions
+from edje.engines.fidelity import InlineStream, score_host_batch
+from edje.engines.registry import load_backend, require_builder
+from edje.engines.tensorrt import library as trt_library
+from edje.engines.tensorrt.build import PLAN
+from edje.engines.tensorrt.library import MAX_MESSAGES, MessageLog
 from edje.errors import EngineError
-from edje.runtime.cli import main
+from edje.kernels.device import facts as cuda_memory
+from edje.runtime.cli.app import main
 from recording_trt import (
     GPU_NAME,
     PLAN_BYTES,
@@ -27,7 +29,7 @@ from recording_trt import (
 )
 from toy_engine import ToyEngine, toy_manifest
 
-CACHED = (cuda_memory._cudart, cuda_memory._measuring_stream, cuda_memory.current_gpu)
+CACHED = (cuda_memory._cudart, cuda_memory.measuring_stream, cuda_memory.current_gpu)
 STREAM = SimpleNamespace(handle=1234, submit=None)
 
 
@@ -48,11 +50,11 @@ def machine(recording, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorrt", make_tensorrt(recording))
     monkeypatch.setitem(sys.modules, cuda_memory.RUNTIME, cudart)
     monkeypatch.setattr(cuda_memory, "DRIVER", None)  # ctypes then opens this very program
-    monkeypatch.delitem(sys.modules, "edje.engines.tensorrt", raising=False)
+    monkeypatch.delitem(sys.modules, "edje.engines.tensorrt.backend", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     clear_caches()
     yield cudart
-    sys.modules.pop("edje.engines.tensorrt", None)
+    sys.modules.pop("edje.engines.tensorrt.backend", None)
     clear_caches()
 
 
@@ -354,12 +356,12 @@ def test_a_host_batch_is_scored_on_the_device(engine, machine, recording):
     host = batch(5)
     expected = np.empty(5, np.float32)
     ToyEngine().enqueue(host, expected, stream=InlineStream())
-    np.testing.assert_array_equal(cuda_memory.score_host_batch(engine, host), expected)
+    np.testing.assert_array_equal(score_host_batch(engine, host), expected)
     assert machine.memory == {}, "device memory was not freed"
     assert {arguments[2] for arguments in recording.named("cudaMemcpyAsync")} == {77}
     wrong = replace(host, query_of_pair=np.full(5, 2, np.int32))
     with pytest.raises(EngineError, match="does not fit") as caught:
-        cuda_memory.score_host_batch(engine, wrong)
+        score_host_batch(engine, wrong)
     assert "query_of_pair: got values from 2 to 2" in caught.value.faults[0]
 
 

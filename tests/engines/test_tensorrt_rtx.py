@@ -11,23 +11,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from edje.arrays import DeviceArray
 from edje.bundle import JOINT_ENCODER, BundleManifest
-from edje.engines import cuda_memory
-from edje.engines.backends import load_backend, require_backend, require_builder
-from edje.engines.build import build_engine
-from edje.engines.contract import Batch, BuildJob, BuildOptions, DeviceArray, OpenOptions
+from edje.engines.builder.build import build_engine
+from edje.engines.contract import Batch, BuildJob, BuildOptions, OpenOptions
 from edje.engines.fidelity import Fidelity, measure_fidelity
-from edje.engines.manifest import PRECISIONS, EngineManifest, Profile
-from edje.engines.open import open_engine
+from edje.engines.manifest import PRECISIONS, QUANTIZED, EngineManifest, Profile
 from edje.engines.precision.graph import Graph
 from edje.engines.precision.lower import lower
-from edje.engines.precision.quantize import QUANTIZED, find_linears, quantize
-from edje.engines.precision.tokens import take_int8_tokens
+from edje.engines.precision.prepare import take_int8_tokens
+from edje.engines.precision.quantize import find_linears, quantize
+from edje.engines.registry import load_backend, open_engine, require_backend, require_builder
 from edje.engines.samples import RandomSamples
-from edje.engines.trt_build import PLAN, parsed_network
-from edje.engines.trt_report import REPORT, PlanReport, read_report
-from edje.engines.trt_run import TrtEngine, open_plan, read_settings
+from edje.engines.tensorrt.build import PLAN, parsed_network
+from edje.engines.tensorrt.report import REPORT, PlanReport, read_report
+from edje.engines.tensorrt.run import TrtEngine, open_plan, read_settings
 from edje.errors import EngineError
+from edje.kernels.device import facts as cuda_memory
 from recording_trt import KERNELS, Recording, RtxEngine, make_cuda_runtime
 from toy_engine import toy_manifest
 

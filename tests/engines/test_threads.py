@@ -7,7 +7,7 @@ import pytest
 
 from edje.engines.contract import OpenOptions
 from edje.engines.fidelity import reference_scorer
-from edje.engines.open import open_engine
+from edje.engines.registry import open_engine
 from thread_counts import LIBRARYS_CHOICE, pretend_quota, watch_threads
 
 

@@ -12,7 +12,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from edje.export.encoder_graphs import folded
+from edje.export.onnx_graphs import folded
 
 GRAPHS = ("joint_encoder.onnx", "adapter.onnx", "image_encoder.onnx")
 

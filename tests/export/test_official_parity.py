@@ -12,12 +12,9 @@ import onnxruntime
 import pytest
 import torch
 
-from edje.export.adapter import load_adapter
 from edje.export.checkpoint import Checkpoint, read_checkpoint
-from edje.export.configs import read_language_model, read_vision_model
-from edje.export.image_encoder import ImageEncoder, load_tower
-from edje.export.joint_encoder import load_joint_encoder
-from edje.export.tokenizer import read_tokenizer
+from edje.export.configs import read_language_model, read_tokenizer, read_vision_model
+from edje.export.reference import ImageEncoder, load_adapter, load_joint_encoder, load_tower
 
 # float32 against the official float32. Seen: scores 1.5e-6, tokens 1.5e-5 (outputs up to 27).
 TOLERANCE = 1e-4

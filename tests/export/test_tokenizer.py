@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from edje.errors import CheckpointError
-from edje.export.tokenizer import read_tokenizer
+from edje.export.configs import read_tokenizer
 
 TEXT = "Two D\u00f3gs on the \u732b grass"
 Folder = Callable[..., Path]

@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edje.kernels import references
+from edje.kernels.device.cuda_core import CudaCoreDevice
 from edje.kernels.operations import Assemble, DeviceEmbeddings, TopK
 from edje.kernels.records import GatherTokens, ScatterTokens
 from edje.kernels.references import Embeddings
-from edje.runtime.device.cuda_core import CudaCoreDevice
 from gpu_kernels import GpuKernels
 from interpreted_kernels import InterpretedDevice, Run, interpreter
 

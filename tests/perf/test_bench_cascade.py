@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from edje.engines.build import build_engine
+from edje.engines.builder.build import build_engine
 from edje.engines.manifest import MANIFEST, EngineManifest
 from edje.perf import bench_cascade as bench
 from edje.runtime.store import TokenStore

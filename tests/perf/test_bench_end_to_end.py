@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from edje.engines.build import build_engine
+from edje.engines.builder.build import build_engine
 from edje.engines.manifest import EngineManifest
 from edje.errors import EdjeError
 from edje.perf import bench_end_to_end as bench

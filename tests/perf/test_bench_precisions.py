@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edje.engines.build import build_engine
+from edje.engines.builder.build import build_engine
 from edje.engines.contract import Batch
 from edje.errors import EdjeError
 from edje.export.export import export_bundle
 from edje.perf import bench_precisions as bench
-from edje.perf import official_scorer, random_model
+from edje.perf import random_model
+from edje.perf import scorers as official_scorer
 from edje.perf.harness import Timing
 
 EXPECTED = np.linspace(-1, 1, 32, dtype=np.float32)

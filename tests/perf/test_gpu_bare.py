@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edje.engines.cuda_memory import driver_fault
+from edje.kernels.device.facts import driver_fault
 
 ROOT = Path(__file__).parents[2]
 

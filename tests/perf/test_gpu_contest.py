@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from edje.bundle import BundleManifest
-from edje.engines.build import build_engine
-from edje.engines.open import open_engine
+from edje.engines.builder.build import build_engine
+from edje.engines.registry import open_engine
+from edje.kernels.device.host import HostDevice
 from edje.perf import gpu_contest as contest
 from edje.perf.gpu_steps import Report
-from edje.runtime.device.host import HostDevice
 from edje.runtime.pipeline import Pipeline
-from edje.runtime.token_source import HeldTokens
+from edje.runtime.source import HeldTokens
 from on_addresses import OnAddresses
 
 

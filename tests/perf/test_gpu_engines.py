@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from edje.arrays import DeviceArray
 from edje.bundle import BundleManifest
-from edje.engines import cuda_memory
-from edje.engines.contract import Batch, DeviceArray
+from edje.engines.contract import Batch
+from edje.kernels.device import facts as cuda_memory
 from edje.perf import gpu_contest as contest
 from edje.perf import gpu_engines
 from edje.perf.gpu_engines import CUDA_PROVIDER, OrtCudaEngine

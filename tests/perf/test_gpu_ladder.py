@@ -234,7 +234,7 @@ def test_the_official_scorer_takes_tensors_and_another_type():
     """Half precision on the CPU: what the GPU step runs, but for the device."""
     torch = pytest.importorskip("torch")
     from edje.engines.contract import Batch
-    from edje.perf.official_scorer import official_scorer
+    from edje.perf.scorers import official_scorer
 
     random = np.random.default_rng(0)
     tokens = random.standard_normal((4, 64, 384)).astype(np.float16)

@@ -7,7 +7,7 @@ import torch
 from edje.bundle import BundleManifest
 from edje.engines.contract import Batch
 from edje.engines.fidelity import reference_scorer
-from edje.perf.lean_scorer import load_scorer
+from edje.perf.scorers import load_scorer
 
 TOLERANCE = 1e-4
 

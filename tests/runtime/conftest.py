@@ -13,7 +13,7 @@ NUM_IMAGES = 12
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Engine folder (openvino, fp32, with image encoder) of `tiny_bundle`. Read-only."""
-    from edje.engines.build import build_engine
+    from edje.engines.builder.build import build_engine
 
     folder = tmp_path_factory.mktemp("tiny-engine") / "engine"
     build_engine(tiny_bundle, folder, backend="openvino", precision="fp32", image_encoder=True)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from edje import EngineError, Reranker, StoreError, TokenStore
-from edje.engines.build import build_engine
+from edje.engines.builder.build import build_engine
 from edje.engines.manifest import MANIFEST
 from edje.runtime.results import EngineLabel
 
@@ -181,7 +181,7 @@ def test_open_names_a_missing_engine(tiny_store, tmp_path):
 
 def test_reranking_from_the_shell_never_imports_training_libraries(tiny_engine, tiny_store):
     code = (
-        "import sys; from edje.runtime.cli import main; assert main(sys.argv[1:]) == 0;"
+        "import sys; from edje.runtime.cli.app import main; assert main(sys.argv[1:]) == 0;"
         "print('loaded', *sys.modules)"
     )
     args = ("rerank", tiny_engine, "--store", tiny_store, "--query", "a dog")

@@ -7,19 +7,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from edje.engines.backends import require_builder
-from edje.engines.build import build_engine
+from edje.engines.builder.build import build_engine
 from edje.engines.contract import Batch, BuildOptions, OpenOptions
-from edje.engines.open import open_engine
+from edje.engines.registry import open_engine, require_builder
 from edje.errors import EngineError
+from edje.kernels.device.host import HostDevice
 from edje.perf.gpu_contest import make_pairs
 from edje.runtime import graphs as module
-from edje.runtime.device.host import HostDevice
 from edje.runtime.graphs import Graphs
-from edje.runtime.lane import Lane
 from edje.runtime.pipeline import Pipeline, Request
+from edje.runtime.source import HeldTokens
+from edje.runtime.streams import Lane
 from edje.runtime.text import TokenizedQueries
-from edje.runtime.token_source import HeldTokens
 from recording_device import CapturableEngine, RecordingDevice, WatchedEngine
 from toy_engine import ToyEngine, ToySource
 
@@ -289,7 +288,7 @@ def test_an_engine_captures_its_own_enqueue_unless_it_says_otherwise():
 def test_a_real_engine_scores_by_graphs_as_without_while_sizes_take_turns(
     tiny_bundle, tmp_path, backend
 ):
-    from edje.runtime.device.cuda_core import CudaCoreDevice
+    from edje.kernels.device.cuda_core import CudaCoreDevice
 
     try:
         require_builder(backend, "fp16", BuildOptions())

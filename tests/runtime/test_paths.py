@@ -10,16 +10,16 @@ import pytest
 
 from edje import RequestError, Reranker
 from edje.bundle import BundleManifest
-from edje.engines.build import build_engine
-from edje.engines.cache import cached_engine
+from edje.engines.builder.build import build_engine
+from edje.engines.builder.cache import cached_engine
+from edje.engines.image import FeatureEncoder, ImageEncoder
 from edje.engines.manifest import EngineManifest
-from edje.engines.open import open_engine
-from edje.runtime.indexing.image_encoder import FeatureEncoder, ImageEncoder
+from edje.engines.registry import open_engine
+from edje.engines.verify import verify_engine
 from edje.runtime.indexing.index import index_features, index_images
-from edje.runtime.samples import StoreSamples
-from edje.runtime.store.repair.check import verify_store
+from edje.runtime.queries import StoreSamples
+from edje.runtime.store.verify import verify_store
 from edje.runtime.text import QueryTokenizer
-from edje.runtime.verify import verify_engine
 
 
 class PathLike:

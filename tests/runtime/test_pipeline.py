@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edje.errors import EngineError, StoppedError, StoreError
-from edje.runtime.device.host import HostDevice
-from edje.runtime.lane import Lane
+from edje.kernels.device.host import HostDevice
 from edje.runtime.pipeline import NUM_SLOTS, Pipeline, Request
+from edje.runtime.streams import Lane
 from edje.runtime.text import TokenizedQueries
 from toy_engine import ToyEngine, ToySource, toy_manifest
 

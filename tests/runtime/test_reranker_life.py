@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edje.errors import EngineError
-from edje.runtime.device.protocol import DeviceUsage
-from edje.runtime.pipelines import RunOptions
+from edje.kernels.device.contract import DeviceUsage
+from edje.runtime.opening import RunOptions
 from edje.runtime.reranker import Reranker
 from edje.runtime.store import TokenStore
 from recording_device import CapturableEngine, RecordingDevice

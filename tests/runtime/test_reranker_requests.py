@@ -11,7 +11,7 @@ import pytest
 from edje import StoppedError
 from edje.errors import RequestError
 from edje.runtime.reranker import Reranker
-from edje.runtime.residency.plan import ResidencyOptions
+from edje.runtime.residency import ResidencyOptions
 from edje.runtime.store import TokenStore
 from toy_engine import FINGERPRINT, HIDDEN, NUM_TOKENS, ToyEngine, toy_manifest, toy_tokenizer
 

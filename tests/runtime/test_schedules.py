@@ -18,13 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edje.errors import EdjeError, EngineError, StoppedError, StoreError
+from edje.kernels.device.host import HostDevice
 from edje.runtime import graphs as graphs_module
 from edje.runtime import pipeline as pipeline_module
-from edje.runtime.device.host import HostDevice
-from edje.runtime.lane import Lane
 from edje.runtime.pipeline import Pipeline, Request
+from edje.runtime.slot import Slot, SlotRing
 from edje.runtime.slot_tokens import Staged, StagedRecords
-from edje.runtime.staging import Slot, SlotRing
+from edje.runtime.streams import Lane
 from edje.runtime.text import TokenizedQueries
 from recording_device import (
     CapturableEngine,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,16 +46,43 @@ def _name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def layer_of(module: str) -> str:
-    """Return the folder that a module of the package lies in, `root` for the root's own."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in FOLDERS else "root"
+def folder_of(module: str, packages: Collection[str]) -> str:
+    """Return the folder that a module lies in, as `runtime.store`; `root` for the root's own."""
+    folder = module if module in packages else module.rpartition(".")[0]
+    return folder.removeprefix(PACKAGE).removeprefix(".") or "root"
+
+
+def packages_of(sources: Mapping[str, str]) -> set[str]:
+    """Return the modules that are folders: those that others lie in."""
+    parts = (name.split(".") for name in sources)
+    return {PACKAGE, *(".".join(p[:n]) for p in parts for n in range(1, len(p)))}
+
+
+def reached(edges: Mapping[str, Collection[str]], start: str) -> set[str]:
+    """Return all that is reached from `start` along `edges`, `start` included."""
+    found, waiting = set(), [start]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += edges.get(name, ())
+    return found
+
+
+def circles(edges: Mapping[str, Collection[str]]) -> list[set[str]]:
+    """Return every group of names that reach each other."""
+    beyond = {name: reached(edges, name) for name in edges}
+    groups: list[set[str]] = []
+    for name, those in beyond.items():
+        group = {other for other in those if name in beyond.get(other, ())}
+        if len(group) > 1 and group not in groups:
+            groups.append(group)
+    return groups
 
 
 def find_imports(sources: Mapping[str, str]) -> list[Import]:
     """Return every import of `sources`, those by `import_module("...")` included."""
-    packages = {name.rpartition(".")[0] for name in sources} | {PACKAGE}
-    packages |= {f"{PACKAGE}.{folder}" for folder in FOLDERS}
+    packages = packages_of(sources) | {f"{PACKAGE}.{folder}" for folder in FOLDERS}
     return [
         found
         for module, source in sources.items()

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edje.engines import cuda_memory
+from edje.kernels.device import facts as cuda_memory
 from edje.kernels.manifest import KernelEntry
 from pretended_kernels import copy_of, entry_of
 
@@ -387,7 +387,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """Let both GPU devices open on a pretended machine."""
     machine = Machine()
     monkeypatch.setattr(cuda_memory, "DRIVER", None)  # ctypes then opens this very program
-    monkeypatch.setattr("edje.runtime.device.cuda_core.gpu_fault", lambda: None)
+    monkeypatch.setattr("edje.kernels.device.cuda_core.gpu_fault", lambda: None)
     monkeypatch.setitem(sys.modules, "cuda.core", make_core(machine))
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", make_driver(machine))
     monkeypatch.setitem(sys.modules, "pycuda.driver", make_pycuda(machine))

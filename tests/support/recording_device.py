@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from edje.errors import EngineError
+from edje.kernels.device.contract import DeviceUsage
 from edje.kernels.manifest import KernelEntry
-from edje.runtime.device.protocol import DeviceUsage
 from pretended_kernels import copy_of, entry_of
 from toy_engine import ToyEngine
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from edje.engines.int8_tokens import quantize_tokens
 from edje.runtime.store import SegmentWriter, TokenStore
-from edje.runtime.store.layout import StoreLayout
-from edje.runtime.store.repair.check import VerifyReport, verify_store
+from edje.runtime.store.format import StoreLayout
+from edje.runtime.store.verify import VerifyReport, verify_store
+from edje.tokens import quantize_tokens
 
 FINGERPRINT = "sha256:tower"
 # For tests that do not ask what a disk keeps: memory, where there is such a folder.

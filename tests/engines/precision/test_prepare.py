@@ -10,9 +10,8 @@ from edje.engines.fidelity import FidelityLimits
 from edje.engines.precision.emulate import runner, scorer
 from edje.engines.precision.graph import Graph
 from edje.engines.precision.ladder import choose
-from edje.engines.precision.prepare import GraphCache, Recipe, prepare_graph
+from edje.engines.precision.prepare import GraphCache, Recipe, prepare_graph, take_int8_tokens
 from edje.engines.precision.quantize import find_linears
-from edje.engines.precision.tokens import take_int8_tokens
 from edje.engines.samples import RandomSamples, int8_batch
 from edje.errors import EngineError
 

@@ -11,13 +11,19 @@ from hypothesis import strategies as st
 from onnx import checker
 
 from edje.engines.cpu import why_no_int8
-from edje.engines.precision.calibrate import METHODS, Activations, amax_by, by_mse, observe
-from edje.engines.precision.emulate import scorer
+from edje.engines.precision.calibrate import (
+    METHODS,
+    Activations,
+    amax_by,
+    by_mse,
+    observe,
+    outlier_values,
+    smooth,
+)
+from edje.engines.precision.emulate import Switches, scorer
 from edje.engines.precision.graph import in_layers, linears
 from edje.engines.precision.lower import lower
 from edje.engines.precision.quantize import LARGEST, find_linears, quantize
-from edje.engines.precision.smooth import outlier_values, smooth
-from edje.engines.precision.switch import Switches
 from edje.machine import is_x86
 
 PRECISIONS = tuple(LARGEST)

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 import toy_format
+from edje.engines.image import ImageEncoder
 from edje.errors import EngineError, RequestError
-from edje.runtime.cli import main
-from edje.runtime.indexing.image_encoder import ImageEncoder
+from edje.runtime.cli.app import main
 from edje.runtime.store import TokenStore
 from mean_bundle import FEATURE_DIM, HIDDEN, NUM_TOKENS, SIZE, make_bundle
 from thread_counts import pretend_quota, watch_threads

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from edje.engines.image import ImageEncoder
 from edje.errors import RequestError, StoreError
 from edje.runtime.indexing.cluster import (
     MAX_TRIES,
@@ -29,7 +30,6 @@ from edje.runtime.indexing.cluster import (
     write_plan,
 )
 from edje.runtime.indexing.flow import Group
-from edje.runtime.indexing.image_encoder import ImageEncoder
 from edje.runtime.indexing.index import index_images
 from edje.runtime.indexing.sources import ImageFile, SkippedImage, open_source
 from edje.runtime.store import SegmentWriter, StoreLayout, TokenStore
@@ -319,7 +319,7 @@ from itertools import islice
 from pathlib import Path
 
 from edje.runtime.indexing.cluster import SegmentEncoder
-from edje.runtime.indexing.image_encoder import ImageEncoder
+from edje.engines.image import ImageEncoder
 from edje.runtime.indexing.sources import open_source
 from edje.runtime.store import StoreLayout
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from edje.engines.image import FeatureEncoder
 from edje.errors import EngineError, RequestError
-from edje.runtime.indexing.image_encoder import FeatureEncoder
 from edje.runtime.indexing.index import IndexReport, index_features
 from edje.runtime.store import TokenStore
 from mean_bundle import FEATURE_DIM, HIDDEN, NUM_TOKENS, make_bundle, scale_of

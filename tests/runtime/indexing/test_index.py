@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edje.engines.image import ImageEncoder
 from edje.errors import EdjeError, EngineError, RequestError, StoreError
-from edje.runtime.indexing.image_encoder import ImageEncoder
 from edje.runtime.indexing.index import index_images
 from edje.runtime.indexing.sources import open_source
 from edje.runtime.store import TokenStore

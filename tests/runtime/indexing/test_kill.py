@@ -26,7 +26,7 @@ NO_IMAGES = range(50, NUM_IMAGES, 100)
 
 INDEX = """
 import sys
-from edje.runtime.indexing.image_encoder import ImageEncoder
+from edje.engines.image import ImageEncoder
 from edje.runtime.indexing.index import index_images
 model, images, store = sys.argv[1:]
 encoder = ImageEncoder.open(model)

@@ -20,7 +20,7 @@ MAX_GROWTH_BYTES = 24 << 20  # what all pixels would take: 18,000 * 64 * 64 * 3 
 INDEX = """
 import sys
 from pathlib import Path
-from edje.runtime.indexing.image_encoder import ImageEncoder
+from edje.engines.image import ImageEncoder
 from edje.runtime.indexing.index import index_images
 
 model, images, store, leak, warm_up = sys.argv[1:]

@@ -15,16 +15,11 @@ import pytest
 from PIL import Image
 
 import toy_format
+from edje.engines.image import ImageEncoder
 from edje.errors import EngineError, RequestError
-from edje.runtime.cli import main
-from edje.runtime.indexing.image_encoder import ImageEncoder
+from edje.runtime.cli.app import main
 from edje.runtime.indexing.index import IndexOptions, index_images
-from edje.runtime.indexing.ray_cluster import (
-    RayOptions,
-    WorkerPool,
-    index_on_ray,
-    size_pool,
-)
+from edje.runtime.indexing.ray import RayOptions, WorkerPool, index_on_ray, size_pool
 from edje.runtime.indexing.skipped import read_skipped
 from edje.runtime.store import TokenStore
 from mean_bundle import HIDDEN, NUM_TOKENS, make_bundle
@@ -263,7 +258,7 @@ def test_the_address_may_be_left_out(
         calls.append(args)
         raise RequestError("enough")
 
-    monkeypatch.setattr("edje.runtime.indexing.ray_cluster.index_on_ray", note)
+    monkeypatch.setattr("edje.runtime.indexing.ray.index_on_ray", note)
     rest = ["bundle", "photos", "--store", "s"]
     assert main(["index", *given, *rest] if ray_first else ["index", *rest, *given]) == 2
     ((model, images, store, options, run),) = calls

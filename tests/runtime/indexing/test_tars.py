@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edje.runtime.indexing.image_encoder import ImageEncoder
-from edje.runtime.indexing.images import pixels_from_rgb, rgb_from_image
+from edje.engines.image import ImageEncoder, pixels_from_rgb
+from edje.runtime.indexing.images import rgb_from_image
 from edje.runtime.indexing.index import index_images
 from edje.runtime.indexing.skipped import SkippedLog, read_skipped
 from edje.runtime.indexing.sources import SkippedImage

@@ -13,11 +13,11 @@ import pytest
 
 from copying_engine import CopyingEngine
 from edje.engines.contract import Engine
-from edje.runtime.device.cuda_core import CudaCoreDevice
-from edje.runtime.device.pycuda import PycudaDevice
-from edje.runtime.pipelines import RunOptions
+from edje.kernels.device.cuda_core import CudaCoreDevice
+from edje.kernels.device.pycuda import PycudaDevice
+from edje.runtime.opening import RunOptions
 from edje.runtime.reranker import Reranker
-from edje.runtime.residency.plan import ResidencyOptions
+from edje.runtime.residency import ResidencyOptions
 from edje.runtime.store import TokenStore
 from recording_cuda import pretend_gpu
 from recording_trt import array_at

@@ -12,10 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edje.errors import EdjeError, EngineError
-from edje.runtime.device.host import HostDevice
+from edje.kernels.device.host import HostDevice
 from edje.runtime.pipeline import Pipeline, Request
-from edje.runtime.residency.resident_map import NOWHERE, ResidentMap
-from edje.runtime.residency.token_pool import TokenPool
+from edje.runtime.pool import NOWHERE, ResidentMap, TokenPool
 from edje.runtime.slot_tokens import Staged
 from edje.runtime.text import TokenizedQueries
 from recording_device import CapturableEngine, RecordingDevice

@@ -12,12 +12,12 @@ import pytest
 
 from edje.engines.contract import Engine
 from edje.errors import EngineError, RequestError, StoppedError
-from edje.runtime.device.host import HostDevice
-from edje.runtime.device.open import open_device
-from edje.runtime.pipelines import RunOptions
+from edje.kernels.device import open_device
+from edje.kernels.device.host import HostDevice
+from edje.runtime.measure import Stages, choose, speeds_of
+from edje.runtime.opening import RunOptions
 from edje.runtime.reranker import Reranker
-from edje.runtime.residency.measure import Stages, choose, speeds_of
-from edje.runtime.residency.plan import ResidencyOptions
+from edje.runtime.residency import ResidencyOptions
 from edje.runtime.store import TokenStore
 from recording_device import RecordingDevice, WatchedEngine
 from toy_engine import FINGERPRINT, HIDDEN, NUM_TOKENS, ToyEngine, toy_manifest, toy_tokenizer
@@ -191,9 +191,7 @@ def test_host_loads_the_store(tiny_engine, tiny_store):
 
 def test_auto_loads_the_store_where_that_is_faster(tiny_engine, tiny_store, monkeypatch):
     speeds = {"disk": 100.0, "host": 200.0}
-    monkeypatch.setattr(
-        "edje.runtime.residency.measure.Trial._measured", lambda self, here: (speeds, {})
-    )
+    monkeypatch.setattr("edje.runtime.measure.Trial._measured", lambda self, here: (speeds, {}))
     with Reranker.open(tiny_engine, store=tiny_store, residency="auto") as reranker:
         assert reranker.residency.place == "host"
         assert reranker._store.access == "resident"

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from edje.runtime.residency.resident_map import NOWHERE, ResidentMap
+from edje.runtime.pool import NOWHERE, ResidentMap
 
 KNOWN = np.arange(0, 60, 2)  # odd rows are known to nobody
 ROWS = st.lists(st.integers(-1, 61), max_size=12, unique=True).map(lambda r: np.array(r, np.int64))

@@ -18,10 +18,10 @@ import pytest
 from edje.errors import StoreError
 from edje.runtime.store import TokenStore, disk
 from edje.runtime.store.catalog import Catalog
-from edje.runtime.store.footer import read_footer
-from edje.runtime.store.layout import StoreLayout
-from edje.runtime.store.repair.check import VerifyReport, verify_store
+from edje.runtime.store.format import StoreLayout
+from edje.runtime.store.records import read_footer
 from edje.runtime.store.tables import TABLES
+from edje.runtime.store.verify import VerifyReport, verify_store
 
 PAGE = 4096
 SIZES = {"num_tokens": 4, "hidden": 6, "fingerprint_encoder": "sha256:tower"}

@@ -18,7 +18,7 @@ import xxhash
 
 from edje.errors import EdjeError, StoreError
 from edje.runtime.store import TokenStore
-from edje.runtime.store.repair.check import verify_store
+from edje.runtime.store.verify import verify_store
 from store_history import MEMORY, Operation, Sizes, buffers, expected_bytes, findings, joined
 
 PAGE = 4096

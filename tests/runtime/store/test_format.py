@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import xxhash
 
-from edje.engines.int8_tokens import quantize_tokens
-from edje.runtime.store import StoreLayout, TokenStore, segment_file
+from edje.runtime.store import StoreLayout, TokenStore
+from edje.runtime.store import segment as segment_file
+from edje.tokens import quantize_tokens
 from store_bytes import rows_of
 from store_history import Operation, Sizes, expected_bytes
 

@@ -19,9 +19,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from edje.engines.int8_tokens import quantize_tokens
 from edje.errors import StoreError
 from edje.runtime.store import TokenStore
+from edje.tokens import quantize_tokens
 from store_history import (
     MEMORY,
     Operation,

@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edje.errors import StoreError
-from edje.runtime.store.read import descriptors, gather, kernel_aio, resident, threads
-from edje.runtime.store.read.reader import SegmentReader
-from edje.runtime.store.read.resident import NOT_HELD, ResidentRecords
+from edje.runtime.store import descriptors, gather, kernel_aio, threads
+from edje.runtime.store import memory as resident
+from edje.runtime.store.memory import NOT_HELD, ResidentRecords
+from edje.runtime.store.reader import SegmentReader
 from record_files import ROWS, SEGMENTS, SHAPES, RecordFiles, key_of, layout_of, write_files
 
 WAYS = ["kernel AIO", "pread"]

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from edje.engines.int8_tokens import quantize_tokens
 from edje.errors import EdjeError, RequestError, StoreError
 from edje.runtime.store import TokenStore
-from edje.runtime.store.layout import StoreLayout
-from edje.runtime.store.shards import exchange as exchange_module
-from edje.runtime.store.shards.exchange import export_store, import_store
-from edje.runtime.store.shards.header import ShardError, read_header
-from edje.runtime.store.shards.shard import ShardReader, ShardWriter
+from edje.runtime.store import shards as exchange_module
+from edje.runtime.store.format import StoreLayout
+from edje.runtime.store.shard import ShardReader, ShardWriter
+from edje.runtime.store.shard_header import ShardError, read_header
+from edje.runtime.store.shards import export_store, import_store
+from edje.tokens import quantize_tokens
 
 ENCODER = "sha256:tower"
 SIZES = {"num_tokens": 4, "hidden": 6, "fingerprint_encoder": ENCODER}

@@ -1,0 +1,1 @@
+"""Bundles become engines: one asked for, the fastest faithful one, and a cache of those built."""

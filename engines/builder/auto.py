@@ -1,0 +1,244 @@
+"""`--backend auto`: build what this machine runs, measure it, keep the fastest that is faithful."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from ...arguments import StrPath, path_of
+from ...bundle import IMAGE_ENCODER, BundleManifest
+from ...errors import EngineError
+from ...files import publish_folder, refuse_existing, sha256_of
+from ..contract import Batch, Engine, Progress
+from ..fidelity import Fidelity, FidelityLimits, engine_scorer
+from ..manifest import DEFAULT_MAX_PAIRS, DEFAULT_TEXT_BUCKETS, MANIFEST, QUANTIZED, EngineManifest
+from ..precision.prepare import DEFAULT_LIMITS, GraphCache
+from ..registry import by_reason, open_engine, probe_backends
+from ..samples import RandomSamples, RankingSample, Samples, int8_batch, sample_batches
+from .build import build_engine, check_files, check_token_dtype, checked_profile
+
+NUM_ROUNDS = 5
+BATCH_PAIRS = 64
+NOTHING_TO_CALIBRATE = "needs real pairs to calibrate with, none were given"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What came of one backend and precision.
+
+    Attributes:
+        pairs_per_s: of the fastest of `NUM_ROUNDS` forwards; None where it was not timed.
+        kendall_tau, top_1: agreement with float32; None where it was not measured.
+        refused: why it was not taken, but for being slower; None where it could have been.
+        not_tried: why it was not even built; None where it was.
+    """
+
+    backend: str
+    precision: str
+    pairs_per_s: float | None = None
+    kendall_tau: float | None = None
+    top_1: float | None = None
+    refused: str | None = None
+    not_tried: str | None = None
+
+
+def build_fastest(
+    bundle: StrPath,
+    out: StrPath,
+    *,
+    max_pairs: int = DEFAULT_MAX_PAIRS,
+    text_buckets: Sequence[int] = DEFAULT_TEXT_BUCKETS,
+    token_dtype: str = "float16",
+    calibration: Samples | None = None,
+    limits: FidelityLimits | None = None,
+    image_encoder: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> EngineManifest:
+    """Build `out` with the fastest faithful backend and precision that this machine has.
+
+    Everything that runs here is built in a scratch folder, those that hold `limits` are timed
+    interleaved on one batch, and the fastest becomes `out`; `build_options["auto"]` of its
+    manifest says what was tried and measured, and why the rest was not. int8 and fp8 are only
+    tried with real pairs.
+
+    Args:
+        max_pairs, text_buckets, token_dtype: as `build_engine`.
+        calibration: as `build_engine`; None leaves int8 and fp8 out.
+        limits: what every precision must hold; None: the defaults.
+
+    Raises:
+        EngineError: nothing can be built here, or nothing holds the limits (all reasons); a
+            profile that cannot be.
+        CheckpointError, EdjeError: as `build_engine`.
+    """
+    bundle, out, tell = path_of("bundle", bundle), path_of("out", out), progress or (lambda _: None)
+    source = BundleManifest.read(bundle)
+    checked_profile(max_pairs, text_buckets, source.text.max_wordpieces)
+    check_token_dtype(token_dtype)
+    refuse_existing(out, overwrite, MANIFEST)
+    check_files(bundle, [IMAGE_ENCODER] if image_encoder else [])
+    with TemporaryDirectory() as scratch:
+        common = {
+            "max_pairs": max_pairs,
+            "text_buckets": text_buckets,
+            "token_dtype": token_dtype,
+            "calibration": calibration,
+            "limits": limits,
+            "progress": tell,
+            "graphs": GraphCache(Path(scratch) / "graphs"),
+        }
+        folders = {
+            Path(scratch) / f"{trial.backend}-{trial.precision}": trial
+            for trial in _candidates(calibration)
+        }
+        for folder, trial in folders.items():
+            if trial.not_tried is None:
+                folders[folder] = _try(bundle, folder, trial, limits, common)
+        tell("timing what was built")
+        samples = RandomSamples(source) if calibration is None else calibration
+        folders = _timed(folders, next(iter(samples)))
+        best = _fastest(folders)
+        return _publish(best, bundle, out, image_encoder, overwrite, list(folders.values()))
+
+
+def _candidates(calibration: Samples | None) -> list[Trial]:
+    """Return every backend and precision, with the reason where it cannot be tried."""
+    uncalibrated = calibration is None or calibration.random
+    return [
+        Trial(
+            status.name,
+            precision,
+            not_tried=why_not
+            or status.builds[precision]
+            or (NOTHING_TO_CALIBRATE if uncalibrated and precision in QUANTIZED else None),
+        )
+        for status in probe_backends()
+        for precision, why_not in status.runs.items()
+    ]
+
+
+def _try(
+    bundle: Path,
+    folder: Path,
+    trial: Trial,
+    limits: FidelityLimits | None,
+    arguments: Mapping[str, Any],
+) -> Trial:
+    """Build one engine and hold it against the limits."""
+    backend, precision = trial.backend, trial.precision
+    try:
+        manifest = build_engine(bundle, folder, backend=backend, precision=precision, **arguments)
+    except EngineError as error:
+        reasons = "; ".join(error.faults)
+        refused = f"{error.message}: {reasons}" if reasons else error.message
+        return Trial(backend, precision, refused=refused)
+    fidelity = Fidelity.from_json(manifest.fidelity)
+    if fidelity is None:
+        return Trial(backend, precision, refused="its fidelity could not be measured")
+    broken = (limits or DEFAULT_LIMITS).broken_by(fidelity)
+    return Trial(
+        backend,
+        precision,
+        kendall_tau=fidelity.kendall_tau,
+        top_1=fidelity.top_1,
+        refused="; ".join(broken) or None,
+    )
+
+
+def _timed(folders: Mapping[Path, Trial], sample: RankingSample) -> dict[Path, Trial]:
+    """Time the engines that were not refused, one forward each in turns."""
+    good = [f for f, t in folders.items() if t.refused is None and t.not_tried is None]
+    best = dict.fromkeys(good, math.inf)
+    with ExitStack() as stack:
+        engines = {folder: stack.enter_context(closing(open_engine(folder))) for folder in good}
+        batches = {folder: _batch(sample, engine) for folder, engine in engines.items()}
+        score = {
+            folder: partial(engine_scorer(engine), batches[folder])
+            for folder, engine in engines.items()
+        }
+        for _ in range(1 + NUM_ROUNDS):  # the first also warms up
+            for folder in good:
+                began = perf_counter()
+                score[folder]()
+                best[folder] = min(best[folder], perf_counter() - began)
+    rates = {folder: round(len(batches[folder]) / seconds, 1) for folder, seconds in best.items()}
+    return {
+        folder: replace(trial, pairs_per_s=rates.get(folder)) for folder, trial in folders.items()
+    }
+
+
+def _batch(sample: RankingSample, engine: Engine) -> Batch:
+    """Return pairs of one query as `engine` reads them, some twice where it has too few."""
+    manifest = engine.manifest
+    num_pairs = min(BATCH_PAIRS, manifest.profile.max_pairs)
+    places = np.resize(np.arange(len(sample.tokens)), num_pairs)
+    longer = replace(sample, tokens=sample.tokens[places])
+    text = manifest.bundle.text
+    (batch,) = sample_batches(longer, manifest.profile, pad_id=text.pad_id, sep_id=text.sep_id)
+    return int8_batch(batch) if manifest.token_dtype == "int8" else batch
+
+
+def _fastest(folders: Mapping[Path, Trial]) -> Path:
+    timed = {folder: trial.pairs_per_s for folder, trial in folders.items() if trial.pairs_per_s}
+    if not timed:
+        raise EngineError(
+            "no backend of this machine gives a faithful engine",
+            faults=[f"{t.backend} {t.precision}: {_why(t)}" for t in folders.values()],
+            hint="`edje doctor` says what is missing; --min-kendall-tau lowers the limit",
+        )
+    return max(timed, key=lambda folder: timed[folder])
+
+
+def _why(trial: Trial) -> str | None:
+    return trial.refused or f"not tried: {trial.not_tried}"
+
+
+def _publish(
+    engine: Path,
+    bundle: Path,
+    out: Path,
+    image_encoder: bool,
+    overwrite: bool,
+    trials: Sequence[Trial],
+) -> EngineManifest:
+    """Copy the engine that was timed to `out`; its manifest gets the trials."""
+    manifest = EngineManifest.read(engine)
+    options = {**manifest.build_options, "image_encoder": image_encoder}
+    options["auto"] = [asdict(trial) for trial in trials]
+    with publish_folder(out, manifest=MANIFEST, overwrite=overwrite) as folder:
+        shutil.copytree(engine, folder, dirs_exist_ok=True)
+        files = dict(manifest.files)
+        if image_encoder:
+            shutil.copyfile(bundle / IMAGE_ENCODER, folder / IMAGE_ENCODER)
+            files[IMAGE_ENCODER] = sha256_of(folder / IMAGE_ENCODER)
+        manifest = replace(manifest, build_options=options, files=files)
+        manifest.write(folder)
+    return manifest
+
+
+def trial_lines(trials: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Yield what `--backend auto` made of each backend and precision of a manifest's `auto`.
+
+    Those that were not tried come last, one line for all that share a backend and a reason.
+    """
+    skipped: dict[str, list[tuple[str, str | None]]] = {}
+    for trial in trials:
+        backend, precision, agrees = trial["backend"], trial["precision"], trial["kendall_tau"]
+        skipped.setdefault(backend, []).append((precision, trial["not_tried"]))
+        if trial["not_tried"] is None:
+            found = f"{trial['pairs_per_s'] or 0:,.0f} pairs/s, Kendall tau {agrees or 0:.4f}"
+            yield f"{backend} {precision}", trial["refused"] or found
+    for backend, verdicts in skipped.items():
+        for reason, precisions in by_reason(verdicts).items():
+            yield f"{backend} {' '.join(precisions)}", f"not tried: {reason}"

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: one graph, two libraries of nearly one interface."""

@@ -1,0 +1,3 @@
+"""The command line; `main` runs it."""
+
+from .app import main as main

@@ -1,0 +1,256 @@
+"""The command line: one verb a step. Heavy layers are imported by the verb that needs them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ... import __version__
+from ...errors import EdjeError
+from ...show import be_quiet
+from .build import build
+from .index import IndexCommand, index
+from .rerank import rerank
+from .store import store_app
+from .streams import EXIT_NO_READER, Verbs, finish_output, start_output
+
+EXIT_BROKEN_LIMITS = 1
+EXIT_BAD_INPUT = 2
+EXIT_CODES = f"""\b
+Exit codes:
+  0    done
+  1    a limit that does not hold, damage that stays, or work that gave nothing
+  {EXIT_BAD_INPUT}    wrong usage or input: one clear sentence on stderr
+  130  interrupted (Ctrl-C)
+  {EXIT_NO_READER}  the reader of the output went away (`| head`)
+"""
+
+app = typer.Typer(
+    name="edje",
+    cls=Verbs,
+    help="Score image-text pairs with trained EDJE models, as fast as the hardware can.",
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(store_app, name="store")
+
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code, one of `EXIT_CODES`."""
+    start_output()
+    code = _exit_code(lambda: app(args=argv, prog_name="edje"))
+    return _exit_code(finish_output) or code
+
+
+def _exit_code(run: Callable[[], object]) -> int:
+    """Run something; say what it failed of and return the exit code."""
+    try:
+        run()
+    except EdjeError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+    except SystemExit as end:  # how typer ends every run
+        return end.code if isinstance(end.code, int) else 0
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"edje: {message}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"edje-runtime {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            *("--quiet", "-q"),
+            callback=be_quiet,
+            expose_value=False,
+            help="No progress, no notes: only results and errors.",
+        ),
+    ] = False,
+) -> None:
+    """Score image-text pairs with trained EDJE models, as fast as the hardware can."""
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(help="Official EDJE checkpoint (.pth), or OWNER/NAME[@REVISION][:FILE]."),
+    ],
+    language_model: Annotated[
+        str, typer.Option(help="Hugging Face folder of the text model, or OWNER/NAME[@REVISION].")
+    ],
+    out: Annotated[Path, typer.Option(help="Bundle folder to write.")],
+    vision_model: Annotated[
+        str | None,
+        typer.Option(
+            help="Hugging Face folder of the vision model, or OWNER/NAME[@REVISION]; without it "
+            "the bundle indexes no images."
+        ),
+    ] = None,
+    text_normalization: Annotated[
+        str, typer.Option(help="openclip (as the official datasets) or none.")
+    ] = "openclip",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Export a trained checkpoint to a model bundle (ONNX graphs, tokenizer, edje.json).
+
+    What is no path here is looked up on the Hugging Face Hub, with that library's settings
+    (HF_TOKEN, HF_HUB_CACHE, HF_HUB_OFFLINE).
+
+    \b
+    Example:
+      edje export checkpoint_16.pth --language-model microsoft/MiniLM-L12-H384-uncased \\
+          --vision-model google/siglip2-large-patch16-384 --out bundle
+    """
+    _require("export", "torch", "transformers", "onnx")
+    from ...bundle import read_parity
+    from ...export.export import export_bundle
+    from ...show import print_json, progress_steps
+    from .tables import print_exported
+
+    with progress_steps("export") as progress:
+        manifest = export_bundle(
+            checkpoint,
+            language_model,
+            out,
+            vision_model=vision_model,
+            text_normalization=text_normalization,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    parity = read_parity(out)
+    if as_json:
+        print_json({"bundle": str(out), **manifest.to_json(), "parity": parity})
+    else:
+        print_exported(str(out), manifest, parity)
+
+
+app.command()(build)
+app.command(cls=IndexCommand)(index)
+app.command()(rerank)
+
+
+@app.command()
+def verify(
+    engine: Annotated[Path, typer.Argument(help="Engine folder, written by `edje build`.")],
+    bundle: Annotated[Path, typer.Option(help="The bundle it was built from.")],
+    store: Annotated[
+        Path | None, typer.Option(help="Token store to score; default: random pairs.")
+    ] = None,
+    queries: Annotated[
+        Path | None,
+        typer.Option(help="A line `query` or `query<TAB>target id`; or .jsonl with candidates."),
+    ] = None,
+    num_candidates: Annotated[
+        int, typer.Option(help="Images drawn for a query that brings none.")
+    ] = 50,
+    max_queries: Annotated[int | None, typer.Option(help="Draw so many; default: all.")] = None,
+    min_kendall_tau: Annotated[
+        float | None, typer.Option(help="Exit with 1 below this rank agreement.")
+    ] = None,
+    max_top1_change: Annotated[
+        float | None, typer.Option(help="Exit with 1 if more first places change (a share).")
+    ] = None,
+    write: Annotated[bool, typer.Option("--write", help="Put the result in engine.json.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure how faithful an engine's scores and rankings are to the bundle in float32.
+
+    \b
+    Example:
+      edje verify engine --bundle bundle --store photos.store --queries captions.tsv --write
+    """
+    from ...engines.fidelity import FidelityLimits
+    from ...engines.verify import verify_engine
+    from ...show import print_json, progress_steps, warn
+    from ..queries import open_samples
+    from .tables import print_fidelity
+
+    limits = FidelityLimits(min_kendall_tau, max_top1_change)
+    drawn = {"num_candidates": num_candidates, "max_queries": max_queries}
+    with open_samples(store, bundle, queries, **drawn) as samples, progress_steps("verify") as step:
+        fidelity = verify_engine(engine, bundle, samples, write=write, progress=step)
+    broken = limits.broken_by(fidelity)
+    if as_json:
+        print_json({"engine": str(engine), **fidelity.to_json(), "broken_limits": broken})
+    else:
+        print_fidelity(f"{engine} against its bundle in float32", fidelity.to_json())
+    if broken:
+        warn(f"{engine} breaks its limits: {'; '.join(broken)}")
+        raise typer.Exit(EXIT_BROKEN_LIMITS)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine can run, and why not the rest.
+
+    \b
+    Example:
+      edje doctor --json
+    """
+    from ...show import print_json
+    from .doctor import examine
+    from .tables import print_diagnosis
+
+    diagnosis = examine()
+    if as_json:
+        print_json(diagnosis.to_json())
+    else:
+        print_diagnosis(diagnosis)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write the demo to.")] = Path("demo-out"),
+    num_queries: Annotated[
+        int | None, typer.Option(help="Test queries, a multiple of 4 up to 1024, the default.")
+    ] = None,
+) -> None:
+    """Walk the whole way on synthetic scenes: render, export, build, index, rerank, compare.
+
+    \b
+    Example:
+      edje demo --out demo-out
+    """
+    _require("export", "torch", "transformers", "onnx")
+    _require("index", "PIL")
+    from ...demo.guide import NUM_QUERIES, run_demo
+
+    run_demo(out, num_queries=NUM_QUERIES if num_queries is None else num_queries)
+
+
+def _require(extra: str, *modules: str) -> None:
+    """Refuse a verb whose optional libraries are not installed; looks without importing them."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise EdjeError(
+            f"this verb needs {', '.join(missing)}, not installed here",
+            hint=f"pip install 'edje-runtime[{extra}]'",
+        )

@@ -1,0 +1,268 @@
+"""`edje build`: its options are many, so they live beside the other verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ...engines.manifest import DEFAULT_MAX_PAIRS, DEFAULT_TEXT_BUCKETS, EngineManifest
+from ...errors import RequestError
+
+if TYPE_CHECKING:
+    from ...engines.contract import BuildOptions
+    from ...engines.fidelity import FidelityLimits
+    from ...engines.samples import Samples
+
+AUTO = "auto"
+TEXT_BUCKETS = ",".join(map(str, DEFAULT_TEXT_BUCKETS))
+# Enough pairs to tell tau to about 0.005; a full-size model scores them in 15 s on two cores.
+CALIBRATION_QUERIES, CALIBRATION_CANDIDATES = 48, 24
+
+
+Bundle = Annotated[Path, typer.Argument(help="Bundle folder, written by `edje export`.")]
+Out = Annotated[Path, typer.Option(help="Engine folder to write.")]
+BackendName = Annotated[
+    str, typer.Option(help="auto (the fastest faithful one), or one that `edje doctor` lists.")
+]
+Precision = Annotated[
+    str | None, typer.Option(help="fp32 (default), bf16, fp16, int8, fp8; not with auto.")
+]
+MaxPairs = Annotated[int, typer.Option(help="Largest batch.")]
+TextBuckets = Annotated[str, typer.Option(help="Text lengths (CLS and SEP included) to build for.")]
+Tokens = Annotated[str, typer.Option(help="Stored tokens: float16, or int8.")]
+CalibrationStore = Annotated[
+    Path | None, typer.Option(help="Token store with images to calibrate int8 and fp8 on.")
+]
+CalibrationQueries = Annotated[
+    Path | None, typer.Option(help="Queries over them: a line each, `query[TAB]target id`.")
+]
+CalibrationRandom = Annotated[
+    bool, typer.Option("--calibration-random", help="Made-up pairs: for speed tests only.")
+]
+MinKendallTau = Annotated[
+    float | None, typer.Option(help="Least rank agreement with float32; default: 0.975.")
+]
+MaxTop1Change = Annotated[
+    float | None, typer.Option(help="Largest share of changed first places; default: 0.02.")
+]
+WorkspaceMb = Annotated[
+    int | None, typer.Option(help="tensorrt, tensorrt-rtx: most memory of a kernel.")
+]
+OptimizationLevel = Annotated[int | None, typer.Option(help="tensorrt, tensorrt-rtx: 0 to 5.")]
+ComputeCapability = Annotated[
+    list[str] | None, typer.Option(help="tensorrt-rtx: GPUs to build for, as 8.9; default: all.")
+]
+HardwareCompatible = Annotated[
+    bool, typer.Option("--hardware-compatible", help="tensorrt: run on later GPUs too.")
+]
+VersionCompatible = Annotated[
+    bool, typer.Option("--version-compatible", help="tensorrt: run with later versions too.")
+]
+Report = Annotated[
+    bool,
+    typer.Option(
+        "--report", help="tensorrt, tensorrt-rtx: write report.json, the kernels of the layers."
+    ),
+]
+ImageEncoder = Annotated[
+    bool, typer.Option("--image-encoder", help="Add the image encoder, to index with.")
+]
+Overwrite = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
+
+
+def build(
+    bundle: Bundle,
+    out: Out,
+    backend: BackendName = AUTO,
+    precision: Precision = None,
+    max_pairs: MaxPairs = DEFAULT_MAX_PAIRS,
+    text_buckets: TextBuckets = TEXT_BUCKETS,
+    tokens: Tokens = "float16",
+    calibration_store: CalibrationStore = None,
+    calibration_queries: CalibrationQueries = None,
+    calibration_random: CalibrationRandom = False,
+    min_kendall_tau: MinKendallTau = None,
+    max_top1_change: MaxTop1Change = None,
+    workspace_mb: WorkspaceMb = None,
+    optimization_level: OptimizationLevel = None,
+    compute_capability: ComputeCapability = None,
+    hardware_compatible: HardwareCompatible = False,
+    version_compatible: VersionCompatible = False,
+    report: Report = False,
+    image_encoder: ImageEncoder = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Build an engine folder, all that a production machine needs, from a bundle.
+
+    \b
+    Example:
+      edje build bundle --calibration-store photos.store --calibration-queries q.txt --out engine
+      edje build bundle --backend tensorrt-rtx --precision fp16 --out engine
+    """
+    from ...show import progress_steps
+
+    flags = (hardware_compatible, version_compatible, report)
+    options = _options(workspace_mb, optimization_level, compute_capability, *flags)
+    pairs = (calibration_store, calibration_queries, calibration_random)
+    _check(backend, precision, *pairs, options)
+    with (
+        _samples(bundle, *pairs) as samples,
+        progress_steps("build") as progress,
+    ):
+        manifest = _build(
+            bundle,
+            out,
+            backend,
+            precision,
+            options,
+            max_pairs=max_pairs,
+            text_buckets=_whole_numbers(text_buckets, "--text-buckets"),
+            token_dtype=tokens,
+            calibration=samples,
+            limits=_limits(min_kendall_tau, max_top1_change),
+            image_encoder=image_encoder,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _show(out, manifest, as_json)
+
+
+def _show(out: Path, manifest: EngineManifest, as_json: bool) -> None:
+    from ...show import print_facts, print_json
+    from .tables import print_fidelity
+
+    if as_json:
+        print_json({"engine": str(out), **manifest.to_json()})
+    else:
+        print_facts("built", {"engine": out, **_facts(manifest)})
+        print_fidelity("fidelity", manifest.fidelity)
+
+
+def _build(
+    bundle: Path,
+    out: Path,
+    backend: str,
+    precision: str | None,
+    options: BuildOptions,
+    **arguments: Any,
+) -> EngineManifest:
+    from ...engines.builder.auto import build_fastest
+    from ...engines.builder.build import build_engine
+
+    if backend == AUTO:
+        return build_fastest(bundle, out, **arguments)
+    precision = precision or "fp32"
+    return build_engine(
+        bundle, out, backend=backend, precision=precision, options=options, **arguments
+    )
+
+
+def _check(
+    backend: str,
+    precision: str | None,
+    store: Path | None,
+    queries: Path | None,
+    random: bool,
+    options: BuildOptions,
+) -> None:
+    """Refuse options that contradict each other, and values that no backend can take."""
+    from ...engines.contract import flag, given_options, raise_option_faults
+
+    raise_option_faults(options)
+    faults = []
+    if backend == AUTO:
+        faults += [
+            f"{flag(name, value)}: it belongs to one backend; name that in place of auto"
+            for name, value in given_options(options).items()
+        ]
+    if backend == AUTO and precision is not None:
+        faults.append(f"--precision {precision}: --backend auto chooses it; name a backend")
+    if (store is None) != (queries is None):
+        faults.append("--calibration-store and --calibration-queries: one needs the other")
+    if random and store is not None:
+        faults.append("--calibration-random: there is a --calibration-store already")
+    if faults:
+        raise RequestError("these options do not go together", faults=faults)
+
+
+def _samples(
+    bundle: Path, store: Path | None, queries: Path | None, random: bool
+) -> AbstractContextManager[Samples | None]:
+    """Open the pairs to calibrate with; none where none were asked for."""
+    from ...bundle import BundleManifest
+    from ...engines.samples import RandomSamples
+    from ..queries import StoreSamples
+
+    if random:
+        return nullcontext(RandomSamples(BundleManifest.read(bundle)))
+    if store is None or queries is None:
+        return nullcontext(None)
+    return StoreSamples.open(
+        store,
+        bundle,
+        queries,
+        num_candidates=CALIBRATION_CANDIDATES,
+        max_queries=CALIBRATION_QUERIES,
+    )
+
+
+def _limits(min_kendall_tau: float | None, max_top1_change: float | None) -> FidelityLimits:
+    """Return the defaults with what the user set."""
+    from ...engines.fidelity import FidelityLimits
+    from ...engines.precision.prepare import DEFAULT_LIMITS
+
+    given = (min_kendall_tau, max_top1_change)
+    default = (DEFAULT_LIMITS.min_kendall_tau, DEFAULT_LIMITS.max_top1_change)
+    return FidelityLimits(*(d if g is None else g for g, d in zip(given, default, strict=True)))
+
+
+def _options(
+    workspace_mb: int | None,
+    optimization_level: int | None,
+    compute_capabilities: list[str] | None,
+    hardware_compatible: bool,
+    version_compatible: bool,
+    report: bool,
+) -> BuildOptions:
+    from ...engines.contract import BuildOptions
+
+    return BuildOptions(
+        workspace_bytes=None if workspace_mb is None else workspace_mb * 2**20,
+        optimization_level=optimization_level,
+        compute_capabilities=tuple(compute_capabilities or ()),
+        hardware_compatible=hardware_compatible,
+        version_compatible=version_compatible,
+        report=report,
+    )
+
+
+def _facts(manifest: EngineManifest) -> Mapping[str, Any]:
+    """Return what a newcomer wants to see of a new engine."""
+    from ...engines.builder.auto import trial_lines
+
+    plan = manifest.precision_plan
+    kept = plan.get("kept", {})
+    facts = {
+        "runs on": f"{manifest.backend} {manifest.backend_version} {manifest.precision}",
+        "seconds": f"{manifest.build_seconds:.1f}",
+    }
+    if "quantized" in plan:
+        facts["calibrated"] = f"{plan['method']}, on {plan['calibration_data']}"
+        facts["kept in 16 bit"] = ", ".join(kept) or "nothing"
+    facts |= trial_lines(manifest.build_options.get("auto", []))
+    return facts
+
+
+def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        raise RequestError(
+            f"{option} is {text!r}, expected whole numbers with commas between", hint="16,32,64"
+        ) from error

@@ -1,0 +1,325 @@
+"""`edje index`: its options are many, so they live beside the other verbs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from ...errors import EdjeError, RequestError
+
+if TYPE_CHECKING:
+    from ..indexing.index import IndexReport
+    from ..indexing.sources import SkippedImage
+
+EXIT_SKIPPED = 1
+MAX_NOTES = 20  # skipped images that the terminal names; `skipped.jsonl` names all
+
+Model = Annotated[
+    Path, typer.Argument(help="Bundle, or engine with image encoder; bundle for --features.")
+]
+Images = Annotated[
+    list[str] | None,
+    typer.Argument(help="Folder, list file of `id<TAB>path` lines, or tars ('{000..099}.tar')."),
+]
+Store = Annotated[
+    Path, typer.Option("--store", "--into", help="Token store, made if there is none.")
+]
+FeaturesPath = Annotated[
+    Path | None,
+    typer.Option(help="Patch features in place of images: .npy, .safetensors, or a folder."),
+]
+Ids = Annotated[
+    Path | None, typer.Option(help="Ids of a --features .npy, one a line; default: ids.txt.")
+]
+Only = Annotated[
+    str | None,
+    typer.Option("--only", "--from", help="Index only the ids listed here, one a line; - stdin."),
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="Of a new store: float16 (default), or int8: half the size.")
+]
+DeviceName = Annotated[
+    str, typer.Option(help="cpu, cuda, or auto: CUDA where ONNX Runtime runs on it.")
+]
+Workers = Annotated[
+    int | None, typer.Option(help="Decoder processes; default: the usable cores but one.")
+]
+BatchSize = Annotated[int, typer.Option(help="Images a forward.")]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[ADDRESS]",
+        help="Spread the work over a Ray cluster: HOST:PORT, auto, local, or as Ray finds it.",
+    ),
+]
+NumWorkers = Annotated[
+    int | None, typer.Option(help="With --ray, workers; default: one a machine, or one a GPU.")
+]
+ImagesPerTask = Annotated[
+    int | None, typer.Option(help="With --ray, images done again if a worker dies; default: 2048.")
+]
+FollowLinks = Annotated[
+    bool, typer.Option("--follow-links", help="Go into links to folders too; never round in rings.")
+]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(help="Skip images of more pixels; 0: no limit; default: Pillow's 89,478,485."),
+]
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODULE[:FUNCTION]",
+        help="Load one that registers image formats in Pillow: pillow_heif.HeifImagePlugin.",
+    ),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 if anything was skipped.")]
+MaxSkipped = Annotated[
+    int | None, typer.Option(help="Exit with 1 if more than so many were skipped.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
+
+
+_ADDRESS = re.compile(r"auto|local|ray://.*|\[?[\w.:-]+\]?:\d+")
+
+
+class IndexCommand(TyperCommand):
+    """Lets `--ray` stand without its ADDRESS, which typer has no words for."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse `args`; a bare `--ray` gets an empty address."""
+        end = args.index("--") if "--" in args else len(args)
+        for place in reversed([at for at, arg in enumerate(args[:end]) if arg == "--ray"]):
+            if not _ADDRESS.fullmatch(" ".join(args[place + 1 : place + 2])):
+                args = [*args[:place], "--ray=", *args[place + 1 :]]
+        return super().parse_args(ctx, args)
+
+
+def index(
+    model: Model,
+    store: Store,
+    images: Images = None,
+    features: FeaturesPath = None,
+    ids: Ids = None,
+    only: Only = None,
+    dtype: Dtype = None,
+    device: DeviceName = "auto",
+    workers: Workers = None,
+    batch_size: BatchSize = 32,
+    ray: Ray = None,
+    num_workers: NumWorkers = None,
+    images_per_task: ImagesPerTask = None,
+    follow_links: FollowLinks = False,
+    max_pixels: MaxPixels = None,
+    plugin: Plugin = None,
+    strict: Strict = False,
+    max_skipped: MaxSkipped = None,
+    as_json: Json = False,
+) -> None:
+    """Turn images, or patch features, into tokens of a store. Run again to continue.
+
+    An id is the path below the folder, the name in the list, or the tar's member. What gives no
+    record is listed in STORE/skipped.jsonl, and tried again next time. Exits with 1 if all was
+    skipped, or more than --strict or --max-skipped allow; what can be indexed is indexed first.
+
+    \b
+    Example:
+      edje index bundle photos --store photos.store
+      edje index bundle 'shards/{000..099}.tar' --store photos.store
+      edje index bundle --features features.npy --ids ids.txt --store photos.store
+      edje index bundle photos --into new.store --from ids-to-redo.txt
+      edje index bundle photos --store photos.store --ray head:6379
+    """
+    from ..indexing.pillow_settings import pillow_set
+    from ..queries import read_ids
+
+    allowed = _allowed_skips(strict, max_skipped)
+    _check(images, features, ids, workers, max_pixels, plugin)
+    _check_ray(ray, features, num_workers, images_per_task)
+    common: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size}
+    common |= {"only": None if only is None else set(read_ids(only)), "follow_links": follow_links}
+    with pillow_set(max_pixels, plugin or []), _watched("index") as (progress, on_skip):
+        common |= {"progress": progress, "on_skip": on_skip}
+        if ray is not None:
+            sizes = (num_workers, images_per_task)
+            report = _index_on_ray(model, images, store, device, workers, ray, sizes, common)
+        elif features is None:
+            report = _index_images(model, images, store, device, workers, common)
+        else:
+            report = _index_features(model, features, store, device, ids, common)
+    _show(report, store, follow_links, as_json)
+    _exit_unless_enough(report, store, allowed)
+
+
+def _show(report: IndexReport, store: Path, follow_links: bool, as_json: bool) -> None:
+    from ...show import print_facts, print_json
+
+    _note_skipped(report, store)
+    _note_links(report.num_links, follow_links)
+    facts = {"store": str(store), **asdict(report)}
+    if as_json:
+        print_json({**facts, "skipped": [entry._asdict() for entry in report.skipped]})
+    else:
+        del facts["skipped"]
+        print_facts("indexed", facts)
+
+
+def _allowed_skips(strict: bool, max_skipped: int | None) -> int | None:
+    """Return how many entries may be skipped, None for any number."""
+    if strict and max_skipped is not None:
+        raise RequestError("--strict allows no skip and --max-skipped some: give one of them")
+    if max_skipped is not None and max_skipped < 0:
+        raise RequestError(f"--max-skipped is {max_skipped}, expected 0 or more")
+    return 0 if strict else max_skipped
+
+
+def _exit_unless_enough(report: IndexReport, store: Path, allowed: int | None) -> None:
+    """Exit with 1 where nothing could be read, or more was skipped than is allowed.
+
+    Only now, when all that can be indexed is: a job that stopped at the first skips too many would
+    stop there every night, and the good images behind them would never come in.
+    """
+    from ...show import note
+    from ..indexing.skipped import SKIPPED
+
+    skipped, where = report.num_skipped, f"{store / SKIPPED} says why"
+    if skipped and not report.indexed and not report.already_present:
+        note(f"nothing could be read, {skipped:,} skipped: {where}")
+        raise typer.Exit(EXIT_SKIPPED)
+    if allowed is not None and skipped > allowed:
+        note(f"{skipped:,} skipped, {allowed:,} allowed; all else is indexed: {where}")
+        raise typer.Exit(EXIT_SKIPPED)
+
+
+def _check(
+    images: list[str] | None,
+    features: Path | None,
+    ids: Path | None,
+    workers: int | None,
+    max_pixels: int | None,
+    plugins: list[str] | None,
+) -> None:
+    """Refuse options that contradict each other, and a missing Pillow before anything loads."""
+    faults = []
+    if bool(images) == (features is not None):
+        faults.append("IMAGES and --features: expected one of them")
+    if features is None and ids is not None:
+        faults.append("--ids: it names the rows of --features")
+    if features is not None and workers is not None:
+        faults.append("--workers: features need no decoding")
+    if features is not None and (max_pixels is not None or plugins):
+        faults.append("--max-pixels and --plugin: features need no decoding")
+    if faults:
+        raise RequestError("these options do not go together", faults=faults)
+    if features is None and find_spec("PIL") is None:
+        raise EdjeError(
+            "this verb needs PIL, not installed here", hint="pip install 'edje-runtime[index]'"
+        )
+
+
+def _check_ray(
+    ray: str | None, features: Path | None, num_workers: int | None, images_per_task: int | None
+) -> None:
+    """Refuse options that do not go with the presence, or the absence, of `--ray`."""
+    given = {"--num-workers": num_workers, "--images-per-task": images_per_task}
+    faults = [f"{name}: it goes with --ray" for name, value in given.items() if value is not None]
+    if ray is None and faults:
+        raise RequestError("these options do not go together", faults=faults)
+    if ray is not None and features is not None:
+        raise RequestError(
+            "--ray spreads images, not --features", hint="the adapter is fast: leave --ray out"
+        )
+
+
+def _index_images(
+    model: Path,
+    images: list[str] | None,
+    store: Path,
+    device: str,
+    workers: int | None,
+    common: dict[str, Any],
+) -> IndexReport:
+    from ...engines.image import ImageEncoder
+    from ..indexing.index import index_images
+
+    encoder = ImageEncoder.open(model, device=device)
+    return index_images(encoder, images or [], store, workers=workers, **common)
+
+
+def _index_on_ray(
+    model: Path,
+    images: list[str] | None,
+    store: Path,
+    device: str,
+    workers: int | None,
+    address: str,
+    sizes: tuple[int | None, int | None],
+    common: dict[str, Any],
+) -> IndexReport:
+    from ..indexing.index import IndexOptions
+    from ..indexing.ray import DEFAULT_IMAGES_PER_TASK, RayOptions, index_on_ray
+
+    num_workers, images_per_task = sizes
+    if images_per_task is None:
+        images_per_task = DEFAULT_IMAGES_PER_TASK
+    batch_size = common.pop("batch_size")
+    options = RayOptions(address or None, num_workers, images_per_task, device, workers, batch_size)
+    return index_on_ray(model, images or [], store, options, IndexOptions(**common))
+
+
+def _index_features(
+    model: Path, features: Path, store: Path, device: str, ids: Path | None, common: dict[str, Any]
+) -> IndexReport:
+    from ...engines.image import FeatureEncoder
+    from ..indexing.index import index_features
+
+    return index_features(
+        FeatureEncoder.open(model, device=device), features, store, ids=ids, **common
+    )
+
+
+def _note_skipped(report: IndexReport, store: Path) -> None:
+    from ...show import note
+    from ..indexing.skipped import SKIPPED
+
+    for skipped in report.skipped[:MAX_NOTES]:
+        note(f"{skipped.id!r} was skipped: {skipped.reason}")
+    rest = report.num_skipped - min(MAX_NOTES, len(report.skipped))
+    if rest > 0:
+        note(f"{rest:,} more were skipped: {store / SKIPPED} names all")
+
+
+def _note_links(num_links: int, followed: bool) -> None:
+    from ...show import note
+
+    if num_links and followed:
+        note(f"{num_links:,} links to folders lead back to one above and were not followed")
+    elif num_links:
+        note(f"{num_links:,} links to folders were not followed; --follow-links follows them")
+
+
+@contextmanager
+def _watched(
+    description: str,
+) -> Iterator[tuple[Callable[[int, int], None], Callable[[SkippedImage], None]]]:
+    """Yield `progress` and `on_skip`, shown as a bar with images/s, ETA and skips on stderr."""
+    from ...show import progress_bar
+
+    num_skipped = 0
+
+    def on_skip(_: SkippedImage) -> None:
+        nonlocal num_skipped
+        num_skipped += 1
+
+    def text(images_per_s: float) -> str:
+        return f"{images_per_s:,.0f} images/s, {num_skipped:,} skipped"
+
+    with progress_bar(description, text=text) as progress:
+        yield progress, on_skip

@@ -1,1 +1,0 @@
-"""Devices: memory, streams and events behind one small protocol."""

@@ -1,1 +1,0 @@
-"""Reading records: plans carried out by a few threads, every record verified."""

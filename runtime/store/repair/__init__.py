@@ -1,1 +1,0 @@
-"""Verifying a whole store, and mending what is known twice."""

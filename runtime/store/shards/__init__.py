@@ -1,1 +1,0 @@
-"""A store's records as safetensors shards, and back."""

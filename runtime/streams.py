@@ -1,0 +1,161 @@
+"""A lane: the streams of one engine, whose work goes through them, and whether they still run.
+
+On a GPU three streams overlap: batch n+1 is copied in while batch n computes and the scores of
+n-1 are copied back. Where host and device share memory, one stream does it all.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from ..errors import EdjeError, EngineError
+from ..kernels.device.contract import Device, Stream
+from .batcher import PlannedBatch
+from .graphs import Graphs
+from .slot import Slot
+
+_FAILED = {
+    "gather": "a batch could not be gathered",
+    "copy": "a batch could not be copied to the device",
+    "compute": "the engine failed on a batch",
+    "collect": "a batch's scores could not be copied back",
+}
+
+
+class Lane:
+    """Takes the batches of any number of threads, one batch's work at a time.
+
+    Attributes:
+        exclusive: whether nobody else submits to the stream it computes on.
+    """
+
+    def __init__(self, device: Device, *, borrowed: object | None = None, exclusive: bool = False):
+        """Make the streams; the device stays the caller's.
+
+        Args:
+            borrowed: the caller's own stream to compute on (see `Device.borrow`).
+            exclusive: nobody else submits to that stream while a request runs, so that graphs may
+                be captured on it as well.
+        """
+        self._device = device
+        self._process = os.getpid()
+        self._lost: str | None = None
+        self._turn = threading.Lock()  # keeps one batch's work together in the streams
+        self._overlapped = not device.shares_memory
+        self.exclusive = exclusive or borrowed is None
+        with device.current():
+            self._compute = device.stream() if borrowed is None else device.borrow(borrowed)
+            self._copy: Stream = device.stream() if self._overlapped else self._compute
+            self._result: Stream = device.stream() if self._overlapped else self._compute
+
+    def check(self) -> None:
+        """Refuse work that can no longer run.
+
+        Raises:
+            EngineError: the device is lost, or this is a forked child of the process that opened
+                it.
+        """
+        if self._lost is not None:
+            raise self._lost_error(self._lost)
+        if os.getpid() != self._process:
+            raise EngineError(
+                f"opened in process {self._process}, this is its forked child {os.getpid()}",
+                hint="open it again in this one, or start processes with `spawn`",
+            )
+
+    def enqueue(self, slot: Slot, planned: PlannedBatch, graphs: Graphs) -> None:
+        """Put one filled slot's way through the device into the streams; returns at once.
+
+        The slot may be touched again once `slot.finished` was passed, after an error as well.
+
+        Raises:
+            EngineError: the engine refuses the batch, or the device is lost.
+        """
+        with self._taking_turn(slot):
+            slot.stage = "copy"
+            if self._overlapped:
+                self._copy.record(slot.started)
+                slot.upload(self._copy, planned)
+                self._copy.record(slot.uploaded)
+                self._compute.wait(slot.uploaded)
+            self._compute.record(slot.began)
+            slot.stage = "compute"
+            slot.tokens.assemble(self._compute)
+            graphs.enqueue(slot, planned, self._compute)
+            self._compute.record(slot.computed)
+            slot.stage = "collect"
+            if self._overlapped:
+                self._result.wait(slot.computed)
+                slot.download(self._result, len(planned.pairs))
+                self._result.record(slot.finished)
+
+    def load(self, slot: Slot) -> None:
+        """Bring the tokens that a slot gathered to the device, and score nothing.
+
+        Else as `enqueue`; only where host and device do not share memory.
+        """
+        with self._taking_turn(slot):
+            slot.stage = "copy"
+            self._copy.record(slot.started)
+            slot.tokens.upload(self._copy)
+            self._copy.record(slot.uploaded)
+            self._compute.wait(slot.uploaded)
+            slot.tokens.assemble(self._compute)
+            self._compute.record(slot.computed)
+            self._result.wait(slot.computed)
+            self._result.record(slot.finished)
+
+    def failure(self, error: Exception, slot: Slot) -> EdjeError:
+        """Return `error` as callers get it, with the stage that `slot` was in; notice a loss."""
+        lost = self._device.fault()
+        if lost is not None:
+            self._lost = self._lost or lost
+            return self._lost_error(lost)
+        failed = error
+        if not isinstance(failed, EdjeError):
+            failed = EngineError(f"{_FAILED[slot.stage]}: {error}")
+        failed.stage = slot.stage
+        return failed
+
+    def collect(self, slot: Slot) -> None:
+        """Wait until the slot's scores lie on the host; any thread may call.
+
+        Raises:
+            Exception: what failed on the way; `slot.stage` then says where.
+        """
+        if self._overlapped:
+            slot.stage = "copy"
+            slot.uploaded.synchronize()
+        slot.stage = "compute"
+        slot.computed.synchronize()
+        slot.stage = "collect"
+        slot.finished.synchronize()
+
+    @contextmanager
+    def _taking_turn(self, slot: Slot) -> Iterator[None]:
+        """Keep a slot's work together; whatever fails, `finished` follows all of it."""
+        with self._turn:
+            try:
+                yield
+            except BaseException:
+                with suppress(Exception):
+                    self._close_order(slot)
+                raise
+
+    def _close_order(self, slot: Slot) -> None:
+        """Let `finished` follow whatever of the slot's work is in any stream."""
+        if self._overlapped:
+            self._copy.record(slot.uploaded)
+            self._result.wait(slot.uploaded)
+            self._compute.record(slot.computed)
+            self._result.wait(slot.computed)
+        self._result.record(slot.finished)
+
+    def _lost_error(self, reason: str) -> EngineError:
+        return EngineError(
+            f"{self._device.name} is lost, it takes no more work: {reason}",
+            hint="restart the process: nothing in it can use this device again",
+        )

@@ -1,0 +1,136 @@
+"""How the package shows things: progress and notes on stderr, tables and JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+FILE_WIDTH = 160  # columns of a table that goes to a file or a pipe
+
+_quiet = False
+
+
+def be_quiet(wanted: bool) -> None:
+    """Turn progress and notes off, or on again."""
+    global _quiet
+    _quiet = wanted
+
+
+def is_quiet() -> bool:
+    """Return whether `--quiet` was given."""
+    return _quiet
+
+
+def note(message: str) -> None:
+    """Tell the user something beside the result, on stderr; `--quiet` leaves it out."""
+    if not _quiet:
+        warn(message)
+
+
+def warn(message: str) -> None:
+    """Tell the user what is wrong with the result, on stderr."""
+    print(f"edje: {message}", file=sys.stderr)
+
+
+class Screen(Console):
+    """A rich console that leaves a reader's departure to the caller."""
+
+    def on_broken_pipe(self) -> None:
+        """Pass the error on, where rich would end the process."""
+        raise BrokenPipeError
+
+
+def print_json(values: Any) -> None:
+    """Write one JSON document to stdout; in ASCII where stdout cannot encode what it holds."""
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(values, indent=2)
+    print(text)
+
+
+@contextmanager
+def progress_bar(
+    description: str, *, text: Callable[[float], str] | None = None
+) -> Iterator[Callable[[int, int], None]]:
+    """Yield `update(done, total)`, shown as a bar on stderr.
+
+    `text` gives what stands beside the counts, from the speed a second.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *([TextColumn("{task.fields[text]}")] if text else []),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Screen(stderr=True), disable=is_quiet()) as bar:
+        task = bar.add_task(description, total=None, text="")
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if text:
+                bar.update(task, text=text(bar.tasks[0].speed or 0.0))
+
+        yield update
+
+
+@contextmanager
+def progress_steps(description: str) -> Iterator[Callable[[str], None]]:
+    """Yield `show(step)`: names the step at work, with a clock, on a terminal's stderr."""
+    screen = Screen(stderr=True)
+    spinner = SpinnerColumn("line" if screen.options.ascii_only else "dots")
+    columns = (spinner, TextColumn("{task.description}"), TimeElapsedColumn())
+    disable = is_quiet() or not screen.is_terminal
+    with Progress(*columns, console=screen, transient=True, disable=disable) as steps:
+        task = steps.add_task(description, total=None)
+        yield lambda step: steps.update(task, description=f"{description}: {step}")
+
+
+def print_facts(title: str, facts: Mapping[str, Any]) -> None:
+    """Write name/value lines to stdout under a title."""
+    print_table(title, ("", ""), [(name, _shown(value)) for name, value in facts.items()])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "; ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write a table to stdout; the last column folds, the others never."""
+    table = Table(show_header=any(header), box=None)
+    for name in header[:-1]:
+        table.add_column(name, no_wrap=True)
+    table.add_column(header[-1], overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # Text: ids may hold rich's markup
+    screen = Screen()
+    if not screen.is_terminal:
+        screen.width = FILE_WIDTH
+    screen.print(Text(title, style="bold"))
+    screen.print(table)
+    screen.print()
