@@ -191,6 +191,8 @@ GOOD = {
     ),
     "edje.export.run": "import torch\nfrom ..errors import EdjeError",
     "edje.demo.guide": "import torch\nfrom ..export import run",
+    "edje.perf.run": "import json",
+    "edje.engines.builder.build": "from ..precision import lower",
 }
 
 
