@@ -94,6 +94,12 @@ class SegmentFiles:
             descriptors = [-1 if isinstance(file, str) else file for file in found.values()]
             yield np.array(descriptors, np.int64)[np.cumsum(begins) - 1]
 
+    def retire(self) -> None:
+        """Keep no file open that is not in use."""
+        with self._lock:
+            self.max_open = 0
+            self._close_unused(0)
+
     def close(self) -> None:
         """Close all files; those in use as soon as they are given back."""
         with self._lock:

@@ -100,6 +100,11 @@ class Files:
     tokens: SegmentFiles
     cached: SegmentFiles
 
+    def retire(self) -> None:
+        """Keep no file open that is not in use."""
+        self.tokens.retire()
+        self.cached.retire()
+
     def close(self) -> None:
         """Close all files; those in use as soon as they are given back."""
         self.tokens.close()

@@ -82,6 +82,13 @@ class _Process:
 
         self.threads.run(serve, min(num_threads, gather.num_chunks))
 
+    def retire(self) -> None:
+        """Close everything that is not in use, and what is used later as it is given back."""
+        self._closed = True
+        self.threads.close()
+        self.files.retire()
+        self._close_idle()
+
     def close(self) -> None:
         """Close everything; what is in use is closed as it is given back."""
         self._closed = True
@@ -183,6 +190,10 @@ class SegmentReader:
         process.num_cached, ordered = 0, np.sort(locations)
         for part in _parts(ordered, files.max_open // 4):
             self._advise(files, ordered[part])
+
+    def retire(self) -> None:
+        """Keep no file open any more, but for the reads of those who still have this reader."""
+        self._process().retire()
 
     def close(self) -> None:
         """Close all files. Calling it twice is allowed."""
