@@ -19,7 +19,7 @@ from ..engines.contract import Engine
 from ..errors import EngineError, RequestError, StoppedError
 from ..kernels.device.contract import Device, DeviceUsage
 from ..kernels.device.host import HostDevice
-from .opening import RunOptions, check_arguments, open_parts, open_pipelines
+from .opening import OpenArguments, RunOptions, open_pipelines
 from .pipeline import Request, Scored
 from .residency import Place, ResidencyOptions
 from .results import (
@@ -146,10 +146,20 @@ class Reranker:
             StoreError: no store there, or one made by another encoder.
             RequestError: an argument of another kind, or that cannot be meant so (all of them).
         """
-        folders, how = (engine, store, rescore), (rescore_margin, num_threads, backend_settings)
-        options, wanted = check_arguments(*folders, *how, device, residency, graphs)
+        arguments = OpenArguments(
+            engine,
+            store,
+            rescore,
+            rescore_margin,
+            num_threads,
+            backend_settings,
+            device,
+            residency,
+            graphs,
+        )
+        options, wanted = arguments.check()
         with ExitStack() as undo:
-            parts = open_parts(engine, rescore, store, device, options, undo)
+            parts = arguments.open_parts(options, undo)
             reranker = cls(
                 parts.engine,
                 parts.tokenizer,
