@@ -98,8 +98,8 @@ class Reranker:
                 self._engines, store, self._device, tokenizer, runs
             )
             self._owned = undo.pop_all()
-        names = self._device.name, store.layout.dtype, self.residency.place
-        self._labels = [_label(each, *names) for each in self._engines]
+        where = self._device.name, store.layout.dtype, self.residency.place
+        self._labels = [EngineLabel.of(each.manifest, *where) for each in self._engines]
         self._cascade: Cascade | None = None
         if rescore is not None:
             fast, precise = self._pipelines
@@ -364,11 +364,6 @@ class Reranker:
             with self._idle:
                 self._num_running -= 1
                 self._idle.notify_all()
-
-
-def _label(engine: Engine, device: str, token_dtype: str, place: str) -> EngineLabel:
-    manifest = engine.manifest
-    return EngineLabel(manifest.backend, manifest.precision, device, token_dtype, place)
 
 
 def _stopped(stop: StoppedError, known: object, num_scored: int, num_asked: int) -> StoppedError:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ..arguments import Arguments, shown
 from ..arrays import Float32, Int64
+from ..engines.manifest import EngineManifest
 from ..errors import StoreError
 from .pipeline import Scored
 from .store import TokenStore
@@ -50,6 +51,11 @@ class EngineLabel:
     device: str
     tokens: str = "float16"
     residency: str = "disk"
+
+    @classmethod
+    def of(cls, manifest: EngineManifest, device: str, tokens: str, residency: str) -> EngineLabel:
+        """Return the label of an engine that runs on `device`."""
+        return cls(manifest.backend, manifest.precision, device, tokens, residency)
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,6 +176,9 @@ def test_few_files_lie_beneath_the_reranker(tree: Tree) -> None:
     assert len(beneath) <= MOST_UNDER_RERANKER, sorted(beneath)
     folders = {tree.folder(module) for module in beneath}
     assert not folders & {"engines.precision", "engines.builder", "export", "runtime.indexing"}
+    only_gpus_need = {f"{PACKAGE}.runtime.{name}" for name in ("pool", "resident_map", "graphs")}
+    assert "kernels" not in folders
+    assert not beneath & only_gpus_need
 
 
 GOOD = {
