@@ -21,7 +21,7 @@ from .ids import RecordIndex
 from .incoming import CommitReport, commit_segments
 from .memory import Reader, ResidentRecords
 from .pins import Pin
-from .reader import SegmentReader
+from .read import SegmentReader
 from .reading import ReadableStore, Tokens
 from .writer import StoreWriter
 
