@@ -29,7 +29,7 @@ from ..kernels.device.facts import CudaStream, DeviceMemory, measuring_stream
 from ..runtime.pipeline import Pipeline, Request, Scored
 from ..runtime.pool import TokenPool
 from ..runtime.source import HeldTokens
-from ..runtime.streams import Lane
+from ..runtime.streams import Streams
 from ..runtime.text import TokenizedQueries
 from .gpu_steps import Report
 from .harness import interleave
@@ -239,8 +239,8 @@ def measure_point(engine: Engine, pairs: Pairs, size: int) -> list[dict[str, Any
         device = stack.enter_context(closing(CudaCoreDevice()))
         stream = measuring_stream()
         memory = stack.enter_context(DeviceMemory(stream))
-        lane = Lane(device, borrowed=stream, exclusive=True)  # contestants take turns
-        pipelines = make_pipelines(engine, pairs, device, lane)
+        streams = Streams(device, borrowed=stream, exclusive=True)  # contestants take turns
+        pipelines = make_pipelines(engine, pairs, device, streams)
         last: dict[str, Scored] = {}
         contestants = {BARE: bare_scores(engine, pairs, size, num_batches, memory, stream)}
         for name, pipeline in pipelines.items():
@@ -255,7 +255,9 @@ def measure_point(engine: Engine, pairs: Pairs, size: int) -> list[dict[str, Any
     return made
 
 
-def make_pipelines(engine: Engine, pairs: Pairs, device: Device, lane: Lane) -> dict[str, Pipeline]:
+def make_pipelines(
+    engine: Engine, pairs: Pairs, device: Device, streams: Streams
+) -> dict[str, Pipeline]:
     """Return pipelines over the same tokens: in host memory, and all of them resident."""
     every, sizes = np.arange(len(pairs.tokens)), engine.manifest.bundle.sizes
     source = HeldTokens(every, pairs.tokens)
@@ -267,9 +269,9 @@ def make_pipelines(engine: Engine, pairs: Pairs, device: Device, lane: Lane) -> 
         dtype="float16",
         checks_finite=False,
     )
-    resident = Pipeline(engine, source, device, lane=lane, pool=pool)
+    resident = Pipeline(engine, source, device, streams=streams, pool=pool)
     resident.load(every)
-    return {PIPELINE: Pipeline(engine, source, device, lane=lane), RESIDENT: resident}
+    return {PIPELINE: Pipeline(engine, source, device, streams=streams), RESIDENT: resident}
 
 
 def through_pipeline(

@@ -229,6 +229,11 @@ class TokenStore(ReadableStore):
             waiting = waiting_bytes(self.path, self._state)
             return CompactReport(moved, dropped, freed, waiting, tuple(left))
 
+    @property
+    def writable(self) -> bool:
+        """Whether it was opened for changes, too."""
+        return self._writer is not None
+
     def load_into_memory(self) -> None:
         """Load all records, verified, and read from memory from now on: `access` is "resident".
 
