@@ -138,7 +138,12 @@ def joint_encoder_graph(model: JointEncoder) -> onnx.ModelProto:
     `visual_tokens` float16 [P, m, H]; output `scores` float32 [P]. Q, T and P are dynamic.
     """
     graph = GraphBuilder("joint_encoder")
-    shapes = (["Q", "T"], ["Q"], ["P"], ["P", model.num_tokens, model.config.hidden])
+    shapes: tuple[list[int | str], ...] = (
+        ["Q", "T"],
+        ["Q"],
+        ["P"],
+        ["P", model.num_tokens, model.config.hidden],
+    )
     for name, shape in zip(INPUTS, shapes, strict=True):
         graph.input(name, "float16" if name == VISUAL_TOKENS else "int32", shape)
     graph.output(OUTPUT, "float32", ["P"])
