@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-from types import MappingProxyType, ModuleType, SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -153,10 +152,9 @@ def test_a_device_engine_is_scored_through_device_memory_and_names_the_gpu(
         asked.append(engine)
         return exact(batch)
 
-    memory = ModuleType("edje.kernels.device.facts")
-    memory.score_host_batch = score_host_batch
-    memory.current_gpu = lambda: SimpleNamespace(name="NVIDIA Any")
-    monkeypatch.setitem(sys.modules, "edje.kernels.device.facts", memory)
+    monkeypatch.setattr("edje.engines.fidelity.score_host_batch", score_host_batch)
+    gpu = SimpleNamespace(name="NVIDIA Any")
+    monkeypatch.setattr("edje.kernels.device.facts.current_gpu", lambda: gpu)
     device = OnDevice(engine.manifest)
     found = measure_fidelity(device, tiny_bundle)
     assert found["max_abs_diff"] == 0.0
