@@ -5,7 +5,6 @@ from .folder import StoreStat
 from .format import StoreLayout
 from .incoming import CommitReport, SegmentWriter, incoming_name
 from .read import BadRecord
-from .reading import TokenBatch
 from .store import TokenStore
 
 __all__ = [
@@ -15,7 +14,6 @@ __all__ = [
     "SegmentWriter",
     "StoreLayout",
     "StoreStat",
-    "TokenBatch",
     "TokenStore",
     "incoming_name",
 ]
