@@ -99,6 +99,8 @@ class DecoderPool:
         deaths = 0
         while len(decoded) < len(files) and not self._closed:
             decoder = self._take()
+            if self._closed:  # meanwhile: `close` may have come too early to see this one
+                break
             before = len(decoded)
             fault = decoder.decode(files[before:], decoded)
             if fault is None:
