@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from time import perf_counter
-from types import TracebackType
 from typing import get_args
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy.typing as npt
 from ..arguments import Arguments, StrPath
 from ..engines.contract import Engine
 from ..errors import EngineError, RequestError, StoppedError
+from ..files import Closing
 from ..kernels.device.contract import Device
 from ..kernels.device.host import HostDevice
 from .cascade import Cascade, check_margin, check_same_model, learned_margin
@@ -46,7 +46,7 @@ from .store import TokenStore
 from .text import QueryTokenizer
 
 
-class Reranker:
+class Reranker(Closing):
     """Score (query, image) pairs with one engine over one store. Safe to share between threads.
 
     With a second, precise engine (`rescore`) it is a cascade: `rank` returns the precise engine's
@@ -300,17 +300,6 @@ class Reranker:
                 entered.enter_context(self._device.current())
             for engine in self._engines:
                 engine.close()
-
-    def __enter__(self) -> Reranker:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _ranked(
         self,
