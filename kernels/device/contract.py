@@ -59,7 +59,7 @@ class DeviceBuffer(Protocol):
     def view(self, shape: tuple[int, ...]) -> Array:
         """Return the first elements as an array of `shape` that engines of this device take.
 
-        A NumPy array on the host, an `engines.contract.DeviceArray` on a GPU.
+        A NumPy array on the host, a `DeviceArray` on a GPU.
         """
         ...
 
@@ -84,7 +84,7 @@ class Event(Protocol):
 
 
 class Stream(Protocol):
-    """Work in order. A superset of what `engines.contract.Stream` asks for."""
+    """Work in order. Engines need no more of it than `handle` and `submit`."""
 
     @property
     def handle(self) -> int:

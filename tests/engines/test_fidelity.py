@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-from types import MappingProxyType, ModuleType, SimpleNamespace
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 
 from edje.bundle import BundleManifest
+from edje.engines.contract import INPUTS, Batch, Engine
 from edje.engines.fidelity import (
     NOT_MEASURED,
     Fidelity,
@@ -24,6 +24,7 @@ from edje.engines.fidelity import (
 from edje.engines.manifest import Profile
 from edje.engines.samples import RandomSamples, RankingSample
 from edje.errors import EngineError
+from pretended_gpu import GPU_NAME, array_at, pretend_gpu
 
 PROFILE = Profile(16, (32, 64))
 
@@ -136,33 +137,36 @@ def test_an_engine_is_measured_on_random_pairs_or_on_given_ones(engine, tiny_bun
     assert own["measured_on"].startswith(f"{manifest.backend} {manifest.backend_version} fp32 on ")
 
 
-class OnDevice:
-    """Looks like an engine of a GPU; its scores come from the stand-in for device memory."""
+class OnDevice(Engine):
+    """An engine of a GPU whose memory is the host's; `score` gets host batches."""
 
-    def __init__(self, manifest):
+    on_device = True
+
+    def __init__(self, manifest, score):
         device = {"kind": "cuda", "compute_capabilities": ["8.9", "12.0"]}
-        self.manifest = replace(manifest, backend="tensorrt-rtx", device=device)
+        super().__init__(replace(manifest, backend="tensorrt-rtx", device=device))
+        self.score, self.num_batches = score, 0
+
+    def _enqueue(self, batch, scores, stream):
+        self.num_batches += 1
+        arrays = [getattr(batch, name) for name in INPUTS]
+        host = Batch(*(array_at(each.address, each.shape, each.dtype) for each in arrays))
+        array_at(scores.address, scores.shape, scores.dtype)[:] = self.score(host)
+
+    def close(self):
+        pass
 
 
 def test_a_device_engine_is_scored_through_device_memory_and_names_the_gpu(
     monkeypatch, engine, tiny_bundle
 ):
-    exact, asked = reference_scorer(tiny_bundle), []
-
-    def score_host_batch(engine, batch):
-        asked.append(engine)
-        return exact(batch)
-
-    memory = ModuleType("edje.kernels.device.facts")
-    memory.score_host_batch = score_host_batch
-    memory.current_gpu = lambda: SimpleNamespace(name="NVIDIA Any")
-    monkeypatch.setitem(sys.modules, "edje.kernels.device.facts", memory)
-    device = OnDevice(engine.manifest)
+    pretend_gpu(monkeypatch)
+    device = OnDevice(engine.manifest, reference_scorer(tiny_bundle))
     found = measure_fidelity(device, tiny_bundle)
     assert found["max_abs_diff"] == 0.0
-    assert set(asked) == {device}
+    assert device.num_batches > 1
     assert found["measured_on"].startswith("tensorrt-rtx ")
-    assert found["measured_on"].endswith(" fp32 on NVIDIA Any")
+    assert found["measured_on"].endswith(f" fp32 on {GPU_NAME}")
 
 
 def test_a_fidelity_survives_its_json(tiny_bundle, bundle):

@@ -14,14 +14,22 @@ from copying_engine import CopyingEngine
 from edje.arrays import DeviceArray
 from edje.engines.contract import Engine
 from edje.errors import EngineError
-from edje.kernels.device import facts as cuda_memory
+from edje.kernels.device import facts
 from edje.kernels.device.contract import DeviceUsage
 from edje.kernels.device.cuda_core import CudaCoreDevice
 from edje.kernels.device.pycuda import PycudaDevice
 from edje.runtime.pipeline import Pipeline, Request
 from edje.runtime.text import TokenizedQueries
-from recording_cuda import CUBIN, FOREIGN, GPU_NAME, make_core, pretend_gpu
-from recording_trt import array_at
+from pretended_gpu import (
+    CUBIN,
+    FOREIGN,
+    GPU_NAME,
+    Machine,
+    array_at,
+    make_core,
+    make_driver,
+    pretend_gpu,
+)
 from toy_engine import ToySource, toy_manifest
 
 DEVICES = {"cuda_core": CudaCoreDevice, "pycuda": PycudaDevice}
@@ -51,8 +59,10 @@ class GpuEngine(Engine):
     """Scores as the toy engine does, over addresses, at once."""
 
     on_device = True
+    before = staticmethod(lambda: None)
 
     def _enqueue(self, batch, scores, stream):
+        self.before()
         at = {
             name: array_at(array.address, array.shape, array.dtype)
             for name, array in vars_of(batch).items()
@@ -182,20 +192,19 @@ def test_a_full_gpu_says_how_much_was_asked(device, machine):
 
 
 def test_a_lost_gpu_is_noticed_and_refuses_further_work(device, machine):
-    pipeline = Pipeline(GpuEngine(toy_manifest()), ToySource(), device)
+    engine, source = GpuEngine(toy_manifest()), ToySource()
+    pipeline = Pipeline(engine, source, device)
     assert device.fault() is None
     request = make_request(np.arange(20))
     pipeline.run(request)
-    pipeline._source.fail = {3: RuntimeError("not the GPU's fault")}
+    source.fail = {3: RuntimeError("not the GPU's fault")}
     with pytest.raises(EngineError, match="Stage: gather"):
         pipeline.run(request)
-    pipeline._source.fail = {}
-    original = GpuEngine._enqueue
-    engine = pipeline._engine
-    engine._enqueue = lambda *batch: setattr(machine, "broken", "an illegal memory access")
+    source.fail = {}
+    engine.before = lambda: setattr(machine, "broken", "an illegal memory access")
     with pytest.raises(EngineError, match=f"{GPU_NAME} is lost, .*: an illegal memory access"):
         pipeline.run(request)
-    engine._enqueue = original.__get__(engine)
+    engine.before = lambda: None
     with pytest.raises(EngineError, match="takes no more work") as error:
         pipeline.run(request)
     assert "restart the process" in error.value.hint
@@ -402,9 +411,19 @@ def test_an_old_cuda_core_is_refused(version, machine, monkeypatch):
 
 @pytest.mark.parametrize("kind", DEVICES)
 def test_a_machine_without_a_driver_says_so(kind, monkeypatch):
-    monkeypatch.setattr(cuda_memory, "DRIVER", "libno-such-driver.so.1")
+    monkeypatch.setattr(facts, "DRIVER", "libno-such-driver.so.1")
     with pytest.raises(EngineError, match=f"the {kind} device cannot be used: no NVIDIA driver"):
         DEVICES[kind]()
+
+
+def test_the_stand_in_has_no_call_that_the_driver_lacks():
+    real = pytest.importorskip("cuda.bindings.driver")
+    stand_in = make_driver(Machine())
+    names = {name for name in vars(stand_in) if name.lower().startswith("cu")}
+    assert len(names) > 15
+    assert names <= set(dir(real))
+    for kind in ("CUdevice_attribute", "CUmemorytype"):
+        assert set(vars(getattr(stand_in, kind))) <= set(dir(getattr(real, kind)))
 
 
 @pytest.mark.gpu

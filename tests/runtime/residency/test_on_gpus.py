@@ -19,8 +19,7 @@ from edje.runtime.opening import RunOptions
 from edje.runtime.reranker import Reranker
 from edje.runtime.residency import ResidencyOptions
 from edje.runtime.store import TokenStore
-from recording_cuda import pretend_gpu
-from recording_trt import array_at
+from pretended_gpu import array_at, pretend_gpu
 from toy_engine import FINGERPRINT, HIDDEN, NUM_TOKENS, toy_manifest, toy_tokenizer
 
 DEVICES = {"cuda_core": CudaCoreDevice, "pycuda": PycudaDevice}

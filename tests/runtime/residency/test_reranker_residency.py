@@ -265,7 +265,7 @@ def test_devices_that_do_not_fit(tiny_engine, tiny_store, name, says):
 def test_a_gpu_engine_asks_for_a_gpu():
     manifest = replace(toy_manifest(), device={"kind": "cuda"})
     with pytest.raises(EngineError, match="built for a GPU, it cannot run on the device host"):
-        open_device("host", manifest)
+        open_device("host", manifest.device["kind"])
 
 
 @pytest.mark.parametrize("lost", [False, True])
