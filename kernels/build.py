@@ -146,7 +146,7 @@ def compile_variant(variant: Variant, capability: str) -> Compiled:
 
 
 def _to_ptx(variant: Variant, sm: int, cache: str) -> Any:
-    """Let Triton compile; every time anew, without the places of source lines."""
+    """Let Triton compile; every time anew, without the numbers of source lines."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -199,7 +199,7 @@ class TopK:
         Args:
             scores: float32 [P], 1 <= P <= 65,536; NaN comes last.
             keys: int64, at least `num_keys(P)`, on 16 bytes: working memory, overwritten.
-            indices, values: int32 and float32 [k], k <= P: places and scores, written.
+            indices, values: int32 and float32 [k], k <= P: indices and scores, written.
 
         Raises:
             EngineError: arrays that do not fit (all faults at once).

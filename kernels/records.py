@@ -1,4 +1,4 @@
-"""Whole records between places of device memory, as typed calls: `GatherTokens`, `ScatterTokens`.
+"""Whole records within device memory, as typed calls: `GatherTokens`, `ScatterTokens`.
 
 As in `operations`, everything is allocated by the caller, and a call only queues work on a stream.
 Row numbers are not checked here: the kernels never touch memory outside an array.
