@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cache
+from threading import Lock
 from typing import Any, cast
 
 import numpy as np
@@ -32,10 +33,14 @@ class Measuring:
         self.device: Device = open_gpu("cuda_core", current_index())
         with self.device.current():
             self.stream: Stream = self.device.stream()
+        self.staging_lock = Lock()
         self._staging: dict[int, PinnedBuffer] = {}
 
     def staging(self, num_bytes: int) -> PinnedBuffer:
-        """Return pinned memory of at least so many bytes, made once for every power of two."""
+        """Return pinned memory of at least so many bytes, made once for every power of two.
+
+        It is the caller's while he holds `staging_lock`.
+        """
         size = max(_LEAST_BYTES, 1 << max(num_bytes - 1, 0).bit_length())
         if size not in self._staging:
             self._staging[size] = self.device.pinned(size, _BYTES)
@@ -81,10 +86,11 @@ class GpuArrays:
             EngineError: the GPU's memory is full.
         """
         target = self._device.memory(max(source.nbytes, 1), _BYTES)
-        staging = self._shared.staging(source.nbytes)
-        staging.view((source.nbytes,))[:] = source.reshape(-1).view(np.uint8)
-        self.stream.upload(target, staging, source.nbytes)
-        self.synchronize()
+        with self._shared.staging_lock:
+            staging = self._shared.staging(source.nbytes)
+            staging.view((source.nbytes,))[:] = source.reshape(-1).view(np.uint8)
+            self.stream.upload(target, staging, source.nbytes)
+            self.synchronize()
         return _array(target, source.shape, source.dtype)
 
     def result(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -55,6 +57,17 @@ def test_all_of_a_process_share_one_stream_and_what_they_are_staged_in(machine):
     with gpu_arrays() as gpu:
         gpu.upload(np.zeros((1 << 20) + 1, np.uint8))
     assert machine.named("cuMemHostAlloc")[1:] == [(1 << 21, "portable")]
+
+
+def test_threads_measure_side_by_side(machine):
+    def measured(value):
+        with gpu_arrays() as gpu:
+            copies = [gpu.upload(np.full(1000, value + at)) for at in range(20)]
+            found = [array_at(each.address, each.shape, each.dtype) for each in copies]
+            return all((array == value + at).all() for at, array in enumerate(found))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(measured, range(0, 800, 100)))
 
 
 def test_a_full_gpu_says_so_and_frees_what_there_was(machine):
