@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from edje.bundle import BundleManifest
-from edje.engines.contract import INPUTS, Batch, Engine
 from edje.engines.fidelity import (
     NOT_MEASURED,
     Fidelity,
@@ -24,7 +23,8 @@ from edje.engines.fidelity import (
 from edje.engines.manifest import Profile
 from edje.engines.samples import RandomSamples, RankingSample
 from edje.errors import EngineError
-from pretended_gpu import GPU_NAME, array_at, pretend_gpu
+from on_addresses import OnAddresses
+from pretended_gpu import GPU_NAME, pretend_gpu
 
 PROFILE = Profile(16, (32, 64))
 
@@ -137,34 +137,15 @@ def test_an_engine_is_measured_on_random_pairs_or_on_given_ones(engine, tiny_bun
     assert own["measured_on"].startswith(f"{manifest.backend} {manifest.backend_version} fp32 on ")
 
 
-class OnDevice(Engine):
-    """An engine of a GPU whose memory is the host's; `score` gets host batches."""
-
-    on_device = True
-
-    def __init__(self, manifest, score):
-        device = {"kind": "cuda", "compute_capabilities": ["8.9", "12.0"]}
-        super().__init__(replace(manifest, backend="tensorrt-rtx", device=device))
-        self.score, self.num_batches = score, 0
-
-    def _enqueue(self, batch, scores, stream):
-        self.num_batches += 1
-        arrays = [getattr(batch, name) for name in INPUTS]
-        host = Batch(*(array_at(each.address, each.shape, each.dtype) for each in arrays))
-        array_at(scores.address, scores.shape, scores.dtype)[:] = self.score(host)
-
-    def close(self):
-        pass
-
-
 def test_a_device_engine_is_scored_through_device_memory_and_names_the_gpu(
     monkeypatch, engine, tiny_bundle
 ):
-    pretend_gpu(monkeypatch)
-    device = OnDevice(engine.manifest, reference_scorer(tiny_bundle))
-    found = measure_fidelity(device, tiny_bundle)
+    machine = pretend_gpu(monkeypatch)
+    gpu = {"kind": "cuda", "compute_capabilities": ["8.9", "12.0"]}
+    manifest = replace(engine.manifest, backend="tensorrt-rtx", device=gpu)
+    found = measure_fidelity(OnAddresses(manifest, reference_scorer(tiny_bundle)), tiny_bundle)
     assert found["max_abs_diff"] == 0.0
-    assert device.num_batches > 1
+    assert machine.named("copy")
     assert found["measured_on"].startswith("tensorrt-rtx ")
     assert found["measured_on"].endswith(f" fp32 on {GPU_NAME}")
 

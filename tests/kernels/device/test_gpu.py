@@ -12,7 +12,6 @@ import pytest
 
 from copying_engine import CopyingEngine
 from edje.arrays import DeviceArray
-from edje.engines.contract import Engine
 from edje.errors import EngineError
 from edje.kernels.device import facts
 from edje.kernels.device.contract import DeviceUsage
@@ -20,12 +19,12 @@ from edje.kernels.device.cuda_core import CudaCoreDevice
 from edje.kernels.device.pycuda import PycudaDevice
 from edje.runtime.pipeline import Pipeline, Request
 from edje.runtime.text import TokenizedQueries
+from on_addresses import OnAddresses
 from pretended_gpu import (
     CUBIN,
     FOREIGN,
     GPU_NAME,
     Machine,
-    array_at,
     make_core,
     make_driver,
     pretend_gpu,
@@ -55,29 +54,14 @@ def core(machine):
     device.close()
 
 
-class GpuEngine(Engine):
-    """Scores as the toy engine does, over addresses, at once."""
-
-    on_device = True
-    before = staticmethod(lambda: None)
-
-    def _enqueue(self, batch, scores, stream):
-        self.before()
-        at = {
-            name: array_at(array.address, array.shape, array.dtype)
-            for name, array in vars_of(batch).items()
-        }
-        text = at["text_ids"].sum(1) / 1024
-        out = array_at(scores.address, scores.shape, scores.dtype)
-        out[:] = at["visual_tokens"][:, 0, 0] + text[at["query_of_pair"]]
-
-    def close(self):
-        pass
+def toy_score(batch):
+    """Score as the toy engine does."""
+    text = batch.text_ids.sum(1) / 1024
+    return batch.visual_tokens[:, 0, 0] + text[batch.query_of_pair]
 
 
-def vars_of(batch):
-    names = ("text_ids", "query_of_pair", "visual_tokens")
-    return {name: getattr(batch, name) for name in names}
+def gpu_engine():
+    return OnAddresses(toy_manifest(), toy_score)
 
 
 def make_request(rows):
@@ -88,7 +72,7 @@ def make_request(rows):
 
 
 def test_the_pipeline_runs_on_a_gpu_from_any_thread(device, machine):
-    pipeline = Pipeline(GpuEngine(toy_manifest()), ToySource(), device)
+    pipeline = Pipeline(gpu_engine(), ToySource(), device)
     made, alive = device.usage(), dict(machine.alive)
 
     def call(number):
@@ -192,7 +176,11 @@ def test_a_full_gpu_says_how_much_was_asked(device, machine):
 
 
 def test_a_lost_gpu_is_noticed_and_refuses_further_work(device, machine):
-    engine, source = GpuEngine(toy_manifest()), ToySource()
+    def breaks(batch):
+        machine.broken = "an illegal memory access"
+        return toy_score(batch)
+
+    engine, source = gpu_engine(), ToySource()
     pipeline = Pipeline(engine, source, device)
     assert device.fault() is None
     request = make_request(np.arange(20))
@@ -201,10 +189,10 @@ def test_a_lost_gpu_is_noticed_and_refuses_further_work(device, machine):
     with pytest.raises(EngineError, match="Stage: gather"):
         pipeline.run(request)
     source.fail = {}
-    engine.before = lambda: setattr(machine, "broken", "an illegal memory access")
+    engine.score = breaks
     with pytest.raises(EngineError, match=f"{GPU_NAME} is lost, .*: an illegal memory access"):
         pipeline.run(request)
-    engine.before = lambda: None
+    engine.score = toy_score
     with pytest.raises(EngineError, match="takes no more work") as error:
         pipeline.run(request)
     assert "restart the process" in error.value.hint
@@ -212,7 +200,7 @@ def test_a_lost_gpu_is_noticed_and_refuses_further_work(device, machine):
 
 
 def test_a_forked_child_frees_nothing_of_its_parents(device, machine, monkeypatch):
-    pipeline = Pipeline(GpuEngine(toy_manifest()), ToySource(), device)
+    pipeline = Pipeline(gpu_engine(), ToySource(), device)
     alive, parent = dict(machine.alive), os.getpid()
     with monkeypatch.context() as child:
         child.setattr(os, "getpid", lambda: parent + 1)
