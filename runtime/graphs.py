@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from ..arrays import Float32
 from ..engines.contract import Batch, Engine
-from ..engines.contract import Stream as EngineStream
 from ..errors import EdjeError
 from ..kernels.device.contract import Device, Graph, Stream
 
@@ -65,7 +64,7 @@ class _Kept:
     """A graph, the forward whose state it uses, and the slot's batch that used it last."""
 
     graph: Graph
-    forward: Callable[[EngineStream], None]
+    forward: Callable[[Stream], None]
     last_used: int
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from time import monotonic, perf_counter
-from types import TracebackType
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy.typing as npt
 from ..arguments import Arguments, StrPath
 from ..engines.contract import Engine
 from ..errors import EngineError, RequestError, StoppedError
+from ..files import Closing
 from ..kernels.device.contract import Device, DeviceUsage
 from ..kernels.device.host import HostDevice
 from .opening import OpenArguments, RunOptions, open_pipelines
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .graphs import GraphReport
 
 
-class Reranker:
+class Reranker(Closing):
     """Score (query, image) pairs with one engine over one store. Safe to share between threads.
 
     With a second, precise engine (`rescore`) it is a cascade: `rank` returns the precise engine's
@@ -316,17 +316,6 @@ class Reranker:
                 entered.enter_context(self._device.current())
             for engine in self._engines:
                 engine.close()
-
-    def __enter__(self) -> Reranker:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _ranked(
         self,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from ...arguments import Progress
 from ...errors import EdjeError, RequestError
 
 if TYPE_CHECKING:
@@ -308,7 +309,7 @@ def _note_links(num_links: int, followed: bool) -> None:
 @contextmanager
 def _watched(
     description: str,
-) -> Iterator[tuple[Callable[[int, int], None], Callable[[SkippedImage], None]]]:
+) -> Iterator[tuple[Progress, Callable[[SkippedImage], None]]]:
     """Yield `progress` and `on_skip`, shown as a bar with images/s, ETA and skips on stderr."""
     from ...show import progress_bar
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 from threading import RLock
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from ... import __version__
-from ...arguments import Arguments, StrPath, is_whole, path_of, plain
+from ...arguments import Arguments, Progress, StrPath, is_whole, path_of, plain
 from ...arrays import Float16
 from ...errors import StoreError
+from ...files import Closing
 from .batches import NewRecords
 from .catalog import Catalog, CatalogState
-from .compact import CompactReport, Progress, move_records
+from .compact import CompactReport, move_records
 from .folder import StoreStat, create_folder, disk_bytes, stat_of, waiting_bytes
 from .format import DEFAULT_SEGMENT_BYTES, StoreLayout
 from .ids import RecordIndex
 from .incoming import CommitReport, commit_segments
 from .memory import Reader, ResidentRecords
 from .pins import Pin
-from .reader import SegmentReader
+from .read import SegmentReader
 from .reading import ReadableStore, Tokens
 from .writer import StoreWriter
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Access = Literal["cached", "direct", "resident"]
 
 
-class TokenStore(ReadableStore):
+class TokenStore(ReadableStore, Closing):
     """A folder of token records. Made by `create` or `open`; use it as a context manager.
 
     One process writes at a time, any number read; a reader keeps the generation that it opened,
@@ -286,17 +286,6 @@ class TokenStore(ReadableStore):
             if self._reader is not None:
                 self._reader.close()
             self._pin.close()
-
-    def __enter__(self) -> TokenStore:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _load(self) -> None:
         """Read the catalog: a reader once, a writer again after it has moved records."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from edje.engines.builder.build import build_engine
+from edje.engines.builder.options import EngineOptions
 from edje.engines.contract import Batch, BuildOptions, OpenOptions
 from edje.engines.registry import open_engine, require_builder
 from edje.errors import EngineError
@@ -277,7 +278,10 @@ def test_a_real_engine_scores_by_graphs_as_without_while_sizes_take_turns(
         require_builder(backend, "fp16", BuildOptions())
     except EngineError as error:
         pytest.skip(str(error))
-    build_engine(tiny_bundle, tmp_path / "engine", backend=backend, precision="fp16", max_pairs=32)
+    options = EngineOptions(max_pairs=32)
+    build_engine(
+        tiny_bundle, tmp_path / "engine", backend=backend, precision="fp16", options=options
+    )
     (pairs,) = make_pairs(tiny_bundle, [13], num_pairs=100)
     kernels = {"dynamic_shapes_kernel_specialization_strategy": "eager"}
     settings = {} if backend == "tensorrt" else kernels

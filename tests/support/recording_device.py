@@ -28,7 +28,7 @@ import numpy as np
 from edje.errors import EngineError
 from edje.kernels.device.contract import DeviceUsage
 from edje.kernels.manifest import KernelEntry
-from pretended_kernels import copy_of, entry_of
+from pretended_gpu import copy_of, entry_of
 from toy_engine import ToyEngine
 
 HOST = -1
