@@ -35,7 +35,7 @@ demo: $(or $(wildcard $(INSTALLED)),$(INSTALLED_FOR_DEMO)) ## scenes -> export -
 test: $(INSTALLED) ## run the whole test suite (no GPU, no network)
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-check: lint types sizes ## ruff, mypy --strict, the import layers, file and function sizes
+check: lint types sizes ## ruff, mypy --strict, the import layers, the limits of the house
 	$(BIN)/pytest -q tests/test_layers.py tests/test_house.py
 
 lint: $(INSTALLED)
@@ -49,7 +49,7 @@ types: $(INSTALLED)
 	cd .mypy && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p edje
 
 sizes: $(INSTALLED)
-	$(BIN)/python .ci/size_report.py
+	$(BIN)/python .ci/house_report.py
 
 bench: $(INSTALLED) ## measure store, pipeline and engines into .cache/perf (minutes; BENCH_ARGS=--help)
 	$(BIN)/python -m edje.perf.bench_store $(BENCH_ARGS)

@@ -8,12 +8,13 @@ from it, `runtime/` indexes with it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from .arguments import StrPath, path_of
+from .arguments import StrPath, path_of, read_fields
 from .errors import CheckpointError
 
 FORMAT_VERSION = 2  # 2: query, key and value are three products of the joint encoder
@@ -25,6 +26,71 @@ IMAGE_ENCODER = "image_encoder.onnx"
 PARITY = "parity.json"
 
 TEXT_NORMALIZATIONS = ("openclip", "none")
+
+# The names in `joint_encoder.onnx`: `export` writes the graph with them, and by them the engines
+# find what to lower, to quantise and to look for in a compiled model. A node is `/path/Kind`, as
+# `/layers.3/ffn1/MatMul`; its output is `/path/Kind_output`; a linear's weight `path.weight`.
+INPUTS = ("text_ids", "text_length", "query_of_pair", "visual_tokens")
+VISUAL_TOKENS, VISUAL_SCALES = "visual_tokens", "visual_scales"
+OUTPUT = "scores"
+WORD_EMBEDDINGS = "embeddings/word"
+# The parts of a layer. Six are linears: matrix products with weights, to be quantised.
+QUERY, KEY, VALUE, ATTENTION_OUTPUT = "query", "key", "value", "attention_output"
+FFN1, FFN2 = "ffn1", "ffn2"
+LINEARS = (QUERY, KEY, VALUE, ATTENTION_OUTPUT, FFN1, FFN2)
+ATTENTION_SCORES, ATTENTION, CONTEXT = "attention_scores", "attention", "context"
+# Linears that read one value keep or change their precision together: a layer group.
+QKV = "qkv"
+_LAYER = re.compile(r"/layers\.(\d+)/")
+
+
+def node_name(path: str, kind: str) -> str:
+    """Return the name of the node of a `kind` (`MatMul`) at `path` (`layers.3/ffn1`)."""
+    return f"/{path}/{kind}"
+
+
+def value_name(path: str, kind: str) -> str:
+    """Return the name of that node's one output."""
+    return f"{node_name(path, kind)}_output"
+
+
+def path_of_node(name: str) -> str:
+    """Return the path in a node's name: `layers.3/ffn1` of `/layers.3/ffn1/MatMul`."""
+    return name.strip("/").rpartition("/")[0]
+
+
+def weight_name(path: str, what: str = "weight") -> str:
+    """Return the name of a weight of the node at `path`: `layers.3.ffn1.weight`."""
+    return f"{path.replace('/', '.')}.{what}"
+
+
+def layer_path(number: int, part: str = "") -> str:
+    """Return the path of an encoder layer, or of one of its parts: `layers.3/ffn1`."""
+    return f"layers.{number}/{part}" if part else f"layers.{number}"
+
+
+def layer_of(name: str) -> int | None:
+    """Return which encoder layer a node or value belongs to; None for all outside of them."""
+    found = _LAYER.match(name)
+    return int(found[1]) if found else None
+
+
+def linear_of(node: str) -> str:
+    """Return the linear that a node belongs to, as manifests write it: `layers.3.ffn1`."""
+    return path_of_node(node).replace("/", ".")
+
+
+def group_of(linear: str) -> str:
+    """Return a linear's layer group: `layers.3.qkv` for query, key and value, else itself."""
+    layer, _, part = linear.rpartition(".")
+    return f"{layer}.{QKV}" if part in (QUERY, KEY, VALUE) else linear
+
+
+def products_of(group: str) -> tuple[str, ...]:
+    """Return the nodes of a layer group: `/layers.3/ffn1/MatMul` of `layers.3.ffn1`."""
+    layer, _, part = group.rpartition(".")
+    parts = (QUERY, KEY, VALUE) if part == QKV else (part,)
+    return tuple(node_name(f"{layer}/{part}", "MatMul") for part in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +175,8 @@ class BundleManifest:
                 hint="export the checkpoint again with `edje export`",
             )
         faults: list[str] = []
-        sizes = _build(ModelSizes, values.get("sizes"), "sizes", faults)
-        text = _build(TextSpec, values.get("text"), "text", faults)
-        image = values.get("image")
-        spec = _build(ImageSpec, image, "image", faults) if image is not None else None
-        top = {**values, "sizes": sizes, "text": text, "image": spec}
-        manifest = _build(cls, top, "manifest", faults)
-        if faults or manifest is None:
+        manifest = read_fields(cls, values, "", faults)
+        if manifest is None:
             raise CheckpointError(
                 f"{source} is not a bundle manifest of format version {FORMAT_VERSION}",
                 faults=faults,
@@ -162,20 +223,3 @@ def read_parity(folder: Path) -> dict[str, dict[str, Any]]:
             f"cannot read {path}: {error}", hint="export the checkpoint again with `edje export`"
         ) from error
     return values
-
-
-Section = TypeVar("Section")
-
-
-def _build(kind: type[Section], values: Any, where: str, faults: list[str]) -> Section | None:
-    """Make `kind` from a JSON object; note missing and unknown fields in `faults`."""
-    if not isinstance(values, Mapping):
-        faults.append(f"{where}: expected an object, got {type(values).__name__}")
-        return None
-    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    faults += [f"{where}.{name}: missing" for name in sorted(names - values.keys())]
-    faults += [f"{where}.{name}: unknown field" for name in sorted(values.keys() - names)]
-    if not names <= values.keys():
-        return None
-    plain = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items() if n in names}
-    return kind(**plain)

@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..arrays import Array, DeviceArray, Float16, Float32, Int32, even_parts
-from ..bundle import BundleManifest
+from ..bundle import INPUTS as INPUTS
+from ..bundle import OUTPUT as OUTPUT
+from ..bundle import VISUAL_SCALES, BundleManifest
 from ..errors import EngineError
 from ..kernels.device.contract import Stream
 from .manifest import EngineManifest, Profile, option_words
 
 Progress = Callable[[str], None]
-
-INPUTS = ("text_ids", "text_length", "query_of_pair", "visual_tokens")
-OUTPUT = "scores"
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +259,7 @@ def raise_faults(faults: list[str]) -> None:
 
 def memory_faults(batch: Batch, scores: Float32, on_device: bool) -> list[str]:
     """Return one sentence where arrays lie elsewhere than the engine runs."""
-    arrays = {name: getattr(batch, name) for name in (*INPUTS, "visual_scales")}
+    arrays = {name: getattr(batch, name) for name in (*INPUTS, VISUAL_SCALES)}
     wrong = [
         name
         for name, array in {**arrays, OUTPUT: scores}.items()

@@ -29,7 +29,7 @@ from ..kernels.device.measuring import GpuArrays, gpu_arrays
 from ..runtime.pipeline import Pipeline, Request, Scored
 from ..runtime.pool import TokenPool
 from ..runtime.source import HeldTokens
-from ..runtime.streams import Lane
+from ..runtime.streams import Streams
 from ..runtime.text import TokenizedQueries
 from .gpu_steps import Report
 from .harness import interleave
@@ -238,8 +238,8 @@ def measure_point(engine: Engine, pairs: Pairs, size: int) -> list[dict[str, Any
         stack.enter_context(_narrowed(engine, size))
         device = stack.enter_context(closing(CudaCoreDevice()))
         gpu = stack.enter_context(gpu_arrays())
-        lane = Lane(device, borrowed=gpu.stream, exclusive=True)  # contestants take turns
-        pipelines = make_pipelines(engine, pairs, device, lane)
+        streams = Streams(device, borrowed=gpu.stream, exclusive=True)  # contestants take turns
+        pipelines = make_pipelines(engine, pairs, device, streams)
         last: dict[str, Scored] = {}
         contestants = {BARE: bare_scores(engine, pairs, size, num_batches, gpu)}
         for name, pipeline in pipelines.items():
@@ -254,7 +254,9 @@ def measure_point(engine: Engine, pairs: Pairs, size: int) -> list[dict[str, Any
     return made
 
 
-def make_pipelines(engine: Engine, pairs: Pairs, device: Device, lane: Lane) -> dict[str, Pipeline]:
+def make_pipelines(
+    engine: Engine, pairs: Pairs, device: Device, streams: Streams
+) -> dict[str, Pipeline]:
     """Return pipelines over the same tokens: in host memory, and all of them resident."""
     every, sizes = np.arange(len(pairs.tokens)), engine.manifest.bundle.sizes
     source = HeldTokens(every, pairs.tokens)
@@ -266,9 +268,9 @@ def make_pipelines(engine: Engine, pairs: Pairs, device: Device, lane: Lane) -> 
         dtype="float16",
         checks_finite=False,
     )
-    resident = Pipeline(engine, source, device, lane=lane, pool=pool)
+    resident = Pipeline(engine, source, device, streams=streams, pool=pool)
     resident.load(every)
-    return {PIPELINE: Pipeline(engine, source, device, lane=lane), RESIDENT: resident}
+    return {PIPELINE: Pipeline(engine, source, device, streams=streams), RESIDENT: resident}
 
 
 def through_pipeline(

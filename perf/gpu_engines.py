@@ -17,6 +17,7 @@ import numpy as np
 from ..arrays import DeviceArray, Float32
 from ..bundle import JOINT_ENCODER, BundleManifest
 from ..engines.builder.cache import cached_engine
+from ..engines.builder.options import EngineOptions
 from ..engines.contract import INPUTS, OUTPUT, Batch, Engine
 from ..engines.manifest import EngineManifest, Profile
 from ..engines.precision.prepare import DEFAULT_LIMITS, Recipe, prepare_graph
@@ -185,9 +186,8 @@ def built_engine(
         CACHE / f"engines-{source_hash('engines')}",
         backend=backend,
         precision=precision,
-        max_pairs=profile.max_pairs,
-        text_buckets=profile.text_buckets,
         calibration=RandomSamples(BundleManifest.read(bundle)),
+        options=EngineOptions(max_pairs=profile.max_pairs, text_buckets=profile.text_buckets),
         progress=tell,
     )
     return open_engine(folder)

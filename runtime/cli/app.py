@@ -12,7 +12,7 @@ import typer
 
 from ... import __version__
 from ...errors import EdjeError
-from ...show import be_quiet
+from ...notes import be_quiet
 from .build import build
 from .index import IndexCommand, index
 from .rerank import rerank
@@ -189,7 +189,8 @@ def verify(
     """
     from ...engines.fidelity import FidelityLimits
     from ...engines.verify import verify_engine
-    from ...show import print_json, progress_steps, warn
+    from ...notes import warn
+    from ...show import print_json, progress_steps
     from ..queries import open_samples
     from .tables import print_fidelity
 

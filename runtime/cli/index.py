@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from ...arguments import Progress
 from ...errors import EdjeError, RequestError
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def _exit_unless_enough(report: IndexReport, store: Path, allowed: int | None) -
     Only now, when all that can be indexed is: a job that stopped at the first skips too many would
     stop there every night, and the good images behind them would never come in.
     """
-    from ...show import note
+    from ...notes import note
     from ..indexing.skipped import SKIPPED
 
     skipped, where = report.num_skipped, f"{store / SKIPPED} says why"
@@ -286,7 +287,7 @@ def _index_features(
 
 
 def _note_skipped(report: IndexReport, store: Path) -> None:
-    from ...show import note
+    from ...notes import note
     from ..indexing.skipped import SKIPPED
 
     for skipped in report.skipped[:MAX_NOTES]:
@@ -297,7 +298,7 @@ def _note_skipped(report: IndexReport, store: Path) -> None:
 
 
 def _note_links(num_links: int, followed: bool) -> None:
-    from ...show import note
+    from ...notes import note
 
     if num_links and followed:
         note(f"{num_links:,} links to folders lead back to one above and were not followed")
@@ -308,7 +309,7 @@ def _note_links(num_links: int, followed: bool) -> None:
 @contextmanager
 def _watched(
     description: str,
-) -> Iterator[tuple[Callable[[int, int], None], Callable[[SkippedImage], None]]]:
+) -> Iterator[tuple[Progress, Callable[[SkippedImage], None]]]:
     """Yield `progress` and `on_skip`, shown as a bar with images/s, ETA and skips on stderr."""
     from ...show import progress_bar
 

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from ...errors import RequestError
-from ...show import be_quiet
+from ...notes import speak
 
 EXIT_NO_READER = 141  # as the shell says of a program that SIGPIPE ended
 
@@ -38,7 +38,7 @@ class Verbs(TyperGroup):
 
 def start_output() -> None:
     """Let both streams take any text: what their encoding lacks becomes an escape (`\\xe9`)."""
-    be_quiet(False)
+    speak()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the caller: `>&-`

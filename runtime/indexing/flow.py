@@ -22,7 +22,6 @@ from .skipped import SkippedLog
 from .sources import ImageFile, SkippedImage, Source
 
 Encode = Callable[[npt.NDArray[Any]], Float16]
-Progress = Callable[[int, int], None]
 OnSkip = Callable[[SkippedImage], None]
 
 DEFAULT_BATCH_SIZE = 32  # images a forward

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...arguments import Arguments
+from ...arguments import Arguments, Progress
 from ...bundle import BundleManifest
 from ...engines.image import FeatureEncoder, ImageEncoder
 from ...errors import RequestError, StoreError, named
@@ -23,7 +23,6 @@ from .flow import (
     DEFAULT_BATCH_SIZE,
     Flow,
     OnSkip,
-    Progress,
     Run,
     Selection,
     Tally,

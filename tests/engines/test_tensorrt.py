@@ -384,7 +384,7 @@ def test_without_the_library_one_sentence_names_the_extra(tiny_bundle, tmp_path,
     assert shown == [
         "edje: the backend tensorrt cannot be loaded: TensorRT is not installed "
         "(no module named tensorrt)",
-        "Hint: pip install 'edje-runtime[gpu]'",
+        "Hint: pip install 'edje-runtime[tensorrt]'",
     ]
     assert not out.exists()
 

@@ -14,6 +14,7 @@ import pytest
 from edje.arrays import DeviceArray
 from edje.bundle import JOINT_ENCODER, BundleManifest
 from edje.engines.builder.build import build_engine
+from edje.engines.builder.options import EngineOptions
 from edje.engines.contract import Batch, BuildJob, BuildOptions, OpenOptions
 from edje.engines.fidelity import Fidelity, measure_fidelity
 from edje.engines.manifest import PRECISIONS, QUANTIZED, EngineManifest, Profile
@@ -159,10 +160,12 @@ def test_the_tiny_model_becomes_an_engine_folder(tiny_bundle, tmp_path, precisio
         tmp_path / "engine",
         backend="tensorrt-rtx",
         precision=precision,
-        max_pairs=32,
-        text_buckets=(16, 64),
         calibration=RandomSamples(BundleManifest.read(tiny_bundle)),
-        options=BuildOptions(report=True, compute_capabilities=("12.0", "8.9")),
+        options=EngineOptions(
+            max_pairs=32,
+            text_buckets=(16, 64),
+            backend_options=BuildOptions(report=True, compute_capabilities=("12.0", "8.9")),
+        ),
         progress=lines.append,
     )
     assert set(manifest.files) == {PLAN, REPORT, "tokenizer.json"}
@@ -235,7 +238,11 @@ def test_without_a_driver_nothing_opens(tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(facts, "DRIVER", "libno-such-driver.so.1")
     folder = tmp_path / "engine"
     manifest = build_engine(
-        tiny_bundle, folder, backend="tensorrt-rtx", precision="fp32", text_buckets=(16,)
+        tiny_bundle,
+        folder,
+        backend="tensorrt-rtx",
+        precision="fp32",
+        options=EngineOptions(text_buckets=(16,)),
     )
     assert Fidelity.from_json(manifest.fidelity) is None
     with pytest.raises(EngineError, match=r"cannot run here: .* no NVIDIA driver here"):
@@ -423,8 +430,8 @@ def test_a_gpu_ranks_as_float32_does(tiny_bundle, tmp_path, backend, precision):
         folder,
         backend=backend,
         precision=precision,
-        text_buckets=(16, 64),
         calibration=samples,
+        options=EngineOptions(text_buckets=(16, 64)),
     )
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     engine = open_engine(copy)

@@ -8,6 +8,7 @@ import pytest
 
 from edje.bundle import BundleManifest
 from edje.engines.builder.build import build_engine
+from edje.engines.builder.options import EngineOptions
 from edje.engines.registry import open_engine
 from edje.kernels.device.host import HostDevice
 from edje.perf import gpu_contest as contest
@@ -51,8 +52,7 @@ def test_the_pipeline_runs_over_host_tokens_and_gives_the_float32_scores(
         tmp_path / "engine",
         backend="onnxruntime",
         precision="fp32",
-        max_pairs=8,
-        text_buckets=(5, 15),
+        options=EngineOptions(max_pairs=8, text_buckets=(5, 15)),
     )
     rows, last = np.arange(40) % 24, {}
     with closing(open_engine(tmp_path / "engine")) as engine, closing(HostDevice()) as device:
