@@ -60,7 +60,7 @@ bench: $(INSTALLED) ## measure store, pipeline and engines into .cache/perf (min
 # Without .venv nothing is installed: the package is found through the link that `types` uses.
 gpu: $(if $(VENV),$(INSTALLED)) ## measure all that needs an NVIDIA GPU (9 minutes; GPU_ARGS=--help)
 	@mkdir -p .mypy && ln -sfn .. .mypy/edje
-	$(if $(VENV),$(BIN)/python,PYTHONPATH='$(CURDIR)/.mypy' $(PYTHON)) -m edje.perf.gpu_ladder $(GPU_ARGS)
+	$(if $(VENV),$(BIN)/python,PYTHONPATH='$(CURDIR)/.mypy' $(PYTHON)) -m edje.perf.gpu_run $(GPU_ARGS)
 
 kernels: $(INSTALLED) ## compile the GPU kernels for every architecture (no GPU, under a minute)
 	$(BIN)/python -m edje.kernels.build
