@@ -22,7 +22,7 @@ DEMO_EXTRAS := cpu,build,export,index
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types sizes bench gpu kernels train clean
+.PHONY: help setup demo test check lint types sizes docs bench gpu kernels train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ types: $(INSTALLED)
 
 sizes: $(INSTALLED)
 	$(BIN)/python .ci/house_report.py
+
+docs: $(INSTALLED) ## write the API page of the public names into build/docs
+	$(BIN)/python .ci/api_docs.py build/docs
 
 bench: $(INSTALLED) ## measure store, pipeline and engines into .cache/perf (minutes; BENCH_ARGS=--help)
 	$(BIN)/python -m edje.perf.bench_store $(BENCH_ARGS)
