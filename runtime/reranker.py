@@ -147,16 +147,9 @@ class Reranker(Closing):
             RequestError: an argument of another kind, or that cannot be meant so (all of them).
         """
         arguments = OpenArguments(
-            engine,
-            store,
-            rescore,
-            rescore_margin,
-            num_threads,
-            backend_settings,
-            device,
-            residency,
-            graphs,
-        )
+            engine, store, rescore, rescore_margin, num_threads, backend_settings, device,
+            residency, graphs,
+        )  # fmt: skip
         options, wanted = arguments.check()
         with ExitStack() as undo:
             parts = arguments.open_parts(options, undo)
