@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from mmap import mmap
@@ -296,20 +296,21 @@ def address(array: UInt8) -> int:
 
 def _views(buffer: memoryview, positions: Int64, size: int) -> list[memoryview]:
     """Return the rows of `size` bytes at `positions`."""
-    return [buffer[at : at + size] for at in (positions * size).tolist()]
+    return [buffer[at * size : (at + 1) * size] for at in positions.tolist()]
 
 
 def _read_runs(
     files: list[int], views: list[memoryview], offsets: Int64, starts: Int64 | None
 ) -> bool:
     """Fill all `views`, one read from each of `starts` to the next; whether all came whole."""
-    size, buffers = len(views[0]), list[Sequence[memoryview]](zip(views, strict=True))
+    size = len(views[0])
+    buffers: Iterable[Sequence[memoryview]] = zip(views)
     places, wanted = offsets.tolist(), [size] * len(views)
     if starts is not None and len(starts) < len(views):
         places, edges = offsets[starts].tolist(), [*starts.tolist(), len(views)]
         files = list(map(files.__getitem__, edges[:-1]))
-        buffers = list(map(views.__getitem__, map(slice, edges, edges[1:])))
-        wanted = list(map(size.__mul__, map(len, buffers)))
+        runs = list(map(views.__getitem__, map(slice, edges, edges[1:])))
+        buffers, wanted = runs, list(map(size.__mul__, map(len, runs)))
     try:
         return list(map(os.preadv, files, buffers, places)) == wanted
     except OSError:
