@@ -108,8 +108,8 @@ class ReadableStore:
             return []
         plan = self._index.plan(rows)
         # Views of numbers, since memoryview cannot cast every dtype to bytes.
-        scale_bytes = None if scales is None else scales.reshape(-1).view(np.uint8).data
-        buffer = out.reshape(-1).view(np.uint8).data
+        buffer = out.view(np.uint8).data.cast("B")
+        scale_bytes = None if scales is None else scales.view(np.uint8).data.cast("B")
         reasons = reader.gather(plan, buffer, scale_bytes, verify=verify)
         if not reasons:
             return []
