@@ -20,8 +20,8 @@ CACHED = 'open the store with access="cached"'
 class _Descriptor(int):
     """An open file's descriptor, closed when nobody holds it any more."""
 
-    def __del__(self) -> None:
-        os.close(self)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self)  # at the interpreter's end `os` may be gone
 
 
 class SegmentFiles:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from mmap import mmap
@@ -140,9 +140,13 @@ class SegmentReader:
             scales = memoryview(bytearray(room))
 
         def read(part: slice) -> None:
-            self._read(plan, part, tokens, scales, verify, bad)
+            some = (plan.positions[part], plan.locations[part], plan.seeds[part])
+            chunk = ReadPlan(*some, plan.checksums[part])
+            self._read(chunk, part.start, tokens, scales, verify, bad)
 
-        if num_records * self._stride < 2 * self._threads.bytes_a_thread:
+        if 0 < num_records <= self._chunk and not self._direct:
+            self._read(plan, 0, tokens, scales, verify, bad)
+        elif num_records * self._stride < 2 * self._threads.bytes_a_thread:
             for start in range(0, num_records, self._chunk):
                 read(slice(start, start + self._chunk))
         else:
@@ -152,28 +156,28 @@ class SegmentReader:
     def _read(
         self,
         plan: ReadPlan,
-        part: slice,
+        start: int,
         tokens: memoryview,
         scales: memoryview | None,
         verify: bool,
         bad: dict[int, str],
     ) -> None:
         """Read and verify one chunk; note what is bad, and leave zeros in its place."""
-        positions = plan.positions[part]
+        positions = plan.positions
         views = [_views(tokens, positions, self._record_bytes)]
         if scales is not None:
             views.append(_views(scales, positions, self._scale_bytes))
-        reasons = self._fill(plan.locations[part], views)
+        reasons = self._fill(plan.locations, views)
         if verify:
-            seeds: list[int] = plan.seeds[part].tolist()
+            seeds: list[int] = plan.seeds.tolist()
             for each in reversed(views):  # the hash of its scales is the seed of an int8 record
                 seeds = list(map(xxhash.xxh3_64_intdigest, each, seeds))
-            wanted = plan.checksums[part].tolist()
+            wanted = plan.checksums.tolist()
             if seeds != wanted:
                 misfits = [at for at in range(len(seeds)) if seeds[at] != wanted[at]]
                 reasons = dict.fromkeys(misfits, MISFIT) | reasons
         for at, reason in reasons.items():
-            bad[part.start + at] = reason
+            bad[start + at] = reason
             for each in views:
                 each[at][:] = bytes(len(each[at]))
 
@@ -230,7 +234,8 @@ class SegmentReader:
 
     def _run_starts(self, locations: Int64) -> Int64:
         """Return where records begin that do not lie behind the one before in the file."""
-        begins = np.ones(len(locations), np.bool_)
+        begins = np.empty(len(locations), np.bool_)
+        begins[0] = True
         np.not_equal(locations[1:] - locations[:-1], 1, out=begins[1:])
         if self._group:  # its scales lie between two groups
             begins |= (locations & MASK) % self._group == 0
@@ -296,20 +301,21 @@ def address(array: UInt8) -> int:
 
 def _views(buffer: memoryview, positions: Int64, size: int) -> list[memoryview]:
     """Return the rows of `size` bytes at `positions`."""
-    return [buffer[at : at + size] for at in (positions * size).tolist()]
+    return [buffer[at * size : (at + 1) * size] for at in positions.tolist()]
 
 
 def _read_runs(
     files: list[int], views: list[memoryview], offsets: Int64, starts: Int64 | None
 ) -> bool:
     """Fill all `views`, one read from each of `starts` to the next; whether all came whole."""
-    size, buffers = len(views[0]), list[Sequence[memoryview]](zip(views, strict=True))
+    size = len(views[0])
+    buffers: Iterable[Sequence[memoryview]] = zip(views)
     places, wanted = offsets.tolist(), [size] * len(views)
     if starts is not None and len(starts) < len(views):
         places, edges = offsets[starts].tolist(), [*starts.tolist(), len(views)]
         files = list(map(files.__getitem__, edges[:-1]))
-        buffers = list(map(views.__getitem__, map(slice, edges, edges[1:])))
-        wanted = list(map(size.__mul__, map(len, buffers)))
+        runs = list(map(views.__getitem__, map(slice, edges, edges[1:])))
+        buffers, wanted = runs, list(map(size.__mul__, map(len, runs)))
     try:
         return list(map(os.preadv, files, buffers, places)) == wanted
     except OSError:

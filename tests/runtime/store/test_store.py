@@ -490,6 +490,19 @@ def test_a_store_too_large_for_the_memory_reads_as_before(
         assert np.array_equal(read_all(store, list("abc")), tokens)
 
 
+def test_the_ids_of_a_few_rows_come_without_all_others(tmp_path: Path) -> None:
+    with TokenStore.create(tmp_path / "s", segment_bytes=4096 * 4, **SIZES) as store:
+        store.append(list("abcdefg"), random_tokens(7))
+        store.delete(["c"])
+        store.append(["ü"], random_tokens(1))
+        rows = store.live_rows()
+        assert store.ids_of(rows) == store.ids()
+        assert store.ids_of(rows[[6, 0, 0, 3]].tolist()) == ["ü", "a", "a", "e"]
+        assert store.ids_of([]) == []
+        with pytest.raises(RequestError, match="1 rows are not of this store"):
+            store.ids_of([1 << 40])
+
+
 def test_a_read_of_one_batch_takes_few_calls_and_files(tmp_path: Path) -> None:
     """Each file is one more to know for who reads the code; each call costs time."""
     sizes = {**SIZES, "hidden": 384}
