@@ -37,7 +37,7 @@ class SkippedLog(Closing):
         self._file.flush()
         self.count += 1
 
-    def settle(self, is_stale: Callable[[SkippedImage], bool]) -> None:
+    def finish(self, is_stale: Callable[[SkippedImage], bool]) -> None:
         """Rewrite the file: the lines of this run, and the older ones that are not stale.
 
         A kill in between leaves the file as it was. Without a line there is no file.
