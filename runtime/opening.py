@@ -100,7 +100,7 @@ class Parts(NamedTuple):
     rescore: Engine | None
     tokenizer: QueryTokenizer
     store: TokenStore
-    device: Device
+    runs: RunOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +114,17 @@ class OpenArguments:
     num_threads: int | None
     backend_settings: Mapping[str, str] | None
     device: str | Device | None
+    stream: object | None
     residency: Place | ResidencyOptions | None
     graphs: bool
 
-    def check(self) -> tuple[OpenOptions, ResidencyOptions]:
-        """Check all of it before anything is opened; return how to open engines and read tokens.
+    def check(self) -> None:
+        """Check all of it, before anything is opened.
 
         Raises:
             RequestError: what cannot be meant, all of it.
         """
-        given, num_threads = Arguments("Reranker.open"), self.num_threads
+        given = Arguments("Reranker.open")
         given.path("engine", self.engine, "the folder of an engine")
         if not isinstance(self.store, TokenStore):
             given.path("store", self.store, "the folder of a token store, or an open TokenStore")
@@ -131,21 +132,17 @@ class OpenArguments:
             given.path("rescore", self.rescore, "the folder of an engine, or None")
         if self.rescore_margin is not None:
             given.number("rescore_margin", self.rescore_margin, f"{MARGIN}; or None")
-        if num_threads is not None:
-            num_threads = given.whole("num_threads", num_threads, "1 or more, or None")
-        settings = given.settings("backend_settings", self.backend_settings or {})
+        if self.num_threads is not None:
+            given.whole("num_threads", self.num_threads, "1 or more, or None")
+        given.settings("backend_settings", self.backend_settings or {})
         if not _names_a_device(self.device):
             given.refuse("device", self.device, f"a name ({NAMES}), an open device, or None")
         given.flag("graphs", self.graphs)
-        residency = self.residency
-        if not isinstance(residency, ResidencyOptions):
-            residency = ResidencyOptions(residency)
-        given.faults += residency.faults()
+        given.faults += self._residency().faults()
         given.check()
-        return OpenOptions(num_threads, settings), residency
 
-    def open_parts(self, options: OpenOptions, undo: ExitStack) -> Parts:
-        """Open everything that was given by name; what came open stays the caller's.
+    def open_parts(self, undo: ExitStack) -> Parts:
+        """Open everything that was given by name, once checked; the rest stays the caller's.
 
         Args:
             undo: gets what closes it again.
@@ -153,7 +150,9 @@ class OpenArguments:
         Raises:
             EngineError, StoreError: as `Reranker.open`.
         """
-        store, engine = self.store, Path(self.engine)
+        store, engine, num_threads = self.store, Path(self.engine), self.num_threads
+        num_threads = None if num_threads is None else int(num_threads)
+        options = OpenOptions(num_threads, dict(self.backend_settings or {}))
         if not isinstance(store, TokenStore):
             store = undo.enter_context(TokenStore.open(store))
         device = _open_device(self.device, engine, undo)
@@ -162,7 +161,12 @@ class OpenArguments:
         if self.rescore is not None:
             precise = _open_engine(Path(self.rescore), options, device, undo)
         tokenizer = QueryTokenizer.open(engine, model.manifest.bundle.text)
-        return Parts(model, precise, tokenizer, store, device)
+        runs = RunOptions(device, self.stream, self._residency(), self.graphs)
+        return Parts(model, precise, tokenizer, store, runs)
+
+    def _residency(self) -> ResidencyOptions:
+        wanted = self.residency
+        return wanted if isinstance(wanted, ResidencyOptions) else ResidencyOptions(wanted)
 
 
 def _names_a_device(device: object) -> bool:

@@ -146,20 +146,34 @@ class Reranker(Closing):
             StoreError: no store there, or one made by another encoder.
             RequestError: an argument of another kind, or that cannot be meant so (all of them).
         """
-        arguments = OpenArguments(
-            engine, store, rescore, rescore_margin, num_threads, backend_settings, device,
-            residency, graphs,
-        )  # fmt: skip
-        options, wanted = arguments.check()
+        return cls._open(
+            OpenArguments(
+                engine,
+                store,
+                rescore,
+                rescore_margin,
+                num_threads,
+                backend_settings,
+                device,
+                stream,
+                residency,
+                graphs,
+            )
+        )
+
+    @classmethod
+    def _open(cls, arguments: OpenArguments) -> Reranker:
+        """Open all parts; the reranker closes those that were not the caller's."""
+        arguments.check()
         with ExitStack() as undo:
-            parts = arguments.open_parts(options, undo)
+            parts = arguments.open_parts(undo)
             reranker = cls(
                 parts.engine,
                 parts.tokenizer,
                 parts.store,
                 rescore=parts.rescore,
-                rescore_margin=rescore_margin,
-                runs=RunOptions(parts.device, stream, wanted, graphs),
+                rescore_margin=arguments.rescore_margin,
+                runs=parts.runs,
             )
             reranker._owned.push(undo.pop_all())
         return reranker
@@ -209,7 +223,7 @@ class Reranker(Closing):
             tokenized = perf_counter()
             ids = self._store.ids() if ids is None else ids
             asked = Candidates.find(self._store, ids, missing)
-            times = partial(_times, began, tokenized, perf_counter())
+            times = partial(StageTimes.of, began, tokenized, perf_counter())
             alone = np.zeros(len(asked.rows), np.int64)
             request = Request(queries, alone, asked.rows, deadline, cancelled)
             return self._ranked(request, asked, top_k, times)
@@ -363,15 +377,3 @@ def _deadline_of(
         return None
     expected = "0 or more seconds, or None"
     return monotonic() + given.number("timeout_s", timeout_s, expected, finite=False)
-
-
-def _times(began: float, tokenized: float, resolved: float, scored: Scored) -> StageTimes:
-    return StageTimes(
-        tokenize=(tokenized - began) * 1e3,
-        resolve=(resolved - tokenized) * 1e3,
-        gather=scored.gather_ms,
-        upload=scored.upload_ms,
-        compute=scored.compute_ms,
-        download=scored.download_ms,
-        total=(perf_counter() - began) * 1e3,
-    )
