@@ -35,7 +35,7 @@ demo: $(or $(wildcard $(INSTALLED)),$(INSTALLED_FOR_DEMO)) ## scenes -> export -
 test: $(INSTALLED) ## run the whole test suite (no GPU, no network)
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-check: lint types sizes ## ruff, mypy --strict, the import layers, file and function sizes
+check: lint types sizes ## ruff, mypy --strict, the import layers, the limits of the house
 	$(BIN)/pytest -q tests/test_layers.py tests/test_house.py
 
 lint: $(INSTALLED)
@@ -49,7 +49,7 @@ types: $(INSTALLED)
 	cd .mypy && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p edje
 
 sizes: $(INSTALLED)
-	$(BIN)/python .ci/size_report.py
+	$(BIN)/python .ci/house_report.py
 
 docs: $(INSTALLED) ## write the API page of the public names into build/docs
 	$(BIN)/python .ci/api_docs.py build/docs
@@ -63,7 +63,7 @@ bench: $(INSTALLED) ## measure store, pipeline and engines into .cache/perf (min
 # Without .venv nothing is installed: the package is found through the link that `types` uses.
 gpu: $(if $(VENV),$(INSTALLED)) ## measure all that needs an NVIDIA GPU (9 minutes; GPU_ARGS=--help)
 	@mkdir -p .mypy && ln -sfn .. .mypy/edje
-	$(if $(VENV),$(BIN)/python,PYTHONPATH='$(CURDIR)/.mypy' $(PYTHON)) -m edje.perf.gpu_ladder $(GPU_ARGS)
+	$(if $(VENV),$(BIN)/python,PYTHONPATH='$(CURDIR)/.mypy' $(PYTHON)) -m edje.perf.gpu_run $(GPU_ARGS)
 
 kernels: $(INSTALLED) ## compile the GPU kernels for every architecture (no GPU, under a minute)
 	$(BIN)/python -m edje.kernels.build

@@ -1,19 +1,26 @@
-"""What callers hand in: taken once, of the right kind, and all that is wrong told at once."""
+"""What callers and files hand in: of the right kind, and all that is wrong told at once."""
 
 from __future__ import annotations
 
 import math
 import operator
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import is_dataclass
+from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeGuard
+from types import NoneType, UnionType
+from typing import Any, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from .errors import RequestError
 
 StrPath = str | os.PathLike[str]
+Progress = Callable[[int, int], None]  # called with (done, total)
+Record = TypeVar("Record")
 
+_MARKS = re.compile("^\ufeff+", re.MULTILINE)  # byte order marks at the beginning of a line
 _LONE = (str, bytes, bytearray, os.PathLike)
 
 
@@ -171,3 +178,102 @@ def shown(value: object) -> str:
         text = repr(value)
         return text if len(text) <= 80 else f"{text[:77]}..."
     return f"an object of type {type(value).__name__}"
+
+
+def read_text(path: StrPath, name: str | None = None) -> str:
+    """Return the UTF-8 text of a file as `decode_text` does; `name`: what messages call it.
+
+    Raises:
+        RequestError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise RequestError(f"cannot read {name or path}: {error.strerror or error}") from error
+    return decode_text(content, name or str(path))
+
+
+def decode_text(content: bytes, name: str) -> str:
+    """Return UTF-8 bytes as text whose lines begin with no byte order mark; `\\r` stays.
+
+    Windows tools write the mark, and `cat` carries it into the middle of a file.
+
+    Args:
+        name: names the bytes in messages.
+
+    Raises:
+        RequestError: not UTF-8, or NUL characters (UTF-16 without a mark); the line is named.
+    """
+    if b"\0" in content:
+        raise RequestError(
+            f"{name} is not UTF-8 text: line {_line_of(content, content.index(0))} holds NUL",
+            hint="if it is UTF-16, iconv -f UTF-16LE -t UTF-8 makes it UTF-8",
+        )
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = _line_of(content, error.start)
+        raise RequestError(
+            f"{name} is not UTF-8 text: line {line} holds the byte 0x{content[error.start]:02x}",
+            hint="save it as UTF-8; iconv -f UTF-16 -t UTF-8 (or -f LATIN1) does so",
+        ) from error
+    return _MARKS.sub("", text)
+
+
+def _line_of(content: bytes, at: int) -> int:
+    return content.count(b"\n", 0, at) + 1
+
+
+def read_fields(kind: type[Record], values: object, where: str, faults: list[str]) -> Record | None:
+    """Make a dataclass of a JSON object: nested dataclasses, tuples and mappings of them too.
+
+    Args:
+        kind: its fields' types say what is expected; every field must be there.
+        values: what `json.loads` gave.
+        where: begins the names in faults, as `profile`; may be empty.
+        faults: gets one sentence for every field that is missing, unknown or of another type.
+
+    Returns:
+        The dataclass, None where something was noted.
+    """
+    if not isinstance(values, Mapping):
+        faults.append(f"{where}: expected an object, got {type(values).__name__}")
+        return None
+    before, prefix = len(faults), f"{where}." if where else ""
+    hints = _type_hints(cast(Hashable, kind))
+    faults += [f"{prefix}{name}: missing" for name in sorted(hints.keys() - values.keys())]
+    faults += [f"{prefix}{name}: unknown field" for name in sorted(values.keys() - hints.keys())]
+    given = sorted(hints.keys() & values.keys())
+    made = {name: _read(hints[name], values[name], prefix + name, faults) for name in given}
+    return kind(**made) if len(faults) == before else None
+
+
+_type_hints = cache(get_type_hints)
+
+
+def _read(hint: Any, value: Any, where: str, faults: list[str]) -> Any:
+    """Return a JSON value as the type that `hint` names."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in inner:
+            return None
+        hint, *others = (one for one in inner if one is not NoneType)
+        return value if type(value) in others else _read(hint, value, where, faults)
+    if isinstance(hint, type) and is_dataclass(hint):
+        return read_fields(hint, value, where, faults)
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
+        if len(kinds) != len(value):
+            faults.append(f"{where}: got {len(value)} values, expected {len(kinds)}")
+        items = enumerate(zip(kinds, value, strict=False))
+        return tuple(_read(kind, item, f"{where}[{n}]", faults) for n, (kind, item) in items)
+    if origin is Mapping and isinstance(value, Mapping):
+        return {key: _read(inner[1], one, f"{where}.{key}", faults) for key, one in value.items()}
+    if hint is Any or type(value) is hint or (hint is float and type(value) is int):
+        return value
+    faults.append(f"{where}: got {shown(value)}, expected {_name_of(origin or hint)}")
+    return None
+
+
+def _name_of(kind: Any) -> str:
+    return {tuple: "a list", Mapping: "an object"}.get(kind) or str(kind.__name__)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from .arguments import StrPath, path_of
+from .arguments import StrPath, path_of, read_fields
 from .errors import CheckpointError
 
 FORMAT_VERSION = 2  # 2: query, key and value are three products of the joint encoder
@@ -175,13 +175,8 @@ class BundleManifest:
                 hint="export the checkpoint again with `edje export`",
             )
         faults: list[str] = []
-        sizes = _build(ModelSizes, values.get("sizes"), "sizes", faults)
-        text = _build(TextSpec, values.get("text"), "text", faults)
-        image = values.get("image")
-        spec = _build(ImageSpec, image, "image", faults) if image is not None else None
-        top = {**values, "sizes": sizes, "text": text, "image": spec}
-        manifest = _build(cls, top, "manifest", faults)
-        if faults or manifest is None:
+        manifest = read_fields(cls, values, "", faults)
+        if manifest is None:
             raise CheckpointError(
                 f"{source} is not a bundle manifest of format version {FORMAT_VERSION}",
                 faults=faults,
@@ -228,20 +223,3 @@ def read_parity(folder: Path) -> dict[str, dict[str, Any]]:
             f"cannot read {path}: {error}", hint="export the checkpoint again with `edje export`"
         ) from error
     return values
-
-
-Section = TypeVar("Section")
-
-
-def _build(kind: type[Section], values: Any, where: str, faults: list[str]) -> Section | None:
-    """Make `kind` from a JSON object; note missing and unknown fields in `faults`."""
-    if not isinstance(values, Mapping):
-        faults.append(f"{where}: expected an object, got {type(values).__name__}")
-        return None
-    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    faults += [f"{where}.{name}: missing" for name in sorted(names - values.keys())]
-    faults += [f"{where}.{name}: unknown field" for name in sorted(values.keys() - names)]
-    if not names <= values.keys():
-        return None
-    plain = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items() if n in names}
-    return kind(**plain)

@@ -1,4 +1,4 @@
-"""Files and folders of this process and of users: text, hashes, whole-or-not publishing, locks."""
+"""Files and folders: hashes, what is written whole or not at all, locks."""
 
 from __future__ import annotations
 
@@ -13,55 +13,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
-from .errors import EdjeError, RequestError
+from .errors import EdjeError
 
 _CHUNK_BYTES = 1 << 20
-_MARKS = re.compile("^\ufeff+", re.MULTILINE)  # byte order marks at the beginning of a line
-
-
-def read_text(path: str | os.PathLike[str], name: str | None = None) -> str:
-    """Return the UTF-8 text of a file as `decode_text` does; `name`: what messages call it.
-
-    Raises:
-        RequestError: the file cannot be read, or is not UTF-8.
-    """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise RequestError(f"cannot read {name or path}: {error.strerror or error}") from error
-    return decode_text(content, name or str(path))
-
-
-def decode_text(content: bytes, name: str) -> str:
-    """Return UTF-8 bytes as text whose lines begin with no byte order mark; `\\r` stays.
-
-    Windows tools write the mark, and `cat` carries it into the middle of a file.
-
-    Args:
-        name: names the bytes in messages.
-
-    Raises:
-        RequestError: not UTF-8, or NUL characters (UTF-16 without a mark); the line is named.
-    """
-    if b"\0" in content:
-        raise RequestError(
-            f"{name} is not UTF-8 text: line {_line_of(content, content.index(0))} holds NUL",
-            hint="if it is UTF-16, iconv -f UTF-16LE -t UTF-8 makes it UTF-8",
-        )
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = _line_of(content, error.start)
-        raise RequestError(
-            f"{name} is not UTF-8 text: line {line} holds the byte 0x{content[error.start]:02x}",
-            hint="save it as UTF-8; iconv -f UTF-16 -t UTF-8 (or -f LATIN1) does so",
-        ) from error
-    return _MARKS.sub("", text)
-
-
-def _line_of(content: bytes, at: int) -> int:
-    return content.count(b"\n", 0, at) + 1
 
 
 def sha256_of(path: Path) -> str:
@@ -76,6 +32,48 @@ def sha256_of(path: Path) -> str:
         while size := file.readinto(buffer):
             digest.update(buffer[:size])
     return digest.hexdigest()
+
+
+Opened = TypeVar("Opened", bound="Closing")
+
+
+class Closing:
+    """Makes a context manager of whatever has `close`."""
+
+    __slots__ = ()
+
+    def close(self) -> object:
+        """Give back what is held."""
+        raise NotImplementedError
+
+    def __enter__(self: Opened) -> Opened:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+@contextmanager
+def rewrite_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a new file that takes the place of `path`, with its mode, when the block ends well.
+
+    It is durable then. Whoever reads `path` finds all of the old file or all of the new one.
+
+    Raises:
+        OSError: it cannot be written; `path` stays as it was.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    draft = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.chmod(stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~_umask())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 PARTIAL = ".edje-partial-"  # begins the names of what is not published yet, inside a target
@@ -216,22 +214,22 @@ def _swap(staging: Path, target: Path, overwrite: bool) -> None:
 
     An empty `target` gives way in the same step, and its rights live on.
     """
-    if target.exists() and not is_free(target):
-        if not overwrite:
-            raise _filled_meanwhile(target)
+    if _is_filled(target) and overwrite:
         _replace(staging, target)
     else:
         if target.exists():
             _take_rights(staging, target)
         try:
             os.rename(staging, target)
-        except FileExistsError as error:
-            raise _filled_meanwhile(target) from error
         except OSError as error:
-            if target.exists() and not is_free(target):
+            if _is_filled(target):
                 raise _filled_meanwhile(target) from error
             raise
     sync_folder(target.parent)
+
+
+def _is_filled(target: Path) -> bool:
+    return target.exists() and not is_free(target)
 
 
 def _filled_meanwhile(target: Path) -> EdjeError:
@@ -286,20 +284,18 @@ def _fill(staging: Path, target: Path, manifest: str) -> None:
 def sync_tree(folder: Path) -> None:
     """fsync every file and folder below `folder`, so that the rename publishes whole files."""
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        elif path.is_dir():
-            sync_folder(path)
+        if path.is_file() or path.is_dir():
+            _sync(path, os.O_RDONLY)
     sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:
     """fsync a folder, so that the names in it survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

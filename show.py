@@ -12,15 +12,16 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from .arguments import Progress
 from .notes import is_quiet
 
 FILE_WIDTH = 160  # columns of a table that goes to a file or a pipe
@@ -47,7 +48,7 @@ def print_json(values: Any) -> None:
 @contextmanager
 def progress_bar(
     description: str, *, text: Callable[[float], str] | None = None
-) -> Iterator[Callable[[int, int], None]]:
+) -> Iterator[Progress]:
     """Yield `update(done, total)`, shown as a bar on stderr.
 
     `text` gives what stands beside the counts, from the speed a second.
@@ -60,7 +61,7 @@ def progress_bar(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Screen(stderr=True), disable=is_quiet()) as bar:
+    with Bars(*columns, console=Screen(stderr=True), disable=is_quiet()) as bar:
         task = bar.add_task(description, total=None, text="")
 
         def update(done: int, total: int) -> None:
@@ -78,7 +79,7 @@ def progress_steps(description: str) -> Iterator[Callable[[str], None]]:
     spinner = SpinnerColumn("line" if screen.options.ascii_only else "dots")
     columns = (spinner, TextColumn("{task.description}"), TimeElapsedColumn())
     disable = is_quiet() or not screen.is_terminal
-    with Progress(*columns, console=screen, transient=True, disable=disable) as steps:
+    with Bars(*columns, console=screen, transient=True, disable=disable) as steps:
         task = steps.add_task(description, total=None)
         yield lambda step: steps.update(task, description=f"{description}: {step}")
 

@@ -121,14 +121,14 @@ def _render(result: DemoResult, folder: Path, count: int) -> dict[str, str]:
 
 
 def _export(result: DemoResult, out: Path) -> None:
-    with result.step("export") as detail, progress_steps("Exporting") as tell:
+    with result.step("export") as detail, progress_steps("Exporting") as progress:
         paths = weights.write_checkpoint(out / "checkpoint")
         export_bundle(
             paths.checkpoint,
             paths.language_model,
             out / "bundle",
             vision_model=paths.vision_model,
-            progress=tell,
+            progress=progress,
         )
         parity = json.loads((out / "bundle" / PARITY).read_text())
         difference = parity[JOINT_ENCODER]["max_abs_difference"]
@@ -137,12 +137,12 @@ def _export(result: DemoResult, out: Path) -> None:
 
 def _build(result: DemoResult, out: Path, stage: FirstStage) -> None:
     """Build the fastest faithful engine, calibrated on drawings of their own."""
-    with result.step("build engine") as detail, progress_steps("Building") as tell:
+    with result.step("build engine") as detail, progress_steps("Building") as progress:
         num_images = min(calibration.NUM_IMAGES, max(64, result.num_images))
         folder = out / "calibration"
         with calibration.samples(out / "bundle", folder, stage, num_images) as samples:
             manifest = build_engine(
-                out / "bundle", out / "engine", calibration=samples, progress=tell
+                out / "bundle", out / "engine", calibration=samples, progress=progress
             )
         result.engine = f"{manifest.backend} {manifest.precision}"
         result.conditions = _conditions(manifest)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from ..arguments import StrPath, path_of
+from ..arguments import StrPath, path_of, read_fields
+from ..bundle import FORMAT_VERSION as BUNDLE_VERSION
 from ..bundle import MANIFEST as BUNDLE_MANIFEST
 from ..bundle import BundleManifest
-from ..errors import CheckpointError, EngineError
+from ..errors import EngineError
 
 FORMAT_VERSION = 2
 MANIFEST = "engine.json"
@@ -97,15 +98,13 @@ class EngineManifest:
                 f"this edje reads {FORMAT_VERSION}",
                 hint=hint,
             )
-        faults = _field_faults(cls, values, "")
-        profile = values.get("profile")
-        if isinstance(profile, Mapping):
-            faults += _profile_faults(profile)
-        bundle = _bundle(values.get("bundle"), faults)
-        if faults or bundle is None or not isinstance(profile, Mapping):
+        faults: list[str] = []
+        manifest = read_fields(cls, values, "", faults)
+        if manifest is not None:
+            faults += _value_faults(manifest)
+        if manifest is None or faults:
             raise EngineError(f"{folder / MANIFEST} is damaged", faults=faults, hint=hint)
-        shape = Profile(profile["max_pairs"], tuple(profile["text_buckets"]))
-        return cls(**{**values, "profile": shape, "bundle": bundle})
+        return manifest
 
     def write(self, folder: Path) -> None:
         """Write `engine.json` into `folder`."""
@@ -138,6 +137,17 @@ class EngineManifest:
                 hint=_build_hint(folder),
             )
         return cls.from_json(values, folder=folder)
+
+
+def _value_faults(manifest: EngineManifest) -> list[str]:
+    """Return what is wrong with values of the right types."""
+    faults = []
+    if not manifest.profile.text_buckets:
+        faults.append("profile.text_buckets: got none, expected whole numbers")
+    version = manifest.bundle.format_version
+    if version != BUNDLE_VERSION:
+        faults.append(f"bundle.format_version: got {version}, this edje reads {BUNDLE_VERSION}")
+    return faults
 
 
 def rebuild_command(values: Values, folder: Path) -> str:
@@ -200,42 +210,3 @@ def _build_hint(folder: Path) -> str:
         bundle = shlex.quote(str(folder))
         return f"build an engine from it: edje build {bundle} --backend openvino --out ENGINE"
     return "make one with `edje build BUNDLE --backend B --precision P --out ENGINE`"
-
-
-_JSON_TYPES: dict[Any, tuple[type, ...]] = {
-    str: (str,),
-    int: (int,),
-    float: (int, float),
-}
-
-
-def _field_faults(kind: type, values: Values, prefix: str) -> list[str]:
-    """Name the fields of `kind` that are missing, unknown, or of another JSON type."""
-    hints = get_type_hints(kind)
-    names = {field.name for field in fields(kind)}
-    faults = [f"{prefix}{name}: missing" for name in sorted(names - values.keys())]
-    faults += [f"{prefix}{name}: unknown field" for name in sorted(values.keys() - names)]
-    for name in sorted(names & values.keys()):
-        allowed = _JSON_TYPES.get(hints[name], (list, tuple) if name == "text_buckets" else (dict,))
-        value = values[name]
-        if not isinstance(value, allowed) or isinstance(value, bool):
-            faults.append(f"{prefix}{name}: got {value!r}, expected {allowed[-1].__name__}")
-    return faults
-
-
-def _profile_faults(values: Values) -> list[str]:
-    faults = _field_faults(Profile, values, "profile.")
-    buckets = values.get("text_buckets")
-    if isinstance(buckets, list) and not (buckets and all(type(b) is int for b in buckets)):
-        faults.append(f"profile.text_buckets: got {buckets!r}, expected whole numbers")
-    return faults
-
-
-def _bundle(values: Any, faults: list[str]) -> BundleManifest | None:
-    if not isinstance(values, Mapping):
-        return None
-    try:
-        return BundleManifest.from_json(values, source="bundle")
-    except CheckpointError as error:
-        faults += [f"bundle: {fault}" for fault in error.faults or (error.message,)]
-        return None

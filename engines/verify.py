@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from ..arguments import StrPath, path_of
 from ..bundle import JOINT_ENCODER, TOKENIZER, BundleManifest
 from ..errors import EngineError
-from ..files import sha256_of, sync_folder
+from ..files import rewrite_file, sha256_of
 from .contract import Progress
 from .fidelity import Fidelity, measure_fidelity
 from .manifest import MANIFEST, EngineManifest
@@ -106,29 +103,15 @@ def write_fidelity(folder: Path, fidelity: Fidelity, before: bytes) -> None:
         measured["emulated"] = values["fidelity"]["emulated"]
     content = json.dumps({**values, "fidelity": measured}, indent=2) + "\n"
     try:
-        _replace(folder / MANIFEST, before, content.encode())
+        with rewrite_file(path := folder / MANIFEST) as file:
+            file.write(content.encode())
+            if path.read_bytes() != before:
+                raise EngineError(
+                    f"{path} changed while the engine was measured, nothing was written",
+                    hint="run `edje verify` again",
+                )
     except OSError as error:
         raise EngineError(
             f"cannot write {folder / MANIFEST}: {error.strerror or error}",
             hint="make the folder writable, or leave out --write",
         ) from error
-
-
-def _replace(path: Path, before: bytes, content: bytes) -> None:
-    """Replace a file by rename, if it still holds `before`."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.copymode(path, name)
-        if path.read_bytes() != before:
-            raise EngineError(
-                f"{path} changed while the engine was measured, nothing was written",
-                hint="run `edje verify` again",
-            )
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-    sync_folder(path.parent)

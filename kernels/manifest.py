@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+from ..arguments import read_fields
 from ..errors import EngineError
 from .variants import COMPUTE_CAPABILITIES, SOURCES, Parameter, all_variants
 
@@ -101,31 +102,18 @@ def read_manifest(folder: Path = CUBINS) -> KernelManifest:
     Raises:
         EngineError: it is missing, damaged, or of another format.
     """
-    path = folder / MANIFEST
+    path, faults = folder / MANIFEST, []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content.pop("format_version")
-        if version == FORMAT_VERSION:
-            kernels = {name: _entry(**entry) for name, entry in content.pop("kernels").items()}
-            return KernelManifest(**content, kernels=kernels)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        message = f"the compiled kernels cannot be used: {path} is missing or damaged ({error})"
-        raise EngineError(message, hint="make kernels") from error
-    message = f"{path} has format {version}, expected {FORMAT_VERSION}"
-    raise EngineError(message, hint="make kernels")
-
-
-def _entry(
-    symbol: str,
-    num_warps: int,
-    parameters: list[dict[str, object]],
-    constants: dict[str, int | None],
-    cubins: list[dict[str, object]],
-) -> KernelEntry:
-    return KernelEntry(
-        symbol,
-        num_warps,
-        tuple(Parameter(**item) for item in parameters),  # type: ignore[arg-type]
-        constants,
-        tuple(Cubin(**item) for item in cubins),  # type: ignore[arg-type]
-    )
+        faults = [str(error)]
+    else:
+        if version != FORMAT_VERSION:
+            message = f"{path} has format {version}, expected {FORMAT_VERSION}"
+            raise EngineError(message, hint="make kernels")
+        manifest = read_fields(KernelManifest, content, "", faults)
+        if manifest is not None:
+            return manifest
+    message = f"the compiled kernels cannot be used: {path} is missing or damaged"
+    raise EngineError(message, faults=faults, hint="make kernels")

@@ -9,17 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from ..arguments import StrPath, path_of
+from ..arguments import StrPath, decode_text, path_of, read_text
 from ..arrays import Array, Int32
 from ..bundle import BundleManifest
 from ..engines.samples import SEED, RankingSample, fingerprint_of
 from ..errors import RequestError, StoreError, named
-from ..files import decode_text, read_text
+from ..files import Closing
 from .source import float16_tokens
 from .store import TokenStore
 from .text import QueryTokenizer
@@ -86,7 +85,7 @@ class QueryEntry:
     candidates: tuple[str, ...] | None = None
 
 
-class StoreSamples:
+class StoreSamples(Closing):
     """Queries of a file, each with its candidates of a store; tokens are read when iterated.
 
     The tokens of an int8 store are dequantised, so that an engine is measured on what it will read.
@@ -197,17 +196,6 @@ class StoreSamples:
     def close(self) -> None:
         """Close the store."""
         self._store.close()
-
-    def __enter__(self) -> StoreSamples:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _parts(self) -> Iterator[tuple[Int32, tuple[str, ...], int | None]]:
         """Yield ids of the text, of the candidates, and the target's place among them."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edje.arguments import Arguments, path_of, shown
+from edje.arguments import Arguments, path_of, read_fields, shown
 from edje.errors import RequestError
 
 WAYS: dict[str, Callable[[list[str]], Iterable[str]]] = {
@@ -148,3 +149,49 @@ def test_what_is_no_path_is_refused(path: object) -> None:
 def test_a_large_value_is_not_written_out() -> None:
     assert len(shown("x" * 10_000)) == 80
     assert shown(list(range(10_000))) == "an object of type list"
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    share: float
+    limit: int | None
+
+
+@dataclass(frozen=True)
+class Whole:
+    parts: tuple[Part, ...]
+    size: tuple[int, int]
+    named: Mapping[str, Part]
+    rest: Mapping[str, Any]
+
+
+PART = {"name": "a", "share": 1, "limit": None}
+WHOLE = {"parts": [PART], "size": [2, 3], "named": {"b": PART}, "rest": {"any": [True]}}
+
+
+def test_a_json_object_becomes_a_dataclass_with_all_inside() -> None:
+    faults: list[str] = []
+    part = Part("a", 1, None)
+    found = read_fields(Whole, WHOLE, "", faults)
+    assert found == Whole((part,), (2, 3), {"b": part}, {"any": [True]})
+    assert faults == []
+
+
+def test_all_faults_of_a_json_object_are_named_with_their_place() -> None:
+    faults: list[str] = []
+    part = {"name": True, "share": "1", "limt": 3}
+    values = {"parts": [PART, part], "size": [2], "named": {"b": 3}, "extra": 1}
+    assert read_fields(Whole, values, "plan", faults) is None
+    assert set(faults) == {
+        "plan.rest: missing",
+        "plan.extra: unknown field",
+        "plan.parts[1].limit: missing",
+        "plan.parts[1].limt: unknown field",
+        "plan.parts[1].name: got True, expected str",
+        "plan.parts[1].share: got '1', expected float",
+        "plan.size: got 1 values, expected 2",
+        "plan.named.b: expected an object, got int",
+    }
+    assert read_fields(Whole, [], "plan", faults) is None
+    assert faults[-1] == "plan: expected an object, got list"

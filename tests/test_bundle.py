@@ -47,7 +47,7 @@ def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
         "sizes: expected an object, got int",
         "text.cls_id: missing",
         "text.colour: unknown field",
-        "manifest.extra: unknown field",
+        "extra: unknown field",
     }
 
 

@@ -1,42 +1,48 @@
-"""Promises of text files that users write: no byte order mark inside, faults named by line."""
+"""Files are written whole or not at all; what closes is closed."""
 
 from __future__ import annotations
 
-import codecs
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from edje.errors import RequestError
-from edje.files import decode_text, read_text
-
-MARK = codecs.BOM_UTF8
-LINES = st.lists(st.text(st.characters(exclude_characters="\0\n\ufeff", codec="utf-8")), max_size=5)
+from edje.files import Closing, rewrite_file
 
 
-@given(st.lists(LINES, min_size=1, max_size=3))
-def test_files_with_marks_joined_by_cat_are_the_text_without_marks(files: list[list[str]]) -> None:
-    plain = "".join(f"{line}\n" for lines in files for line in lines)
-    marked = b"".join(MARK + "".join(f"{line}\n" for line in lines).encode() for lines in files)
-    assert decode_text(marked, "x") == plain
+def fail_after(_: object) -> None:
+    raise ZeroDivisionError
 
 
-def test_bytes_that_are_no_text_are_refused_with_their_line(tmp_path: Path) -> None:
-    path = tmp_path / "list.txt"
-    path.write_bytes(b"a.png\nb.png\ncaf\xe9.png\n")
-    with pytest.raises(RequestError, match=r"list\.txt is not UTF-8 text: line 3 .*0xe9"):
-        read_text(path)
+def test_a_file_is_rewritten_whole_and_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "values.json"
+    with rewrite_file(path) as file:
+        file.write(b"old")
+    path.chmod(0o640)
+    with rewrite_file(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"new", 0o640)
+    assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_utf_16_is_refused_with_the_command_that_mends_it(encoding: str) -> None:
-    with pytest.raises(RequestError, match=r"line 1 .*\n.*iconv -f UTF-16"):
-        decode_text("a.png\n".encode(encoding), "list")
+def test_a_file_that_cannot_be_rewritten_stays(tmp_path: Path) -> None:
+    path = tmp_path / "values.json"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), rewrite_file(path) as file:
+        fail_after(file.write(b"half"))
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent", tmp_path):
-        with pytest.raises(RequestError, match=f"cannot read {path}: "):
-            read_text(str(path))
+def test_what_closes_is_closed_at_the_end_of_a_block_that_fails() -> None:
+    class Held(Closing):
+        is_open = True
+
+        def close(self) -> None:
+            self.is_open = False
+
+    held = Held()
+    with pytest.raises(ZeroDivisionError), held as entered:
+        fail_after(held.is_open)
+    assert entered is held
+    assert not held.is_open

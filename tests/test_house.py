@@ -337,27 +337,3 @@ def test_only_edje_is_importable(tmp_path: Path) -> None:
         [sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert shown.stdout.strip() == "[]"
-
-
-def run_size_report(root: Path) -> subprocess.CompletedProcess[str]:
-    script = str(ROOT / ".ci" / "size_report.py")
-    return subprocess.run([sys.executable, script, str(root)], capture_output=True, text=True)
-
-
-def test_the_size_report_accepts_files_and_functions_at_the_limit(tmp_path: Path) -> None:
-    (tmp_path / "runtime").mkdir()
-    lines = ["def long():", *["    pass"] * 59, *["x = 1"] * 340]
-    (tmp_path / "runtime" / "whole.py").write_text("\n".join(lines) + "\n")
-    report = run_size_report(tmp_path)
-    assert report.returncode == 0, report.stdout
-    assert "runtime" in report.stdout
-
-
-def test_the_size_report_names_what_is_over(tmp_path: Path) -> None:
-    (tmp_path / "runtime").mkdir()
-    lines = ["def long():", *["    pass"] * 60, *["x = 1"] * 340]
-    (tmp_path / "runtime" / "large.py").write_text("\n".join(lines) + "\n")
-    report = run_size_report(tmp_path)
-    assert report.returncode == 1
-    assert re.search(r"large\.py: 401 lines, at most 400", report.stdout)
-    assert re.search(r"large\.py:1 long: 61 lines, at most 60", report.stdout)

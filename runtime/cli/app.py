@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +14,7 @@ from ...errors import EdjeError
 from ...notes import be_quiet
 from .build import build
 from .index import IndexCommand, index
+from .options import Json, Overwrite, require
 from .rerank import rerank
 from .store import store_app
 from .streams import EXIT_NO_READER, Verbs, finish_output, start_output
@@ -41,9 +41,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(store_app, name="store")
-
-Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +74,11 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _silence(wanted: bool) -> None:
+    if wanted:  # given once, before the verb or after it, holds
+        be_quiet(True)
+
+
 @app.callback()
 def _options(
     version: Annotated[
@@ -87,7 +89,7 @@ def _options(
         bool,
         typer.Option(
             *("--quiet", "-q"),
-            callback=be_quiet,
+            callback=_silence,
             expose_value=False,
             help="No progress, no notes: only results and errors.",
         ),
@@ -129,7 +131,7 @@ def export(
       edje export checkpoint_16.pth --language-model microsoft/MiniLM-L12-H384-uncased \\
           --vision-model google/siglip2-large-patch16-384 --out bundle
     """
-    _require("export", "torch", "transformers", "onnx")
+    require("export", "torch", "transformers", "onnx")
     from ...bundle import read_parity
     from ...export.export import export_bundle
     from ...show import print_json, progress_steps
@@ -240,18 +242,8 @@ def demo(
     Example:
       edje demo --out demo-out
     """
-    _require("export", "torch", "transformers", "onnx")
-    _require("index", "PIL")
+    require("export", "torch", "transformers", "onnx")
+    require("index", "PIL")
     from ...demo.guide import NUM_QUERIES, run_demo
 
     run_demo(out, num_queries=NUM_QUERIES if num_queries is None else num_queries)
-
-
-def _require(extra: str, *modules: str) -> None:
-    """Refuse a verb whose optional libraries are not installed; looks without importing them."""
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        raise EdjeError(
-            f"this verb needs {', '.join(missing)}, not installed here",
-            hint=f"pip install 'edje-runtime[{extra}]'",
-        )

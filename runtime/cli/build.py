@@ -13,6 +13,7 @@ import typer
 from ...engines.manifest import DEFAULT_MAX_PAIRS, DEFAULT_TEXT_BUCKETS, EngineManifest
 from ...errors import RequestError
 from .arguments import verb_of
+from .options import Json, Overwrite
 
 if TYPE_CHECKING:
     from ...engines.builder.options import EngineOptions
@@ -74,8 +75,6 @@ Report = Annotated[
 ImageEncoder = Annotated[
     bool, typer.Option("--image-encoder", help="Add the image encoder, to index with.")
 ]
-Overwrite = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
-Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from ...machine import cpu_features, cpu_model, memory_bytes, usable_cores
 DISTRIBUTION = "edje-runtime"
 # "openvino>=2025.0; extra == "cpu"" -> openvino, cpu
 _EXTRA = re.compile(r"^([\w.-]+)[^;]*;.*\bextra\s*==\s*[\"']([\w-]+)[\"']")
-_DRIVER = Path("/proc/driver/nvidia/version")
+DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ def _gpu() -> GpuDiagnosis | None:
 def _nvidia_driver() -> str | None:
     """Return the version of the kernel's NVIDIA driver, if one is loaded."""
     try:
-        found = re.search(r"\b(\d+\.\d+(\.\d+)?)\b", _DRIVER.read_text(encoding="utf-8"))
+        found = re.search(r"\b(\d+\.\d+(\.\d+)?)\b", DRIVER_VERSION.read_text(encoding="utf-8"))
     except OSError:
         return None
     return found[1] if found else None

@@ -6,14 +6,15 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from ...errors import EdjeError, RequestError
+from ...arguments import Progress
+from ...errors import RequestError
+from .options import Json, refuse, require, write_facts
 
 if TYPE_CHECKING:
     from ..indexing.index import IndexReport
@@ -84,7 +85,6 @@ Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 if anything 
 MaxSkipped = Annotated[
     int | None, typer.Option(help="Exit with 1 if more than so many were skipped.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 
 
 _ADDRESS = re.compile(r"auto|local|ray://.*|\[?[\w.:-]+\]?:\d+")
@@ -159,16 +159,13 @@ def index(
 
 
 def _show(report: IndexReport, store: Path, follow_links: bool, as_json: bool) -> None:
-    from ...show import print_facts, print_json
-
     _note_skipped(report, store)
     _note_links(report.num_links, follow_links)
     facts = {"store": str(store), **asdict(report)}
+    skipped = facts.pop("skipped")
     if as_json:
-        print_json({**facts, "skipped": [entry._asdict() for entry in report.skipped]})
-    else:
-        del facts["skipped"]
-        print_facts("indexed", facts)
+        facts["skipped"] = [entry._asdict() for entry in skipped]
+    write_facts("indexed", facts, as_json)
 
 
 def _allowed_skips(strict: bool, max_skipped: int | None) -> int | None:
@@ -216,12 +213,9 @@ def _check(
         faults.append("--workers: features need no decoding")
     if features is not None and (max_pixels is not None or plugins):
         faults.append("--max-pixels and --plugin: features need no decoding")
-    if faults:
-        raise RequestError("these options do not go together", faults=faults)
-    if features is None and find_spec("PIL") is None:
-        raise EdjeError(
-            "this verb needs PIL, not installed here", hint="pip install 'edje-runtime[index]'"
-        )
+    refuse(faults)
+    if features is None:
+        require("index", "PIL")
 
 
 def _check_ray(
@@ -230,9 +224,9 @@ def _check_ray(
     """Refuse options that do not go with the presence, or the absence, of `--ray`."""
     given = {"--num-workers": num_workers, "--images-per-task": images_per_task}
     faults = [f"{name}: it goes with --ray" for name, value in given.items() if value is not None]
-    if ray is None and faults:
-        raise RequestError("these options do not go together", faults=faults)
-    if ray is not None and features is not None:
+    if ray is None:
+        refuse(faults)
+    elif features is not None:
         raise RequestError(
             "--ray spreads images, not --features", hint="the adapter is fast: leave --ray out"
         )
@@ -308,7 +302,7 @@ def _note_links(num_links: int, followed: bool) -> None:
 @contextmanager
 def _watched(
     description: str,
-) -> Iterator[tuple[Callable[[int, int], None], Callable[[SkippedImage], None]]]:
+) -> Iterator[tuple[Progress, Callable[[SkippedImage], None]]]:
     """Yield `progress` and `on_skip`, shown as a bar with images/s, ETA and skips on stderr."""
     from ...show import progress_bar
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from ...errors import RequestError
-from .streams import as_text
+from .options import Json, as_text
 
 if TYPE_CHECKING:
     from ..residency import Place
@@ -48,7 +48,6 @@ Strict = Annotated[
     bool, typer.Option("--strict", help="Exit with 1 if a candidate was not ranked.")
 ]
 Timeout = Annotated[float | None, typer.Option(help="Give up after this many seconds.")]
-Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 
 
 def rerank(

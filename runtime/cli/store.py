@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ...errors import RequestError
-from .streams import Verbs, as_text
+from .options import Json, Overwrite, as_text, write_facts
+from .streams import Verbs
 
 if TYPE_CHECKING:
     from ..store.verify import VerifyReport
@@ -20,7 +21,6 @@ MAX_SHOWN = 20  # damaged ids and faults told one a line
 store_app = typer.Typer(cls=Verbs, help="Look after token stores.", no_args_is_help=True)
 
 Store = Annotated[Path, typer.Argument(help="Token store.")]
-Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 
 
 @store_app.command()
@@ -37,7 +37,7 @@ def stat(store: Store, as_json: Json = False) -> None:
     with TokenStore.open(store) as opened:
         found, stride = opened.stat(), opened.layout.stride
     facts = {**asdict(found), "compact_frees_bytes": found.num_deleted * stride}
-    _print("token store", facts, as_json)
+    write_facts("token store", facts, as_json)
     if found.faults:
         warn(f"its catalog is damaged: `edje store verify --repair {store}` mends it")
 
@@ -90,7 +90,7 @@ def delete(
         opened.delete(list(dict.fromkeys(gone)))
         left = len(opened)
     facts = {"store": str(store), "num_deleted": len(set(gone)), "num_records": left}
-    _print("deleted", facts, as_json)
+    write_facts("deleted", facts, as_json)
 
 
 @store_app.command()
@@ -117,7 +117,7 @@ def compact(
     with TokenStore.open(store, mode="a") as opened:
         report = opened.compact(max_dead_share)
     report = replace(report, freed_bytes=before - disk_bytes(store))
-    _print("compacted", {"store": str(store), **asdict(report)}, as_json)
+    write_facts("compacted", {"store": str(store), **asdict(report)}, as_json)
     if report.waiting_bytes:
         note(
             f"{report.waiting_bytes:,} bytes more come free when the readers that use them have "
@@ -130,7 +130,7 @@ def export_shards(
     store: Store,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     shard_mb: Annotated[int, typer.Option(help="Tokens of one shard, in MiB.")] = 1024,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write the records of a store into safetensors shards, with hashes in index.json.
@@ -147,7 +147,7 @@ def export_shards(
         report = export_store(
             opened, out, shard_bytes=shard_mb << 20, overwrite=overwrite, progress=progress
         )
-    _print("exported", asdict(report), as_json)
+    write_facts("exported", asdict(report), as_json)
 
 
 @store_app.command("import")
@@ -183,7 +183,7 @@ def import_shards(
             allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
-    _print("imported", asdict(report), as_json)
+    write_facts("imported", asdict(report), as_json)
 
 
 @store_app.command()
@@ -235,12 +235,3 @@ def _show_verified(report: VerifyReport) -> None:
             warn(f"{name}: {line}")
         if len(lines) > MAX_SHOWN:
             warn(f"{name}: and {len(lines) - MAX_SHOWN} more (all of them with --json)")
-
-
-def _print(title: str, facts: dict[str, Any], as_json: bool) -> None:
-    from ...show import print_facts, print_json
-
-    if as_json:
-        print_json(facts)
-    else:
-        print_facts(title, facts)

@@ -10,7 +10,6 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ...errors import RequestError
 from ...notes import speak
 
 EXIT_NO_READER = 141  # as the shell says of a program that SIGPIPE ended
@@ -57,22 +56,6 @@ def finish_output() -> None:
         if isinstance(error, BrokenPipeError):
             raise SystemExit(EXIT_NO_READER) from error
         raise
-
-
-def as_text(argument: str, option: str) -> str:
-    """Return an argument that the locale could not decode (`LC_ALL=C`) as the UTF-8 that it is.
-
-    Raises:
-        RequestError: it is not UTF-8 either.
-    """
-    try:
-        argument.encode("utf-8")
-    except UnicodeEncodeError:
-        try:
-            return os.fsencode(argument).decode("utf-8")
-        except UnicodeError as error:
-            raise RequestError(f"{option} is {argument!r}, which is not UTF-8 text") from error
-    return argument
 
 
 def _write_nowhere() -> None:

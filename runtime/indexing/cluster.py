@@ -27,6 +27,7 @@ from pathlib import Path
 from ...arguments import StrPath
 from ...engines.image import ImageEncoder
 from ...errors import RequestError, StoreError
+from ...files import Closing
 from ..store import SegmentWriter, StoreLayout, TokenStore, incoming_name
 from ..store.format import INCOMING
 from .decoders import DecoderPool
@@ -90,7 +91,7 @@ class TaskResult:
         return cls(task, tuple(segments), skips, encoder)
 
 
-class SegmentEncoder:
+class SegmentEncoder(Closing):
     """Images -> sealed segments, with an image encoder and decoder processes that stay open.
 
     All that a process needs which has images but no access to the catalog: a Slurm task, a Spark
@@ -170,12 +171,6 @@ class SegmentEncoder:
     def close(self) -> None:
         """End the decoder processes."""
         self._pool.close()
-
-    def __enter__(self) -> SegmentEncoder:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def _add(self, writer: SegmentWriter, batch: Batch, skipped: list[SkippedImage]) -> int:
         """Encode one batch into the segment; return 1."""

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from queue import Empty, SimpleQueue
-from types import TracebackType
 
 from ...arrays import UInt8
 from ...bundle import ImageSpec
 from ...errors import EdjeError, RequestError
+from ...files import Closing
 from ...machine import usable_cores
 from .images import Unreadable, decode_entry, import_pillow
 from .pillow_settings import PillowSettings
@@ -37,7 +37,7 @@ def default_workers() -> int:
     return max(1, usable_cores() - 1)
 
 
-class DecoderPool:
+class DecoderPool(Closing):
     """`num_workers` decoder processes, started when first needed. Use it as a context manager.
 
     What this process has set in Pillow when the pool is made holds in them too: the pixel limit,
@@ -82,23 +82,14 @@ class DecoderPool:
         for decoder in self._decoders:
             decoder.close()
 
-    def __enter__(self) -> DecoderPool:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _decode(self, files: Sequence[ImageFile]) -> list[Decoded]:
         """Go on with a new process where one dies; the image it dies on twice is skipped."""
         decoded: list[Decoded] = []
         deaths = 0
         while len(decoded) < len(files) and not self._closed:
             decoder = self._take()
+            if self._closed:  # meanwhile: `close` may have come too early to see this one
+                break
             before = len(decoded)
             fault = decoder.decode(files[before:], decoded)
             if fault is None:

@@ -6,12 +6,13 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from ...arguments import Progress
 from ...arrays import Float16
 from ..store import TokenStore
 from ..store.format import id_fault
@@ -22,7 +23,6 @@ from .skipped import SkippedLog
 from .sources import ImageFile, SkippedImage, Source
 
 Encode = Callable[[npt.NDArray[Any]], Float16]
-Progress = Callable[[int, int], None]
 OnSkip = Callable[[SkippedImage], None]
 
 DEFAULT_BATCH_SIZE = 32  # images a forward
@@ -58,54 +58,6 @@ class Batch:
     sources: list[str]
     inputs: npt.NDArray[Any] | None
     skipped: list[SkippedImage]
-
-
-@dataclass(slots=True)
-class Tally:
-    """How far a run is. The reading thread counts `met` and `present`, the caller's the rest."""
-
-    total: int | None = None
-    met: int = 0
-    present: int = 0
-    indexed: int = 0
-    num_skipped: int = 0
-    skipped: list[SkippedImage] = field(default_factory=list)
-
-    @property
-    def done(self) -> int:
-        """Entries that need nothing more."""
-        return self.present + self.indexed + self.num_skipped
-
-
-class Selection:
-    """Which ids of a source a run takes: those of `only` (None: all) that the store lacks."""
-
-    def __init__(self, store: TokenStore, only: Collection[str] | None, tally: Tally):
-        self._store, self._only, self._tally = store, only, tally
-
-    def __call__(self, image_id: str) -> bool:
-        if self._only is not None and image_id not in self._only:
-            return False
-        self._tally.met += 1
-        if not self.has(image_id):
-            return True
-        self._tally.present += self._tally.total is None
-        return False
-
-    def has(self, image_id: str) -> bool:
-        """Whether the store holds it."""
-        return image_id in self._store
-
-    def survey(self, source: Source[Any]) -> None:
-        """Count what there is and what the store holds of it, where that is cheap."""
-        if not source.countable:
-            return
-        total = present = 0
-        for image_id in source.ids():
-            if self._only is None or image_id in self._only:
-                total += 1
-                present += self.has(image_id)
-        self._tally.total, self._tally.present = total, present
 
 
 def groups(entries: Iterable[Entry | SkippedImage], size: int) -> Iterator[Group[Entry]]:
@@ -205,74 +157,109 @@ def read_ahead(items: Iterator[Item], depth: int) -> Generator[Item, None, None]
 
 
 class Run:
-    """The store that an index run fills, and its books.
+    """An index run: which ids it takes, how far it is, and what gave no record.
 
-    Args:
+    Attributes:
         store: open to append.
-        selection: which ids the run takes.
-        log: gets every skipped entry.
-        tally: its counts.
-        report: called when something is durable, and on_skip with every skipped entry.
+        indexed: records that this run has added.
+        present: ids that the store held before.
+        num_skipped: entries without a record; `skipped` holds the first of them.
     """
 
     def __init__(
         self,
         store: TokenStore,
-        selection: Selection,
+        source: Source[Any],
         log: SkippedLog,
-        tally: Tally,
-        report: Callable[[], None],
+        only: Collection[str] | None,
+        progress: Progress | None,
         on_skip: OnSkip | None,
     ):
-        self.store, self.selection = store, selection
-        self._log, self._tally, self._report, self._on_skip = log, tally, report, on_skip
+        """Begin, and count what there is where that is cheap.
 
-    def settle(self, num_records: int, skipped: Sequence[SkippedImage]) -> None:
+        Args:
+            only: the ids to take, None for all.
+            log: gets every skipped entry, and so does `on_skip`.
+            progress: called with (done, total) now and whenever something is durable.
+        """
+        self.store = store
+        self.indexed = self.present = self.num_skipped = 0
+        self.skipped: list[SkippedImage] = []
+        self._source, self._log, self._only = source, log, only
+        self._progress, self._on_skip = progress, on_skip
+        self._num_met = 0  # the reading thread counts it, and `present`; the caller's all else
+        self._total: int | None = None
+        if source.countable:
+            self._total = 0
+            for image_id in source.ids():
+                if only is None or image_id in only:
+                    self._total += 1
+                    self.present += image_id in store
+        self._show()
+
+    @property
+    def num_done(self) -> int:
+        """Entries that need nothing more."""
+        return self.present + self.indexed + self.num_skipped
+
+    def wants(self, image_id: str) -> bool:
+        """Return whether to read an entry: it was asked for, and the store lacks it."""
+        if self._only is not None and image_id not in self._only:
+            return False
+        self._num_met += 1
+        if image_id not in self.store:
+            return True
+        self.present += self._total is None
+        return False
+
+    def add(self, num_records: int, skipped: Sequence[SkippedImage]) -> None:
         """Count records that are durable now, and note what gave none."""
         skipped = [entry.as_text() for entry in skipped]
-        self._tally.indexed += num_records
-        self._tally.num_skipped += len(skipped)
-        self._tally.skipped += skipped[: MAX_NAMED - len(self._tally.skipped)]
+        self.indexed += num_records
+        self.num_skipped += len(skipped)
+        self.skipped += skipped[: MAX_NAMED - len(self.skipped)]
         for entry in skipped:
             self._log.add(entry)
             if self._on_skip:
                 self._on_skip(entry)
-        self._report()
+        self._show()
+
+    def finish(self) -> None:
+        """Drop the lines of earlier runs that are not true any more from the log."""
+        names = self._source.names if self._only is None else ()
+        self._log.finish(lambda old: old.id in self.store or old.source in names)
+
+    def _show(self) -> None:
+        if self._progress:
+            total = self._source.estimate(self._num_met) if self._total is None else self._total
+            self._progress(self.num_done, max(self.num_done, total))
 
 
-class Flow:
-    """Encodes batches and has a thread append them.
+def index_batches(run: Run, encode: Encode, batches: Iterator[Batch]) -> None:
+    """Encode every batch and have a thread append it; what `run` has counted is durable.
 
     Args:
-        run: where they go.
         encode: inputs -> tokens.
     """
+    appends: deque[tuple[Future[None], int, list[SkippedImage]]] = deque()
 
-    def __init__(self, run: Run, encode: Encode):
-        self._run, self._encode = run, encode
-        self._appends: deque[tuple[Future[None], int, list[SkippedImage]]] = deque()
-
-    def take(self, batches: Iterator[Batch]) -> None:
-        """Take every batch to the store. When it raises, what was appended is durable."""
-        with (
-            ThreadPoolExecutor(1, thread_name_prefix="edje-append") as appender,
-            closing(read_ahead(batches, NUM_AHEAD)) as ahead,
-        ):
-            for batch in ahead:
-                ids, tokens, skipped = encode_batch(self._encode, batch)
-                future = appender.submit(self._append, ids, tokens)
-                self._appends.append((future, len(ids), skipped))
-                if len(self._appends) > NUM_APPENDS:
-                    self._settle()
-            while self._appends:
-                self._settle()
-
-    def _append(self, ids: list[str], tokens: Float16 | None) -> None:
+    def append(ids: list[str], tokens: Float16 | None) -> None:
         if tokens is not None and ids:
-            self._run.store.append(ids, tokens)
+            run.store.append(ids, tokens)
 
-    def _settle(self) -> None:
-        """Wait until the oldest batch is durable, and count it."""
-        future, num_records, skipped = self._appends.popleft()
+    def finish_oldest() -> None:
+        future, num_records, skipped = appends.popleft()
         future.result()
-        self._run.settle(num_records, skipped)
+        run.add(num_records, skipped)
+
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="edje-append") as appender,
+        closing(read_ahead(batches, NUM_AHEAD)) as ahead,
+    ):
+        for batch in ahead:
+            ids, tokens, skipped = encode_batch(encode, batch)
+            appends.append((appender.submit(append, ids, tokens), len(ids), skipped))
+            if len(appends) > NUM_APPENDS:
+                finish_oldest()
+        while appends:
+            finish_oldest()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...arguments import Arguments
+from ...arguments import Arguments, Progress
 from ...bundle import BundleManifest
 from ...engines.image import FeatureEncoder, ImageEncoder
 from ...errors import RequestError, StoreError, named
@@ -21,15 +21,12 @@ from .decoders import DecoderPool, default_workers
 from .features import FeatureSource
 from .flow import (
     DEFAULT_BATCH_SIZE,
-    Flow,
     OnSkip,
-    Progress,
     Run,
-    Selection,
-    Tally,
     decoded_batches,
     feature_batches,
     groups,
+    index_batches,
 )
 from .images import import_pillow
 from .skipped import SkippedLog
@@ -131,8 +128,8 @@ def index_images(
     with DecoderPool(encoder.image, num_workers) as pool:
 
         def work(run: Run) -> str:
-            files = groups(source.entries(run.selection), batch_size)
-            Flow(run, encoder.encode_rgb).take(decoded_batches(pool, files))
+            files = groups(source.entries(run.wants), batch_size)
+            index_batches(run, encoder.encode_rgb, decoded_batches(pool, files))
             return encoder.name
 
         return run_index(encoder.manifest, source, Path(store), options, work)
@@ -178,8 +175,8 @@ def index_features(
     options = IndexOptions(dtype, only, progress, on_skip)
 
     def work(run: Run) -> str:
-        entries = groups(source.entries(run.selection), batch_size)
-        Flow(run, encoder.encode).take(feature_batches(entries))
+        entries = groups(source.entries(run.wants), batch_size)
+        index_batches(run, encoder.encode, feature_batches(entries))
         return encoder.name
 
     return run_index(encoder.manifest, source, Path(store), options, work)
@@ -220,38 +217,26 @@ def run_index(
     started = time.perf_counter()
     only = wanted_ids(options.only)
     _check_only(source, only)
-    tally = Tally()
-
-    def report() -> None:
-        if options.progress:
-            expected = source.estimate(tally.met) if tally.total is None else tally.total
-            options.progress(tally.done, max(tally.done, expected))
-
     with ExitStack() as stack:
         store = stack.enter_context(_open_store(folder, manifest, options.dtype))
         adopt_leftovers(store)
         log = stack.enter_context(SkippedLog(folder))
-        selection = Selection(store, only, tally)
-        selection.survey(source)
-        report()
-        encoder = work(Run(store, selection, log, tally, report, options.on_skip))
-        whole = only is None
-        log.settle(lambda old: selection.has(old.id) or (whole and old.source in source.names))
-    if tally.done == 0:
+        watched = (options.progress, options.on_skip)
+        run = Run(store, source, log, only, *watched)
+        encoder = work(run)
+        run.finish()
+    if run.num_done == 0:
         raise RequestError(f"{' '.join(source.names)} holds no images to index")
-    return _report(tally, source, encoder, time.perf_counter() - started)
-
-
-def _report(tally: Tally, source: Source[Any], encoder: str, seconds: float) -> IndexReport:
+    seconds = time.perf_counter() - started
     return IndexReport(
-        indexed=tally.indexed,
-        already_present=tally.present,
-        num_skipped=tally.num_skipped,
-        skipped=tuple(tally.skipped),
+        indexed=run.indexed,
+        already_present=run.present,
+        num_skipped=run.num_skipped,
+        skipped=tuple(run.skipped),
         num_ignored=source.num_ignored,
         num_links=source.num_links,
         seconds=seconds,
-        images_per_s=tally.indexed / seconds,
+        images_per_s=run.indexed / seconds,
         encoder=encoder,
     )
 

@@ -176,11 +176,11 @@ def index_on_ray(
     def work(run: Run) -> str:
         size = min(ray_options.images_per_task, run.store.layout.max_rows)
         with open_run(run.store) as folder:
-            tasks, skipped = write_plan(folder, groups(source.entries(run.selection), size))
-            run.settle(0, skipped)
+            tasks, skipped = write_plan(folder, groups(source.entries(run.wants), size))
+            run.add(0, skipped)
             names = set()
             for result in run_on_ray(ray, job_of(run, folder), tasks, pool):
-                run.settle(commit_result(run.store, folder, result), result.skipped)
+                run.add(commit_result(run.store, folder, result), result.skipped)
                 names.add(result.encoder)
         return ", ".join(sorted(names - {""}))
 

@@ -6,16 +6,15 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 
 from ...arguments import StrPath
-from ...files import sync_folder
+from ...files import Closing, rewrite_file, sync_folder
 from .sources import SkippedImage
 
 SKIPPED = "skipped.jsonl"
 
 
-class SkippedLog:
+class SkippedLog(Closing):
     """Lines `{"id", "reason", "source"}`, appended as a run goes and put in order at its end.
 
     A kill leaves the lines of that run behind those of earlier ones; the next run tries the
@@ -24,6 +23,8 @@ class SkippedLog:
 
     def __init__(self, store: Path):
         self._path = store / SKIPPED
+        for draft in store.glob(f".{SKIPPED}.*"):  # of a run that was killed
+            draft.unlink()
         self._file = self._path.open("a+b")
         self._mend_tail()
         self._start = self._file.tell()
@@ -36,38 +37,25 @@ class SkippedLog:
         self._file.flush()
         self.count += 1
 
-    def settle(self, is_stale: Callable[[SkippedImage], bool]) -> None:
+    def finish(self, is_stale: Callable[[SkippedImage], bool]) -> None:
         """Rewrite the file: the lines of this run, and the older ones that are not stale.
 
         A kill in between leaves the file as it was. Without a line there is no file.
         """
         seen: set[str] = set()
-        draft = self._path.with_name(f".{SKIPPED}.new")
-        with draft.open("wb") as file:
+        with rewrite_file(self._path) as file:
             for line, is_new in self._lines():
                 entry = _parsed(line)
                 if entry is None or entry.id in seen or (not is_new and is_stale(entry)):
                     continue
                 seen.add(entry.id)
                 file.write(line + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if seen:
-            os.replace(draft, self._path)
-        else:
-            draft.unlink()
+        if not seen:
             self._path.unlink()
-        sync_folder(self._path.parent)
+            sync_folder(self._path.parent)
 
-    def __enter__(self) -> SkippedLog:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def _lines(self) -> Iterator[tuple[bytes, bool]]:

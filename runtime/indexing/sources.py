@@ -19,7 +19,6 @@ import xxhash
 from ...arrays import UInt64
 from ...errors import RequestError, named
 from ...files import LOST_AND_FOUND, is_mount
-from .archives import is_tar, refuse_archive
 
 Identity = tuple[int, int]
 
@@ -212,11 +211,11 @@ def open_source(
     Raises:
         RequestError: missing, empty, or a faulty list file (all faults at once).
     """
+    from .tars import TarSource, is_tar
+
     given = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     paths = [Path(path) for text in given for path in _expanded(os.fspath(text))]
     if all(is_tar(path) and not path.is_dir() for path in paths) and paths:
-        from .tars import TarSource
-
         return TarSource(paths)
     if len(paths) != 1:
         raise RequestError(
@@ -231,6 +230,8 @@ def _open_one(path: Path, leave_out: Path | None, follow_links: bool) -> Source[
     if path.is_dir():
         source = FolderSource(path, leave_out, follow_links)
     elif path.is_file():
+        from .tars import refuse_archive
+
         refuse_archive(path)
         source = ListSource(path)
     else:

@@ -4,7 +4,7 @@ from .compact import CompactReport
 from .folder import StoreStat
 from .format import StoreLayout
 from .incoming import CommitReport, SegmentWriter, incoming_name
-from .reader import BadRecord
+from .read import BadRecord
 from .store import TokenStore
 
 __all__ = [

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from ...arguments import Progress
 from ...arrays import Int64
 from ...errors import RequestError
 from .catalog import CatalogState, Change, RecordBatch, Segment
@@ -16,8 +17,6 @@ from .memory import Reader
 from .records import digests_of
 from .segment import RecordBytes
 from .writer import StoreWriter
-
-Progress = Callable[[int, int], None]
 
 RECORDS_A_READ = 512
 

@@ -19,13 +19,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from ...files import Closing
 from .format import StoreLayout
 from .shard_header import ShardHeader, Tensor, plan_header, refused
 
@@ -34,7 +34,7 @@ HASH_BYTES = 8 << 20  # read at once to hash a tensor
 Bytes = npt.NDArray[np.uint8]
 
 
-class ShardWriter:
+class ShardWriter(Closing):
     """Writes one shard, record batch by record batch; use it as a context manager.
 
     Args:
@@ -76,19 +76,12 @@ class ShardWriter:
         self._next[name] += len(content)
         self._hashes[name].update(content)
 
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
-class ShardReader:
+class ShardReader(Closing):
     """Reads the tensors of one shard into the caller's memory; use it as a context manager."""
 
     def __init__(self, header: ShardHeader):
@@ -141,15 +134,8 @@ class ShardReader:
             what = [f"{name}: its bytes do not fit their hash" for name in wrong]
             raise refused(self.header.path, what)
 
-    def __enter__(self) -> ShardReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the file."""
         os.close(self._descriptor)
 
     def _encoded_ids(self) -> Iterator[bytes]:

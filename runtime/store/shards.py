@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from ...arguments import Arguments, StrPath, path_of
+from ...arguments import Arguments, Progress, StrPath, path_of
 from ...arrays import Int64
 from ...errors import RequestError, StoreError
 from ...files import is_free, publish_folder
@@ -30,8 +30,6 @@ INDEX_JSON = "index.json"
 MAX_INDEX_BYTES = 64 << 20  # a line of 400 bytes for every GiB: 160 TB of tokens
 DEFAULT_SHARD_BYTES = 1 << 30
 MAX_FAULTS = 20
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

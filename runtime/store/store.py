@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 from threading import RLock
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from ... import __version__
-from ...arguments import Arguments, StrPath, is_whole, path_of, plain
+from ...arguments import Arguments, Progress, StrPath, is_whole, path_of, plain
 from ...arrays import Float16
 from ...errors import StoreError
+from ...files import Closing
 from .batches import NewRecords
 from .catalog import Catalog, CatalogState
-from .compact import CompactReport, Progress, move_records
+from .compact import CompactReport, move_records
 from .folder import StoreStat, create_folder, disk_bytes, stat_of, waiting_bytes
 from .format import DEFAULT_SEGMENT_BYTES, StoreLayout
 from .ids import RecordIndex
 from .incoming import CommitReport, commit_segments
 from .memory import Reader, ResidentRecords
 from .pins import Pin
-from .reader import SegmentReader
+from .read import SegmentReader
 from .reading import ReadableStore, Tokens
 from .writer import StoreWriter
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Access = Literal["cached", "direct", "resident"]
 
 
-class TokenStore(ReadableStore):
+class TokenStore(ReadableStore, Closing):
     """A folder of token records. Made by `create` or `open`; use it as a context manager.
 
     One process writes at a time, any number read; a reader keeps the generation that it opened,
@@ -41,7 +41,7 @@ class TokenStore(ReadableStore):
     def __init__(self, path: Path, layout: StoreLayout, *, writable: bool, access: Access):
         self.path = path
         self.layout = layout
-        self.access = access
+        self.access: Access = access
         self._mutex = RLock()
         self._pin = Pin(None)
         self._writer = StoreWriter(path, layout) if writable else None
@@ -229,6 +229,31 @@ class TokenStore(ReadableStore):
             waiting = waiting_bytes(self.path, self._state)
             return CompactReport(moved, dropped, freed, waiting, tuple(left))
 
+    @property
+    def writable(self) -> bool:
+        """Whether it was opened for changes, too."""
+        return self._writer is not None
+
+    def load_into_memory(self) -> None:
+        """Load all records, verified, and read from memory from now on: `access` is "resident".
+
+        Who reads meanwhile goes on reading. A store in memory stays as it is.
+
+        Raises:
+            StoreError: the memory does not suffice (then the store reads as before); the store is
+                closed, or open for changes.
+        """
+        with self._mutex:
+            reader = self._open_reader()
+            if self._writer is not None:
+                raise StoreError(
+                    f"the store {self.path} is open for changes: it cannot be held in memory",
+                    hint='open it with mode="r"',
+                )
+            if isinstance(reader, SegmentReader):
+                self._reader, self.access = self._loaded(reader), "resident"
+                reader.retire()
+
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Compare every byte of the store with what is known of it; changes nothing.
 
@@ -262,17 +287,6 @@ class TokenStore(ReadableStore):
                 self._reader.close()
             self._pin.close()
 
-    def __enter__(self) -> TokenStore:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _load(self) -> None:
         """Read the catalog: a reader once, a writer again after it has moved records."""
         catalog = self._writer.catalog if self._writer else Catalog.open(self.path, writable=False)
@@ -304,11 +318,13 @@ class TokenStore(ReadableStore):
         if self.access != "resident":
             return reader
         try:
-            return ResidentRecords.load(
-                reader, self._index.plan(self._index.live_rows()), self.layout
-            )
+            return self._loaded(reader)
         finally:
             reader.close()
+
+    def _loaded(self, reader: SegmentReader) -> ResidentRecords:
+        plan = self._index.plan(self._index.live_rows())
+        return ResidentRecords.load(reader, plan, self.layout)
 
     def _key_of(self, segment: int) -> int | None:
         if self._writer is not None:

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...arguments import Progress
 from ...errors import StoreError
 from .format import CATALOG, SEGMENTS, STORE_JSON, StoreLayout
 from .pins import Pin
-from .reader import BadRecord
+from .read import BadRecord
 from .store import TokenStore
 from .structure import Structure, inspect
 from .writer import lock_writer
 
 BATCH_BYTES = 16 << 20
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ class ToyImageFile(ImageFile.ImageFile):
         head = self.fp.read(10)
         self._size = head[8], head[9]
         self._mode = "L"
-        self.tile = [ImageFile._Tile("toy", (0, 0, *self._size), 10, ())]
+        self.tile = [("toy", (0, 0, *self._size), 10, ())]
 
 
 def accept(prefix: bytes) -> bool:

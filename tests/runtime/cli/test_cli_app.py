@@ -319,7 +319,7 @@ def test_a_store_of_another_encoder_names_both_fingerprints(
 
 
 def test_missing_libraries_name_the_extra(edje, monkeypatch, official_tiny, tmp_path):
-    monkeypatch.setattr("edje.runtime.cli.app.find_spec", lambda name: None)
+    monkeypatch.setattr("edje.runtime.cli.options.find_spec", lambda name: None)
     ran = edje("export", "x", "--language-model", "y", "--out", tmp_path / "out")
     assert ran.code == 2
     assert "torch, transformers, onnx" in ran.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 
 from edje.runtime.cli import doctor
 from edje.runtime.cli.app import main
-from recording_cuda import GPU_NAME, pretend_gpu
+from pretended_gpu import GPU_NAME, pretend_gpu
 
 
 def test_the_diagnosis_is_json_and_names_every_backend(capsys):
@@ -53,13 +54,7 @@ def test_the_table_says_what_builds_what_runs_and_why_not_the_rest(capsys, monke
     assert rtx["builds"] == {"fp32": None, "fp16": None}
 
 
-@pytest.fixture
-def installed(monkeypatch):
-    versions = {"onnxruntime": "1.0", "pillow": "10.3"}
-    monkeypatch.setattr(doctor, "_version", versions.get)
-
-
-def test_missing_parts_come_with_the_command_that_installs_them(installed):
+def test_missing_parts_come_with_the_command_that_installs_them(monkeypatch):
     requirements = [
         "numpy>=1.26",
         'onnxruntime>=1.20; extra == "cpu"',
@@ -68,7 +63,17 @@ def test_missing_parts_come_with_the_command_that_installs_them(installed):
         'edje-runtime[cpu]; extra == "dev"',
         'ruff; extra == "dev"',
     ]
-    cpu, index = doctor._extras(requirements)
+    versions = {"onnxruntime": "1.0", "pillow": "10.3"}
+
+    def version(package):
+        if package not in versions:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(doctor, "probe_backends", lambda: ())
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: requirements)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    cpu, index = doctor.examine().extras
     assert (cpu.name, dict(cpu.installed), cpu.missing) == (
         "cpu",
         {"onnxruntime": "1.0"},
@@ -80,10 +85,11 @@ def test_missing_parts_come_with_the_command_that_installs_them(installed):
 
 def test_the_driver_version_is_read(monkeypatch, tmp_path):
     driver = tmp_path / "version"
-    monkeypatch.setattr(doctor, "_DRIVER", driver)
-    assert doctor._nvidia_driver() is None
+    monkeypatch.setattr(doctor, "probe_backends", lambda: ())
+    monkeypatch.setattr(doctor, "DRIVER_VERSION", driver)
+    assert doctor.examine().nvidia_driver is None
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar 5\n")
-    assert doctor._nvidia_driver() == "550.54.15"
+    assert doctor.examine().nvidia_driver == "550.54.15"
 
 
 @pytest.fixture

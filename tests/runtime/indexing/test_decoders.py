@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +75,10 @@ def test_a_decoder_that_hangs_is_ended(
 
 
 def test_closing_waits_for_nothing(files: list[ImageFile]) -> None:
+    before = children_of(os.getpid())
     pool = DecoderPool(SPEC, 1)
     future = pool.submit([Hanging("hang", files[0].path)])
-    while not pool._decoders:
+    while children_of(os.getpid()) == before:
         time.sleep(0.01)
     pool.close()
     assert future.result(0) == []  # after MAX_DECODE_S it would say that it took too long
@@ -103,7 +105,6 @@ def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # No guard for `__main__`: the decoders are no copies of the caller.
 PARENT = """
-import os
 from pathlib import Path
 import deadly_images
 from edje.bundle import ImageSpec
@@ -112,33 +113,46 @@ from edje.runtime.indexing.sources import ImageFile
 decoders.MAX_DECODE_S = 2
 pool = decoders.DecoderPool(ImageSpec(8, 2, 1 / 255, (0.5,) * 3, (0.5,) * 3), 2)
 pool.submit([deadly_images.Hanging("hang", Path(deadly_images.__file__))])
-while not pool._decoders:
-    pass
 pool.submit([ImageFile("quick", Path("none"))]).result()
-print(*(decoder._process.pid for decoder in pool._decoders), flush=True)
-os.kill(os.getpid(), 9)
+print("decoded", flush=True)
+input()
 """
 
 
 def test_decoders_idle_or_hanging_end_with_their_parent() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "support")}
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    assert parent.stdout is not None
-    pids = [int(pid) for pid in parent.stdout.readline().split()]
-    assert parent.wait(30) == -9
-    parent.stdout.close()
-    assert len(pids) == 2
+    program = [sys.executable, "-c", PARENT]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(program, env=environment, **pipes) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"decoded\n"
+        wait_until(lambda: len(children_of(parent.pid)) == 2, "both decoders are there")
+        pids = children_of(parent.pid)
+        parent.kill()
+    wait_until(lambda: not any(map(is_running, pids)), "no decoder outlives its parent")
+
+
+def wait_until(holds: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + 30
-    while any(map(is_running, pids)):
-        assert time.monotonic() < deadline, "a decoder outlives its parent"
+    while not holds():
+        assert time.monotonic() < deadline, f"waited in vain: {what}"
         time.sleep(0.02)
 
 
+def children_of(pid: int) -> set[int]:
+    """The processes that `pid` has started and that still run."""
+    found = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
+    return {each for each in found if (state := state_of(each)) and int(state[1]) == pid}
+
+
 def is_running(pid: int) -> bool:
+    state = state_of(pid)
+    return state is not None and state[0] != "Z"
+
+
+def state_of(pid: int) -> list[str] | None:
+    """What Linux says of a process: its state, its parent and more; None where there is none."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return False
-    return state != "Z"
+        return None

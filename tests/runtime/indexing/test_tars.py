@@ -183,7 +183,7 @@ def test_a_kill_leaves_lines_that_the_next_run_replaces(tmp_path: Path) -> None:
         log.add(SkippedImage("a", "now", "/images"))
         log.add(SkippedImage("a", "twice in a run", "/images"))
         assert [entry.reason for entry in read_skipped(tmp_path)][:2] == ["an earlier reason", "r"]
-        log.settle(lambda entry: entry.id == "c")
+        log.finish(lambda entry: entry.id == "c")
     assert [(e.id, e.reason) for e in read_skipped(tmp_path)] == [("a", "now"), ("b", "r")]
     assert [path.name for path in tmp_path.iterdir()] == ["skipped.jsonl"]
 
