@@ -87,7 +87,7 @@ def test_without_the_passes_only_exported_graphs_build(monkeypatch):
 
 def test_nothing_installed(monkeypatch):
     trt_library.load_trt.cache_clear()
-    names = [name for names in trt_library._IMPORT_NAMES.values() for name in names]
+    names = [name for names in trt_library.IMPORT_NAMES.values() for name in names]
     for library in ("openvino", "onnxruntime", *names):
         monkeypatch.setitem(sys.modules, library, None)
     for module in ("openvino", "onnxruntime", "tensorrt.backend", "tensorrt.rtx"):
