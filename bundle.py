@@ -8,6 +8,7 @@ from it, `runtime/` indexes with it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,71 @@ IMAGE_ENCODER = "image_encoder.onnx"
 PARITY = "parity.json"
 
 TEXT_NORMALIZATIONS = ("openclip", "none")
+
+# The names in `joint_encoder.onnx`: `export` writes the graph with them, and by them the engines
+# find what to lower, to quantise and to look for in a compiled model. A node is `/path/Kind`, as
+# `/layers.3/ffn1/MatMul`; its output is `/path/Kind_output`; a linear's weight `path.weight`.
+INPUTS = ("text_ids", "text_length", "query_of_pair", "visual_tokens")
+VISUAL_TOKENS, VISUAL_SCALES = "visual_tokens", "visual_scales"
+OUTPUT = "scores"
+WORD_EMBEDDINGS = "embeddings/word"
+# The parts of a layer. Six are linears: matrix products with weights, to be quantised.
+QUERY, KEY, VALUE, ATTENTION_OUTPUT = "query", "key", "value", "attention_output"
+FFN1, FFN2 = "ffn1", "ffn2"
+LINEARS = (QUERY, KEY, VALUE, ATTENTION_OUTPUT, FFN1, FFN2)
+ATTENTION_SCORES, ATTENTION, CONTEXT = "attention_scores", "attention", "context"
+# Linears that read one value keep or change their precision together: a layer group.
+QKV = "qkv"
+_LAYER = re.compile(r"/layers\.(\d+)/")
+
+
+def node_name(path: str, kind: str) -> str:
+    """Return the name of the node of a `kind` (`MatMul`) at `path` (`layers.3/ffn1`)."""
+    return f"/{path}/{kind}"
+
+
+def value_name(path: str, kind: str) -> str:
+    """Return the name of that node's one output."""
+    return f"{node_name(path, kind)}_output"
+
+
+def path_of_node(name: str) -> str:
+    """Return the path in a node's name: `layers.3/ffn1` of `/layers.3/ffn1/MatMul`."""
+    return name.strip("/").rpartition("/")[0]
+
+
+def weight_name(path: str, what: str = "weight") -> str:
+    """Return the name of a weight of the node at `path`: `layers.3.ffn1.weight`."""
+    return f"{path.replace('/', '.')}.{what}"
+
+
+def layer_path(number: int, part: str = "") -> str:
+    """Return the path of an encoder layer, or of one of its parts: `layers.3/ffn1`."""
+    return f"layers.{number}/{part}" if part else f"layers.{number}"
+
+
+def layer_of(name: str) -> int | None:
+    """Return which encoder layer a node or value belongs to; None for all outside of them."""
+    found = _LAYER.match(name)
+    return int(found[1]) if found else None
+
+
+def linear_of(node: str) -> str:
+    """Return the linear that a node belongs to, as manifests write it: `layers.3.ffn1`."""
+    return path_of_node(node).replace("/", ".")
+
+
+def group_of(linear: str) -> str:
+    """Return a linear's layer group: `layers.3.qkv` for query, key and value, else itself."""
+    layer, _, part = linear.rpartition(".")
+    return f"{layer}.{QKV}" if part in (QUERY, KEY, VALUE) else linear
+
+
+def products_of(group: str) -> tuple[str, ...]:
+    """Return the nodes of a layer group: `/layers.3/ffn1/MatMul` of `layers.3.ffn1`."""
+    layer, _, part = group.rpartition(".")
+    parts = (QUERY, KEY, VALUE) if part == QKV else (part,)
+    return tuple(node_name(f"{layer}/{part}", "MatMul") for part in parts)
 
 
 @dataclass(frozen=True, slots=True)

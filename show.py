@@ -22,32 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .arguments import Progress
+from .notes import is_quiet
 
 FILE_WIDTH = 160  # columns of a table that goes to a file or a pipe
-
-_quiet = False
-
-
-def be_quiet(wanted: bool) -> None:
-    """Turn progress and notes off, or on again."""
-    global _quiet
-    _quiet = wanted
-
-
-def is_quiet() -> bool:
-    """Return whether `--quiet` was given."""
-    return _quiet
-
-
-def note(message: str) -> None:
-    """Tell the user something beside the result, on stderr; `--quiet` leaves it out."""
-    if not _quiet:
-        warn(message)
-
-
-def warn(message: str) -> None:
-    """Tell the user what is wrong with the result, on stderr."""
-    print(f"edje: {message}", file=sys.stderr)
 
 
 class Screen(Console):

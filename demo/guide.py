@@ -19,7 +19,8 @@ from rich.table import Table
 
 from .. import __version__
 from ..bundle import JOINT_ENCODER, PARITY
-from ..engines.builder.auto import build_fastest, trial_lines
+from ..engines.builder.auto import trial_lines
+from ..engines.builder.build import build_engine
 from ..engines.cpu import cpu_features
 from ..engines.image import ImageEncoder
 from ..engines.manifest import EngineManifest
@@ -140,7 +141,7 @@ def _build(result: DemoResult, out: Path, stage: FirstStage) -> None:
         num_images = min(calibration.NUM_IMAGES, max(64, result.num_images))
         folder = out / "calibration"
         with calibration.samples(out / "bundle", folder, stage, num_images) as samples:
-            manifest = build_fastest(
+            manifest = build_engine(
                 out / "bundle", out / "engine", calibration=samples, progress=progress
             )
         result.engine = f"{manifest.backend} {manifest.precision}"

@@ -1,4 +1,4 @@
-"""The page a backend author reads: the batch, the engine, the stream, the backend, who checks what.
+"""The page a backend author reads: the batch, the engine, the backend, who checks what.
 
 A backend is one module with the functions of `Backend`, listed in `engines/registry.py`.
 Its engine subclasses `Engine` (`HostEngine` on the CPU) and only works: the base class checks
@@ -16,27 +16,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..arrays import Array, DeviceArray, Float16, Float32, Int32, even_parts
-from ..bundle import BundleManifest
+from ..bundle import INPUTS as INPUTS
+from ..bundle import OUTPUT as OUTPUT
+from ..bundle import VISUAL_SCALES, BundleManifest
 from ..errors import EngineError
+from ..kernels.device.contract import Stream
 from .manifest import EngineManifest, Profile, option_words
 
 Progress = Callable[[str], None]
-
-INPUTS = ("text_ids", "text_length", "query_of_pair", "visual_tokens")
-OUTPUT = "scores"
-
-
-class Stream(Protocol):
-    """What an engine needs of a stream: order, nothing else.
-
-    `handle` is the device's own stream (a `cudaStream_t` as int), 0 on the host. `submit` runs
-    host work in the stream's order and returns at once; the owner of the stream waits.
-    """
-
-    @property
-    def handle(self) -> int: ...
-
-    def submit(self, work: Callable[[], None]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +33,7 @@ class Batch:
     Arrays live where the engine runs (host memory for CPU engines, `DeviceArray`s for engines on
     a GPU), are C-contiguous, belong to the caller and must stay untouched until the stream has
     passed the engine's work. A GPU engine cannot look at the values: the caller vouches for them.
-    `cuda_memory.score_host_batch(engine, batch)` scores a host batch on a GPU, for measuring.
+    `fidelity.score_host_batch(engine, batch)` scores a host batch on a GPU, for measuring.
 
     Attributes:
         text_ids: int32 [Q, T]: `[CLS] wordpieces [SEP]`, right-padded with 0; T is a bucket.
@@ -272,7 +259,7 @@ def raise_faults(faults: list[str]) -> None:
 
 def memory_faults(batch: Batch, scores: Float32, on_device: bool) -> list[str]:
     """Return one sentence where arrays lie elsewhere than the engine runs."""
-    arrays = {name: getattr(batch, name) for name in (*INPUTS, "visual_scales")}
+    arrays = {name: getattr(batch, name) for name in (*INPUTS, VISUAL_SCALES)}
     wrong = [
         name
         for name, array in {**arrays, OUTPUT: scores}.items()

@@ -15,6 +15,7 @@ import numpy as np
 from ..arrays import Float32
 from ..bundle import JOINT_ENCODER, BundleManifest
 from ..errors import EngineError
+from ..kernels.device.host import InlineStream
 from ..machine import thread_limit
 from .agreement import Agreement, rank_agreement, recall
 from .contract import INPUTS, Batch, Engine, Progress, raise_faults, value_faults
@@ -119,15 +120,6 @@ class FidelityLimits:
         if change is not None and not found <= change + 1e-12:  # 1 - 0.99 is a little over 0.01
             faults.append(f"the first place changes in {found:.2%}, the limit is {change:.2%}")
         return faults
-
-
-class InlineStream:
-    """Runs submitted work at once on the calling thread."""
-
-    handle = 0
-
-    def submit(self, work: Callable[[], None]) -> None:
-        work()
 
 
 def measure_fidelity(
@@ -284,16 +276,15 @@ def score_host_batch(engine: Engine, batch: Batch) -> Float32:
     Raises:
         EngineError: a batch that does not fit, or CUDA fails.
     """
-    from ..kernels.device.facts import DeviceMemory, measuring_stream
+    from ..kernels.device.measuring import gpu_arrays
 
     raise_faults(value_faults(batch, engine.manifest))
-    stream = measuring_stream()
-    with DeviceMemory(stream) as memory:
-        arrays = {name: getattr(batch, name) for name in (*INPUTS, "visual_scales")}
-        on_device = {
-            name: None if array is None else memory.upload(np.ascontiguousarray(array))
-            for name, array in arrays.items()
+    host = {name: getattr(batch, name) for name in (*INPUTS, "visual_scales")}
+    with gpu_arrays() as gpu:
+        arrays: dict[str, Any] = {
+            name: None if array is None else gpu.upload(np.ascontiguousarray(array))
+            for name, array in host.items()
         }
-        scores = memory.empty((len(batch),), "float32")
-        engine.enqueue(Batch(**cast(Any, on_device)), cast(Any, scores), stream=stream)
-        return memory.download(scores)
+        scores = gpu.result((len(batch),), "float32")
+        engine.enqueue(Batch(**arrays), cast(Float32, scores), stream=gpu.stream)
+        return gpu.download(scores)[0]

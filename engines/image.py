@@ -175,7 +175,8 @@ def _open_model(model: Path, device: str) -> tuple[str, Run]:
         if device == "cuda":
             raise EngineError(
                 f"{model.name} cannot run on CUDA here: {found}",
-                hint="pip install 'edje-runtime[gpu]' in place of onnxruntime; or --device cpu",
+                hint="pip install 'edje-runtime[gpu-onnxruntime]' in place of onnxruntime; "
+                "or --device cpu",
             )
     failed = []
     for opener in (_open_openvino, _open_onnxruntime):

@@ -12,6 +12,7 @@ import openvino as ov
 from openvino import opset13 as ops
 
 from ..arrays import Array, Float32, even_parts
+from ..bundle import products_of
 from ..errors import EngineError, named
 from ..machine import is_x86, thread_limit, usable_cores
 from .contract import OUTPUT, Batch, BuildJob, BuildOptions, Engine, HostEngine, OpenOptions
@@ -205,12 +206,7 @@ def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine
 
 def quantized_products(plan: Mapping[str, Any]) -> frozenset[str]:
     """Return the graph's names of the products that a `precision_plan` lists as quantised."""
-    places = [place.rsplit(".", 1) for place in plan.get("quantized", ())]
-    return frozenset(
-        f"/{layer}/{name}/MatMul"
-        for layer, kind in places
-        for name in (("query", "key", "value") if kind == "qkv" else (kind,))
-    )
+    return frozenset(name for group in plan.get("quantized", ()) for name in products_of(group))
 
 
 def check_precision(

@@ -9,6 +9,16 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..arrays import Array
+from ..bundle import (
+    ATTENTION,
+    ATTENTION_SCORES,
+    CONTEXT,
+    FFN1,
+    FFN2,
+    node_name,
+    value_name,
+    weight_name,
+)
 from ..errors import CheckpointError
 from .configs import ONNX_ACTIVATIONS
 
@@ -57,13 +67,13 @@ class GraphBuilder:
         `inputs` are value names, or small arrays that become constants. `output=` names the
         output otherwise, for graph outputs.
         """
-        output = str(attributes.pop("output", f"/{path}/{kind}_output"))
+        output = str(attributes.pop("output", value_name(path, kind)))
         self._add(kind, path, inputs, [output], attributes)
         return output
 
     def split(self, path: str, value: str, sizes: Sequence[int], *, axis: int) -> list[str]:
         """Split `value` along `axis` into parts of `sizes`."""
-        outputs = [f"/{path}/Split_output_{index}" for index in range(len(sizes))]
+        outputs = [f"{value_name(path, 'Split')}_{index}" for index in range(len(sizes))]
         self._add("Split", path, (value, int64(*sizes)), outputs, {"axis": axis})
         return outputs
 
@@ -103,7 +113,8 @@ class GraphBuilder:
         from onnx import helper
 
         names = [value if isinstance(value, str) else self._constant(value) for value in inputs]
-        self._nodes.append(helper.make_node(kind, names, outputs, f"/{path}/{kind}", **attributes))
+        name = node_name(path, kind)
+        self._nodes.append(helper.make_node(kind, names, outputs, name, **attributes))
 
     def _constant(self, value: Array) -> str:
         """Store a small constant under a name that tells its content, so equal ones are one."""
@@ -152,19 +163,18 @@ def arrays(module: nn.Linear, *, scale: float = 1.0) -> Linear:
 def linear(graph: GraphBuilder, path: str, x: str, weights: Linear) -> str:
     """Add `x @ weight.T + bias`."""
     weight, bias = weights
-    name = path.replace("/", ".")
-    kernel = graph.weight(f"{name}.weight", weight.T)  # stored as [in, out]
+    kernel = graph.weight(weight_name(path), weight.T)  # stored as [in, out]
     product = graph.op("MatMul", path, x, kernel)
-    return graph.op("Add", path, product, graph.weight(f"{name}.bias", bias))
+    return graph.op("Add", path, product, graph.weight(weight_name(path, "bias"), bias))
 
 
 def layer_norm(
     graph: GraphBuilder, path: str, x: str, module: nn.LayerNorm, *, weights: str | None = None
 ) -> str:
     """Add an `nn.LayerNorm`; `weights` names shared weights where one norm is used twice."""
-    name = weights or path.replace("/", ".")
-    scale = graph.weight(f"{name}.weight", array(module.weight))
-    shift = graph.weight(f"{name}.bias", array(module.bias))
+    name = weights or path
+    scale = graph.weight(weight_name(name), array(module.weight))
+    shift = graph.weight(weight_name(name, "bias"), array(module.bias))
     return graph.op("LayerNormalization", path, x, scale, shift, axis=-1, epsilon=module.eps)
 
 
@@ -189,20 +199,20 @@ def attention(
 
     `query` [B, heads, R, d] is scaled by 1/sqrt(d) already, `key` is [B, heads, d, S].
     """
-    scores = graph.op("MatMul", f"{path}/attention_scores", query, key)
+    scores = graph.op("MatMul", f"{path}/{ATTENTION_SCORES}", query, key)
     if mask is not None:
-        scores = graph.op("Add", f"{path}/attention_scores", scores, mask)
-    scores = graph.op("Softmax", f"{path}/attention", scores, axis=-1)
-    context = graph.op("MatMul", f"{path}/context", scores, value)
-    context = graph.op("Transpose", f"{path}/context", context, perm=[0, 2, 1, 3])
-    return graph.op("Reshape", f"{path}/context", context, int64(0, 0, width))
+        scores = graph.op("Add", f"{path}/{ATTENTION_SCORES}", scores, mask)
+    scores = graph.op("Softmax", f"{path}/{ATTENTION}", scores, axis=-1)
+    context = graph.op("MatMul", f"{path}/{CONTEXT}", scores, value)
+    context = graph.op("Transpose", f"{path}/{CONTEXT}", context, perm=[0, 2, 1, 3])
+    return graph.op("Reshape", f"{path}/{CONTEXT}", context, int64(0, 0, width))
 
 
 def feed_forward(
     graph: GraphBuilder, path: str, x: str, fc1: nn.Linear, fc2: nn.Linear, activation: str
 ) -> str:
-    """Add fc1, the activation and fc2 under `path`/ffn1 and `path`/ffn2."""
+    """Add fc1, the activation and fc2 under `FFN1` and `FFN2` of `path`."""
     kind, attributes = ONNX_ACTIVATIONS[activation]
-    x = linear(graph, f"{path}/ffn1", x, arrays(fc1))
-    x = graph.op(kind, f"{path}/ffn1", x, **attributes)
-    return linear(graph, f"{path}/ffn2", x, arrays(fc2))
+    x = linear(graph, f"{path}/{FFN1}", x, arrays(fc1))
+    x = graph.op(kind, f"{path}/{FFN1}", x, **attributes)
+    return linear(graph, f"{path}/{FFN2}", x, arrays(fc2))

@@ -8,6 +8,17 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from torch import nn
 
+from ..bundle import (
+    ATTENTION_OUTPUT,
+    INPUTS,
+    KEY,
+    OUTPUT,
+    QUERY,
+    VALUE,
+    VISUAL_TOKENS,
+    WORD_EMBEDDINGS,
+    layer_path,
+)
 from .configs import VisionConfig
 from .onnx_blocks import (
     FLOAT,
@@ -76,14 +87,14 @@ def _vision_layer(
     x = layer_norm(graph, f"{path}/attention_norm", features, layer.layer_norm1)
     maps = layer.self_attn
     query_map = arrays(maps.q_proj, scale=1 / math.sqrt(width // heads))
-    query = linear(graph, f"{path}/query", x, query_map)
-    key = linear(graph, f"{path}/key", x, arrays(maps.k_proj))
-    value = linear(graph, f"{path}/value", x, arrays(maps.v_proj))
-    query = split_heads(graph, f"{path}/query", query, heads, width)
-    key = split_heads(graph, f"{path}/key", key, heads, width, transposed=True)
-    value = split_heads(graph, f"{path}/value", value, heads, width)
+    query = linear(graph, f"{path}/{QUERY}", x, query_map)
+    key = linear(graph, f"{path}/{KEY}", x, arrays(maps.k_proj))
+    value = linear(graph, f"{path}/{VALUE}", x, arrays(maps.v_proj))
+    query = split_heads(graph, f"{path}/{QUERY}", query, heads, width)
+    key = split_heads(graph, f"{path}/{KEY}", key, heads, width, transposed=True)
+    value = split_heads(graph, f"{path}/{VALUE}", value, heads, width)
     x = attention(graph, path, query, key, value, width)
-    x = linear(graph, f"{path}/attention_output", x, arrays(maps.out_proj))
+    x = linear(graph, f"{path}/{ATTENTION_OUTPUT}", x, arrays(maps.out_proj))
     features = graph.op("Add", f"{path}/attention_residual", features, x)
     x = layer_norm(graph, f"{path}/ffn_norm", features, layer.layer_norm2)
     x = feed_forward(graph, path, x, layer.mlp.fc1, layer.mlp.fc2, config.activation)
@@ -109,8 +120,8 @@ def _add_adapter(graph: GraphBuilder, adapter: Adapter, features: str) -> None:
     wide = feed_forward(graph, "adapter", wide, adapter.ffn1, adapter.ffn2, config.activation)
     x = graph.op("Add", "adapter/residual", x, wide)
     x = linear(graph, "adapter/projection", x, arrays(adapter.projection))
-    graph.op("Cast", "adapter/float16", x, to=FLOAT16, output="visual_tokens")
-    graph.output("visual_tokens", "float16", ["B", config.num_tokens, config.hidden])
+    graph.op("Cast", "adapter/float16", x, to=FLOAT16, output=VISUAL_TOKENS)
+    graph.output(VISUAL_TOKENS, "float16", ["B", config.num_tokens, config.hidden])
 
 
 def folded(first: nn.Linear, second: nn.Linear) -> Linear:
@@ -127,19 +138,23 @@ def joint_encoder_graph(model: JointEncoder) -> onnx.ModelProto:
     `visual_tokens` float16 [P, m, H]; output `scores` float32 [P]. Q, T and P are dynamic.
     """
     graph = GraphBuilder("joint_encoder")
-    graph.input("text_ids", "int32", ["Q", "T"])
-    graph.input("text_length", "int32", ["Q"])
-    graph.input("query_of_pair", "int32", ["P"])
-    graph.input("visual_tokens", "float16", ["P", model.num_tokens, model.config.hidden])
-    graph.output("scores", "float32", ["P"])
+    shapes: tuple[list[int | str], ...] = (
+        ["Q", "T"],
+        ["Q"],
+        ["P"],
+        ["P", model.num_tokens, model.config.hidden],
+    )
+    for name, shape in zip(INPUTS, shapes, strict=True):
+        graph.input(name, "float16" if name == VISUAL_TOKENS else "int32", shape)
+    graph.output(OUTPUT, "float32", ["P"])
     order = _slot_numbers(graph)
     lengths = graph.op("Unsqueeze", "text/length", "text_length", int64(1))  # [Q, 1]
     slots = _sequence(graph, model, order, lengths)
     mask = _mask(graph, model, order, lengths)
     layers = cast("list[Layer]", list(model.layers))
     for index, layer in enumerate(layers[:-1]):
-        slots = _layer(graph, f"layers.{index}", layer, slots, mask)
-    cls = _last_layer(graph, f"layers.{len(layers) - 1}", layers[-1], slots, mask)
+        slots = _layer(graph, layer_path(index), layer, slots, mask)
+    cls = _last_layer(graph, layer_path(len(layers) - 1), layers[-1], slots, mask)
     _head(graph, model, cls)
     return graph.model()
 
@@ -160,7 +175,7 @@ def _sequence(graph: GraphBuilder, model: JointEncoder, order: str, lengths: str
     word = array(model.word_embeddings.weight)[model.config.sep_id]
     sep = graph.op("Add", "embeddings/sep", sep, graph.weight("embeddings.sep.weight", word))
     sep = _norm(graph, "embeddings/sep_norm", model, sep)
-    tokens = graph.op("Cast", "visual_tokens", "visual_tokens", to=FLOAT)
+    tokens = graph.op("Cast", VISUAL_TOKENS, VISUAL_TOKENS, to=FLOAT)
     tokens = graph.op("Add", "embeddings/visual", tokens, _per_pair(graph, "position", positions))
     tokens = _norm(graph, "embeddings/visual_norm", model, tokens)
     parts = (_per_pair(graph, "text", text), tokens, _per_pair(graph, "sep", sep))
@@ -170,7 +185,7 @@ def _sequence(graph: GraphBuilder, model: JointEncoder, order: str, lengths: str
 def _text(graph: GraphBuilder, model: JointEncoder, order: str) -> str:
     """Add the text embeddings [Q, T, H], once per query."""
     words = graph.weight("embeddings.word.weight", array(model.word_embeddings.weight))
-    text = graph.op("Gather", "embeddings/word", words, "text_ids", axis=0)
+    text = graph.op("Gather", WORD_EMBEDDINGS, words, "text_ids", axis=0)
     rows = graph.op("Gather", "embeddings/text_position", _position_table(graph, model), order)
     kind = graph.weight("embeddings.text_type.weight", array(model.type_embeddings.weight)[0])
     rows = graph.op("Add", "embeddings/text_type", rows, kind)
@@ -227,14 +242,14 @@ def _scaled_query(layer: Layer) -> Linear:
 def _finish(graph: GraphBuilder, path: str, layer: Layer, rows: str, slots: str, mask: str) -> str:
     """Add attention from `rows` to `slots`, feed-forward and their norms for `rows`."""
     width, heads = layer.query.in_features, layer.num_heads
-    query = linear(graph, f"{path}/query", rows, _scaled_query(layer))
-    key = linear(graph, f"{path}/key", slots, arrays(layer.key))
-    value = linear(graph, f"{path}/value", slots, arrays(layer.value))
-    query = split_heads(graph, f"{path}/query", query, heads, width)
-    key = split_heads(graph, f"{path}/key", key, heads, width, transposed=True)
-    value = split_heads(graph, f"{path}/value", value, heads, width)
+    query = linear(graph, f"{path}/{QUERY}", rows, _scaled_query(layer))
+    key = linear(graph, f"{path}/{KEY}", slots, arrays(layer.key))
+    value = linear(graph, f"{path}/{VALUE}", slots, arrays(layer.value))
+    query = split_heads(graph, f"{path}/{QUERY}", query, heads, width)
+    key = split_heads(graph, f"{path}/{KEY}", key, heads, width, transposed=True)
+    value = split_heads(graph, f"{path}/{VALUE}", value, heads, width)
     context = attention(graph, path, query, key, value, width, mask)
-    context = linear(graph, f"{path}/attention_output", context, arrays(layer.attention_output))
+    context = linear(graph, f"{path}/{ATTENTION_OUTPUT}", context, arrays(layer.attention_output))
     rows = graph.op("Add", f"{path}/attention_residual", context, rows)
     rows = layer_norm(graph, f"{path}/attention_norm", rows, layer.attention_norm)
     wide = feed_forward(graph, path, rows, layer.ffn1, layer.ffn2, layer.activation_name)
@@ -248,4 +263,4 @@ def _head(graph: GraphBuilder, model: JointEncoder, cls: str) -> None:
     pooled = linear(graph, "pooler", pooled, arrays(model.pooler))
     pooled = graph.op("Tanh", "pooler", pooled)
     logit = linear(graph, "classifier", pooled, arrays(model.classifier))
-    graph.op("Squeeze", "classifier", logit, int64(1), output="scores")
+    graph.op("Squeeze", "classifier", logit, int64(1), output=OUTPUT)

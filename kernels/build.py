@@ -58,7 +58,7 @@ def build_all() -> tuple[KernelManifest, dict[str, bytes]]:
     kernels: dict[str, KernelEntry] = {}
     files: dict[str, bytes] = {}
     for variant in all_variants():
-        compiled = [_compile(variant, capability) for capability in COMPUTE_CAPABILITIES]
+        compiled = [compile_variant(variant, capability) for capability in COMPUTE_CAPABILITIES]
         files |= {each.record.file: each.code for each in compiled}
         kernels[variant.name] = KernelEntry(
             compiled[0].symbol,
@@ -68,7 +68,7 @@ def build_all() -> tuple[KernelManifest, dict[str, bytes]]:
             tuple(each.record for each in compiled),
         )
         print(f"{variant.name}: {sum(len(each.code) for each in compiled):,} bytes", flush=True)
-    faults = [fault for variant in all_variants() for fault in _faults(variant, kernels)]
+    faults = [fault for variant in all_variants() for fault in limit_faults(variant, kernels)]
     if faults:
         raise EngineError("compiled kernels do not keep their limits", faults=faults)
     manifest = KernelManifest(source_hash(), triton.__version__, _ptxas_version(), OPTIONS, kernels)
@@ -119,13 +119,17 @@ def _triton() -> Any:
         raise EngineError(message, hint="pip install -e '.[kernels]' -c constraints.txt") from error
 
 
-def _compile(variant: Variant, capability: str) -> Compiled:
-    """Compile one kernel for one architecture."""
+def compile_variant(variant: Variant, capability: str) -> Compiled:
+    """Compile one kernel for one architecture.
+
+    Raises:
+        EngineError: the assembler refuses it, or it takes other arguments than launches give.
+    """
     sm = capability.replace(".", "")
     with tempfile.TemporaryDirectory() as folder:
         compiled = _to_ptx(variant, int(sm), folder)
         ptx = re.sub(r"^\.target sm_\d+a?", f".target sm_{sm}", compiled.asm["ptx"], flags=re.M)
-        _check_parameters(variant, ptx)
+        check_parameters(variant, ptx)
         code, log = _assemble(ptx, sm, Path(folder))
     metadata = compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:
@@ -136,13 +140,13 @@ def _compile(variant: Variant, capability: str) -> Compiled:
         num_bytes=len(code),
         sha256=hashlib.sha256(code).hexdigest(),
         shared_bytes=metadata.shared,
-        **_resources(log),
+        **read_resources(log),
     )
     return Compiled(metadata.name, code, record)
 
 
 def _to_ptx(variant: Variant, sm: int, cache: str) -> Any:
-    """Let Triton compile; every time anew, without the places of source lines."""
+    """Let Triton compile; every time anew, without the numbers of source lines."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -164,8 +168,12 @@ def _to_ptx(variant: Variant, sm: int, cache: str) -> Any:
         return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 
 
-def _check_parameters(variant: Variant, ptx: str) -> None:
-    """Raise where the entry takes something else than the manifest will say."""
+def check_parameters(variant: Variant, ptx: str) -> None:
+    """Compare the entry's parameters in PTX with what the manifest will say.
+
+    Raises:
+        EngineError: they differ.
+    """
     found = re.findall(r"^\s*\.param \.(\w+)[^;\n]*_param_\d+,?$", ptx, re.M)
     parameters = (*variant.parameters, *SCRATCH)
     expected = [PTX_TYPES.get(parameter.type, "u64") for parameter in parameters]
@@ -194,7 +202,7 @@ def _assemble(ptx: str, sm: str, folder: Path) -> tuple[bytes, str]:
     return target.read_bytes(), shown.stderr
 
 
-def _resources(log: str) -> dict[str, int]:
+def read_resources(log: str) -> dict[str, int]:
     """Read registers, spills and stack from what `ptxas -v` says; it must say all of them."""
 
     def number(pattern: str) -> int:
@@ -208,7 +216,7 @@ def _resources(log: str) -> dict[str, int]:
     }
 
 
-def _faults(variant: Variant, kernels: dict[str, KernelEntry]) -> Iterator[str]:
+def limit_faults(variant: Variant, kernels: dict[str, KernelEntry]) -> Iterator[str]:
     """Yield one sentence for every limit that a kernel's cubins break."""
     for cubin in kernels[variant.name].cubins:
         limits = {

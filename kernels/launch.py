@@ -1,15 +1,16 @@
-"""Arrays as kernels take them, and the launch of a compiled kernel without Triton."""
+"""Compiled kernels without Triton: arrays checked, cubins chosen, loaded once, launched."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
+from ..arrays import DeviceArray
 from ..errors import EngineError, named
+from .device.contract import Device, Kernel, Stream
 from .manifest import CUBINS, Cubin, KernelEntry, read_manifest
 from .variants import Parameter
 
@@ -18,22 +19,10 @@ DTYPES = {
 }
 
 
-class DeviceArray(Protocol):
-    """A C-contiguous array in device memory, as `engines.contract.DeviceArray`."""
-
-    @property
-    def address(self) -> int: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]: ...
-
-
 def raise_faults(operation: str, faults: Iterator[str]) -> None:
-    if found := list(faults):
-        raise EngineError(f"{operation} does not take these arrays", faults=found)
+    """Raise one EngineError that lists `faults`; return where there are none."""
+    if listed := list(faults):
+        raise EngineError(f"{operation} does not take these arrays", faults=listed)
 
 
 def array_faults(
@@ -68,39 +57,10 @@ def bounds_faults(name: str, value: int, most: int) -> Iterator[str]:
         yield f"{name}: got {value}, expected 1 to {most}"
 
 
-Grid = tuple[int, int, int]
 SCALARS: dict[str, type[np.generic]] = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
 RANGES = {"i32": (-(2**31), 2**31 - 1), "i64": (-(2**63), 2**63 - 1)}
 ADDRESSES = (1, 2**64 - 1)
 SCRATCH = ("global_scratch", "profile_scratch")
-
-
-class Kernel(Protocol):
-    """One entry of a loaded module."""
-
-    def launch(
-        self,
-        stream: Any,
-        *,
-        grid: Grid,
-        block: Grid,
-        shared_bytes: int,
-        arguments: Sequence[np.generic],
-    ) -> None:
-        """Run it in the order of the device's `stream`; returns at once."""
-        ...
-
-
-class Module(Protocol):
-    """A loaded cubin; lives as long as its device."""
-
-    def kernel(self, symbol: str) -> Kernel: ...
-
-
-class Loader(Protocol):
-    """What loads cubins: a device of `runtime/device`."""
-
-    def load_module(self, code: bytes) -> Module: ...
 
 
 class LoadedKernel:
@@ -114,7 +74,7 @@ class LoadedKernel:
         self._names = {item.name for item in self._parameters}
         self._scratch = (np.uint64(0),) * (len(entry.parameters) - len(self._parameters))
 
-    def launch(self, stream: Any, num_programs: int, **values: float) -> None:
+    def launch(self, stream: Stream, num_programs: int, **values: float) -> None:
         """Run `num_programs` programs in the order of `stream`; returns at once.
 
         Args:
@@ -161,18 +121,18 @@ class KernelLibrary:
     """The compiled kernels, for one GPU. Load them at set-up, never while requests run."""
 
     def __init__(
-        self, loader: Loader, compute_capability: tuple[int, int], *, folder: Path = CUBINS
+        self, device: Device, compute_capability: tuple[int, int], *, folder: Path = CUBINS
     ):
         """Read what there is; loads nothing yet.
 
         Args:
-            loader: loads the cubins and keeps them as long as it lives.
+            device: loads the cubins and keeps them as long as it lives.
             compute_capability: of the GPU, major and minor.
 
         Raises:
             EngineError: the manifest is missing or damaged.
         """
-        self._loader, self._capability, self._folder = loader, compute_capability, folder
+        self._device, self._capability, self._folder = device, compute_capability, folder
         self._manifest = read_manifest(folder)
         self._loaded: dict[str, LoadedKernel] = {}
 
@@ -187,7 +147,7 @@ class KernelLibrary:
             if entry is None:
                 raise EngineError(f"no kernel is called {name!r}", hint="see kernels/variants.py")
             cubin = choose_cubin(entry, self._capability)
-            module = self._loader.load_module(_read(self._folder / cubin.file, cubin))
+            module = self._device.load_module(_read(self._folder / cubin.file, cubin))
             self._loaded[name] = LoadedKernel(name, entry, cubin, module.kernel(entry.symbol))
         return self._loaded[name]
 
@@ -222,9 +182,9 @@ def _read(path: Path, cubin: Cubin) -> bytes:
     except OSError as error:
         message = f"the compiled kernel {path} cannot be read: {error}"
         raise EngineError(message, hint="make kernels") from error
-    found = hashlib.sha256(code).hexdigest()
-    if found != cubin.sha256:
-        message = f"{path} is damaged: its SHA-256 is {found}, expected {cubin.sha256}"
+    digest = hashlib.sha256(code).hexdigest()
+    if digest != cubin.sha256:
+        message = f"{path} is damaged: its SHA-256 is {digest}, expected {cubin.sha256}"
         raise EngineError(message, hint="make kernels")
     return code
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from ..arrays import DeviceArray
+from .device.contract import Stream
 from .launch import (
-    DeviceArray,
     KernelLibrary,
     array_faults,
     bounds_faults,
@@ -92,7 +92,7 @@ class Assemble:
         rows: DeviceArray,
         hidden_states: DeviceArray,
         *,
-        stream: Any,
+        stream: Stream,
         scales: DeviceArray | None = None,
     ) -> None:
         """Write the hidden states of P pairs in the order of `stream`; returns at once.
@@ -190,7 +190,7 @@ class TopK:
         indices: DeviceArray,
         values: DeviceArray,
         *,
-        stream: Any,
+        stream: Stream,
     ) -> None:
         """Find the k best scores, best first, in the order of `stream`; returns at once.
 
@@ -199,7 +199,7 @@ class TopK:
         Args:
             scores: float32 [P], 1 <= P <= 65,536; NaN comes last.
             keys: int64, at least `num_keys(P)`, on 16 bytes: working memory, overwritten.
-            indices, values: int32 and float32 [k], k <= P: places and scores, written.
+            indices, values: int32 and float32 [k], k <= P: indices and scores, written.
 
         Raises:
             EngineError: arrays that do not fit (all faults at once).

@@ -1,4 +1,4 @@
-"""Whole records between places of device memory, as typed calls: `GatherTokens`, `ScatterTokens`.
+"""Whole records within device memory, as typed calls: `GatherTokens`, `ScatterTokens`.
 
 As in `operations`, everything is allocated by the caller, and a call only queues work on a stream.
 Row numbers are not checked here: the kernels never touch memory outside an array.
@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
+from ..arrays import DeviceArray
+from .device.contract import Stream
 from .launch import (
-    DeviceArray,
     KernelLibrary,
     array_faults,
     choice_faults,
@@ -48,7 +48,7 @@ class GatherTokens:
         rows: DeviceArray,
         out: DeviceArray,
         *,
-        stream: Any,
+        stream: Stream,
         scales: DeviceArray | None = None,
         out_scales: DeviceArray | None = None,
     ) -> None:
@@ -98,7 +98,7 @@ class ScatterTokens:
         places: DeviceArray,
         pool: DeviceArray,
         *,
-        stream: Any,
+        stream: Stream,
         scales: DeviceArray | None = None,
         pool_scales: DeviceArray | None = None,
     ) -> None:

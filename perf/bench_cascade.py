@@ -31,6 +31,7 @@ import numpy as np
 
 from ..bundle import BundleManifest
 from ..engines.builder.build import build_engine
+from ..engines.builder.options import EngineOptions
 from ..engines.fidelity import FidelityLimits
 from ..engines.manifest import EngineManifest
 from ..errors import EdjeError
@@ -152,7 +153,7 @@ def build_fast(demo: Path, without: set[str], scratch: Path, tell: Tell) -> Path
             backend="openvino",
             precision="int8",
             calibration=samples,
-            limits=FidelityLimits(),
+            options=EngineOptions(limits=FidelityLimits()),
             progress=tell,
         )
     return out

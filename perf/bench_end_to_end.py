@@ -29,11 +29,11 @@ from ..bundle import BundleManifest
 from ..engines.builder.cache import cached_engine
 from ..engines.contract import INPUTS, Batch, Engine, OpenOptions
 from ..engines.cpu import PAIRS_PER_THREAD, pairs_per_forward
-from ..engines.fidelity import InlineStream
 from ..engines.manifest import EngineManifest
 from ..engines.registry import load_backend, open_engine
 from ..engines.samples import RandomSamples
 from ..errors import EdjeError
+from ..kernels.device.host import InlineStream
 from ..machine import usable_cores
 from ..runtime.reranker import Reranker
 from ..runtime.store import TokenStore

@@ -22,9 +22,9 @@ import numpy as np
 from ..arrays import Float32
 from ..bundle import JOINT_ENCODER, BundleManifest
 from ..engines.agreement import rank_agreement, recall
-from ..engines.builder.build import build_engine, checked_profile
+from ..engines.builder.build import build_engine
+from ..engines.builder.options import EngineOptions
 from ..engines.fidelity import Scorer, engine_scorer, reference_scorer
-from ..engines.manifest import DEFAULT_MAX_PAIRS, DEFAULT_TEXT_BUCKETS
 from ..engines.precision.emulate import scorer
 from ..engines.precision.graph import Graph
 from ..engines.precision.prepare import Recipe, prepare_graph
@@ -83,7 +83,7 @@ def open_scorers(
 ) -> tuple[dict[str, Scorer], dict[str, Any]]:
     """Open float32, every precision's graph, and int8 on the backends of this machine."""
     manifest = BundleManifest.read(bundle)
-    profile = checked_profile(DEFAULT_MAX_PAIRS, DEFAULT_TEXT_BUCKETS, manifest.text.max_wordpieces)
+    profile = EngineOptions().profile(manifest.text.max_wordpieces)
     scorers: dict[str, Scorer] = {REFERENCE: reference_scorer(bundle)}
     plans: dict[str, Any] = {}
     with progress_steps("Building") as tell:
@@ -108,7 +108,7 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Score every sample with everybody; return each one's agreement with float32 and recall."""
     text = BundleManifest.read(bundle).text
-    profile = checked_profile(DEFAULT_MAX_PAIRS, DEFAULT_TEXT_BUCKETS, text.max_wordpieces)
+    profile = EngineOptions().profile(text.max_wordpieces)
     found: dict[str, list[Float32]] = {name: [] for name in scorers}
     targets = []
     with progress_bar("Scoring") as advance:

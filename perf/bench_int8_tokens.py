@@ -26,6 +26,7 @@ import numpy as np
 from ..arrays import Array, Float16, Float32
 from ..engines.agreement import rank_agreement, recall
 from ..engines.builder.build import build_engine
+from ..engines.builder.options import EngineOptions
 from ..errors import EdjeError
 from ..runtime.queries import StoreSamples
 from ..runtime.reranker import Reranker
@@ -137,8 +138,8 @@ def build_engines(
                 folder,
                 backend=backend,
                 precision=precision,
-                token_dtype=taken,
                 calibration=pairs,
+                options=EngineOptions(token_dtype=taken),
             )
     return folders
 

@@ -29,10 +29,9 @@ import numpy as np
 from ..arrays import Array, Float16, Float32, Int64
 from ..bundle import BundleManifest, ModelSizes, TextSpec
 from ..engines.contract import Batch, HostEngine
-from ..engines.fidelity import InlineStream
 from ..engines.manifest import EngineManifest, Profile
 from ..errors import EdjeError
-from ..kernels.device.host import HostDevice
+from ..kernels.device.host import HostDevice, InlineStream
 from ..runtime.pipeline import NUM_SLOTS, Pipeline, Request
 from ..runtime.source import TokenSource
 from ..runtime.store import BadRecord, TokenStore

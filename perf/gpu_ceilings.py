@@ -66,10 +66,11 @@ def measure_ceilings(report: Report) -> None:
         if report.left_s <= 0:
             report.put(left_out="the time was up")
             return
-        report.add("ceilings", _measured(library, probe))
+        report.add("ceilings", measure_probe(library, probe))
 
 
-def _measured(library: _Library, probe: Probe) -> dict[str, Any]:
+def measure_probe(library: _Library, probe: Probe) -> dict[str, Any]:
+    """Return a row of `ceilings`: the rate, or in `fault` what the probe raised."""
     row = {"name": probe.name, "key": probe.key, "unit": f"{probe.unit}/s"}
     try:
         seconds = library.least_seconds(probe.make())

@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,15 +21,15 @@ import numpy.typing as npt
 from ..arrays import Float16, Float32, Int32
 from ..bundle import BundleManifest
 from ..engines.agreement import rank_agreement
-from ..engines.contract import Batch, Engine
+from ..engines.contract import INPUTS, Batch, Engine
 from ..engines.fidelity import reference_scorer
 from ..engines.manifest import EngineManifest, Profile
 from ..kernels.device.contract import Device
-from ..kernels.device.facts import CudaStream, DeviceMemory, measuring_stream
+from ..kernels.device.measuring import GpuArrays, gpu_arrays
 from ..runtime.pipeline import Pipeline, Request, Scored
 from ..runtime.pool import TokenPool
 from ..runtime.source import HeldTokens
-from ..runtime.streams import Lane
+from ..runtime.streams import Streams
 from ..runtime.text import TokenizedQueries
 from .gpu_steps import Report
 from .harness import interleave
@@ -237,12 +237,11 @@ def measure_point(engine: Engine, pairs: Pairs, size: int) -> list[dict[str, Any
     with ExitStack() as stack:
         stack.enter_context(_narrowed(engine, size))
         device = stack.enter_context(closing(CudaCoreDevice()))
-        stream = measuring_stream()
-        memory = stack.enter_context(DeviceMemory(stream))
-        lane = Lane(device, borrowed=stream, exclusive=True)  # contestants take turns
-        pipelines = make_pipelines(engine, pairs, device, lane)
+        gpu = stack.enter_context(gpu_arrays())
+        streams = Streams(device, borrowed=gpu.stream, exclusive=True)  # contestants take turns
+        pipelines = make_pipelines(engine, pairs, device, streams)
         last: dict[str, Scored] = {}
-        contestants = {BARE: bare_scores(engine, pairs, size, num_batches, memory, stream)}
+        contestants = {BARE: bare_scores(engine, pairs, size, num_batches, gpu)}
         for name, pipeline in pipelines.items():
             stack.enter_context(closing(pipeline))
             contestants[name] = through_pipeline(pipeline, pairs, rows, name, last)
@@ -255,7 +254,9 @@ def measure_point(engine: Engine, pairs: Pairs, size: int) -> list[dict[str, Any
     return made
 
 
-def make_pipelines(engine: Engine, pairs: Pairs, device: Device, lane: Lane) -> dict[str, Pipeline]:
+def make_pipelines(
+    engine: Engine, pairs: Pairs, device: Device, streams: Streams
+) -> dict[str, Pipeline]:
     """Return pipelines over the same tokens: in host memory, and all of them resident."""
     every, sizes = np.arange(len(pairs.tokens)), engine.manifest.bundle.sizes
     source = HeldTokens(every, pairs.tokens)
@@ -267,9 +268,9 @@ def make_pipelines(engine: Engine, pairs: Pairs, device: Device, lane: Lane) -> 
         dtype="float16",
         checks_finite=False,
     )
-    resident = Pipeline(engine, source, device, lane=lane, pool=pool)
+    resident = Pipeline(engine, source, device, streams=streams, pool=pool)
     resident.load(every)
-    return {PIPELINE: Pipeline(engine, source, device, lane=lane), RESIDENT: resident}
+    return {PIPELINE: Pipeline(engine, source, device, streams=streams), RESIDENT: resident}
 
 
 def through_pipeline(
@@ -305,25 +306,24 @@ def bare_scores(
     pairs: Pairs,
     size: int,
     num_batches: int,
-    memory: DeviceMemory,
-    stream: CudaStream,
+    gpu: GpuArrays,
 ) -> Scores:
     """Return a run over batches that lie on the GPU, the scores fetched at its end."""
-    fields = ("text_ids", "text_length", "query_of_pair", "visual_tokens")
-    batches: list[Any] = []
+    batches: list[Batch] = []
     for index in range(NUM_RESIDENT):
         batch = pairs.batch(index * size, size)
         arrays: dict[str, Any] = {
-            name: memory.upload(np.ascontiguousarray(getattr(batch, name))) for name in fields
+            name: gpu.upload(np.ascontiguousarray(getattr(batch, name))) for name in INPUTS
         }
-        stream.synchronize()
-        batches.append((Batch(**arrays), memory.empty((size,), "float32")))
+        batches.append(Batch(**arrays))
+    results = [gpu.result((size,), "float32") for _ in batches]
+    outs = [cast(Float32, result) for result in results]
 
     def run() -> Float32:
         for index in range(num_batches):
-            batch, scores = batches[index % NUM_RESIDENT]
-            engine.enqueue(batch, scores, stream=stream)
-        parts = [memory.download(scores) for _, scores in batches]
+            turn = index % NUM_RESIDENT
+            engine.enqueue(batches[turn], outs[turn], stream=gpu.stream)
+        parts = gpu.download(*results)
         return np.concatenate([parts[index % NUM_RESIDENT] for index in range(num_batches)])
 
     return run

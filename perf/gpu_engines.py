@@ -17,13 +17,16 @@ import numpy as np
 from ..arrays import DeviceArray, Float32
 from ..bundle import JOINT_ENCODER, BundleManifest
 from ..engines.builder.cache import cached_engine
-from ..engines.contract import INPUTS, OUTPUT, Batch, Engine, Stream
+from ..engines.builder.options import EngineOptions
+from ..engines.contract import INPUTS, OUTPUT, Batch, Engine
 from ..engines.manifest import EngineManifest, Profile
 from ..engines.precision.prepare import DEFAULT_LIMITS, Recipe, prepare_graph
 from ..engines.registry import open_engine, require_backend
 from ..engines.samples import RandomSamples
 from ..errors import EngineError
-from ..kernels.device.facts import CudaStream, DeviceMemory, current_gpu, synchronize
+from ..kernels.device.contract import Stream
+from ..kernels.device.facts import current_gpu
+from ..kernels.device.measuring import GpuArrays, gpu_arrays
 from .random_model import CACHE, source_hash
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
@@ -150,14 +153,13 @@ class OrtCudaEngine(Engine):
     def close(self) -> None:
         """Let every session free its buffers in a run that waits, then free the sessions."""
         if self._sessions:
-            with DeviceMemory(CudaStream()) as memory:
-                batch, scores = self._one_pair(memory)
+            with gpu_arrays() as gpu:  # its end waits for the GPU, callbacks included
+                batch, scores = self._one_pair(gpu)
                 for session in self._sessions.values():
                     self._run(session, batch, scores, self._waiting)
-            synchronize()
         self._sessions.clear()
 
-    def _one_pair(self, memory: DeviceMemory) -> tuple[Batch, DeviceArray]:
+    def _one_pair(self, gpu: GpuArrays) -> tuple[Batch, DeviceArray]:
         """Return a batch of one pair on the GPU, and where its score goes."""
         sizes, bucket = self.manifest.bundle.sizes, min(self.manifest.profile.text_buckets)
         host = Batch(
@@ -166,10 +168,8 @@ class OrtCudaEngine(Engine):
             np.zeros(1, np.int32),
             np.zeros((1, sizes.num_tokens, sizes.hidden), np.float16),
         )
-        arrays: dict[str, Any] = {name: memory.upload(getattr(host, name)) for name in INPUTS}
-        scores = memory.empty((1,), "float32")
-        memory.wait()
-        return Batch(**arrays), scores
+        arrays: dict[str, Any] = {name: gpu.upload(getattr(host, name)) for name in INPUTS}
+        return Batch(**arrays), gpu.result((1,), "float32")
 
 
 def built_engine(
@@ -186,9 +186,8 @@ def built_engine(
         CACHE / f"engines-{source_hash('engines')}",
         backend=backend,
         precision=precision,
-        max_pairs=profile.max_pairs,
-        text_buckets=profile.text_buckets,
         calibration=RandomSamples(BundleManifest.read(bundle)),
+        options=EngineOptions(max_pairs=profile.max_pairs, text_buckets=profile.text_buckets),
         progress=tell,
     )
     return open_engine(folder)

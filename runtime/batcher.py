@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,37 +45,28 @@ def plan_batches(text_length: Int32, query_of_pair: Int64, profile: Profile) -> 
         RequestError: a query is longer than the largest bucket.
     """
     buckets = np.array(sorted(profile.text_buckets), np.int64)
-    _check_lengths(text_length, int(buckets[-1]))
-    bucket_of_query = buckets[np.searchsorted(buckets, text_length)]
-    bucket_of_pair = bucket_of_query[query_of_pair]
-    plan = _planned if len(text_length) > 1 else _planned_alone
-    return [
-        plan(int(bucket), pairs, query_of_pair)
-        for bucket in np.unique(bucket_of_pair)
-        for pairs in _split(np.flatnonzero(bucket_of_pair == bucket), profile.max_pairs)
-    ]
+    longest = int(buckets[-1])
+    if (text_length > longest).any():
+        raise _too_long(text_length, longest)
+    bucket_of_pair = buckets[np.searchsorted(buckets, text_length)][query_of_pair]
+    batches = []
+    for bucket in np.unique(bucket_of_pair).tolist():
+        pairs_of_bucket = np.flatnonzero(bucket_of_pair == bucket)
+        for part in even_parts(len(pairs_of_bucket), profile.max_pairs):
+            pairs = pairs_of_bucket[part]
+            if len(text_length) == 1:  # one query, the usual case: nothing to sort
+                batch = PlannedBatch(bucket, _FIRST, np.zeros(len(pairs), np.int32), pairs)
+            else:
+                queries, local = np.unique(query_of_pair[pairs], return_inverse=True)
+                batch = PlannedBatch(bucket, queries, local.astype(np.int32), pairs)
+            batches.append(batch)
+    return batches
 
 
-def _check_lengths(text_length: Int32, longest: int) -> None:
-    too_long = np.flatnonzero(text_length > longest)
-    if too_long.size:
-        raise RequestError(
-            f"the engine takes queries of up to {longest - 2} wordpieces",
-            faults=[f"query {q} has {int(text_length[q]) - 2}" for q in too_long[:20]],
-            hint="build the engine with a larger --text-buckets value",
-        )
-
-
-def _split(pairs: Int64, max_pairs: int) -> Iterator[Int64]:
-    """Cut `pairs` into the fewest parts of at most `max_pairs`, their sizes equal within one."""
-    return (pairs[part] for part in even_parts(len(pairs), max_pairs))
-
-
-def _planned(bucket: int, pairs: Int64, query_of_pair: Int64) -> PlannedBatch:
-    queries, local = np.unique(query_of_pair[pairs], return_inverse=True)
-    return PlannedBatch(bucket, queries, local.astype(np.int32), pairs)
-
-
-def _planned_alone(bucket: int, pairs: Int64, query_of_pair: Int64) -> PlannedBatch:
-    """As `_planned` for a request of one query, the usual case: nothing to sort."""
-    return PlannedBatch(bucket, _FIRST, np.zeros(len(pairs), np.int32), pairs)
+def _too_long(text_length: Int32, longest: int) -> RequestError:
+    which = np.flatnonzero(text_length > longest)
+    return RequestError(
+        f"the engine takes queries of up to {longest - 2} wordpieces",
+        faults=[f"query {q} has {int(text_length[q]) - 2}" for q in which[:20]],
+        hint="build the engine with a larger --text-buckets value",
+    )

@@ -23,14 +23,13 @@ from ..arrays import Bool, Float32, Int64
 from ..engines.manifest import EngineManifest
 from ..errors import EngineError, StoppedError
 from .pipeline import Pipeline, Request, Scored
-from .results import EngineLabel, Rescoring
+from .results import MARGIN, EngineLabel, Rescoring
 
 Float64 = npt.NDArray[np.float64]
 
 # Small rounds follow the rising threshold closely; smaller ones leave the engine half idle (CPU
 # time a pair, demo scorer, OpenVINO float32 on two cores: 3.2 ms at 4 pairs, 2.5 at 16 and 32).
 PAIRS_PER_ROUND = 16
-MARGIN = "0 or more: the raw logits by which a fast score may lie below the precise one"
 # The largest difference of a build's few thousand pairs is not the largest there is.
 SAFETY = 1.5
 
@@ -70,7 +69,7 @@ def rescore_top(
 
     Args:
         fast: float32 [N]; a score that is not finite says nothing, so it is always rescored.
-        score_precisely: int64 [M] places in `fast` -> float32 [M]; what is not finite never
+        score_precisely: int64 [M] positions in `fast` -> float32 [M]; what is not finite never
             counts as one of the best.
         top_k: how many of the best must be right, 1 or more.
     """
@@ -82,12 +81,12 @@ def rescore_top(
     while True:
         num_known, threshold = _kth_best(precise, top_k)
         most = max(pairs_per_round, top_k - num_known)
-        places = order[num_done : num_done + most]
-        places = places[~(expected[places] + margin < threshold)]  # NaN is never below
-        if not len(places):
+        positions = order[num_done : num_done + most]
+        positions = positions[~(expected[positions] + margin < threshold)]  # NaN is never below
+        if not len(positions):
             break
-        precise[places] = score_precisely(places)
-        num_done += len(places)
+        precise[positions] = score_precisely(positions)
+        num_done += len(positions)
         wider = _widened(margin, precise - expected)
         num_widened += wider > margin
         margin = wider
@@ -150,24 +149,24 @@ class Cascade:
         result = replace(fast, damaged={})
         began = perf_counter()
 
-        def score_precisely(places: Int64) -> Float32:
-            queries = request.query_of_pair[places]
-            some = replace(request, query_of_pair=queries, rows=request.rows[places])
+        def score_precisely(positions: Int64) -> Float32:
+            queries = request.query_of_pair[positions]
+            some = replace(request, query_of_pair=queries, rows=request.rows[positions])
             part = self._precise.run(some)
-            result.damaged.update({int(places[at]): why for at, why in part.damaged.items()})
+            result.damaged.update({int(positions[at]): why for at, why in part.damaged.items()})
             result.add_times(part)
             return part.scores
 
         try:
-            found = rescore_top(fast.scores, score_precisely, top_k=top_k, margin=self._margin)
+            selection = rescore_top(fast.scores, score_precisely, top_k=top_k, margin=self._margin)
         except StoppedError as stop:
             stop.partial = fast
             raise
-        result.scores, result.skipped = found.scores, ~found.rescored
-        num_rescored = int(np.count_nonzero(found.rescored))
+        result.scores, result.skipped = selection.scores, ~selection.rescored
+        num_rescored = int(np.count_nonzero(selection.rescored))
         total_ms = (perf_counter() - began) * 1e3
         return result, Rescoring(
-            self._label, num_rescored, found.margin, found.num_widened, total_ms
+            self._label, num_rescored, selection.margin, selection.num_widened, total_ms
         )
 
 
@@ -195,16 +194,20 @@ def check_same_model(fast: EngineManifest, precise: EngineManifest) -> None:
         )
 
 
-def check_margin(margin: float) -> float:
-    """Return the caller's margin.
+def margin_of(fast: EngineManifest, precise: EngineManifest, given: float | None) -> float:
+    """Return the caller's margin for two engines, or the one that their fidelities give.
 
     Raises:
-        RequestError: it is negative or not finite.
+        RequestError: `given` is negative or not finite.
+        EngineError: the engines are of two models, or no margin can be learned.
     """
-    given = Arguments("a cascade")
-    found = given.number("rescore_margin", margin, MARGIN)
-    given.check()
-    return found
+    check_same_model(fast, precise)
+    if given is None:
+        return learned_margin(fast, precise)
+    arguments = Arguments("a cascade")
+    margin = arguments.number("rescore_margin", given, MARGIN)
+    arguments.check()
+    return margin
 
 
 def learned_margin(fast: EngineManifest, precise: EngineManifest) -> float:

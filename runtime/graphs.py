@@ -4,23 +4,20 @@ A slot's buffers never move, so a graph belongs to one slot and one batch's size
 a slot sees a size, the engine is run plainly. The second time it runs a forward of its own for
 this size (the warm call, whose scores count) and that is captured right behind. From then on the
 graph is launched. Where there can be no graph the engine is run plainly, as without this file;
-`Graphs.report` says how often, and why.
+the report says how often, and why.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..arrays import Float32
 from ..engines.contract import Batch, Engine
-from ..engines.contract import Stream as EngineStream
 from ..errors import EdjeError
 from ..kernels.device.contract import Device, Graph, Stream
-from .batcher import PlannedBatch
-from .slot import Slot
 
 # A launch saves about a hundred launches of kernels, together less than half a millisecond of the
 # calling thread. From some hundred pairs of a full-size scorer on, the GPU computes longer than
@@ -35,10 +32,10 @@ IDLE_BATCHES = 256
 MOST_SEEN = 64  # sizes seen once that a slot remembers: who comes later did not come again
 MOST_FAILURES = 4  # of one slot; then it captures no more, whatever the size
 
-_FIRST = "the size came for the first time"
-_WARM = "the size came for the second time: run, then captured"
-_LARGE = f"more than {MOST_PAIRS} pairs: a graph would save nothing"
-_FULL = f"the slot has {MOST_GRAPHS} graphs, all of them in use"
+FIRST = "the size came for the first time"
+WARM = "the size came for the second time: run, then captured"
+LARGE = f"more than {MOST_PAIRS} pairs: a graph would save nothing"
+FULL = f"the slot has {MOST_GRAPHS} graphs, all of them in use"
 
 Sizes = tuple[int, int, int]
 
@@ -52,12 +49,14 @@ class GraphReport:
         dropped: graphs freed again, for others or because their launch failed.
         launched: batches that a graph ran.
         plain: reason -> batches that the engine ran without one.
+        failed: why a size gets no graph any more, for each that failed in some slot.
     """
 
     captured: int
     dropped: int
     launched: int
     plain: Mapping[str, int]
+    failed: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -65,160 +64,144 @@ class _Kept:
     """A graph, the forward whose state it uses, and the slot's batch that used it last."""
 
     graph: Graph
-    forward: Callable[[EngineStream], None]
+    forward: Callable[[Stream], None]
     last_used: int
 
 
-@dataclass(slots=True)
-class _SlotGraphs:
-    """One slot's graphs, the least recently used first, and what is known of other sizes."""
-
-    num_batches: int = 0
-    kept: OrderedDict[Sizes, _Kept] = field(default_factory=OrderedDict)
-    seen: OrderedDict[Sizes, None] = field(default_factory=OrderedDict)
-    failed: dict[Sizes, str] = field(default_factory=dict)
-
-    def find(self, sizes: Sizes) -> _Kept | None:
-        """Count a batch of `sizes`; return its graph."""
-        self.num_batches += 1
-        kept = self.kept.get(sizes)
-        if kept is not None:
-            kept.last_used = self.num_batches
-            self.kept.move_to_end(sizes)
-        return kept
-
-    def why_not(self, sizes: Sizes) -> str | None:
-        """Return why a batch of `sizes` is not captured now, None where it shall be."""
-        if sizes[2] > MOST_PAIRS:
-            return _LARGE
-        if sizes in self.failed:
-            return self.failed[sizes]
-        if len(self.failed) >= MOST_FAILURES:
-            return next(reversed(self.failed.values()))
-        if sizes not in self.seen:
-            self.seen[sizes] = None
-            if len(self.seen) > MOST_SEEN:
-                self.seen.popitem(last=False)
-            return _FIRST
-        return None if self.has_room() else _FULL
-
-    def has_room(self) -> bool:
-        """Return whether one more graph fits, perhaps in the place of one that idles."""
-        if len(self.kept) < MOST_GRAPHS:
-            return True
-        oldest = next(iter(self.kept.values()))
-        return self.num_batches - oldest.last_used > IDLE_BATCHES
-
-
-class Graphs:
-    """Runs the batches of one engine, by graphs where it can.
+class SlotGraphs:
+    """Runs the batches of one slot, by graphs where it can.
 
     Graphs live until they are dropped or their device is closed.
     """
 
-    def __init__(self, engine: Engine, device: Device, *, wanted: bool, exclusive: bool):
+    def __init__(self, engine: Engine, device: Device):
         """Make none yet; engine and device stay the caller's.
 
-        Args:
-            wanted: False runs every batch plainly.
-            exclusive: nobody else submits to the stream while it is captured.
+        Nobody else submits to the stream while it is captured.
         """
         self._engine = engine
         self._device = device
-        self._never = _why_never(device, wanted=wanted, exclusive=exclusive)
-        self._slots: dict[Slot, _SlotGraphs] = {}
+        self._num_batches = 0
+        # The least recently used first.
+        self._kept: OrderedDict[Sizes, _Kept] = OrderedDict()
+        self._seen: OrderedDict[Sizes, None] = OrderedDict()
+        self._failed: dict[Sizes, str] = {}
         self._plain: Counter[str] = Counter()
         self._captured = self._dropped = self._launched = 0
 
-    def enqueue(self, slot: Slot, planned: PlannedBatch, stream: Stream) -> None:
-        """Run one filled slot's forward in the order of `stream`; returns at once.
+    def enqueue(self, batch: Batch, scores: Float32, *, stream: Stream) -> None:
+        """Run one forward in the order of `stream`, as `Engine.enqueue` does; returns at once.
 
-        One call at a time, and nobody else submits to `stream` meanwhile: `Lane` takes turns.
+        One call at a time, and nobody else submits to `stream` meanwhile: `Streams` sees to it.
+
+        Args:
+            batch, scores: of the same sizes always the same arrays.
 
         Raises:
             EngineError: the engine refuses the batch.
             Exception: a graph's launch failed; this slot runs this size plainly from then on.
         """
-        if self._never is not None:
-            self._run_plainly(slot, planned, stream, self._never)
-            return
-        mine = self._slots.get(slot)
-        if mine is None:
-            mine = self._slots[slot] = _SlotGraphs()
-        sizes = len(planned.queries), planned.bucket, len(planned.pairs)
-        kept = mine.find(sizes)
+        self._num_batches += 1
+        num_queries, bucket = batch.text_ids.shape
+        sizes = num_queries, bucket, len(batch)
+        kept = self._kept.get(sizes)
         if kept is not None:
-            self._launch(mine, sizes, kept.graph, stream)
+            self._launch(sizes, kept, stream)
             return
-        why_not = mine.why_not(sizes) or self._engine.why_not_capture(stream, planned.bucket)
+        why_not = self._why_not(sizes) or self._engine.why_not_capture(stream, bucket)
         if why_not is None:
-            why_not = self._capture(mine, sizes, slot.engine_views(planned), stream)
+            why_not = self._capture(sizes, batch, scores, stream)
         if why_not is not None:
-            self._run_plainly(slot, planned, stream, why_not)
+            self._plain[why_not] += 1
+            self._engine.enqueue(batch, scores, stream=stream)
 
     def report(self) -> GraphReport:
-        """Return what became of the batches so far; any thread may ask."""
-        return GraphReport(self._captured, self._dropped, self._launched, dict(self._plain))
+        """Return what became of the slot's batches so far; any thread may ask."""
+        return GraphReport(
+            self._captured,
+            self._dropped,
+            self._launched,
+            dict(self._plain),
+            tuple(self._failed.values()),
+        )
 
-    def _run_plainly(self, slot: Slot, planned: PlannedBatch, stream: Stream, why_not: str) -> None:
-        self._plain[why_not] += 1
-        batch, scores = slot.engine_views(planned)
-        self._engine.enqueue(batch, scores, stream=stream)
+    def _why_not(self, sizes: Sizes) -> str | None:
+        """Return why a batch of `sizes` is not captured now, None where it shall be."""
+        if sizes[2] > MOST_PAIRS:
+            return LARGE
+        if sizes in self._failed:
+            return self._failed[sizes]
+        if len(self._failed) >= MOST_FAILURES:
+            return next(reversed(self._failed.values()))
+        if sizes not in self._seen:
+            self._seen[sizes] = None
+            if len(self._seen) > MOST_SEEN:
+                self._seen.popitem(last=False)
+            return FIRST
+        return None if self._has_room() else FULL
 
-    def _launch(self, mine: _SlotGraphs, sizes: Sizes, graph: Graph, stream: Stream) -> None:
+    def _has_room(self) -> bool:
+        """Return whether one more graph fits, perhaps instead of one that idles."""
+        if len(self._kept) < MOST_GRAPHS:
+            return True
+        oldest = next(iter(self._kept.values()))
+        return self._num_batches - oldest.last_used > IDLE_BATCHES
+
+    def _launch(self, sizes: Sizes, kept: _Kept, stream: Stream) -> None:
+        kept.last_used = self._num_batches
+        self._kept.move_to_end(sizes)
         try:
-            graph.launch(stream)
+            kept.graph.launch(stream)
         except Exception as error:
-            mine.failed[sizes] = f"a launch failed: {_reason(error)}"
-            self._drop(mine, sizes)
+            self._failed[sizes] = f"a launch failed: {_reason(error)}"
+            self._drop(sizes)
             raise
         self._launched += 1
 
-    def _capture(
-        self, mine: _SlotGraphs, sizes: Sizes, views: tuple[Batch, Float32], stream: Stream
-    ) -> str | None:
+    def _capture(self, sizes: Sizes, batch: Batch, scores: Float32, stream: Stream) -> str | None:
         """Run the batch and capture the same forward; return why the batch still has to be run.
 
         Right behind, for TensorRT prepares a change of sizes in the first forward after it. And
         so the batch has its scores whatever becomes of the capture.
         """
-        if len(mine.kept) >= MOST_GRAPHS:
-            self._drop(mine, next(iter(mine.kept)))
+        if len(self._kept) >= MOST_GRAPHS:
+            self._drop(next(iter(self._kept)))
         try:
-            forward = self._engine.capturable(*views, stream)
+            forward = self._engine.capturable(batch, scores, stream)
             forward(stream)
         except Exception as error:
-            mine.failed[sizes] = f"no forward to capture: {_reason(error)}"
-            return mine.failed[sizes]
-        self._plain[_WARM] += 1
+            self._failed[sizes] = f"no forward to capture: {_reason(error)}"
+            return self._failed[sizes]
+        self._plain[WARM] += 1
         try:
             graph = self._device.capture(forward, stream)
         except Exception as error:
-            mine.failed[sizes] = f"a capture failed: {_reason(error)}"
+            self._failed[sizes] = f"a capture failed: {_reason(error)}"
             return None
-        mine.kept[sizes] = _Kept(graph, forward, mine.num_batches)
+        self._kept[sizes] = _Kept(graph, forward, self._num_batches)
         self._captured += 1
         return None
 
-    def _drop(self, mine: _SlotGraphs, sizes: Sizes) -> None:
-        """Free a graph of a slot whose last batch was collected, so that no stream runs it."""
-        kept = mine.kept.pop(sizes)
+    def _drop(self, sizes: Sizes) -> None:
+        """Free a graph whose last batch was collected, so that no stream runs it."""
+        kept = self._kept.pop(sizes)
         self._dropped += 1
         with suppress(Exception):  # its device may be lost
             kept.graph.close()
 
 
-def _why_never(device: Device, *, wanted: bool, exclusive: bool) -> str | None:
-    """Return why no batch on `device` gets a graph, None where some may."""
-    if not wanted:
-        return "graphs are turned off"
-    if device.shares_memory:
-        return f"the {device.name} launches no kernels: a graph would save nothing"
-    if not device.offers_graphs:
-        return f"this library offers no graphs on {device.name}: use the cuda_core device"
-    if not exclusive:
-        return "the stream is the caller's, whose other work a capture could swallow"
-    return None
+def total(reports: Iterable[GraphReport]) -> GraphReport:
+    """Return what became of the batches of several slots."""
+    captured = dropped = launched = 0
+    plain: Counter[str] = Counter()
+    failed: tuple[str, ...] = ()
+    for report in reports:
+        captured += report.captured
+        dropped += report.dropped
+        launched += report.launched
+        plain.update(report.plain)
+        failed += report.failed
+    return GraphReport(captured, dropped, launched, dict(plain), failed)
 
 
 def _reason(error: Exception) -> str:

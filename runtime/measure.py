@@ -1,28 +1,30 @@
-"""Where tokens are read from, decided: as asked, or by measuring what keeps up with the engine."""
+"""Where tokens are read from, measured: the cheapest place that keeps up with the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..arrays import Int64
 from ..engines.contract import Engine
-from ..errors import EngineError, RequestError
+from ..errors import EngineError
 from ..kernels.device.contract import Device
 from ..machine import available_memory_bytes
-from .pipeline import NUM_SLOTS, Pipeline, Request, Scored
-from .pool import TokenPool, pool_capability, record_bytes
-from .residency import PoolPlan, ResidencyOptions, plan_pool
+from .pipeline import Pipeline, Request, Scored
+from .residency import place_now, residency_of
 from .results import Residency
-from .source import HeldTokens, TokenSource, tokens_for
+from .source import HeldTokens, TokenSource, record_bytes, tokens_for
 from .store import TokenStore
-from .streams import Lane
+from .streams import Streams
 from .text import TokenizedQueries
+
+if TYPE_CHECKING:
+    from .pool import PoolPlan, TokenPool
 
 NUM_ROUNDS = 3
 # A CPU engine takes tens of milliseconds a pair at full size: opening must not take long.
@@ -40,17 +42,15 @@ class Trial:
     Attributes:
         queries: one query.
         plan: what a pool would hold; None where there cannot be one, and `no_pool` says why.
-        may_load: whether the store may be loaded into this machine's memory instead.
     """
 
     engine: Engine
     store: TokenStore
     device: Device
-    lane: Lane
+    streams: Streams
     queries: TokenizedQueries
     plan: PoolPlan | None
     no_pool: str
-    may_load: bool
 
     def run(self) -> Residency:
         """Measure all places and choose one; `place` may be `host` where the store is not yet.
@@ -58,17 +58,17 @@ class Trial:
         Raises:
             EngineError, StoreError: the engine, the device or the store failed.
         """
-        here = "host" if self.store.access == "resident" else "disk"
+        here = place_now(self.store)
         if not len(self.store):
-            return Residency(here, "all", 0, 0, "the store is empty", {})
-        speeds, left_out = self._measured(here)
+            return residency_of(self.store, here, "the store is empty")
+        speeds, left_out = self.measure(here)
         place = choose(speeds)
         reason = _reason(place, speeds, left_out)
         if place == "device" and self.plan is not None:
-            return replace(self.plan.residency(reason), pairs_per_s=speeds)
-        return place_of(self.store, place, reason, speeds)
+            return self.plan.residency(reason, speeds)
+        return residency_of(self.store, place, reason, speeds)
 
-    def _measured(self, here: str) -> tuple[dict[str, float], dict[str, str]]:
+    def measure(self, here: str) -> tuple[dict[str, float], dict[str, str]]:
         """Return pairs/s by place, and why other places were left out."""
         rows, source = self._sample(), tokens_for(self.engine, self.store)
         stages: dict[str, Stages] = {}
@@ -76,9 +76,10 @@ class Trial:
         with closing(self.device.sibling()) as scratch:  # what the trial makes is freed with it
             makers = {
                 "host": lambda: self._pipeline(scratch, self._held(source, rows)),
-                "device": lambda: self._pooled(scratch, source, rows),
                 here: lambda: self._pipeline(scratch, source),
             }
+            if (plan := self.plan) is not None:
+                makers["device"] = lambda: self._pooled(plan, scratch, source, rows)
             for name in self._places(here, left_out):
                 try:
                     stages[name] = self._stages(makers[name](), rows)
@@ -94,7 +95,7 @@ class Trial:
 
     def _places(self, here: str, left_out: dict[str, str]) -> list[str]:
         places = [here]
-        if here == "disk" and self.may_load:
+        if here == "disk" and not self.store.writable:
             need = len(self.store) * record_bytes(self.store.record_shape, self.store.layout.dtype)
             if need <= SHARE_OF_HOST_MEMORY * available_memory_bytes():
                 places.append("host")
@@ -120,20 +121,20 @@ class Trial:
         self, device: Device, source: TokenSource, pool: TokenPool | None = None
     ) -> Pipeline:
         # A graph would stay with the engine, and its capture count as compute.
-        lane = self.lane
+        streams = self.streams
         return Pipeline(
-            self.engine, source, device, num_slots=1, lane=lane, pool=pool, graphs=False
+            self.engine, source, device, num_slots=1, streams=streams, pool=pool, graphs=False
         )
 
     def _held(self, source: TokenSource, rows: list[Int64]) -> HeldTokens:
         every = np.unique(np.concatenate(rows))
         return HeldTokens.read_from(source, every, self._shape, self.engine.manifest.token_dtype)
 
-    def _pooled(self, device: Device, source: TokenSource, rows: list[Int64]) -> Pipeline:
-        every, dtype = np.unique(np.concatenate(rows)), self.engine.manifest.token_dtype
-        pool = TokenPool(
-            device, every, len(every), shape=self._shape, dtype=dtype, checks_finite=False
-        )
+    def _pooled(
+        self, plan: PoolPlan, device: Device, source: TokenSource, rows: list[Int64]
+    ) -> Pipeline:
+        every = np.unique(np.concatenate(rows))
+        pool = plan.make_pool(device, every, len(every), checks_finite=False)
         pipeline = self._pipeline(device, source, pool)
         pipeline.load(every)
         return pipeline
@@ -162,98 +163,21 @@ def speeds_of(stages: Mapping[str, Stages], num_pairs: int) -> dict[str, float]:
 
     Disk and host compute the same, so the less disturbed of them counts for both.
     """
-    plain = min(found.compute for name, found in stages.items() if name != "device")
+    plain = min(stage.compute for name, stage in stages.items() if name != "device")
     slowest = {
-        name: max(found.gather, found.copy, found.compute if name == "device" else plain)
-        for name, found in stages.items()
+        name: max(stage.gather, stage.copy, stage.compute if name == "device" else plain)
+        for name, stage in stages.items()
     }
     return {name: num_pairs / max(taken, 1e-6) * 1e3 for name, taken in slowest.items()}
 
 
-def choose(pairs_per_s: Mapping[str, float]) -> Any:
+def choose(pairs_per_s: Mapping[str, float]) -> str:
     """Return the cheapest place that is as fast as the fastest, within `LEAST_GAIN`."""
     enough = max(pairs_per_s.values()) * (1 - LEAST_GAIN)
     return next(name for name in ORDER if pairs_per_s.get(name, 0.0) >= enough)
-
-
-def place_of(
-    store: TokenStore, place: Any, reason: str, pairs_per_s: Mapping[str, float]
-) -> Residency:
-    """Return the residency of a store that is read from disk, or held in this machine's memory."""
-    each = record_bytes(store.record_shape, store.layout.dtype)
-    num_images = len(store) if place == "host" else 0
-    return Residency(place, "all", num_images, num_images * each, reason, pairs_per_s)
 
 
 def _reason(place: str, pairs_per_s: Mapping[str, float], left_out: Mapping[str, str]) -> str:
     figures = ", ".join(f"{name} {pairs_per_s[name]:,.0f}" for name in ORDER if name in pairs_per_s)
     others = "".join(f"; not {name}: {why}" for name, why in left_out.items())
     return f"measured pairs/s: {figures}; {place} is the cheapest that keeps up{others}"
-
-
-class Decision(NamedTuple):
-    """Where tokens are read from; `plan` says what is held where that is the device."""
-
-    residency: Residency
-    plan: PoolPlan | None = None
-
-
-def decide(
-    wish: ResidencyOptions,
-    engine: Engine,
-    store: TokenStore,
-    device: Device,
-    lane: Lane,
-    *,
-    queries: TokenizedQueries,
-    num_pipelines: int,
-    may_load: bool,
-) -> Decision:
-    """Decide where the tokens of `store` are read from; `auto` measures.
-
-    Args:
-        queries: one query to measure with.
-        num_pipelines: how many will share the device.
-        may_load: whether the store may be opened again with its records in memory: the decision
-            is then `host` although this store is not.
-
-    Raises:
-        RequestError: a wish that cannot be granted.
-        EngineError, StoreError: measuring failed.
-    """
-    here = "host" if store.access == "resident" else "disk"
-    if wish.place is None or wish.place == here:
-        why = "the store was opened so" if wish.place is None else "as asked"
-        return Decision(place_of(store, here, why, {}))
-    if wish.place == "host" and may_load:
-        return Decision(place_of(store, "host", "as asked", {}))
-    if wish.place in ("disk", "host"):
-        access = "resident" if wish.place == "host" else "cached"
-        raise RequestError(
-            f'residency is "{wish.place}", but the open store reads from {here}',
-            hint=f'open it with TokenStore.open(path, access="{access}"), or give its path',
-        )
-    plan, no_pool = None, ""
-    try:
-        plan = _plan(wish, engine, store, device, num_pipelines)
-    except EngineError as error:  # no memory of its own
-        if wish.place == "device":
-            raise
-        no_pool = error.message
-    if plan is not None and wish.place == "device":
-        return Decision(plan.residency("as asked"), plan)
-    residency = Trial(engine, store, device, lane, queries, plan, no_pool, may_load).run()
-    return Decision(residency, plan if residency.place == "device" else None)
-
-
-def _plan(
-    wish: ResidencyOptions, engine: Engine, store: TokenStore, device: Device, num_pipelines: int
-) -> PoolPlan:
-    """Plan the pool beside what the slots will take: fresh records, and the engine's input."""
-    pool_capability(device)
-    manifest = engine.manifest
-    sizes = manifest.bundle.sizes
-    shape, dtype = (sizes.num_tokens, sizes.hidden), manifest.token_dtype
-    of_a_slot = 2 * manifest.profile.max_pairs * record_bytes(shape, dtype)
-    spare = num_pipelines * NUM_SLOTS * of_a_slot
-    return plan_pool(store, wish, device, shape=shape, dtype=dtype, spare=spare)

@@ -1,7 +1,7 @@
-"""Batches through the engine: gather into a slot, enqueue, collect in request order.
+"""Batches through the engine: read into a slot, enqueue, collect in request order.
 
-While the engine computes batch n, the calling thread gathers batch n+1. Slots, buffers and
-events are made once, when the pipeline is.
+While the engine computes batch n, the calling thread reads batch n+1. Slots, buffers and events
+are made once, when the pipeline is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic, perf_counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +21,16 @@ from ..engines.contract import Engine
 from ..errors import StoppedError
 from ..kernels.device.contract import Device
 from .batcher import PlannedBatch, plan_batches
-from .graphs import GraphReport, Graphs
-from .pool import TokenPool
-from .slot import Slot, SlotRing
-from .slot_tokens import Gathered
+from .slot import NONE_UNUSABLE, RingUsage, Slot, SlotRing, Unusable
 from .source import TokenSource
-from .streams import Lane
+from .streams import Streams
 from .text import TokenizedQueries
 
-# One batch computes, one waits in the stream, one is being gathered.
+if TYPE_CHECKING:
+    from .graphs import GraphReport
+    from .pool import TokenPool
+
+# One batch computes, one waits in the stream, one is being read.
 NUM_SLOTS = 3
 
 
@@ -69,8 +71,8 @@ class Scored:
     Attributes:
         scores: float32 [N]: raw logits; NaN where the stored record is damaged or not finite, and
             where there is none.
-        damaged: why a pair's stored record could not be used, by the pair's place.
-        gather_ms: time the calling thread spent filling slots.
+        damaged: why a pair's stored record could not be used, by the pair's position.
+        gather_ms: time the calling thread spent filling slots: text, and tokens from the store.
         upload_ms: time this request's batches took to the device; 0 where it shares host memory.
         compute_ms: time the engine spent on this request's batches.
         download_ms: time their scores took back; 0 where the device shares host memory.
@@ -101,14 +103,14 @@ class Scored:
         self.download_ms += other.download_ms
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Flight:
     """A batch on its way: its slot comes back when it is collected."""
 
     slot: Slot
     planned: PlannedBatch
-    gathered: Gathered
-    gather_ms: float
+    unusable: Unusable = NONE_UNUSABLE
+    gather_ms: float = 0.0
 
 
 class Pipeline:
@@ -121,16 +123,15 @@ class Pipeline:
         device: Device,
         *,
         num_slots: int = NUM_SLOTS,
-        lane: Lane | None = None,
+        streams: Streams | None = None,
         pool: TokenPool | None = None,
         graphs: bool = True,
     ):
         """Allocate the slots. All that is handed in stays the caller's, to close after it.
 
         Args:
-            lane: the streams to go through, for pipelines that take turns (two engines that
-                compute at once fight for the same cores) or use the caller's own stream; None
-                makes some.
+            streams: to go through, for pipelines that take turns (two engines that compute at
+                once fight for the same cores) or use the caller's own stream; None makes some.
             pool: tokens that stay on the device; None sends them with every batch.
             graphs: whether batches of sizes that come again are captured as CUDA graphs.
         """
@@ -139,16 +140,16 @@ class Pipeline:
         self._hides_nan = engine.manifest.hides_nan
         self._device = device
         self._pool = pool
-        self._lane = Lane(device) if lane is None else lane
+        self._streams = Streams(device) if streams is None else streams
         with device.current():
-            self._ring = SlotRing([Slot(device, engine.manifest, pool) for _ in range(num_slots)])
-        exclusive = self._lane.exclusive
-        self._graphs = Graphs(engine, device, wanted=graphs, exclusive=exclusive)
+            self._slots = [Slot(device, engine.manifest, pool) for _ in range(num_slots)]
+        self._ring = SlotRing(self._slots)
+        self._no_graphs = _why_no_graphs(device, wanted=graphs, exclusive=self._streams.exclusive)
+        if self._no_graphs is None:
+            from .graphs import SlotGraphs
 
-    @property
-    def graphs(self) -> GraphReport:
-        """What became of the batches so far: graphs captured and launched, batches run plainly."""
-        return self._graphs.report()
+            for slot in self._slots:
+                slot.graphs = SlotGraphs(engine, device)
 
     def run(self, request: Request) -> Scored:
         """Score every pair of `request`. Safe to call from many threads; they share the slots.
@@ -161,7 +162,7 @@ class Pipeline:
                 closed meanwhile, or this is a forked child.
             StoreError: the store cannot be read.
         """
-        self.check()
+        self._streams.check()
         result = Scored(np.empty(len(request.rows), np.float32), {})
         profile, lengths = self._engine.manifest.profile, request.queries.text_length
         left = deque(plan_batches(lengths, request.query_of_pair, profile))
@@ -173,22 +174,85 @@ class Pipeline:
                     if len(left) > 1:
                         self._prefetch(request.rows[left[1].pairs])
                     slot = self._take_slot(request, flights, result)
-                    flights.append(self.step(request, left.popleft(), slot))
-                self._collect_all(flights, result)
+                    flights.append(Flight(slot, left.popleft()))
+                    self.step(request, flights[-1])
+                while flights:
+                    self._collect_oldest(flights, result)
             except StoppedError as stop:
-                self._collect_all(flights, result)
+                while flights:
+                    self._collect_oldest(flights, result)
                 result.leave_out(left)
                 stop.partial = result
                 raise
             finally:
                 for flight in flights:  # only after an error: their slots must come back
-                    self._settle(flight.slot)
+                    self._release(flight.slot)
         return result
 
-    @property
-    def max_pairs(self) -> int:
-        """How many pairs a batch holds at most."""
-        return self._engine.manifest.profile.max_pairs
+    def step(self, request: Request, flight: Flight) -> None:
+        """Read one batch's tokens into its slot and enqueue its forward; never waits for it.
+
+        Raises:
+            EngineError, StoreError: as `run`; `stage` says where.
+        """
+        slot, planned, began = flight.slot, flight.planned, perf_counter()
+        try:
+            slot.stage = "gather"
+            self._streams.check()
+            slot.fill_text(request.queries, planned)
+            rows = request.rows[planned.pairs]
+            flight.unusable = slot.read(self._source, rows, check_finite=self._hides_nan)
+            flight.gather_ms = (perf_counter() - began) * 1e3
+            slot.num_batches += 1
+            forward = self._engine.enqueue if slot.graphs is None else slot.graphs.enqueue
+            self._streams.enqueue(slot, forward)
+        except Exception as error:
+            self._streams.fail(error, slot)
+
+    def collect(self, flight: Flight, result: Scored) -> None:
+        """Wait for one batch and put its scores where its pairs stand in the request.
+
+        Raises:
+            EngineError: as `run`; `stage` says where.
+        """
+        slot, pairs, unusable = flight.slot, flight.planned.pairs, flight.unusable
+        self._wait_for(slot)
+        result.scores[pairs] = slot.scores
+        if unusable.not_finite.size:
+            result.scores[pairs[unusable.not_finite]] = np.nan
+        for record in unusable.damaged:
+            position = int(pairs[record.position])
+            result.scores[position] = np.nan
+            result.damaged[position] = record.reason
+        result.gather_ms += flight.gather_ms
+        result.compute_ms += slot.computed.elapsed_ms(slot.began)
+        if not self._device.shares_memory:
+            result.upload_ms += slot.uploaded.elapsed_ms(slot.started)
+            result.download_ms += slot.finished.elapsed_ms(slot.computed)
+
+    def load(self, rows: npt.NDArray[np.int64]) -> None:
+        """Bring records (int64 [N], none twice) into the pool before anybody asks for them.
+
+        As far as it takes them in; damaged ones stay out. At set-up only: no request runs yet.
+
+        Raises:
+            EngineError, StoreError: as `run`.
+        """
+        loading: deque[Slot] = deque()
+        with self._device.current():
+            try:
+                for part in even_parts(len(rows), self.max_pairs):
+                    slot = self._ring.try_take()
+                    if slot is None:
+                        self._wait_for(loading[0])
+                        slot = loading.popleft()
+                    loading.append(slot)
+                    self._load_one(slot, rows[part])
+                for slot in loading:
+                    self._wait_for(slot)
+            finally:
+                for slot in loading:
+                    self._release(slot)
 
     def warm_up(self, rows: npt.NDArray[np.int64]) -> None:
         """Score `rows` for a query of every text bucket; on a GPU twice in every slot.
@@ -203,32 +267,27 @@ class Pipeline:
             ids = np.zeros((1, length), np.int32)
             ids[0, 0], ids[0, -1] = text.cls_id, text.sep_id
             queries = TokenizedQueries(ids, np.array([length], np.int32), np.zeros(1, np.bool_))
-            for _ in range(1 if self._device.shares_memory else 2 * len(self._ring)):
+            for _ in range(1 if self._device.shares_memory else 2 * len(self._slots)):
                 self.run(Request(queries, asked, rows))
 
-    def load(self, rows: npt.NDArray[np.int64]) -> None:
-        """Bring records (int64 [N], none twice) into the pool before anybody asks for them.
+    @property
+    def max_pairs(self) -> int:
+        """How many pairs a batch holds at most."""
+        return self._engine.manifest.profile.max_pairs
 
-        As far as it takes them in; damaged ones stay out. At set-up only: no request runs yet.
+    @property
+    def graphs(self) -> GraphReport:
+        """What became of the batches so far: graphs captured and launched, batches run plainly."""
+        from .graphs import GraphReport, total
 
-        Raises:
-            EngineError, StoreError: as `run`.
-        """
-        waiting: deque[Slot] = deque()
-        with self._device.current():
-            try:
-                for part in even_parts(len(rows), self.max_pairs):
-                    slot = self._ring.try_take()
-                    if slot is None:
-                        slot = self._land(waiting[0])
-                        waiting.popleft()
-                    waiting.append(slot)
-                    self._load_one(slot, rows[part])
-                for slot in waiting:
-                    self._land(slot)
-            finally:
-                for slot in waiting:
-                    self._settle(slot)
+        if self._no_graphs is None:
+            return total(slot.graphs.report() for slot in self._slots if slot.graphs is not None)
+        num_batches = sum(slot.num_batches for slot in self._slots)
+        return GraphReport(0, 0, 0, {self._no_graphs: num_batches} if num_batches else {})
+
+    def usage(self) -> RingUsage:
+        """Return how many slots there are and are free, and how many requests wait for one."""
+        return self._ring.usage()
 
     def check(self) -> None:
         """Refuse a request that cannot run.
@@ -237,109 +296,76 @@ class Pipeline:
             EngineError: the device is lost, or this is a forked child of the process that opened
                 the pipeline.
         """
-        self._lane.check()
-
-    def step(self, request: Request, planned: PlannedBatch, slot: Slot) -> Flight:
-        """Gather one batch into `slot` and enqueue its forward; never waits for the engine."""
-        began = perf_counter()
-        try:
-            slot.stage = "gather"
-            self._lane.check()
-            slot.fill_text(request.queries, planned)
-            rows = request.rows[planned.pairs]
-            gathered = slot.tokens.gather(self._source, rows, check_finite=self._hides_nan)
-            gather_ms = (perf_counter() - began) * 1e3
-            self._lane.enqueue(slot, planned, self._graphs)
-        except Exception as error:
-            failure = self._lane.failure(error, slot)
-            self._settle(slot)
-            raise failure from (None if failure is error else error)
-        except BaseException:
-            self._settle(slot)
-            raise
-        return Flight(slot, planned, gathered, gather_ms)
-
-    def collect(self, flight: Flight, result: Scored) -> None:
-        """Wait for one batch and put its scores where its pairs stand in the request."""
-        slot, pairs = flight.slot, flight.planned.pairs
-        self._collected(slot)
-        slot.tokens.landed()
-        result.scores[pairs] = slot.scores(flight.planned)
-        if flight.gathered.not_finite.size:
-            result.scores[pairs[flight.gathered.not_finite]] = np.nan
-        for record in flight.gathered.damaged:
-            place = int(pairs[record.position])
-            result.scores[place] = np.nan
-            result.damaged[place] = record.reason
-        result.gather_ms += flight.gather_ms
-        result.upload_ms += slot.uploaded.elapsed_ms(slot.started)
-        result.compute_ms += slot.computed.elapsed_ms(slot.began)
-        result.download_ms += slot.finished.elapsed_ms(slot.computed)
+        self._streams.check()
 
     def close(self) -> None:
         """Refuse further batches; those on their way still finish. May be called twice."""
         self._ring.close()
 
-    def _load_one(self, slot: Slot, rows: npt.NDArray[np.int64]) -> None:
-        """Gather records and send them into the pool; does not wait for them."""
-        try:
-            slot.stage = "gather"
-            slot.tokens.gather(self._source, rows, check_finite=False)
-            self._lane.load(slot)
-        except Exception as error:
-            failure = self._lane.failure(error, slot)
-            raise failure from (None if failure is error else error)
-
-    def _land(self, slot: Slot) -> Slot:
-        """Wait until what `_load_one` sent is in the pool."""
-        self._collected(slot)
-        slot.tokens.landed()
-        return slot
-
-    def _collected(self, slot: Slot) -> None:
-        """Wait for a slot's work; a failure carries its stage."""
-        try:
-            self._lane.collect(slot)
-        except Exception as error:
-            failure = self._lane.failure(error, slot)
-            raise failure from (None if failure is error else error)
-
-    def _prefetch(self, rows: npt.NDArray[np.int64]) -> None:
-        """Announce the rows that will have to be read."""
-        self._source.prefetch(rows if self._pool is None else self._pool.map.missing(rows))
-
     def _take_slot(self, request: Request, flights: deque[Flight], result: Scored) -> Slot:
-        """Take a slot; while none is free, collect this request's oldest batch first."""
-        while flights:
-            slot = self._ring.try_take()
+        """Take a slot; while none is free, collect this request's oldest batch first.
+
+        A request without a batch on its way waits in line: its deadline ends the waiting,
+        `cancelled` is asked at its end.
+        """
+        while True:
+            if flights:
+                slot = self._ring.try_take()
+            else:
+                deadline = request.deadline
+                slot = self._ring.take(None if deadline is None else deadline - monotonic())
             if slot is not None:
                 return slot
-            self._collect_oldest(flights, result)
+            if flights:
+                self._collect_oldest(flights, result)
             request.check_wanted()
-        return self._wait_for_slot(request)
-
-    def _wait_for_slot(self, request: Request) -> Slot:
-        """Wait in line; a deadline also ends the waiting, `cancelled` is asked at its end."""
-        slot = None
-        while slot is None:
-            request.check_wanted()
-            left_s = None if request.deadline is None else request.deadline - monotonic()
-            slot = self._ring.take(left_s)
-        return slot
-
-    def _collect_all(self, flights: deque[Flight], result: Scored) -> None:
-        while flights:
-            self._collect_oldest(flights, result)
 
     def _collect_oldest(self, flights: deque[Flight], result: Scored) -> None:
+        """Collect the batch that was started first, and give its slot back."""
         slot = flights[0].slot
         self.collect(flights[0], result)
         flights.popleft()
         self._ring.give_back(slot)
 
-    def _settle(self, slot: Slot) -> None:
+    def _wait_for(self, slot: Slot) -> None:
+        """Wait for a slot's work; a failure carries its stage."""
+        try:
+            self._streams.collect(slot)
+        except Exception as error:
+            self._streams.fail(error, slot)
+        if slot.pooled is not None:
+            slot.pooled.keep()
+
+    def _load_one(self, slot: Slot, rows: npt.NDArray[np.int64]) -> None:
+        """Read records and send them into the pool; does not wait for them."""
+        try:
+            slot.stage = "gather"
+            slot.read(self._source, rows, check_finite=False)
+            self._streams.load(slot)
+        except Exception as error:
+            self._streams.fail(error, slot)
+
+    def _prefetch(self, rows: npt.NDArray[np.int64]) -> None:
+        """Announce the rows that will have to be read."""
+        self._source.prefetch(rows if self._pool is None else self._pool.map.missing(rows))
+
+    def _release(self, slot: Slot) -> None:
         """Give a slot back after an error, once no stream touches it any more."""
         with suppress(Exception):
             slot.finished.synchronize()
-        slot.tokens.let_go()
+        if slot.pooled is not None:
+            slot.pooled.release()
         self._ring.give_back(slot)
+
+
+def _why_no_graphs(device: Device, *, wanted: bool, exclusive: bool) -> str | None:
+    """Return why no batch on `device` gets a graph, None where some may."""
+    if not wanted:
+        return "graphs are turned off"
+    if device.shares_memory:
+        return f"the {device.name} launches no kernels: a graph would save nothing"
+    if not device.offers_graphs:
+        return f"this library offers no graphs on {device.name}: use the cuda_core device"
+    if not exclusive:
+        return "the stream is the caller's, whose other work a capture could swallow"
+    return None

@@ -1,163 +1,125 @@
-"""Tokens that stay in a GPU's memory: which row lies where, and the memory itself."""
+"""Tokens that stay in a GPU's memory: what is held there, the memory, and a slot's way to it."""
 
 from __future__ import annotations
 
-import threading
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..arrays import Int32, Int64
-from ..errors import EngineError
+from ..arrays import Array, Int32, Int64
+from ..engines.contract import Engine
+from ..errors import EngineError, RequestError
 from ..kernels.device.contract import Device, Stream
 from ..kernels.launch import KernelLibrary
 from ..kernels.records import GatherTokens, ScatterTokens
+from ..tokens import not_finite
+from .resident_map import NOWHERE, ResidentMap
+from .results import Residency
+from .slot import NO_PAIRS, NONE_UNUSABLE, Staged, StagedRecords, Unusable
+from .source import TokenSource, record_bytes
+from .store import BadRecord, TokenStore
 
-NOWHERE = -1
-# Places looked at for each one needed: the least recently used of these go. More come closer to
-# the least recently used of all; 8 are found in microseconds.
-LOOKED_AT = 8
+Policy = Literal["all", "listed", "recent"]
+
+# The rest is for what engines allocate when they first meet a text bucket.
+SHARE_OF_FREE_BYTES = 0.8
+
+_POLICIES = {
+    "all": "every image",
+    "listed": "the images of the given list",
+    "recent": "the images asked for last, as many as fit",
+}
+_NO_POSITIONS: Int32 = np.empty(0, np.int32)
 
 
-class Found(NamedTuple):
-    """Where rows lie.
+@dataclass(frozen=True, slots=True)
+class PoolPlan:
+    """What a pool is for.
 
     Attributes:
-        ticket: keeps these places as they are until it is given back by `let_go`.
-        places: int32 [N]: place of each row, -1 for rows that are not held.
+        policy: `all` or `listed` (loaded ahead, nothing else comes in), or `recent`.
+        capacity: records there is room for.
+        ahead: int64: rows to load before the first request.
+        num_images: images of the store.
+        shape, dtype: (m, H) of a record, as the engine reads it.
     """
 
-    ticket: int
-    places: Int32
+    policy: Policy
+    capacity: int
+    ahead: Int64
+    num_images: int
+    shape: tuple[int, int]
+    dtype: str
 
+    def residency(self, reason: str, pairs_per_s: Mapping[str, float] | None = None) -> Residency:
+        """Return it as callers are told."""
+        num_bytes = self.capacity * record_bytes(self.shape, self.dtype)
+        says = f"{reason}; {_POLICIES[self.policy]}"
+        return Residency("device", self.policy, self.capacity, num_bytes, says, pairs_per_s or {})
 
-class ResidentMap:
-    """Rows at places, for any number of threads. About 12 bytes a row of the store."""
+    def make_pool(
+        self, device: Device, rows: Int64, capacity: int, *, checks_finite: bool
+    ) -> TokenPool:
+        """Allocate a pool for these records; see `TokenPool`.
 
-    def __init__(self, rows: Int64, capacity: int):
-        """Know `rows` (int64, ascending, none twice); hold none of them yet.
-
-        Args:
-            rows: all that may ever be held; others are never found and never taken in.
-            capacity: how many places there are.
+        Raises:
+            EngineError: the device runs no kernels, or has not so much memory.
         """
-        self.capacity = capacity
-        self._rows = rows
-        # One more: index -1, for rows that nobody knows, finds nothing.
-        self._place_of = np.full(len(rows) + 1, NOWHERE, np.int32)
-        self._number_at = np.full(capacity, NOWHERE, np.int64)  # index into `rows`
-        self._used_by = np.zeros(capacity, np.int64)  # the last ticket that found it
-        self._empty = np.arange(capacity - 1, -1, -1, dtype=np.int32)  # a stack
-        self._num_empty = capacity
-        self._hand = 0
-        self._last_ticket = 0
-        self._open_tickets: set[int] = set()
-        self._lock = threading.Lock()
-        self._takes_in = True
+        return TokenPool(
+            device,
+            rows,
+            capacity,
+            shape=self.shape,
+            dtype=self.dtype,
+            checks_finite=checks_finite,
+        )
 
-    def find(self, rows: Int64) -> Found:
-        """Return where `rows` lie, and keep them there until the ticket is given back."""
-        numbers = self._numbers(rows)
-        with self._lock:
-            self._last_ticket += 1
-            self._open_tickets.add(self._last_ticket)
-            places = self._place_of[numbers]
-            self._used_by[places[places != NOWHERE]] = self._last_ticket
-            return Found(self._last_ticket, places)
 
-    def let_go(self, ticket: int) -> None:
-        """Allow that the places of a ticket are given to others. May be called twice."""
-        with self._lock:
-            self._open_tickets.discard(ticket)
+def plan_pool(
+    engine: Engine,
+    store: TokenStore,
+    device: Device,
+    *,
+    max_bytes: int | None,
+    ids: Iterable[str] | None,
+    num_slots: int,
+) -> PoolPlan:
+    """Decide what a pool on `device` holds of `store`, beside what the slots will take.
 
-    def missing(self, rows: Int64) -> Int64:
-        """Return those of `rows` that are not held now; keeps nothing."""
-        numbers = self._numbers(rows)
-        with self._lock:
-            is_missing = self._place_of[numbers] == NOWHERE
-        found: Int64 = rows[is_missing]
-        return found
+    Args:
+        max_bytes: device memory that it may take; None: most of what is free.
+        ids: the images to hold; None: all, or those asked for last.
+        num_slots: slots of all pipelines: each takes fresh records, and the engine's input.
 
-    def take(self, rows: Int64) -> Int32:
-        """Take a place for each row that is to be held, driving out the least recently used.
-
-        Args:
-            rows: int64 [N], none twice.
-
-        Returns:
-            int32 [N]: a place that is the caller's until `publish` or `give_back`; -1 where none
-            can be had, the row is held already, or nothing more is taken in.
-        """
-        places = np.full(len(rows), NOWHERE, np.int32)
-        numbers = self._numbers(rows)
-        with self._lock:
-            if self._takes_in:
-                wanted = np.flatnonzero((numbers >= 0) & (self._place_of[numbers] == NOWHERE))
-                got = self._take_places(len(wanted))
-                places[wanted[: len(got)]] = got
-        return places
-
-    def publish(self, rows: Int64, places: Int32) -> None:
-        """Let `rows` be found at `places`, which `take` gave and which are filled by now.
-
-        A row that somebody else brought in meanwhile keeps its place there.
-        """
-        numbers = self._numbers(rows)
-        with self._lock:
-            is_new = self._place_of[numbers] == NOWHERE
-            self._push(places[~is_new])
-            numbers, places = numbers[is_new], places[is_new]
-            self._place_of[numbers] = places
-            self._number_at[places] = numbers
-            self._used_by[places] = self._last_ticket
-
-    def give_back(self, places: Int32) -> None:
-        """Return places of `take` that were not filled."""
-        with self._lock:
-            self._push(places)
-
-    def freeze(self) -> None:
-        """Take nothing more in: what is held stays for good."""
-        self._takes_in = False
-
-    def __len__(self) -> int:
-        """How many rows can be found."""
-        return int(np.count_nonzero(self._number_at != NOWHERE))
-
-    def _numbers(self, rows: Int64) -> Int64:
-        """Return int64 [N]: index of each row among those known, -1 for others."""
-        if not len(self._rows):
-            return np.full(len(rows), NOWHERE, np.int64)
-        at = np.minimum(np.searchsorted(self._rows, rows), len(self._rows) - 1)
-        return np.where(self._rows[at] == rows, at, NOWHERE)
-
-    def _take_places(self, count: int) -> Int32:
-        """Return up to `count` places that nobody needs, empty ones first."""
-        num_pops = min(count, self._num_empty)
-        self._num_empty -= num_pops
-        taken: Int32 = self._empty[self._num_empty : self._num_empty + num_pops][::-1].copy()
-        if num_pops == count:
-            return taken
-        driven_out = self._drive_out(count - num_pops)
-        return np.concatenate([taken, driven_out])
-
-    def _drive_out(self, count: int) -> Int32:
-        """Empty up to `count` places: the least recently used of those under the hand."""
-        span = min(self.capacity, count * LOOKED_AT)
-        under = ((self._hand + np.arange(span)) % self.capacity).astype(np.int32)
-        self._hand = (self._hand + span) % self.capacity
-        oldest_open = min(self._open_tickets, default=self._last_ticket + 1)
-        is_idle = (self._number_at[under] != NOWHERE) & (self._used_by[under] < oldest_open)
-        idle: Int32 = under[is_idle]
-        if len(idle) > count:
-            idle = idle[np.argpartition(self._used_by[idle], count)[:count]]
-        self._place_of[self._number_at[idle]] = NOWHERE
-        self._number_at[idle] = NOWHERE
-        return idle
-
-    def _push(self, places: Int32) -> None:
-        self._empty[self._num_empty : self._num_empty + len(places)] = places
-        self._num_empty += len(places)
+    Raises:
+        EngineError: the device has no memory of its own.
+        RequestError: no room for one record, or not for all that the caller listed; or ids that
+            the store does not hold.
+    """
+    pool_capability(device)
+    manifest = engine.manifest
+    shape = manifest.bundle.sizes.num_tokens, manifest.bundle.sizes.hidden
+    dtype, each = manifest.token_dtype, record_bytes(shape, manifest.token_dtype)
+    if max_bytes is None:
+        spare = num_slots * 2 * manifest.profile.max_pairs * each
+        max_bytes = int((device.free_bytes() - spare) * SHARE_OF_FREE_BYTES)
+    most, rows = max(0, max_bytes) // each, store.live_rows()
+    listed = None if ids is None else np.unique(store.rows(ids))
+    least = 1 if listed is None else len(listed)
+    if most < least:
+        raise RequestError(
+            f"{least} images of {each:,} bytes need {least * each:,} bytes on {device.name}, "
+            f"expected at most {max_bytes:,}",
+            hint="give more max_bytes, list fewer ids, or build the engine with "
+            "--tokens int8 for half the bytes",
+        )
+    if listed is not None:
+        return PoolPlan("listed", len(listed), listed, len(rows), shape, dtype)
+    if len(rows) <= most:
+        return PoolPlan("all", len(rows), rows, len(rows), shape, dtype)
+    return PoolPlan("recent", most, rows[:0], len(rows), shape, dtype)
 
 
 class Records(NamedTuple):
@@ -171,7 +133,7 @@ class TokenPool:
     """Memory for `capacity` records on one device, and the map of what lies where.
 
     All its copies go through one compute stream, whose order keeps a record's arrival before its
-    first use, and its last use before the arrival of the next one at its place.
+    first use, and its last use before the arrival of the next one at its position.
 
     Attributes:
         map: which rows are held, and where.
@@ -200,6 +162,7 @@ class TokenPool:
             EngineError: the device runs no kernels, or has not so much memory.
         """
         capability = pool_capability(device)
+        self.device = device
         self.map = ResidentMap(rows, capacity)
         self.checks_finite = checks_finite
         self.shape, self.dtype = shape, dtype
@@ -209,19 +172,23 @@ class TokenPool:
             self._gather = GatherTokens(library, token_dtype=dtype, row_dtype="int32")
             self._scatter = ScatterTokens(library, token_dtype=dtype, place_dtype="int32")
 
-    def gather(self, places: Any, out: Records, stream: Stream) -> None:
-        """Copy the records at `places` (int32 [P], -1: none) to their pairs, in stream order."""
-        self.copy(self._held, places, out, stream)
+    def tokens_of_slot(self, max_pairs: int) -> PooledTokens:
+        """Allocate what one slot needs to bring batches of up to `max_pairs` together."""
+        return PooledTokens(self, max_pairs)
 
-    def copy(self, records: Records, places: Any, out: Records, stream: Stream) -> None:
+    def gather(self, positions: Any, out: Records, stream: Stream) -> None:
+        """Copy the records at `positions` (int32 [P], -1: none) to their pairs, in stream order."""
+        self.copy(self._held, positions, out, stream)
+
+    def copy(self, records: Records, positions: Any, out: Records, stream: Stream) -> None:
         """As `gather`, from other records on the device."""
         scales = {"scales": records.scales, "out_scales": out.scales}
-        self._gather.enqueue(records.tokens, places, out.tokens, stream=stream, **scales)
+        self._gather.enqueue(records.tokens, positions, out.tokens, stream=stream, **scales)
 
-    def scatter(self, records: Records, places: Any, stream: Stream) -> None:
-        """Copy records into the pool at `places` (int32 [N], -1: not at all), in stream order."""
+    def scatter(self, records: Records, positions: Any, stream: Stream) -> None:
+        """Copy records into the pool at `positions` (int32 [N], -1: none), in stream order."""
         scales = {"scales": records.scales, "pool_scales": self._held.scales}
-        self._scatter.enqueue(records.tokens, places, self._held.tokens, stream=stream, **scales)
+        self._scatter.enqueue(records.tokens, positions, self._held.tokens, stream=stream, **scales)
 
 
 def pool_capability(device: Device) -> tuple[int, int]:
@@ -238,13 +205,6 @@ def pool_capability(device: Device) -> tuple[int, int]:
     return device.compute_capability
 
 
-def record_bytes(shape: tuple[int, int], dtype: str) -> int:
-    """Return the bytes of one record of (m, H) values, its scales included."""
-    num_tokens, hidden = shape
-    scale_bytes = 2 * num_tokens if dtype == "int8" else 0
-    return num_tokens * hidden * np.dtype(dtype).itemsize + scale_bytes
-
-
 def record_memory(device: Device, num_records: int, shape: tuple[int, int], dtype: str) -> Records:
     """Allocate device memory for records of (m, H) values."""
     num_tokens, hidden = shape
@@ -254,3 +214,110 @@ def record_memory(device: Device, num_records: int, shape: tuple[int, int], dtyp
         return Records(view, None)
     scales = device.memory(num_records * num_tokens, np.dtype("float16"))
     return Records(view, scales.view((num_records, num_tokens)))
+
+
+class PooledTokens:
+    """One slot's batch: held records are copied on the device, the others come from the store.
+
+    A record that several pairs of the batch ask for is read and uploaded once. What was uploaded
+    sound is kept in the pool, if the pool takes it in.
+    """
+
+    def __init__(self, pool: TokenPool, max_pairs: int):
+        self._pool, device = pool, pool.device
+        self._fresh = StagedRecords(device, max_pairs, pool.shape, pool.dtype)
+        self._input = record_memory(device, max_pairs, pool.shape, pool.dtype)
+        # For each pair its position in the pool and among the fresh records, and for each fresh
+        # record its position in the pool: -1 is none.
+        self._held = Staged(device, max_pairs, "int32")
+        self._asked = Staged(device, max_pairs, "int32")
+        self._kept = Staged(device, max_pairs, "int32")
+        self._ticket = self._num_pairs = self._num_held = 0
+        self._fresh_rows, self._sound = NO_PAIRS, np.empty(0, np.bool_)
+        self._taken = _NO_POSITIONS
+
+    def read(self, source: TokenSource, rows: Int64, *, check_finite: bool) -> Unusable:
+        """Read those of `rows` (int64 [P]) that the pool lacks, each once, into pinned memory."""
+        self._ticket, positions = self._pool.map.look_up(rows)
+        self._num_pairs = len(rows)
+        lacking = np.flatnonzero(positions == NOWHERE)
+        self._num_held = len(rows) - len(lacking)
+        self._held.host(len(rows))[:] = positions
+        self._fresh_rows, asked = np.unique(rows[lacking], return_inverse=True)
+        if not len(lacking):
+            return NONE_UNUSABLE
+        asked_of_pair = self._asked.host(len(rows))
+        asked_of_pair[:] = NOWHERE
+        asked_of_pair[lacking] = asked
+        return self._read_fresh(source, check_finite or self._pool.checks_finite, asked, lacking)
+
+    def upload(self, stream: Stream) -> None:
+        """Copy positions and fresh records to the device, in the order of `stream`."""
+        if self._num_held:
+            self._held.upload(stream, self._num_pairs)
+        num_fresh = len(self._fresh_rows)
+        if num_fresh:
+            self._take_positions()
+            self._asked.upload(stream, self._num_pairs)
+            self._kept.upload(stream, num_fresh)
+            self._fresh.upload(stream, num_fresh)
+
+    def assemble(self, stream: Stream) -> None:
+        """Gather the batch's tokens where the engine reads them, in the order of `stream`."""
+        out = Records(*self.engine(self._num_pairs))
+        if self._num_held:
+            self._pool.gather(self._held.engine(self._num_pairs), out, stream)
+        num_fresh = len(self._fresh_rows)
+        if num_fresh:
+            fresh = Records(*self._fresh.engine(num_fresh))
+            self._pool.copy(fresh, self._asked.engine(self._num_pairs), out, stream)
+            if (self._taken != NOWHERE).any():
+                self._pool.scatter(fresh, self._kept.engine(num_fresh), stream)
+        self._pool.map.release(self._ticket)  # from here on the stream's order keeps them
+
+    def host(self, num_pairs: int) -> tuple[Array, Array | None]:
+        """Return nothing: no tokens of the whole batch lie on the host."""
+        return np.empty((0, *self._pool.shape), self._pool.dtype), None
+
+    def engine(self, num_pairs: int) -> tuple[Array, Array | None]:
+        """Return tokens [P, m, H] and scales [P, m] as the engine sees them; no copy."""
+        tokens, scales = self._input
+        return tokens[:num_pairs], None if scales is None else scales[:num_pairs]
+
+    def keep(self) -> None:
+        """Let what was uploaded be found: its batch has come back, so all of it is sound."""
+        kept = self._taken != NOWHERE
+        self._pool.map.publish(self._fresh_rows[kept], self._taken[kept])
+        self._taken = _NO_POSITIONS
+
+    def release(self) -> None:
+        """Give up what the batch held; no stream works on it any more. May be called twice."""
+        self._pool.map.release(self._ticket)
+        self._pool.map.free(self._taken[self._taken != NOWHERE])
+        self._taken = _NO_POSITIONS
+
+    def _read_fresh(
+        self, source: TokenSource, check_finite: bool, asked: Int64, lacking: Int64
+    ) -> Unusable:
+        """Read the fresh records; say which pairs cannot be scored by them."""
+        tokens, scales = self._fresh.host(len(self._fresh_rows))
+        bad = source.read(self._fresh_rows, tokens, scales, bad="mark")
+        broken = not_finite(tokens, scales) if check_finite else NO_PAIRS
+        self._sound = np.ones(len(self._fresh_rows), np.bool_)
+        self._sound[[record.position for record in bad]] = False
+        self._sound[broken] = False
+        if self._sound.all():
+            return NONE_UNUSABLE
+        damaged: list[BadRecord] = [
+            replace(record, position=int(pair))
+            for record in bad
+            for pair in lacking[asked == record.position]
+        ]
+        return Unusable(damaged, lacking[np.isin(asked, broken)])
+
+    def _take_positions(self) -> None:
+        """Take positions in the pool for the fresh records that are sound."""
+        kept = self._kept.host(len(self._fresh_rows))
+        kept[:] = NOWHERE
+        kept[self._sound] = self._pool.map.take(self._fresh_rows[self._sound])
+        self._taken = kept.copy()

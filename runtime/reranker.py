@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from time import perf_counter
-from typing import get_args
+from time import monotonic, perf_counter
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,19 +17,9 @@ from ..arguments import Arguments, StrPath
 from ..engines.contract import Engine
 from ..errors import EngineError, RequestError, StoppedError
 from ..files import Closing
-from ..kernels.device.contract import Device
+from ..kernels.device.contract import Device, DeviceUsage
 from ..kernels.device.host import HostDevice
-from .cascade import Cascade, check_margin, check_same_model, learned_margin
-from .graphs import GraphReport
-from .opening import (
-    ON_HOST,
-    RunOptions,
-    check_arguments,
-    deadline_of,
-    open_parts,
-    open_pipelines,
-    split_pairs,
-)
+from .opening import RunOptions, check_arguments, open_parts, open_pipelines
 from .pipeline import Request, Scored
 from .residency import Place, ResidencyOptions
 from .results import (
@@ -40,10 +30,15 @@ from .results import (
     StageTimes,
     faults_of,
     raise_faults,
+    split_pairs,
 )
 from .source import check_store
 from .store import TokenStore
 from .text import QueryTokenizer
+
+if TYPE_CHECKING:
+    from .cascade import Cascade
+    from .graphs import GraphReport
 
 
 class Reranker(Closing):
@@ -65,24 +60,32 @@ class Reranker(Closing):
         *,
         rescore: Engine | None = None,
         rescore_margin: float | None = None,
-        runs: RunOptions = ON_HOST,
+        runs: RunOptions | None = None,
     ):
         """Join opened parts. `close` closes the engines; device and store stay the caller's.
 
         Args:
-            runs: where and how the engines run.
+            store: loaded into memory where `runs` wants that.
+            runs: where and how the engines run; None: on the host, as the store reads.
 
         Raises:
             StoreError: the store was made by another encoder, or holds other tokens.
             EngineError: the engines are of two models, no margin was given or can be learned, or
                 the device gives no stream or not enough memory.
-            RequestError: `rescore_margin` is negative, not finite or without `rescore`; or a wish
-                that cannot be granted.
+            RequestError: `rescore_margin` is negative, not finite or without `rescore`; or tokens
+                cannot be read from where `runs` wants them.
         """
         check_store(engine, store)
-        margin = _margin(engine, rescore, rescore_margin)
+        runs = runs or RunOptions()
+        if rescore is None and rescore_margin is not None:
+            raise RequestError("rescore_margin was given without rescore, the precise engine")
+        if rescore is not None:
+            from .cascade import Cascade, margin_of
+
+            margin = margin_of(engine.manifest, rescore.manifest, rescore_margin)
         self._engines = [engine] if rescore is None else [engine, rescore]
         self._tokenizer = tokenizer
+        self._store = store
         self._process = os.getpid()
         self._idle = threading.Condition()
         self._num_running = 0
@@ -91,12 +94,11 @@ class Reranker(Closing):
             self._device: Device = HostDevice() if runs.device is None else runs.device
             if runs.device is None:
                 undo.callback(self._device.close)
-            opened = open_pipelines(self._engines, store, self._device, tokenizer, runs)
-            self._store, self._pipelines, self.residency = opened
-            if self._store is not store:
-                undo.callback(self._store.close)
+            self._pipelines, self.residency = open_pipelines(
+                self._engines, store, self._device, tokenizer, runs
+            )
             self._owned = undo.pop_all()
-        names = self._device.name, self._store.layout.dtype, self.residency.place
+        names = self._device.name, store.layout.dtype, self.residency.place
         self._labels = [_label(each, *names) for each in self._engines]
         self._cascade: Cascade | None = None
         if rescore is not None:
@@ -145,16 +147,16 @@ class Reranker(Closing):
             RequestError: an argument of another kind, or that cannot be meant so (all of them).
         """
         folders, how = (engine, store, rescore), (rescore_margin, num_threads, backend_settings)
-        options, wish = check_arguments(*folders, *how, device, residency, graphs)
+        options, wanted = check_arguments(*folders, *how, device, residency, graphs)
         with ExitStack() as undo:
-            parts = open_parts(engine, rescore, store, device, options, wish, undo)
+            parts = open_parts(engine, rescore, store, device, options, undo)
             reranker = cls(
                 parts.engine,
                 parts.tokenizer,
                 parts.store,
                 rescore=parts.rescore,
                 rescore_margin=rescore_margin,
-                runs=RunOptions(parts.device, stream, wish, graphs, parts.reopen),
+                runs=RunOptions(parts.device, stream, wanted, graphs),
             )
             reranker._owned.push(undo.pop_all())
         return reranker
@@ -197,7 +199,7 @@ class Reranker(Closing):
         if top_k is not None:
             top_k = given.whole("top_k", top_k, "1 or more, or None for all")
         given.choice("missing", missing, get_args(Missing))
-        deadline = deadline_of(given, timeout_s, cancelled)
+        deadline = _deadline_of(given, timeout_s, cancelled)
         given.check()
         with self._running():
             queries = self._tokenizer([query])
@@ -235,26 +237,26 @@ class Reranker(Closing):
         """
         given = Arguments("Reranker.predict")
         texts, ids = split_pairs(given, pairs)
-        deadline = deadline_of(given, timeout_s, cancelled)
+        deadline = _deadline_of(given, timeout_s, cancelled)
         given.check()
         with self._running():
             if not ids:
                 return np.empty(0, np.float32)
-            number = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+            number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
             queries = self._tokenizer(list(number))
             asked = np.array([number[text] for text in texts], np.int64)
             pair = np.stack([asked, self._store.rows(ids)], axis=1)
-            unique, place = np.unique(pair, axis=0, return_inverse=True)
+            unique, position = np.unique(pair, axis=0, return_inverse=True)
             columns = unique[:, 0].copy(), unique[:, 1].copy()
             request = Request(queries, *columns, deadline, cancelled)
-            place = place.reshape(-1)
+            position = position.reshape(-1)
             try:
                 scored = self._pipelines[-1].run(request)
             except StoppedError as stop:
-                known = stop.partial.scores[place]
+                known = stop.partial.scores[position]
                 raise _stopped(stop, known, int(np.isfinite(known).sum()), len(known)) from None
-            raise_faults(faults_of(ids, scored, place))
-            return scored.scores[place]
+            raise_faults(faults_of(ids, scored, position))
+            return scored.scores[position]
 
     def warm_up(self, query: str | None = None) -> None:
         """Score a full batch of every text bucket, twice: allocate, compile and capture now.
@@ -279,6 +281,10 @@ class Reranker(Closing):
     def graphs(self) -> tuple[GraphReport, ...]:
         """Return what was captured, launched and run plainly, and why: one report an engine."""
         return tuple(pipeline.graphs for pipeline in self._pipelines)
+
+    def usage(self) -> DeviceUsage:
+        """Return what the device has made and not freed: memory, streams, events, graphs."""
+        return self._device.usage()
 
     def close(self) -> None:
         """Refuse new requests, let batches on their way finish, free everything.
@@ -350,16 +356,15 @@ def _stopped(stop: StoppedError, known: object, num_scored: int, num_asked: int)
     return StoppedError(message, partial=known, num_scored=num_scored, num_asked=num_asked)
 
 
-def _margin(engine: Engine, rescore: Engine | None, given: float | None) -> float:
-    """Return a cascade's margin, as given or as learned; 0 without a cascade."""
-    if rescore is None:
-        if given is not None:
-            raise RequestError("rescore_margin was given without rescore, the precise engine")
-        return 0.0
-    check_same_model(engine.manifest, rescore.manifest)
-    if given is None:
-        return learned_margin(engine.manifest, rescore.manifest)
-    return check_margin(given)
+def _deadline_of(
+    given: Arguments, timeout_s: float | None, cancelled: Callable[[], bool] | None
+) -> float | None:
+    """Return when the time is up, as `time.monotonic` counts; check what else ends a request."""
+    given.callback("cancelled", cancelled)
+    if timeout_s is None:
+        return None
+    expected = "0 or more seconds, or None"
+    return monotonic() + given.number("timeout_s", timeout_s, expected, finite=False)
 
 
 def _times(began: float, tokenized: float, resolved: float, scored: Scored) -> StageTimes:

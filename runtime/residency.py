@@ -1,32 +1,25 @@
-"""Which images a pool on the device is for, and how much memory it gets."""
+"""Where tokens are read from: what a caller wants, and what is decided."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from ..arguments import Arguments, is_whole, plain, shown
-from ..arrays import Int64
-from ..errors import RequestError
+from ..engines.contract import Engine
+from ..errors import EngineError, RequestError
 from ..kernels.device.contract import Device
-from .pool import TokenPool, record_bytes
 from .results import Residency
+from .source import record_bytes
 from .store import TokenStore
+from .streams import Streams
+from .text import TokenizedQueries
+
+if TYPE_CHECKING:
+    from .pool import PoolPlan
 
 Place = Literal["disk", "host", "device", "auto"]
-Policy = Literal["all", "listed", "recent"]
-
-# The rest is for what engines allocate when they first meet a text bucket.
-SHARE_OF_FREE_BYTES = 0.8
-
-_POLICIES = {
-    "all": "every image",
-    "listed": "the images of the given list",
-    "recent": "the images asked for last, as many as fit",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +27,7 @@ class ResidencyOptions:
     """Where a caller wants tokens to be kept.
 
     Attributes:
-        place: where tokens shall be read from; None: wherever the store was opened to read from.
+        place: where tokens shall be read from; None: as the store reads now.
         max_bytes: device memory that resident tokens may take; None: most of what is free.
         ids: the images to keep on the device (any iterable, taken once); None: all, or those
             asked for last.
@@ -82,86 +75,76 @@ class ResidencyOptions:
             raise RequestError("tokens cannot be kept so", faults=faults)
 
 
-@dataclass(frozen=True, slots=True)
-class PoolPlan:
-    """What a pool is for.
+class Decision(NamedTuple):
+    """Where tokens are read from; `plan` says what is held where that is the device."""
 
-    Attributes:
-        policy: `all` or `listed` (loaded ahead, nothing else comes in), or `recent`.
-        capacity: records there is room for.
-        ahead: int64: rows to load before the first request.
-        num_images: images of the store.
-        shape, dtype: (m, H) of a record, as the engine reads it.
-    """
-
-    policy: Policy
-    capacity: int
-    ahead: Int64
-    num_images: int
-    shape: tuple[int, int]
-    dtype: str
-
-    def residency(self, reason: str) -> Residency:
-        """Say it to the caller."""
-        num_bytes = self.capacity * record_bytes(self.shape, self.dtype)
-        says = f"{reason}; {_POLICIES[self.policy]}"
-        return Residency("device", self.policy, self.capacity, num_bytes, says, {})
+    residency: Residency
+    plan: PoolPlan | None = None
 
 
-def plan_pool(
+def decide(
+    options: ResidencyOptions,
+    engine: Engine,
     store: TokenStore,
-    wish: ResidencyOptions,
     device: Device,
+    streams: Streams,
     *,
-    shape: tuple[int, int],
-    dtype: str,
-    spare: int,
-) -> PoolPlan:
-    """Decide what a pool on `device` holds of `store`.
+    queries: TokenizedQueries,
+    num_slots: int,
+) -> Decision:
+    """Decide where the tokens of `store` are read from; `auto` measures. Changes nothing.
 
     Args:
-        shape: (m, H) of a record.
-        dtype: of the tokens as the engine reads them.
-        spare: bytes of the device that will be needed for something else.
+        queries: one query to measure with.
+        num_slots: slots of all pipelines that will share the device.
 
     Raises:
-        RequestError: no room for one record, or not for all that the caller listed; or ids that
-            the store does not hold.
+        RequestError: options that cannot be granted.
+        EngineError, StoreError: measuring failed.
     """
-    each = record_bytes(shape, dtype)
-    limit = wish.max_bytes
-    if limit is None:
-        limit = int((device.free_bytes() - spare) * SHARE_OF_FREE_BYTES)
-    most, rows = max(0, limit) // each, store.live_rows()
-    listed = None if wish.ids is None else np.unique(store.rows(wish.ids))
-    least = 1 if listed is None else len(listed)
-    if most < least:
+    here = place_now(store)
+    if options.place is None:
+        return Decision(residency_of(store, here, "as the open store reads"))
+    if options.place == "disk" and here == "host":
         raise RequestError(
-            f"{least} images of {each:,} bytes need {least * each:,} bytes on {device.name}, "
-            f"expected at most {limit:,}",
-            hint="give more max_bytes, list fewer ids, or build the engine with "
-            "--tokens int8 for half the bytes",
+            'residency is "disk", but the open store is held in memory',
+            hint='open it with TokenStore.open(path, access="cached"), or give its path',
         )
-    if listed is not None:
-        return PoolPlan("listed", len(listed), listed, len(rows), shape, dtype)
-    if len(rows) <= most:
-        return PoolPlan("all", len(rows), rows, len(rows), shape, dtype)
-    return PoolPlan("recent", most, rows[:0], len(rows), shape, dtype)
+    if options.place in ("disk", "host"):
+        return Decision(residency_of(store, options.place, "as asked"))
+    from .pool import plan_pool
+
+    plan, no_pool = None, ""
+    try:
+        plan = plan_pool(
+            engine,
+            store,
+            device,
+            max_bytes=options.max_bytes,
+            ids=options.ids,
+            num_slots=num_slots,
+        )
+    except EngineError as error:  # no memory of its own
+        if options.place == "device":
+            raise
+        no_pool = error.message
+    if plan is not None and options.place == "device":
+        return Decision(plan.residency("as asked"), plan)
+    from .measure import Trial
+
+    residency = Trial(engine, store, device, streams, queries, plan, no_pool).run()
+    return Decision(residency, plan if residency.place == "device" else None)
 
 
-def make_pool(
-    store: TokenStore, plan: PoolPlan, device: Device, *, checks_finite: bool
-) -> TokenPool:
-    """Allocate the pool of a plan; see `TokenPool`.
+def place_now(store: TokenStore) -> Literal["disk", "host"]:
+    """Return where an open store reads from."""
+    return "host" if store.access == "resident" else "disk"
 
-    Raises:
-        EngineError: the device runs no kernels, or has not so much memory.
-    """
-    return TokenPool(
-        device,
-        store.live_rows(),
-        plan.capacity,
-        shape=plan.shape,
-        dtype=plan.dtype,
-        checks_finite=checks_finite,
-    )
+
+def residency_of(
+    store: TokenStore, place: str, reason: str, pairs_per_s: Mapping[str, float] | None = None
+) -> Residency:
+    """Return the residency of a store that is read from disk, or held in this machine's memory."""
+    num_images = len(store) if place == "host" else 0
+    num_bytes = num_images * record_bytes(store.record_shape, store.layout.dtype)
+    return Residency(place, "all", num_images, num_bytes, reason, pairs_per_s or {})

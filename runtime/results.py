@@ -9,15 +9,18 @@ from typing import Any, Literal, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
+from ..arguments import Arguments, shown
 from ..arrays import Float32, Int64
 from ..errors import StoreError
 from .pipeline import Scored
 from .store import TokenStore
 
+MARGIN = "0 or more: the raw logits by which a fast score may lie below the precise one"
+
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One ranked image: `score` is the raw float32 logit, `index` its place in `candidates`."""
+    """One ranked image: `score` is the raw float32 logit, `index` its position in `candidates`."""
 
     id: str
     score: float
@@ -26,7 +29,7 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One candidate that was not ranked, and why; `index` is its place in `candidates`."""
+    """One candidate that was not ranked, and why; `index` is its position in `candidates`."""
 
     id: str
     reason: str
@@ -172,12 +175,12 @@ class Candidates:
     Attributes:
         ids: as they were asked for.
         rows: int64 [U]: the store's rows of them, each once.
-        place: int64 [N]: where in `rows` each candidate stands; -1: the store does not hold it.
+        position: int64 [N]: where in `rows` each candidate stands; -1: the store does not hold it.
     """
 
     ids: Sequence[str]
     rows: Int64
-    place: Int64
+    position: Int64
 
     @classmethod
     def find(cls, store: TokenStore, ids: Sequence[str], missing: Missing) -> Candidates:
@@ -186,16 +189,16 @@ class Candidates:
         Raises:
             RequestError: (`error`) ids that the store does not hold.
         """
-        found = store.rows(ids, missing="raise" if missing == "error" else "mark")
-        rows, place = np.unique(found, return_inverse=True)
+        every = store.rows(ids, missing="raise" if missing == "error" else "mark")
+        rows, position = np.unique(every, return_inverse=True)
         if len(rows) and rows[0] < 0:  # -1 comes first
-            return cls(ids, rows[1:], place - 1)
-        return cls(ids, rows, place)
+            return cls(ids, rows[1:], position - 1)
+        return cls(ids, rows, position)
 
     def missing(self) -> tuple[Fault, ...]:
         """Name the candidates that the store does not hold."""
-        places = np.flatnonzero(self.place < 0).tolist()
-        return tuple(Fault(self.ids[i], "it is not in the store", i) for i in places)
+        absent = np.flatnonzero(self.position < 0).tolist()
+        return tuple([Fault(self.ids[i], "it is not in the store", i) for i in absent])
 
     def result(
         self,
@@ -209,12 +212,12 @@ class Candidates:
         stopped: bool = False,
     ) -> RankResult:
         """Rank what was scored; `stopped`: what was skipped got no score of any engine."""
-        errors, missing = faults_of(self.ids, scored, self.place), self.missing()
+        errors, missing = faults_of(self.ids, scored, self.position), self.missing()
         num_scored = len(self.ids) - len(errors) - len(missing)
         if stopped and scored.skipped is not None:
-            num_scored -= int(np.count_nonzero(_each(scored.skipped, self.place, _NO)))
+            num_scored -= int(np.count_nonzero(_each(scored.skipped, self.position, _NO)))
         return RankResult(
-            hits_of(self.ids, _each(scored.scores, self.place, _NO_SCORE), top_k),
+            hits_of(self.ids, _each(scored.scores, self.position, _NO_SCORE), top_k),
             errors,
             truncated,
             times,
@@ -229,30 +232,32 @@ class Candidates:
 def hits_of(ids: Sequence[str], scores: Float32, top_k: int | None) -> tuple[Hit, ...]:
     """Sort by descending score, ties in the order given; leave out what is not finite."""
     order = np.argsort(-scores, kind="stable")
-    sound = order[np.isfinite(scores[order])][:top_k]
-    places, values = sound.tolist(), scores[sound].tolist()
-    return tuple(Hit(ids[i], score, i) for i, score in zip(places, values, strict=True))
+    best = order[np.isfinite(scores[order])][:top_k]
+    indices, values = best.tolist(), scores[best].tolist()
+    return tuple(map(Hit, [ids[i] for i in indices], values, indices))
 
 
-def faults_of(ids: Sequence[str], scored: Scored, place: Int64) -> tuple[Fault, ...]:
-    """Name every candidate without a finite score; candidate i has the score of `place[i]`."""
+def faults_of(ids: Sequence[str], scored: Scored, position: Int64) -> tuple[Fault, ...]:
+    """Name every candidate without a finite score; candidate i has the score of `position[i]`."""
     faulty = ~np.isfinite(scored.scores)
     if scored.skipped is not None:
         faulty &= ~scored.skipped
-    places = np.flatnonzero(_each(faulty, place, _NO)).tolist()
-    return tuple(Fault(ids[i], _reason(scored, int(place[i])), i) for i in places)
+    if not faulty.any():
+        return ()
+    indices = np.flatnonzero(_each(faulty, position, _NO)).tolist()
+    return tuple(Fault(ids[i], _reason(scored, int(position[i])), i) for i in indices)
 
 
-def _each(values: npt.NDArray[Value], place: Int64, nothing: Value) -> npt.NDArray[Value]:
-    """Return `values[place]`, and `nothing` where the place is -1."""
-    return np.append(values, nothing)[place]
+def _each(values: npt.NDArray[Value], position: Int64, nothing: Value) -> npt.NDArray[Value]:
+    """Return `values[position]`, and `nothing` where the position is -1."""
+    return np.append(values, nothing)[position]
 
 
-def _reason(scored: Scored, place: int) -> str:
-    why = scored.damaged.get(place)
+def _reason(scored: Scored, position: int) -> str:
+    why = scored.damaged.get(position)
     if why is not None:
         return f"its stored record is damaged: {why}"
-    return f"its score is {scored.scores[place]}: its tokens, or the precision, overflow"
+    return f"its score is {scored.scores[position]}: its tokens, or the precision, overflow"
 
 
 def raise_faults(faults: Sequence[Fault]) -> None:
@@ -263,3 +268,26 @@ def raise_faults(faults: Sequence[Fault]) -> None:
             faults=[f"{fault.id!r}: {fault.reason}" for fault in faults[:20]],
             hint="`edje store verify --repair STORE` takes damaged records out; then index again",
         )
+
+
+def split_pairs(given: Arguments, pairs: object) -> tuple[list[str], list[str]]:
+    """Return the queries and the ids of (query, id) pairs."""
+    expected = "(query, id) tuples"
+    each = [(pair, _halves(pair)) for pair in given.items("pairs", pairs, f"a list of {expected}")]
+    wrong = [shown(pair) for pair, halves in each if halves is None]
+    if wrong:
+        given.faults.append(f"{len(wrong)} pairs are no {expected}: {', '.join(wrong[:20])}")
+    halves = [both for _, both in each if both is not None]
+    queries = given.strings("queries", [query for query, _ in halves])
+    return queries, given.strings("ids", [image for _, image in halves])
+
+
+def _halves(pair: object) -> tuple[object, object] | None:
+    """Return the two parts of a pair, None for what is none: letters and sets have no order."""
+    if isinstance(pair, str | bytes | Mapping | set | frozenset):
+        return None
+    try:
+        parts = tuple(pair)  # type: ignore[arg-type, var-annotated]
+    except TypeError:
+        return None
+    return (parts[0], parts[1]) if len(parts) == 2 else None

@@ -1,34 +1,96 @@
-"""Staging slots: the memory one batch passes through, and the ring that hands slots out fairly."""
+"""Slots: the memory that one batch passes through, made once, and the ring that hands them out."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..arrays import Array
+import numpy as np
+
+from ..arrays import Array, Int64
 from ..engines.contract import Batch
 from ..engines.manifest import EngineManifest
 from ..errors import EngineError
 from ..kernels.device.contract import Device, Stream
+from ..tokens import not_finite
 from .batcher import PlannedBatch
-from .pool import TokenPool
-from .slot_tokens import PooledTokens, SlotTokens, Staged, StreamedTokens
+from .source import TokenSource
+from .store import BadRecord
 from .text import TokenizedQueries
 
+if TYPE_CHECKING:
+    from .graphs import SlotGraphs
+    from .pool import PooledTokens, TokenPool
 
-@dataclass(frozen=True, slots=True)
-class _Views:
-    """A slot's memory as arrays of one batch's sizes: the host's side, then the engine's."""
+NO_PAIRS: Int64 = np.empty(0, np.int64)
 
-    sizes: tuple[int, int, int]
-    text_ids: Array
-    text_length: Array
-    query_of_pair: Array
-    scores: Array
-    batch: Batch
-    batch_scores: Array
+
+class Unusable(NamedTuple):
+    """Pairs of a batch that get no score.
+
+    Attributes:
+        damaged: records that could not be read; `position` is the pair's position in the batch.
+        not_finite: int64: pairs whose tokens hold NaN or infinity, where that was looked for.
+    """
+
+    damaged: Sequence[BadRecord] = ()
+    not_finite: Int64 = NO_PAIRS
+
+
+NONE_UNUSABLE = Unusable()
+
+
+class Staged:
+    """One tensor of a slot: pinned host memory and its mirror where the engine runs."""
+
+    def __init__(self, device: Device, num_elements: int, dtype: str):
+        self._pinned = device.pinned(num_elements, np.dtype(dtype))
+        self._mirror = device.mirror(self._pinned)
+
+    def host(self, *shape: int) -> Array:
+        """Return the host side as `shape`; no copy."""
+        return self._pinned.view(shape)
+
+    def engine(self, *shape: int) -> Array:
+        """Return the engine's side as `shape`; no copy."""
+        return self._mirror.view(shape)
+
+    def upload(self, stream: Stream, num_elements: int) -> None:
+        """Copy the first elements to the engine's side, in the order of `stream`."""
+        stream.upload(self._mirror, self._pinned, num_elements)
+
+    def download(self, stream: Stream, num_elements: int) -> None:
+        """Copy the first elements back to the host, in the order of `stream`."""
+        stream.download(self._pinned, self._mirror, num_elements)
+
+
+class StagedRecords:
+    """Room for `max_records` records: tokens, and scales where they are int8."""
+
+    def __init__(self, device: Device, max_records: int, shape: tuple[int, int], dtype: str):
+        num_tokens, hidden = self._shape = shape
+        self._tokens = Staged(device, max_records * num_tokens * hidden, dtype)
+        scaled = dtype == "int8"
+        self._scales = Staged(device, max_records * num_tokens, "float16") if scaled else None
+
+    def host(self, num_records: int) -> tuple[Array, Array | None]:
+        """Return where the store writes: tokens [N, m, H], scales float16 [N, m]; pinned."""
+        scales = None if self._scales is None else self._scales.host(num_records, self._shape[0])
+        return self._tokens.host(num_records, *self._shape), scales
+
+    def engine(self, num_records: int) -> tuple[Array, Array | None]:
+        """Return the same on the engine's side."""
+        scales = None if self._scales is None else self._scales.engine(num_records, self._shape[0])
+        return self._tokens.engine(num_records, *self._shape), scales
+
+    def upload(self, stream: Stream, num_records: int) -> None:
+        """Copy the first records to the engine's side, in the order of `stream`."""
+        self._tokens.upload(stream, num_records * math.prod(self._shape))
+        if self._scales is not None:
+            self._scales.upload(stream, num_records * self._shape[0])
 
 
 class Slot:
@@ -40,7 +102,12 @@ class Slot:
     it until `finished` was passed.
 
     Attributes:
-        tokens: the batch's visual tokens, and how they get to the engine.
+        host, scores: the batch's arrays on the host, and float32 [P] of its scores, to be read once
+            `finished` was passed.
+        batch, batch_scores: the same as the engine sees them.
+        pooled: where tokens stay on a GPU, this slot's way to them; else None.
+        graphs: captures and launches this slot's forwards; None: the engine runs each of them.
+        num_batches: how many batches it took so far.
         stage: where its batch is: `gather`, `copy`, `compute` or `collect`.
         started, uploaded: around the copy to the device.
         began, computed: around the engine's work.
@@ -51,17 +118,21 @@ class Slot:
         """Allocate; `pool` holds tokens on the device, None: every batch brings its own."""
         max_pairs, sizes = manifest.profile.max_pairs, manifest.bundle.sizes
         shape = (sizes.num_tokens, sizes.hidden)
-        self.tokens: SlotTokens = (
-            StreamedTokens(device, max_pairs, shape, manifest.token_dtype)
-            if pool is None
-            else PooledTokens(device, pool, max_pairs)
-        )
+        self._tokens: StagedRecords | PooledTokens
+        self.pooled: PooledTokens | None = None
+        if pool is None:
+            shape = sizes.num_tokens, sizes.hidden
+            self._tokens = StagedRecords(device, max_pairs, shape, manifest.token_dtype)
+        else:
+            self._tokens = self.pooled = pool.tokens_of_slot(max_pairs)
+        self.graphs: SlotGraphs | None = None
         self._text_ids = Staged(device, max_pairs * max(manifest.profile.text_buckets), "int32")
         self._text_length = Staged(device, max_pairs, "int32")
         self._query_of_pair = Staged(device, max_pairs, "int32")
         self._scores = Staged(device, max_pairs, "float32")
-        self._views: _Views | None = None
-        self._filled_for: tuple[object, object, object] = None, None, None
+        self._filled_for: tuple[object, object] = None, None
+        self._fit(1, max(manifest.profile.text_buckets), 1)
+        self.num_batches = 0
         self.stage = "gather"
         self.started = device.event()
         self.finished = device.event()
@@ -72,70 +143,85 @@ class Slot:
 
     def fill_text(self, queries: TokenizedQueries, planned: PlannedBatch) -> None:
         """Copy the ids of the batch's queries into the slot, padded with 0 to the bucket."""
-        views = self._of(planned)
-        held_views, held_queries, held_numbers = self._filled_for
-        if views is held_views and queries is held_queries and planned.queries is held_numbers:
+        sizes = len(planned.queries), planned.bucket, len(planned.pairs)
+        if sizes != self._sizes:
+            self._fit(*sizes)
+        held_queries, held_numbers = self._filled_for
+        if queries is held_queries and planned.queries is held_numbers:
             return  # one query's next batch: the slot holds its text already
         width = min(planned.bucket, queries.text_ids.shape[1])
-        views.text_ids[:, :width] = queries.text_ids[planned.queries, :width]
-        views.text_ids[:, width:] = 0
-        views.text_length[:] = queries.text_length[planned.queries]
-        views.query_of_pair[:] = planned.query_of_pair
-        self._filled_for = views, queries, planned.queries
+        self.host.text_ids[:, :width] = queries.text_ids[planned.queries, :width]
+        self.host.text_ids[:, width:] = 0
+        self.host.text_length[:] = queries.text_length[planned.queries]
+        self.host.query_of_pair[:] = planned.query_of_pair
+        self._filled_for = queries, planned.queries
 
-    def scores(self, planned: PlannedBatch) -> Array:
-        """Return float32 [P] on the host, to be read once `finished` was passed."""
-        return self._of(planned).scores
+    def read(self, source: TokenSource, rows: Int64, *, check_finite: bool) -> Unusable:
+        """Read the batch's records (int64 [P]) into pinned memory, as far as they are needed."""
+        if self.pooled is not None:
+            return self.pooled.read(source, rows, check_finite=check_finite)
+        tokens, scales = self.host.visual_tokens, self.host.visual_scales
+        damaged = source.read(rows, tokens, scales, bad="mark")
+        return Unusable(damaged, not_finite(tokens, scales) if check_finite else NO_PAIRS)
 
-    def engine_views(self, planned: PlannedBatch) -> tuple[Batch, Array]:
-        """Return the batch as the engine sees it, and float32 [P] where it writes; no copy."""
-        views = self._of(planned)
-        return views.batch, views.batch_scores
+    def upload(self, stream: Stream) -> None:
+        """Copy what was filled to the device, in the order of `stream`."""
+        num_queries, bucket, num_pairs = self._sizes
+        self._text_ids.upload(stream, num_queries * bucket)
+        self._text_length.upload(stream, num_queries)
+        self._query_of_pair.upload(stream, num_pairs)
+        self.upload_tokens(stream)
 
-    def _of(self, planned: PlannedBatch) -> _Views:
-        """Return the views of this batch's sizes; most batches have those of the last one."""
-        sizes = len(planned.queries), planned.bucket, len(planned.pairs)
-        if self._views is None or self._views.sizes != sizes:
-            self._views = self._make_views(*sizes)
-        return self._views
+    def upload_tokens(self, stream: Stream) -> None:
+        """Copy the records that were read, and no text, in the order of `stream`."""
+        if isinstance(self._tokens, StagedRecords):
+            self._tokens.upload(stream, self._sizes[2])
+        else:
+            self._tokens.upload(stream)
 
-    def _make_views(self, num_queries: int, bucket: int, num_pairs: int) -> _Views:
-        tokens, scales = self.tokens.engine(num_pairs)
-        return _Views(
-            (num_queries, bucket, num_pairs),
+    def assemble(self, stream: Stream) -> None:
+        """Put the batch's tokens where the engine reads them: uploads are there already."""
+        if self.pooled is not None:
+            self.pooled.assemble(stream)
+
+    def download(self, stream: Stream) -> None:
+        """Copy the scores back to the host, in the order of `stream`."""
+        self._scores.download(stream, self._sizes[2])
+
+    def _fit(self, num_queries: int, bucket: int, num_pairs: int) -> None:
+        """Take the views of a batch's sizes; most batches have those of the last one."""
+        self._sizes = num_queries, bucket, num_pairs
+        self._filled_for = None, None
+        self.host = Batch(
             self._text_ids.host(num_queries, bucket),
             self._text_length.host(num_queries),
             self._query_of_pair.host(num_pairs),
-            self._scores.host(num_pairs),
-            Batch(
-                text_ids=self._text_ids.engine(num_queries, bucket),
-                text_length=self._text_length.engine(num_queries),
-                query_of_pair=self._query_of_pair.engine(num_pairs),
-                visual_tokens=tokens,
-                visual_scales=scales,
-            ),
-            self._scores.engine(num_pairs),
+            *self._tokens.host(num_pairs),
         )
-
-    def upload(self, stream: Stream, planned: PlannedBatch) -> None:
-        """Copy what was filled to the device, in the order of `stream`."""
-        num_queries, num_pairs = len(planned.queries), len(planned.pairs)
-        self._text_ids.upload(stream, num_queries * planned.bucket)
-        self._text_length.upload(stream, num_queries)
-        self._query_of_pair.upload(stream, num_pairs)
-        self.tokens.upload(stream)
-
-    def download(self, stream: Stream, num_pairs: int) -> None:
-        """Copy the scores back to the host, in the order of `stream`."""
-        self._scores.download(stream, num_pairs)
+        self.batch = Batch(
+            self._text_ids.engine(num_queries, bucket),
+            self._text_length.engine(num_queries),
+            self._query_of_pair.engine(num_pairs),
+            *self._tokens.engine(num_pairs),
+        )
+        self.scores = self._scores.host(num_pairs)
+        self.batch_scores = self._scores.engine(num_pairs)
 
 
-class _Ticket:
-    """One thread's place in the queue for a slot."""
+class _Waiting:
+    """A thread in line for a slot."""
 
     def __init__(self) -> None:
         self.served = threading.Event()
         self.slot: Slot | None = None
+
+
+class RingUsage(NamedTuple):
+    """Slots of a pipeline at one moment: all, those that are free, and threads in line for one."""
+
+    num_slots: int
+    num_free: int
+    num_waiting: int
 
 
 class SlotRing:
@@ -144,13 +230,14 @@ class SlotRing:
     def __init__(self, slots: Sequence[Slot]):
         self._free = deque(slots)
         self._num_slots = len(slots)
-        self._queue: deque[_Ticket] = deque()
+        self._line: deque[_Waiting] = deque()
         self._lock = threading.Lock()
         self._closed = False
 
-    def __len__(self) -> int:
-        """How many slots there are, free or not."""
-        return self._num_slots
+    def usage(self) -> RingUsage:
+        """Return how many slots there are and are free, and how many threads wait for one."""
+        with self._lock:
+            return RingUsage(self._num_slots, len(self._free), len(self._line))
 
     def try_take(self) -> Slot | None:
         """Return a free slot, or None when there is none or others wait for one.
@@ -159,8 +246,9 @@ class SlotRing:
             EngineError: the ring was closed.
         """
         with self._lock:
-            self._check_open()
-            return self._free.popleft() if self._free and not self._queue else None
+            if self._closed:
+                raise _closed()
+            return self._free.popleft() if self._free and not self._line else None
 
     def take(self, timeout_s: float | None = None) -> Slot | None:
         """Return a slot, waiting in line for it. A caller that holds slots must not wait here.
@@ -172,30 +260,31 @@ class SlotRing:
             EngineError: the ring was closed, before or while this call waited.
         """
         with self._lock:
-            self._check_open()
-            if self._free and not self._queue:
+            if self._closed:
+                raise _closed()
+            if self._free and not self._line:
                 return self._free.popleft()
-            ticket = _Ticket()
-            self._queue.append(ticket)
+            me = _Waiting()
+            self._line.append(me)
         try:
-            served = ticket.served.wait(timeout_s)
+            served = me.served.wait(timeout_s)
         except BaseException:  # an interrupted wait must not lose a slot
-            self._leave(ticket)
+            self._leave(me)
             raise
         if not served:
-            self._leave(ticket)
+            self._leave(me)
             return None
-        if ticket.slot is None:
+        if me.slot is None:
             raise EngineError("the reranker was closed while this request waited")
-        return ticket.slot
+        return me.slot
 
     def give_back(self, slot: Slot) -> None:
         """Return a slot that no stream works on any more; the longest waiting thread gets it."""
         with self._lock:
-            if self._queue:
-                ticket = self._queue.popleft()
-                ticket.slot = slot
-                ticket.served.set()
+            if self._line:
+                first = self._line.popleft()
+                first.slot = slot
+                first.served.set()
             else:
                 self._free.append(slot)
 
@@ -203,17 +292,17 @@ class SlotRing:
         """Refuse every further `take` and send the waiting threads away."""
         with self._lock:
             self._closed = True
-            for ticket in self._queue:
-                ticket.served.set()
-            self._queue.clear()
+            for waiting in self._line:
+                waiting.served.set()
+            self._line.clear()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise EngineError("the reranker is closed", hint="open it again with Reranker.open")
-
-    def _leave(self, ticket: _Ticket) -> None:
+    def _leave(self, me: _Waiting) -> None:
         with self._lock:
-            if ticket in self._queue:
-                self._queue.remove(ticket)
-        if ticket.slot is not None:
-            self.give_back(ticket.slot)
+            if me in self._line:
+                self._line.remove(me)
+        if me.slot is not None:
+            self.give_back(me.slot)
+
+
+def _closed() -> EngineError:
+    return EngineError("the reranker is closed", hint="open it again with Reranker.open")

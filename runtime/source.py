@@ -126,6 +126,13 @@ class HeldTokens:
         """Everything is in memory already."""
 
 
+def record_bytes(shape: tuple[int, int], dtype: str) -> int:
+    """Return the bytes of one record of (m, H) values, its scales included."""
+    num_tokens, hidden = shape
+    scale_bytes = 2 * num_tokens if dtype == "int8" else 0
+    return num_tokens * hidden * np.dtype(dtype).itemsize + scale_bytes
+
+
 def check_store(engine: Engine, store: TokenStore) -> None:
     """Check that `store` holds what `engine` was trained to read.
 

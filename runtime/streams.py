@@ -1,4 +1,4 @@
-"""A lane: the streams of one engine, whose work goes through them, and whether they still run.
+"""The streams that batches go through, each batch's work kept together, and whether they still run.
 
 On a GPU three streams overlap: batch n+1 is copied in while batch n computes and the scores of
 n-1 are copied back. Where host and device share memory, one stream does it all.
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 from ..errors import EdjeError, EngineError
 from ..kernels.device.contract import Device, Stream
-from .batcher import PlannedBatch
-from .graphs import Graphs
 from .slot import Slot
 
 _FAILED = {
@@ -25,11 +24,11 @@ _FAILED = {
 }
 
 
-class Lane:
-    """Takes the batches of any number of threads, one batch's work at a time.
+class Streams:
+    """Take the batches of any number of threads, one batch's work at a time.
 
     Attributes:
-        exclusive: whether nobody else submits to the stream it computes on.
+        exclusive: whether nobody else submits to the stream that computes.
     """
 
     def __init__(self, device: Device, *, borrowed: object | None = None, exclusive: bool = False):
@@ -66,59 +65,61 @@ class Lane:
                 hint="open it again in this one, or start processes with `spawn`",
             )
 
-    def enqueue(self, slot: Slot, planned: PlannedBatch, graphs: Graphs) -> None:
-        """Put one filled slot's way through the device into the streams; returns at once.
+    def enqueue(self, slot: Slot, forward: Callable[..., None]) -> None:
+        """Enqueue one filled slot's way through the device; returns at once.
 
         The slot may be touched again once `slot.finished` was passed, after an error as well.
+
+        Args:
+            forward: `Engine.enqueue`, or what stands in for it.
 
         Raises:
             EngineError: the engine refuses the batch, or the device is lost.
         """
-        with self._taking_turn(slot):
-            slot.stage = "copy"
-            if self._overlapped:
-                self._copy.record(slot.started)
-                slot.upload(self._copy, planned)
-                self._copy.record(slot.uploaded)
-                self._compute.wait(slot.uploaded)
-            self._compute.record(slot.began)
-            slot.stage = "compute"
-            slot.tokens.assemble(self._compute)
-            graphs.enqueue(slot, planned, self._compute)
-            self._compute.record(slot.computed)
-            slot.stage = "collect"
-            if self._overlapped:
-                self._result.wait(slot.computed)
-                slot.download(self._result, len(planned.pairs))
-                self._result.record(slot.finished)
+        if self._overlapped:
+            self._enqueue_with_copies(slot, forward)
+            return
+        with self._turn:
+            try:
+                slot.stage = "compute"
+                self._compute.record(slot.began)
+                forward(slot.batch, slot.batch_scores, stream=self._compute)
+            finally:
+                self._compute.record(slot.finished)
 
     def load(self, slot: Slot) -> None:
-        """Bring the tokens that a slot gathered to the device, and score nothing.
+        """Bring the records that a pooled slot read into the pool, and score nothing.
 
-        Else as `enqueue`; only where host and device do not share memory.
+        Else as `enqueue`.
         """
         with self._taking_turn(slot):
             slot.stage = "copy"
             self._copy.record(slot.started)
-            slot.tokens.upload(self._copy)
+            slot.upload_tokens(self._copy)
             self._copy.record(slot.uploaded)
             self._compute.wait(slot.uploaded)
-            slot.tokens.assemble(self._compute)
+            slot.assemble(self._compute)
             self._compute.record(slot.computed)
             self._result.wait(slot.computed)
             self._result.record(slot.finished)
 
-    def failure(self, error: Exception, slot: Slot) -> EdjeError:
-        """Return `error` as callers get it, with the stage that `slot` was in; notice a loss."""
+    def fail(self, error: Exception, slot: Slot) -> NoReturn:
+        """Raise `error` as callers get it, with the stage that `slot` was in; notice a loss.
+
+        Raises:
+            EngineError: what failed, or that the device is lost.
+            EdjeError: `error` itself where it is one.
+        """
         lost = self._device.fault()
         if lost is not None:
             self._lost = self._lost or lost
-            return self._lost_error(lost)
-        failed = error
-        if not isinstance(failed, EdjeError):
-            failed = EngineError(f"{_FAILED[slot.stage]}: {error}")
-        failed.stage = slot.stage
-        return failed
+            raise self._lost_error(lost) from error
+        if isinstance(error, EdjeError):
+            error.stage = slot.stage
+            raise error
+        failure = EngineError(f"{_FAILED[slot.stage]}: {error}")
+        failure.stage = slot.stage
+        raise failure from error
 
     def collect(self, slot: Slot) -> None:
         """Wait until the slot's scores lie on the host; any thread may call.
@@ -129,10 +130,28 @@ class Lane:
         if self._overlapped:
             slot.stage = "copy"
             slot.uploaded.synchronize()
-        slot.stage = "compute"
-        slot.computed.synchronize()
-        slot.stage = "collect"
+            slot.stage = "compute"
+            slot.computed.synchronize()
+            slot.stage = "collect"
         slot.finished.synchronize()
+
+    def _enqueue_with_copies(self, slot: Slot, forward: Callable[..., None]) -> None:
+        """As `enqueue` where the device has memory of its own: three streams, tied by events."""
+        with self._taking_turn(slot):
+            slot.stage = "copy"
+            self._copy.record(slot.started)
+            slot.upload(self._copy)
+            self._copy.record(slot.uploaded)
+            self._compute.wait(slot.uploaded)
+            self._compute.record(slot.began)
+            slot.stage = "compute"
+            slot.assemble(self._compute)
+            forward(slot.batch, slot.batch_scores, stream=self._compute)
+            self._compute.record(slot.computed)
+            slot.stage = "collect"
+            self._result.wait(slot.computed)
+            slot.download(self._result)
+            self._result.record(slot.finished)
 
     @contextmanager
     def _taking_turn(self, slot: Slot) -> Iterator[None]:
@@ -142,16 +161,15 @@ class Lane:
                 yield
             except BaseException:
                 with suppress(Exception):
-                    self._close_order(slot)
+                    self._record_ends(slot)
                 raise
 
-    def _close_order(self, slot: Slot) -> None:
+    def _record_ends(self, slot: Slot) -> None:
         """Let `finished` follow whatever of the slot's work is in any stream."""
-        if self._overlapped:
-            self._copy.record(slot.uploaded)
-            self._result.wait(slot.uploaded)
-            self._compute.record(slot.computed)
-            self._result.wait(slot.computed)
+        self._copy.record(slot.uploaded)
+        self._result.wait(slot.uploaded)
+        self._compute.record(slot.computed)
+        self._result.wait(slot.computed)
         self._result.record(slot.finished)
 
     def _lost_error(self, reason: str) -> EngineError:

@@ -89,9 +89,11 @@ def full_size_bundle(
 def tiny_engine(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Engine folder (openvino, fp32, with image encoder) of `tiny_bundle`. Read-only."""
     from edje.engines.builder.build import build_engine
+    from edje.engines.builder.options import EngineOptions
 
     folder = tmp_path_factory.mktemp("tiny-engine") / "engine"
-    build_engine(tiny_bundle, folder, backend="openvino", precision="fp32", image_encoder=True)
+    options = EngineOptions(image_encoder=True)
+    build_engine(tiny_bundle, folder, backend="openvino", precision="fp32", options=options)
     return folder
 
 

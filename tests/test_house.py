@@ -7,8 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,20 @@ ROOT = Path(__file__).parent.parent
 NAME = "edje-runtime"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 EXTRAS = {
-    *("cpu", "gpu", "rtx", "build", "pycuda", "kernels"),
-    *("export", "index", "serve", "cluster", "perf", "dev"),
+    *("cpu", "gpu", "gpu-onnxruntime", "tensorrt", "rtx", "pycuda"),
+    *("build", "kernels", "export", "index", "cluster", "dev"),
 }
+# What a package of an extra is imported as, where its own name with underscores is not it.
+IMPORTED_AS = {
+    "cuda-bindings": "cuda.bindings",
+    "cuda-core": "cuda.core",
+    "onnxruntime-gpu": "onnxruntime",
+    "pillow": "PIL",
+    "tensorrt-rtx-cu13-bindings": "tensorrt_rtx",
+    "tensorrt-rtx-cu13-libs": "tensorrt_rtx",
+}
+# Folders that belong to the checkout and never travel in the wheel.
+NOT_IN_THE_WHEEL = ("perf", "demo/training")
 # torch's Linux build on PyPI names these itself, each with an exact version.
 PINNED_BY_TORCH = re.compile(r"nvidia-|cuda-")
 
@@ -122,11 +135,64 @@ def test_the_extras_are_the_documented_ones(project: dict[str, Any]) -> None:
     assert set(project["project"]["optional-dependencies"]) == EXTRAS
 
 
+def test_every_package_of_an_extra_is_imported_somewhere(project: dict[str, Any]) -> None:
+    """An import statement names it, or a string does: for `import_module`."""
+    folders = ("export", "engines", "kernels", "runtime", "demo")
+    source = "\n".join(p.read_text("utf-8") for f in folders for p in (ROOT / f).rglob("*.py"))
+    extras = dict(project["project"]["optional-dependencies"])
+    del extras["dev"]
+    names = {Requirement(line).name for lines in extras.values() for line in lines} - {NAME}
+    modules = {name: IMPORTED_AS.get(name, name.replace("-", "_")) for name in names}
+    words = r"^ *(import|from) {0}\b|[\"']{0}[\"'.]"
+    dead = [
+        n for n, m in modules.items() if not re.search(words.format(re.escape(m)), source, re.M)
+    ]
+    assert dead == []
+
+
 def test_the_listed_packages_are_the_folders_with_modules(project: dict[str, Any]) -> None:
-    folders = ("export", "engines", "kernels", "runtime", "perf", "demo")
+    folders = ("export", "engines", "kernels", "runtime", "demo")
     modules = [p.relative_to(ROOT) for f in folders for p in (ROOT / f).rglob("*.py")]
     found = {".".join(("edje", *path.parent.parts)) for path in modules} | {"edje"}
-    assert set(project["tool"]["setuptools"]["packages"]) == found
+    left_out = {f"edje.{folder.replace('/', '.')}" for folder in NOT_IN_THE_WHEEL}
+    assert set(project["tool"]["setuptools"]["packages"]) == found - left_out
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The files of a wheel that was built from a copy of this tree, installing nothing."""
+    folder = tmp_path_factory.mktemp("wheel")
+    hidden = shutil.ignore_patterns(".*", "build", "dist", "demo-out", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, folder / "tree", ignore=hidden)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    command += ["--no-index", "--wheel-dir", str(folder), str(folder / "tree")]
+    made = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
+    (path,) = folder.glob("*.whl")
+    return zipfile.ZipFile(path).namelist()
+
+
+def test_the_wheel_holds_the_product_and_nothing_else(wheel: list[str]) -> None:
+    folders = {name.partition("/")[0] for name in wheel}
+    assert sorted(folders) == ["edje", f"edje_runtime-{edje.__version__}.dist-info"]
+    left_out = tuple(f"edje/{folder}/" for folder in (*NOT_IN_THE_WHEEL, "tests", "build"))
+    assert [name for name in wheel if name.startswith(left_out)] == []
+
+
+def test_the_wheel_holds_every_module_and_what_they_read(wheel: list[str]) -> None:
+    folders = ("export", "engines", "kernels", "runtime", "demo")
+    paths = [p for f in folders for p in (ROOT / f).rglob("*.py")] + list(ROOT.glob("*.py"))
+    modules = {str(path.relative_to(ROOT)) for path in paths}
+    modules = {name for name in modules if not name.startswith(NOT_IN_THE_WHEEL)}
+    assert {f"edje/{name}" for name in modules | {"py.typed"}} <= set(wheel)
+    cubins = {path.name for path in (ROOT / "kernels" / "cubins").iterdir()}
+    assert {f"edje/kernels/cubins/{name}" for name in cubins} <= set(wheel)
+    assert {"edje/demo/page.html", "edje/demo/model/model.safetensors"} <= set(wheel)
+
+
+def test_the_benchmarks_and_the_training_run_from_the_checkout() -> None:
+    for module in ("edje.perf.harness", "edje.demo.training"):
+        assert find_spec(module) is not None, f"{module} is not found by an editable install"
 
 
 def test_every_package_has_an_init(project: dict[str, Any]) -> None:

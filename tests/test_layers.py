@@ -44,7 +44,9 @@ MAY_IMPORT = {
     "perf": {*ONLINE_PATH, *OFFLINE, "runtime.indexing", "demo"},
 }
 ONLINE = MAY_IMPORT.keys() - {"export", "demo", "demo.training", "perf"}
-MOST_UNDER_RERANKER = 53
+# Packages that hand out names of the folders below them, once they are asked for.
+FRONT_DOORS = {PACKAGE, f"{PACKAGE}.engines"}
+MOST_UNDER_RERANKER = 44
 OFFLINE_LIBRARIES = {"torch", "transformers", "onnx", "onnxscript"}
 PASSES = f"{PACKAGE}.engines.precision"
 # What a base install holds: all that the online layers may import before it is asked for.
@@ -132,13 +134,13 @@ class Tree:
 
 
 def _is_front_door(found: Import) -> bool:
-    """Whether `edje` hands out a public name, or the command line runs a verb, when asked.
+    """Whether a package hands out a public name, or the command line runs a verb, when asked.
 
     `python -m edje` is the command line and nothing else.
     """
     if found.module == f"{PACKAGE}.__main__":
         return found.target.startswith(f"{PACKAGE}.runtime.cli")
-    return not found.eager and found.module == PACKAGE
+    return not found.eager and found.module in FRONT_DOORS
 
 
 def _is_heavy(target: str) -> bool:

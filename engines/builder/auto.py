@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from ...arguments import StrPath, path_of
 from ...bundle import IMAGE_ENCODER, BundleManifest
 from ...errors import EngineError
 from ...files import publish_folder, refuse_existing, sha256_of
 from ..contract import Batch, Engine, Progress
-from ..fidelity import Fidelity, FidelityLimits, engine_scorer
-from ..manifest import DEFAULT_MAX_PAIRS, DEFAULT_TEXT_BUCKETS, MANIFEST, QUANTIZED, EngineManifest
-from ..precision.prepare import DEFAULT_LIMITS, GraphCache
+from ..fidelity import Fidelity, engine_scorer
+from ..manifest import MANIFEST, QUANTIZED, EngineManifest
+from ..precision.prepare import GraphCache
 from ..registry import by_reason, open_engine, probe_backends
 from ..samples import RandomSamples, RankingSample, Samples, int8_batch, sample_batches
-from .build import build_engine, check_files, check_token_dtype, checked_profile
+from .build import build_one, check_files
+from .options import EngineRequest
 
 NUM_ROUNDS = 5
 BATCH_PAIRS = 64
@@ -53,63 +53,46 @@ class Trial:
 
 
 def build_fastest(
-    bundle: StrPath,
-    out: StrPath,
+    request: EngineRequest,
+    out: Path,
     *,
-    max_pairs: int = DEFAULT_MAX_PAIRS,
-    text_buckets: Sequence[int] = DEFAULT_TEXT_BUCKETS,
-    token_dtype: str = "float16",
-    calibration: Samples | None = None,
-    limits: FidelityLimits | None = None,
-    image_encoder: bool = False,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = lambda _: None,
 ) -> EngineManifest:
     """Build `out` with the fastest faithful backend and precision that this machine has.
 
-    Everything that runs here is built in a scratch folder, those that hold `limits` are timed
+    Everything that runs here is built in a scratch folder, those that hold the limits are timed
     interleaved on one batch, and the fastest becomes `out`; `build_options["auto"]` of its
     manifest says what was tried and measured, and why the rest was not. int8 and fp8 are only
     tried with real pairs.
 
     Args:
-        max_pairs, text_buckets, token_dtype: as `build_engine`.
-        calibration: as `build_engine`; None leaves int8 and fp8 out.
-        limits: what every precision must hold; None: the defaults.
+        request: what is asked for; its backend and precision are chosen here.
 
     Raises:
         EngineError: nothing can be built here, or nothing holds the limits (all reasons); a
             profile that cannot be.
         CheckpointError, EdjeError: as `build_engine`.
     """
-    bundle, out, tell = path_of("bundle", bundle), path_of("out", out), progress or (lambda _: None)
+    bundle, calibration, options = request.bundle, request.calibration, request.options
     source = BundleManifest.read(bundle)
-    checked_profile(max_pairs, text_buckets, source.text.max_wordpieces)
-    check_token_dtype(token_dtype)
+    options.profile(source.text.max_wordpieces)
     refuse_existing(out, overwrite, MANIFEST)
-    check_files(bundle, [IMAGE_ENCODER] if image_encoder else [])
+    check_files(bundle, [IMAGE_ENCODER] if options.image_encoder else [])
     with TemporaryDirectory() as scratch:
-        common = {
-            "max_pairs": max_pairs,
-            "text_buckets": text_buckets,
-            "token_dtype": token_dtype,
-            "calibration": calibration,
-            "limits": limits,
-            "progress": tell,
-            "graphs": GraphCache(Path(scratch) / "graphs"),
-        }
+        graphs = GraphCache(Path(scratch) / "graphs")
         folders = {
             Path(scratch) / f"{trial.backend}-{trial.precision}": trial
             for trial in _candidates(calibration)
         }
         for folder, trial in folders.items():
             if trial.not_tried is None:
-                folders[folder] = _try(bundle, folder, trial, limits, common)
-        tell("timing what was built")
+                folders[folder] = _try(request, folder, trial, progress, graphs)
+        progress("timing what was built")
         samples = RandomSamples(source) if calibration is None else calibration
         folders = _timed(folders, next(iter(samples)))
         best = _fastest(folders)
-        return _publish(best, bundle, out, image_encoder, overwrite, list(folders.values()))
+        return _publish(best, request, out, overwrite, list(folders.values()))
 
 
 def _candidates(calibration: Samples | None) -> list[Trial]:
@@ -129,16 +112,14 @@ def _candidates(calibration: Samples | None) -> list[Trial]:
 
 
 def _try(
-    bundle: Path,
-    folder: Path,
-    trial: Trial,
-    limits: FidelityLimits | None,
-    arguments: Mapping[str, Any],
+    request: EngineRequest, folder: Path, trial: Trial, progress: Progress, graphs: GraphCache
 ) -> Trial:
     """Build one engine and hold it against the limits."""
+    options = replace(request.options, image_encoder=False)  # copied once, at the end
     backend, precision = trial.backend, trial.precision
+    asked = replace(request, backend=backend, precision=precision, options=options)
     try:
-        manifest = build_engine(bundle, folder, backend=backend, precision=precision, **arguments)
+        manifest = build_one(asked, folder, progress=progress, graphs=graphs)
     except EngineError as error:
         reasons = "; ".join(error.faults)
         refused = f"{error.message}: {reasons}" if reasons else error.message
@@ -146,7 +127,7 @@ def _try(
     fidelity = Fidelity.from_json(manifest.fidelity)
     if fidelity is None:
         return Trial(backend, precision, refused="its fidelity could not be measured")
-    broken = (limits or DEFAULT_LIMITS).broken_by(fidelity)
+    broken = options.limits_to_hold.broken_by(fidelity)
     return Trial(
         backend,
         precision,
@@ -182,8 +163,8 @@ def _batch(sample: RankingSample, engine: Engine) -> Batch:
     """Return pairs of one query as `engine` reads them, some twice where it has too few."""
     manifest = engine.manifest
     num_pairs = min(BATCH_PAIRS, manifest.profile.max_pairs)
-    places = np.resize(np.arange(len(sample.tokens)), num_pairs)
-    longer = replace(sample, tokens=sample.tokens[places])
+    candidates = np.resize(np.arange(len(sample.tokens)), num_pairs)
+    longer = replace(sample, tokens=sample.tokens[candidates])
     text = manifest.bundle.text
     (batch,) = sample_batches(longer, manifest.profile, pad_id=text.pad_id, sep_id=text.sep_id)
     return int8_batch(batch) if manifest.token_dtype == "int8" else batch
@@ -205,15 +186,11 @@ def _why(trial: Trial) -> str | None:
 
 
 def _publish(
-    engine: Path,
-    bundle: Path,
-    out: Path,
-    image_encoder: bool,
-    overwrite: bool,
-    trials: Sequence[Trial],
+    engine: Path, request: EngineRequest, out: Path, overwrite: bool, trials: Sequence[Trial]
 ) -> EngineManifest:
     """Copy the engine that was timed to `out`; its manifest gets the trials."""
     manifest = EngineManifest.read(engine)
+    bundle, image_encoder = request.bundle, request.options.image_encoder
     options = {**manifest.build_options, "image_encoder": image_encoder}
     options["auto"] = [asdict(trial) for trial in trials]
     with publish_folder(out, manifest=MANIFEST, overwrite=overwrite) as folder:
@@ -237,8 +214,8 @@ def trial_lines(trials: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]
         backend, precision, agrees = trial["backend"], trial["precision"], trial["kendall_tau"]
         skipped.setdefault(backend, []).append((precision, trial["not_tried"]))
         if trial["not_tried"] is None:
-            found = f"{trial['pairs_per_s'] or 0:,.0f} pairs/s, Kendall tau {agrees or 0:.4f}"
-            yield f"{backend} {precision}", trial["refused"] or found
+            figures = f"{trial['pairs_per_s'] or 0:,.0f} pairs/s, Kendall tau {agrees or 0:.4f}"
+            yield f"{backend} {precision}", trial["refused"] or figures
     for backend, verdicts in skipped.items():
         for reason, precisions in by_reason(verdicts).items():
             yield f"{backend} {' '.join(precisions)}", f"not tried: {reason}"

@@ -6,14 +6,13 @@ An entry is a plain engine folder, `<root>/<key>-<backend>-<precision>`. Delete 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,16 @@ from ...arguments import StrPath, path_of
 from ...bundle import IMAGE_ENCODER, JOINT_ENCODER, TOKENIZER, BundleManifest
 from ...errors import CheckpointError, EngineError
 from ...files import LOCKS_HINT, lock_fault, open_lock, sha256_of, try_lock, wait_lock
-from ..contract import BuildOptions, Progress
+from ..contract import Progress
 from ..manifest import FORMAT_VERSION, EngineManifest
-from ..precision.prepare import DEFAULT_LIMITS
 from ..registry import file_faults, require_builder
-from .build import build_engine, checked_profile
+from ..samples import Samples
+from .build import build_one
+from .options import EngineOptions, EngineRequest
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 ROOT_VARIABLE = "EDJE_CACHE"
 
-# Arguments of a build that do not change the engine.
-_NOT_IN_KEY = ("bundle", "out", "overwrite", "progress", "graphs")
 # The entry's name, out of the name of a lock, a half-built engine or one half removed.
 _HIDDEN = re.compile(r"\.(?P<entry>[0-9a-f]{16}-[a-z-]+-[a-z0-9]+)\.")
 
@@ -41,8 +39,11 @@ def cached_engine(
     bundle: StrPath,
     root: StrPath | None = None,
     *,
+    backend: str,
+    precision: str,
+    calibration: Samples | None = None,
+    options: EngineOptions | None = None,
     progress: Progress | None = None,
-    **arguments: Any,
 ) -> Path:
     """Return the folder of the engine that `build_engine` would build, built only if need be.
 
@@ -52,28 +53,29 @@ def cached_engine(
     Args:
         bundle: bundle folder.
         root: folder of the cache; None: $EDJE_CACHE, else `~/.cache/edje/engines`.
-        progress: called with one short line before each step.
-        arguments: those of `build_engine`; `out` and `overwrite` are the cache's own.
+        backend, precision: as `build_engine`; not `auto`, whose choice no key foretells.
+        calibration, options, progress: as `build_engine`.
 
     Raises:
         CheckpointError: `bundle` is no model bundle.
-        EngineError: as `build_engine`, an argument that no key can hold, or a root that cannot
-            be written or locked.
+        EngineError: as `build_engine`, an option that no key can hold, or a root that cannot be
+            written or locked.
     """
-    bundle, tell = path_of("bundle", bundle), progress or (lambda _: None)
+    bundle, progress = path_of("bundle", bundle), progress or (lambda _: None)
     root = default_root() if root is None else path_of("root", root)
-    parts = key_parts(bundle, **arguments)
+    request = EngineRequest(bundle, backend, precision, calibration, options or EngineOptions())
+    parts = key_parts(request)
     entry = root / entry_name(parts)
     if is_sound(entry, parts):
         return entry
-    with _locked(entry, tell):
+    with _locked(entry, progress):
         _sweep(root, entry.name)
         if is_sound(entry, parts):  # built while this call waited
             return entry
         if entry.exists():
-            tell(f"removing the damaged engine {entry}")
+            progress(f"removing the damaged engine {entry}")
             shutil.rmtree(entry)
-        build_engine(bundle, entry, progress=progress, **arguments)
+        build_one(request, entry, progress=progress)
         if not is_sound(entry, parts):
             shutil.rmtree(entry)
             raise EngineError(
@@ -89,29 +91,32 @@ def default_root() -> Path:
     return Path(chosen) if chosen else Path.home() / ".cache" / "edje" / "engines"
 
 
-def key_parts(bundle: Path, **arguments: Any) -> dict[str, Any]:
+def key_parts(request: EngineRequest) -> dict[str, Any]:
     """Return all that decides what an engine is, as plain JSON values.
 
     Raises:
-        CheckpointError: `bundle` is no model bundle, or lacks a file.
-        EngineError: arguments that `build_engine` refuses at once, or that no key can hold.
+        CheckpointError: the bundle is none, or lacks a file.
+        EngineError: a request that `build_engine` refuses at once, or that no key can hold.
     """
-    given = _bound(arguments)
+    bundle, options = request.bundle, request.options
     manifest = BundleManifest.read(bundle)
-    backend, precision = str(given["backend"]), str(given["precision"])
-    module = require_builder(backend, precision, given["options"])
-    pairs, buckets = given.pop("max_pairs"), given.pop("text_buckets")
+    module = require_builder(request.backend, request.precision, options.backend_options)
     model = manifest.to_json()
     del model["provenance"]  # says how it was made, not what it is
-    names = [JOINT_ENCODER, TOKENIZER, *([IMAGE_ENCODER] if given["image_encoder"] else [])]
+    names = [JOINT_ENCODER, TOKENIZER, *([IMAGE_ENCODER] if options.image_encoder else [])]
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    profile = asdict(options.profile(manifest.text.max_wordpieces))
+    given |= {**profile, "limits": options.limits_to_hold}
     return {
         "versions": {"cache": CACHE_VERSION, "manifest": FORMAT_VERSION, "edje": __version__},
         "bundle": model,
         "files": {name: _sha256(bundle, name) for name in names},
+        "backend": request.backend,
         "backend_version": module.version(),
-        "device": module.device(precision, given["options"]),
-        "profile": asdict(checked_profile(pairs, buckets, manifest.text.max_wordpieces)),
-        "arguments": {name: _plain(name, value) for name, value in given.items()},
+        "precision": request.precision,
+        "device": module.device(request.precision, options.backend_options),
+        "calibration": request.calibration and request.calibration.fingerprint,
+        "options": {name: _plain(name, value) for name, value in given.items()},
     }
 
 
@@ -119,24 +124,11 @@ def entry_name(parts: Mapping[str, Any]) -> str:
     """Return the folder name of an engine from its `key_parts`."""
     text = json.dumps(parts, sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()
-    arguments = parts["arguments"]
-    return f"{key[:16]}-{arguments['backend']}-{arguments['precision']}"
-
-
-def _bound(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a build that its key holds, defaults filled in."""
-    call = inspect.signature(build_engine).bind(bundle=None, out=None, **arguments)
-    call.apply_defaults()
-    given = {name: value for name, value in call.arguments.items() if name not in _NOT_IN_KEY}
-    given["options"] = given["options"] or BuildOptions()
-    given["limits"] = given["limits"] or DEFAULT_LIMITS
-    return given
+    return f"{key[:16]}-{parts['backend']}-{parts['precision']}"
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Return an argument as plain JSON values; samples by their fingerprint."""
-    if hasattr(value, "fingerprint"):
-        return {"samples": value.fingerprint}
+    """Return an option as plain JSON values."""
     if is_dataclass(value) and not isinstance(value, type):
         return _plain(name, asdict(value))
     if isinstance(value, Mapping):
@@ -164,11 +156,10 @@ def is_sound(entry: Path, parts: Mapping[str, Any]) -> bool:
         manifest = EngineManifest.read(entry)
     except (EngineError, OSError):
         return False
-    arguments = parts["arguments"]
-    asked = (arguments["backend"], arguments["precision"], parts["backend_version"])
-    found = (manifest.backend, manifest.precision, manifest.backend_version)
+    asked = (parts["backend"], parts["precision"], parts["backend_version"])
+    held = (manifest.backend, manifest.precision, manifest.backend_version)
     same = manifest.onnx_sha256 == parts["files"][JOINT_ENCODER]
-    return asked == found and same and not file_faults(manifest, entry)
+    return asked == held and same and not file_faults(manifest, entry)
 
 
 def _lock_path(root: Path, entry: str) -> Path:
@@ -176,7 +167,7 @@ def _lock_path(root: Path, entry: str) -> Path:
 
 
 @contextmanager
-def _locked(entry: Path, tell: Progress) -> Iterator[None]:
+def _locked(entry: Path, progress: Progress) -> Iterator[None]:
     """Hold the lock of an entry; its file stays, or two could hold two files of one name."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
@@ -187,18 +178,18 @@ def _locked(entry: Path, tell: Progress) -> Iterator[None]:
             hint=f"set {ROOT_VARIABLE} to a folder that can be written",
         ) from error
     try:
-        _take(descriptor, entry, tell)
+        _take(descriptor, entry, progress)
         yield
     finally:
         os.close(descriptor)
 
 
-def _take(descriptor: int, entry: Path, tell: Progress) -> None:
+def _take(descriptor: int, entry: Path, progress: Progress) -> None:
     """Take the lock of an entry, however long that takes."""
     try:
         owner = try_lock(descriptor)
         if owner is not None:
-            tell(f"waiting for {owner}, which builds this engine")
+            progress(f"waiting for {owner}, which builds this engine")
             wait_lock(descriptor)
     except OSError as error:
         raise EngineError(

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...arrays import Array, Float32
+from ...bundle import node_name, path_of_node, weight_name
 from ..contract import Batch
 from .emulate import runner
 from .graph import Graph, node, with_inputs
@@ -52,10 +53,10 @@ def smooth(graph: Graph, seen: Mapping[str, Activations]) -> Graph:
 
 def _divide(graph: Graph, reader: str, value: str, factors: Float32) -> str:
     """Add the division of `value`, named after the first linear that reads it."""
-    path = reader.rsplit("/", 1)[0]
-    stored = graph.set_weight(f"{path.strip('/').replace('/', '.')}.smooth", 1 / factors)
+    path = path_of_node(reader)
+    stored = graph.set_weight(weight_name(path, "smooth"), 1 / factors)
     output = f"{value}.smooth"
-    graph.nodes.append(node("Mul", [value, stored], output, f"{path}/smooth/Mul"))
+    graph.nodes.append(node("Mul", [value, stored], output, node_name(f"{path}/smooth", "Mul")))
     return output
 
 
@@ -128,8 +129,8 @@ def by_max(seen: Activations, precision: str) -> float:
 def by_percentile(seen: Activations, precision: str) -> float:
     """One value of ten thousand is cut off."""
     order = np.cumsum(seen.counts)
-    place = int(np.searchsorted(order, 0.9999 * order[-1]))
-    return min(seen.amax, float(_centers()[place])) or seen.amax
+    cut = int(np.searchsorted(order, 0.9999 * order[-1]))
+    return min(seen.amax, float(_centers()[cut])) or seen.amax
 
 
 def by_mse(seen: Activations, precision: str) -> float:

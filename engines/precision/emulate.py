@@ -207,33 +207,33 @@ FLAGS = "quantized"
 
 
 class Switches:
-    """Scores batches with any set of places quantised, in float32 otherwise."""
+    """Scores batches with any set of layer groups quantised, in float32 otherwise."""
 
     def __init__(self, graph: Graph, precision: str, amax: Mapping[str, float]):
         """Open the graph; `amax` holds for every linear's input, as in `quantize`."""
-        self.places = list(dict.fromkeys(linear.place for linear in find_linears(graph)))
-        self._run = runner(emulated(switched(graph, precision, amax, self.places), fold_int8=True))
+        self.groups = list(dict.fromkeys(linear.group for linear in find_linears(graph)))
+        self._run = runner(emulated(switched(graph, precision, amax, self.groups), fold_int8=True))
 
     def score(self, batch: Batch, quantized: Collection[str]) -> Float32:
-        """Return the scores with the places `quantized` quantised: float32 [P]."""
-        flags = np.array([place in quantized for place in self.places])
+        """Return the scores with the layer groups `quantized` quantised: float32 [P]."""
+        flags = np.array([group in quantized for group in self.groups])
         scores: Float32 = self._run(batch, {FLAGS: flags})[0]
         return scores
 
 
 def switched(
-    graph: Graph, precision: str, amax: Mapping[str, float], places: Sequence[str]
+    graph: Graph, precision: str, amax: Mapping[str, float], groups: Sequence[str]
 ) -> Graph:
-    """Return the graph with an input `quantized`, bool [places], that chooses for each place."""
+    """Return the graph with an input `quantized`, bool [groups]: which layer groups are."""
     from onnx import TensorProto, helper
 
     full = quantize(graph, precision, amax)
     new = full.replaced([])
-    flags = helper.make_tensor_value_info(FLAGS, TensorProto.BOOL, [len(places)])
+    flags = helper.make_tensor_value_info(FLAGS, TensorProto.BOOL, [len(groups)])
     new.inputs = [*full.inputs, flags]
-    for number, place in enumerate(places):
+    for number, group in enumerate(groups):
         index = new.set_weight(f"{FLAGS}.{number}", np.array(number, np.int64))
-        new.nodes.append(node("Gather", [FLAGS, index], place, f"/{FLAGS}/{place}", axis=0))
+        new.nodes.append(node("Gather", [FLAGS, index], group, f"/{FLAGS}/{group}", axis=0))
     plain = {linear.name: linear for linear in find_linears(graph)}
     by_output = {f"{linear.weight}.dequantized": linear for linear in plain.values()}
     for item in full.nodes:
@@ -244,7 +244,7 @@ def switched(
         chosen = []
         for quantized, exact in zip(item.input, (linear.value, linear.weight), strict=True):
             output = f"{linear.name}.{exact}.chosen"
-            inputs = [linear.place, quantized, exact]
+            inputs = [linear.group, quantized, exact]
             new.nodes.append(node("Where", inputs, output, f"{item.name}/{exact}/Where"))
             chosen.append(output)
         new.nodes.append(with_inputs(item, chosen))

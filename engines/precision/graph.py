@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...arrays import Array
+from ...bundle import layer_of
 from ...errors import EngineError
 
 if TYPE_CHECKING:
     import onnx
-
-_LAYER = re.compile(r"^/layers\.(\d+)/")
 
 
 class Graph:
@@ -123,7 +121,7 @@ def with_inputs(old: onnx.NodeProto, inputs: Sequence[str]) -> onnx.NodeProto:
 
 def in_layers(item: onnx.NodeProto) -> bool:
     """Tell whether a node belongs to the encoder's layers: not embeddings, mask, pooler, head."""
-    return _LAYER.match(item.name) is not None
+    return layer_of(item.name) is not None
 
 
 def linears(graph: Graph) -> Iterator[onnx.NodeProto]:
@@ -133,14 +131,3 @@ def linears(graph: Graph) -> Iterator[onnx.NodeProto]:
         for item in graph.nodes
         if item.op_type == "MatMul" and in_layers(item) and item.input[1] in graph.weights
     )
-
-
-def linear_name(item: onnx.NodeProto) -> str:
-    """Return a linear's name, as `layers.3.ffn2`."""
-    return item.name.strip("/").rsplit("/", 1)[0].replace("/", ".")
-
-
-def place_of(linear: str) -> str:
-    """Return the place that a linear belongs to: query, key and value are one, `layers.3.qkv`."""
-    layer, kind = linear.rsplit(".", 1)
-    return f"{layer}.qkv" if kind in ("query", "key", "value", "kv") else linear

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...bundle import ATTENTION_SCORES, WORD_EMBEDDINGS, node_name
 from ...errors import EngineError
 from .graph import Graph, in_layers, node, with_inputs
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
 # The table of word embeddings, half of a full-size graph: its rows are gathered once a query, so
 # float16 takes no time and saves 23 MB. bfloat16 would round them eight times as much.
-WORD_GATHER = "/embeddings/word/Gather"
+WORD_GATHER = node_name(WORD_EMBEDDINGS, "Gather")
 STAYS_FLOAT32 = {
     "embeddings": "raw visual tokens may exceed float16 before their norm (words: a float16 table)",
     "attention_scores/Add": "the mask's -1e4 and the scores would round",
@@ -114,7 +115,7 @@ class _Caster:
 
 def _stays(item: onnx.NodeProto) -> bool:
     """Tell whether a node of the layers stays float32."""
-    return item.op_type == "Softmax" or item.name.endswith("/attention_scores/Add")
+    return item.op_type == "Softmax" or item.name.endswith(f"/{ATTENTION_SCORES}/Add")
 
 
 def _raise_overflows(caster: _Caster) -> None:

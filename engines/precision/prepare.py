@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...bundle import VISUAL_SCALES as SCALES
+from ...bundle import VISUAL_TOKENS as TOKENS
 from ...bundle import BundleManifest
 from ...errors import EngineError
 from ..contract import Progress
@@ -19,15 +21,12 @@ from ..fidelity import FidelityLimits
 from ..manifest import QUANTIZED, Profile
 from ..samples import Samples, sample_batches
 from .graph import Graph, node
-from .ladder import Choice, choose
 from .lower import ONNX_TYPES, STAYS_FLOAT32, lower
 from .quantize import find_linears
+from .search import Choice, choose
 
 if TYPE_CHECKING:
     import onnx
-
-
-TOKENS, SCALES = "visual_tokens", "visual_scales"
 
 
 def take_int8_tokens(graph: Graph) -> Graph:
@@ -99,7 +98,7 @@ def prepare_graph(
     recipe: Recipe,
     bundle: BundleManifest,
     profile: Profile,
-    tell: Progress = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> Mapping[str, Any]:
     """Write the graph that `recipe` asks for to `out`; return the manifest's `precision_plan`.
 
@@ -117,7 +116,7 @@ def prepare_graph(
         return plan
     graph = Graph.read(source)
     if recipe.precision in QUANTIZED:
-        choice = _quantized(graph, recipe, bundle, profile, tell)
+        choice = _quantized(graph, recipe, bundle, profile, progress)
         plan |= _quantization(graph, choice, recipe)
         graph = choice.graph
     elif recipe.compute_type != "float32":
@@ -145,7 +144,7 @@ class GraphCache:
         recipe: Recipe,
         bundle: BundleManifest,
         profile: Profile,
-        tell: Progress,
+        progress: Progress,
     ) -> Iterator[tuple[Path, Mapping[str, Any]]]:
         """Yield graph and plan, made by `prepare_graph` where they are not there yet.
 
@@ -158,14 +157,14 @@ class GraphCache:
             graph = folder / f"{'-'.join(key)}.onnx"
             plan = self._plans.get(key)
             if plan is None:
-                plan = prepare_graph(source, graph, recipe, bundle, profile, tell)
+                plan = prepare_graph(source, graph, recipe, bundle, profile, progress)
                 if self._folder is not None:
                     self._plans[key] = plan
             yield graph, plan
 
 
 def _quantized(
-    graph: Graph, recipe: Recipe, bundle: BundleManifest, profile: Profile, tell: Progress
+    graph: Graph, recipe: Recipe, bundle: BundleManifest, profile: Profile, progress: Progress
 ) -> Choice:
     samples = recipe.calibration
     if samples is None or not len(samples):
@@ -180,16 +179,16 @@ def _quantized(
         for sample in samples
     ]
     limits = FidelityLimits() if samples.random else recipe.limits
-    return choose(graph, queries, recipe.precision, recipe.compute_type, limits, tell)
+    return choose(graph, queries, recipe.precision, recipe.compute_type, limits, progress)
 
 
 def _quantization(graph: Graph, choice: Choice, recipe: Recipe) -> dict[str, Any]:
     """Describe a choice for the manifest."""
     samples = recipe.calibration
-    places = list(dict.fromkeys(linear.place for linear in find_linears(graph)))
+    groups = list(dict.fromkeys(linear.group for linear in find_linears(graph)))
     per = "output channel" if recipe.precision == "int8" else "tensor"
     return {
-        "quantized": [place for place in places if place not in choice.kept],
+        "quantized": [group for group in groups if group not in choice.kept],
         "weights": f"{recipe.precision}, symmetric, one scale per {per}",
         "activations": f"{recipe.precision}, symmetric, one scale per tensor",
         "calibration_data": "" if samples is None else samples.data,

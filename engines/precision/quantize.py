@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...arrays import Array
-from .graph import Graph, linear_name, linears, node, place_of, with_inputs
+from ...bundle import group_of, layer_of, layer_path, linear_of, path_of_node
+from .graph import Graph, linears, node, with_inputs
 
 if TYPE_CHECKING:
     import onnx
@@ -27,13 +28,14 @@ class Linear:
     """One matrix product that can be quantised.
 
     Attributes:
-        name: as `layers.3.ffn2`, with `place`, the name that it is kept or quantised under.
+        name: as `layers.3.ffn2`.
+        group: its layer group, the name under which it is kept or quantised.
         value: its activation input.
         weight: its weight, [K, N].
     """
 
     name: str
-    place: str
+    group: str
     value: str
     weight: str
 
@@ -41,7 +43,7 @@ class Linear:
 def find_linears(graph: Graph) -> list[Linear]:
     """Return what can be quantised, in the graph's order."""
     return [
-        Linear(linear_name(item), place_of(linear_name(item)), item.input[0], item.input[1])
+        Linear(linear_of(item.name), group_of(linear_of(item.name)), item.input[0], item.input[1])
         for item in linears(graph)
     ]
 
@@ -54,7 +56,7 @@ def quantize(
     keep: Collection[str] = (),
     scale_type: str = "float32",
 ) -> Graph:
-    """Return the graph with Q/DQ around every linear but those in the places `keep`.
+    """Return the graph with Q/DQ around every linear but those of the layer groups `keep`.
 
     Args:
         precision: `int8` or `fp8`.
@@ -64,9 +66,9 @@ def quantize(
     """
     new = graph.replaced([])
     writer = _Writer(new, precision, np.dtype(scale_type))
-    chosen = {linear.name: linear for linear in find_linears(graph) if linear.place not in keep}
+    chosen = {linear.name: linear for linear in find_linears(graph) if linear.group not in keep}
     for item in graph.nodes:
-        linear = chosen.get(linear_name(item)) if item.op_type == "MatMul" else None
+        linear = chosen.get(linear_of(item.name)) if item.op_type == "MatMul" else None
         if linear is None or item.input[1] != linear.weight:
             new.nodes.append(item)
             continue
@@ -91,7 +93,8 @@ class _Writer:
         if value not in self._done:
             path = value.removesuffix("_output")
             # A node of the layers, whatever it reads: the passes that follow go by names.
-            path = path if path.startswith("/layers.") else f"/layers.0{path}"
+            if layer_of(path) is None:
+                path = f"/{layer_path(0)}{path}"
             scale, zero = self._parameters(path, self._scale(np.float32(amax)))
             quantized, output = f"{value}.quantized", f"{value}.dequantized"
             self._graph.nodes += [
@@ -106,7 +109,7 @@ class _Writer:
         values = self._graph.array(name)
         scale = self._scale(np.abs(values).max(axis=0 if self._per_channel else None))
         stored = round_to(values / scale.astype(np.float32), self._type, self._largest)
-        path = item.name.rsplit("/", 1)[0]
+        path = f"/{path_of_node(item.name)}"
         quantized = self._graph.set_weight(f"{name}.quantized", stored)
         inputs = [quantized, *self._parameters(f"{path}/weight", scale)]
         output = f"{name}.dequantized"

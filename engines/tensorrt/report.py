@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ...bundle import ATTENTION, ATTENTION_SCORES, CONTEXT, layer_of, layer_path, node_name
+
 REPORT = "report.json"
 
 _LAYER = re.compile(r"^Name: (.*?), LayerType: (\w*), (.*)$", re.MULTILINE)
@@ -24,8 +26,8 @@ _IO = re.compile(
 _LIMITS = re.compile(r"MinShape: \[([^\]]*)\], OptShape: \[([^\]]*)\], MaxShape: \[([^\]]*)\]")
 _ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _PROFILE = re.compile(r"_myl(\d+)_\d+$")
-_SOFTMAX = re.compile(r"^/layers\.(\d+)/attention/Softmax$")
-ATTENTION = ("attention_scores/MatMul", "attention/Softmax", "context/MatMul")
+# Path and kind of the nodes that one fused attention kernel computes.
+FUSED = ((ATTENTION_SCORES, "MatMul"), (ATTENTION, "Softmax"), (CONTEXT, "MatMul"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +59,19 @@ class PlanLayer:
     nodes: tuple[str, ...]
     types: tuple[str, ...]
 
-    def computes(self, number: str, parts: Sequence[str]) -> bool:
-        """Return whether it computes all the `parts` (as `attention/Softmax`) of a layer."""
-        return all(f"/layers.{number}/{part}" in self.nodes for part in parts)
+    def softmax_of(self) -> set[int]:
+        """Return the encoder layers whose attention's softmax it computes."""
+        return {
+            number
+            for name in self.nodes
+            if (number := layer_of(name)) is not None
+            and name == node_name(layer_path(number, ATTENTION), "Softmax")
+        }
+
+    def fuses(self, number: int) -> bool:
+        """Return whether it computes the whole attention of an encoder layer."""
+        nodes = (node_name(layer_path(number, part), kind) for part, kind in FUSED)
+        return all(name in self.nodes for name in nodes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +87,10 @@ class PlanReport:
         A layer counts as fused if it is so in every profile: one kernel computes both products
         and the softmax between them.
         """
-        fused: dict[str, bool] = {}
+        fused: dict[int, bool] = {}
         for layer in self.layers:
-            for number in {found[1] for found in map(_SOFTMAX.match, layer.nodes) if found}:
-                whole = layer.computes(number, ATTENTION)
-                fused[number] = fused.get(number, True) and whole
+            for number in layer.softmax_of():
+                fused[number] = fused.get(number, True) and layer.fuses(number)
         return sum(fused.values()), len(fused)
 
     def to_json(self, header: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
-from ...arrays import Float32
+import numpy as np
+
+from ...arrays import DeviceArray, Float32
 from ...errors import EngineError
-from ...kernels.device.facts import allocate, free
-from ..contract import OUTPUT, Batch, Engine, OpenOptions, Stream, raise_faults
+from ...kernels.device import open_gpu
+from ...kernels.device.contract import Device, Stream
+from ...kernels.device.facts import current_index
+from ..contract import OUTPUT, Batch, Engine, OpenOptions, raise_faults
 from ..manifest import EngineManifest
 from .build import PLAN, write_atomically
 from .library import TrtLibrary
@@ -26,6 +30,7 @@ class Scratch:
     """
 
     def __init__(self) -> None:
+        self._device: Device | None = None  # opened for the first block
         self._blocks: dict[int, dict[int, int]] = {}  # stream -> bytes -> address
 
     def block(self, handle: int, num_bytes: int) -> tuple[int, int]:
@@ -34,22 +39,32 @@ class Scratch:
         Sizes are powers of two, so that what was outgrown is together smaller than the last.
 
         Raises:
-            EngineError: the GPU's memory is full.
+            EngineError: the GPU's memory is full, or cuda.core is missing.
         """
         blocks = self._blocks.setdefault(handle, {})
         size = max(_LEAST_BYTES, 1 << max(num_bytes - 1, 0).bit_length())
-        found = min((each for each in blocks if each >= size), default=None)
-        if found is None:
-            blocks[size] = allocate(size)
-            found = size
-        return blocks[found], found
+        fitting = min((each for each in blocks if each >= size), default=None)
+        if fitting is None:
+            blocks[size] = self._allocate(size)
+            fitting = size
+        return blocks[fitting], fitting
+
+    def _allocate(self, num_bytes: int) -> int:
+        if self._device is None:
+            self._device = open_gpu("cuda_core", current_index())
+        with self._device.current():
+            memory = self._device.memory(num_bytes, np.dtype(np.uint8)).view((num_bytes,))
+        return cast(DeviceArray, memory).address
 
     def close(self) -> None:
-        """Free all of it; no graph over it is launched any more. May be called twice."""
-        while self._blocks:
-            _, blocks = self._blocks.popitem()
-            for address in blocks.values():
-                free(address)
+        """Wait for the GPU and free all of it; no graph over it is launched any more.
+
+        Calling it twice is allowed.
+        """
+        if self._device is not None:
+            self._device.close()
+        self._device = None
+        self._blocks.clear()
 
 
 RUNTIME_CACHE = "runtime_cache"
@@ -102,8 +117,8 @@ def read_settings(
     if faults:
         raise EngineError(f"{library.backend} cannot be opened so", faults=faults)
     if RUNTIME_CACHE in given:
-        place = given.pop(RUNTIME_CACHE)
-        runtime_cache = None if place == "none" else Path(place)
+        path = given.pop(RUNTIME_CACHE)
+        runtime_cache = None if path == "none" else Path(path)
     return Settings(given, runtime_cache if library.is_rtx else None)
 
 
@@ -132,11 +147,11 @@ def open_plan(
 
 
 class TrtEngine(Engine):
-    """Runs on the caller's stream; a stream is a lane and has contexts of its own.
+    """Runs on the caller's stream; every stream has contexts of its own.
 
-    A lane's contexts (one a text bucket) are made when the lane first uses the bucket, which
-    allocates and may compile: warm every bucket up before measuring or capturing. Two threads
-    may enqueue at once on two streams, never on one.
+    Its contexts (one a text bucket) are made when it first uses the bucket, which allocates and
+    may compile: warm every bucket up before measuring or capturing. Two threads may enqueue at
+    once on two streams, never on one.
 
     A graph is undefined once its context has seen other shapes or addresses, so a captured
     forward has a context of its own; all of a stream's share their scratch memory, the large part.
@@ -157,7 +172,7 @@ class TrtEngine(Engine):
         self._runtime = runtime  # must outlive the engine
         self._engine = engine
         self._settings = settings
-        self._lanes: dict[tuple[int, int], Any] = {}
+        self._contexts: dict[tuple[int, int], Any] = {}  # by stream and profile
         self._scratch = Scratch()
         self._lock = Lock()
         self._profiles = {t: index for index, t in enumerate(manifest.profile.text_buckets)}
@@ -184,14 +199,14 @@ class TrtEngine(Engine):
         )
 
     def context(self, stream: Stream, bucket: int) -> Any:
-        """Return the lane's execution context for a text bucket, made at its first use.
+        """Return the stream's execution context for a text bucket, made at its first use.
 
         Raises:
             EngineError: the engine is closed, or the GPU's memory is full.
         """
-        lane = (stream.handle, self._profiles[bucket])
-        found = self._lanes.get(lane)
-        return found if found is not None else self._new_context(*lane)
+        key = stream.handle, self._profiles[bucket]
+        context = self._contexts.get(key)
+        return context if context is not None else self._new_context(*key)
 
     @property
     def cuda_graph_strategy(self) -> str:
@@ -249,9 +264,9 @@ class TrtEngine(Engine):
     def close(self) -> None:
         if self._engine is None:
             return
-        if self._lanes:
+        if self._contexts:
             self.save_runtime_cache()
-        self._lanes.clear()  # contexts, then engine, then runtime
+        self._contexts.clear()  # contexts, then engine, then runtime
         self._scratch.close()
         self._runtime_config = self._kernel_cache = None
         self._engine = None
@@ -273,11 +288,11 @@ class TrtEngine(Engine):
 
     def _new_context(self, handle: int, profile: int) -> Any:
         with self._lock:
-            lane = (handle, profile)
-            if lane not in self._lanes:
+            key = handle, profile
+            if key not in self._contexts:
                 # For their own profile only, not for the largest of all.
-                self._lanes[lane] = self._make_context(handle, profile, "ON_PROFILE_CHANGE")
-            return self._lanes[lane]
+                self._contexts[key] = self._make_context(handle, profile, "ON_PROFILE_CHANGE")
+            return self._contexts[key]
 
     def _make_context(self, handle: int, profile: int, allocation: str) -> Any:
         """Make a context that gets its scratch memory as `allocation` says; the lock is held."""

@@ -2,8 +2,8 @@
 
 `host` implements them on CPU threads, `cuda_core` and `pycuda` on an NVIDIA GPU.
 
-- Order is explicit: work on one stream runs in the order it was submitted, an event marks a place
-  in that order, `Stream.wait` orders two streams, and nothing else orders anything.
+- Order is explicit: work on one stream runs in the order it was submitted, an event marks a point
+  of that order, `Stream.wait` orders two streams, and nothing else orders anything.
 - Memory, streams and events are made at set-up only and live until `Device.close`. `Device.usage`
   counts them, so that a test sees it when serving makes more. Graphs are made while requests run
   (`runtime/graphs.py` says when) and live until they or their device are closed.
@@ -59,19 +59,19 @@ class DeviceBuffer(Protocol):
     def view(self, shape: tuple[int, ...]) -> Array:
         """Return the first elements as an array of `shape` that engines of this device take.
 
-        A NumPy array on the host, an `engines.contract.DeviceArray` on a GPU.
+        A NumPy array on the host, a `DeviceArray` on a GPU.
         """
         ...
 
 
 class Event(Protocol):
-    """A place in a stream's order. It may be recorded again once it was waited for.
+    """A point in a stream's order. It may be recorded again once it was waited for.
 
     An event that was never recorded counts as passed.
     """
 
     def synchronize(self) -> None:
-        """Block until the stream has passed the place where it was recorded last.
+        """Block until the stream has passed the point where it was recorded last.
 
         Raises:
             Exception: what work before it on its stream raised since the last recorded event.
@@ -84,7 +84,7 @@ class Event(Protocol):
 
 
 class Stream(Protocol):
-    """Work in order. A superset of what `engines.contract.Stream` asks for."""
+    """Work in order. Engines need no more of it than `handle` and `submit`."""
 
     @property
     def handle(self) -> int:
@@ -108,7 +108,7 @@ class Stream(Protocol):
         ...
 
     def record(self, event: Event) -> None:
-        """Mark this place of the stream with `event`."""
+        """Mark this point of the stream with `event`."""
         ...
 
     def wait(self, event: Event) -> None:

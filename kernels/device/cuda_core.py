@@ -13,10 +13,10 @@ import numpy as np
 from ...arrays import Array
 from ...errors import EngineError
 from . import contract as protocol
-from .facts import capability_key, gpu_fault
+from .facts import BINDINGS, call, capability_key, gpu_fault, reason
 from .gpu import DeviceMemory, Free, GpuDevice, GpuStream, PinnedMemory, own, stream_handle
 
-CORE, DRIVER = "cuda.core", "cuda.bindings.driver"
+CORE = "cuda.core"
 LEAST = "1.2"
 INSTALL = "pip install 'edje-runtime[gpu]'"
 _SUCCESS, _NOT_READY = 0, 600  # CUresult
@@ -198,7 +198,7 @@ class CudaCoreDevice(GpuDevice):
     def fault(self) -> str | None:
         """Ask for the state of a stream: a broken context gives its error to every call."""
         (error,) = self._driver.cuStreamQuery(self._set_up.handle)
-        return None if int(error) in (_SUCCESS, _NOT_READY) else _reason(self._driver, error)
+        return None if int(error) in (_SUCCESS, _NOT_READY) else reason(self._driver, error)
 
     def _push(self) -> None:
         call(self._driver, "cuCtxPushCurrent", self._context)
@@ -273,23 +273,10 @@ def _load() -> tuple[Any, Any]:
     if fault is not None:
         raise EngineError(f"the cuda_core device cannot be used: {fault}")
     try:
-        core, driver = importlib.import_module(CORE), importlib.import_module(DRIVER)
+        core, driver = importlib.import_module(CORE), importlib.import_module(BINDINGS)
     except ImportError as error:
         raise EngineError(f"{CORE} cannot be imported: {error}", hint=INSTALL) from error
     version = str(core.__version__)
     if capability_key(".".join(version.split(".")[:2])) < capability_key(LEAST):
         raise EngineError(f"{CORE} is {version}, expected {LEAST} or later", hint=INSTALL)
     return core, driver
-
-
-def call(driver: Any, name: str, *arguments: Any) -> Any:
-    """Call a function of the CUDA driver; return its (first) result, raise its error."""
-    error, *results = getattr(driver, name)(*arguments)
-    if int(error) != _SUCCESS:
-        raise EngineError(f"CUDA failed in {name}: {_reason(driver, error)}")
-    return results[0] if results else None
-
-
-def _reason(driver: Any, error: Any) -> str:
-    _, text = driver.cuGetErrorString(error)
-    return text.decode() if isinstance(text, bytes) else str(text)

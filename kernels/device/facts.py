@@ -1,25 +1,19 @@
-"""What GPU is here, and just enough of CUDA's runtime to allocate, copy and wait for measuring.
-
-The online path does not go this way: its batches pass through a `Device` and pinned memory.
-"""
+"""What GPU is here: asked of NVIDIA's driver, before anything is opened on it."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from ...arrays import Array, DeviceArray
 from ...errors import EngineError
 
-RUNTIME = "cuda.bindings.runtime"
 DRIVER = "libcuda.so.1"
+BINDINGS = "cuda.bindings.driver"
 INSTALL = "pip install cuda-bindings"
+_SUCCESS = 0  # CUresult
+_NAME_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +40,7 @@ def gpu_fault() -> str | None:
     if fault is not None:
         return fault
     try:
-        cudart = _cudart()
-        if int(_call(cudart, "cudaGetDeviceCount")) < 1:
+        if int(call(_initialized(), "cuDeviceGetCount")) < 1:
             return "the NVIDIA driver sees no GPU"
     except EngineError as error:
         return error.message if error.hint is None else f"{error.message} ({error.hint})"
@@ -77,138 +70,62 @@ def capability_fault(precision: str, least: str) -> str | None:
     return f"{precision} needs compute capability {least} or later, {gpu.name} has {gpu.capability}"
 
 
-@cache
+def current_index() -> int:
+    """Return the number of the GPU that this thread's work goes to; 0 where none was chosen.
+
+    Raises:
+        EngineError: there is no GPU, or it cannot be asked.
+    """
+    error, *found = _initialized().cuCtxGetDevice()
+    return int(found[0]) if int(error) == _SUCCESS else 0
+
+
 def current_gpu() -> Gpu:
-    """Return the GPU that new work goes to.
+    """Return the GPU that this thread's work goes to.
 
     Raises:
         EngineError: there is none, or it cannot be asked.
     """
-    cudart = _cudart()
-    properties = _call(cudart, "cudaGetDeviceProperties", _call(cudart, "cudaGetDevice"))
-    name = properties.name
-    driver = int(_call(cudart, "cudaDriverGetVersion"))  # 13000 is 13.0
+    driver = _initialized()
+    device = call(driver, "cuDeviceGet", current_index())
+    ask = driver.CUdevice_attribute
+    asked = (
+        ask.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+        ask.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+    )
+    major, minor = (int(call(driver, "cuDeviceGetAttribute", each, device)) for each in asked)
+    name: bytes = call(driver, "cuDeviceGetName", _NAME_BYTES, device)
+    version = int(call(driver, "cuDriverGetVersion"))  # 13000 is 13.0
     return Gpu(
-        name=name.decode().rstrip("\0") if isinstance(name, bytes) else str(name),
-        capability=f"{properties.major}.{properties.minor}",
-        cuda_version=f"{driver // 1000}.{driver % 1000 // 10}",
+        name=name.partition(b"\0")[0].decode(),
+        capability=f"{major}.{minor}",
+        cuda_version=f"{version // 1000}.{version % 1000 // 10}",
     )
 
 
-class CudaStream:
-    """A stream of the current GPU, as engines want it; made once, kept by who made it."""
-
-    def __init__(self) -> None:
-        self._cudart = _cudart()
-        flags = self._cudart.cudaStreamNonBlocking
-        self.handle = int(_call(self._cudart, "cudaStreamCreateWithFlags", flags))
-
-    def submit(self, work: Callable[[], None]) -> None:
-        """Refuse host work: this stream orders the GPU's only."""
-        raise EngineError("a CUDA stream takes no host work")
-
-    def synchronize(self) -> None:
-        """Block until the stream is empty."""
-        _call(self._cudart, "cudaStreamSynchronize", self.handle)
-
-
-def allocate(num_bytes: int) -> int:
-    """Return the address of new memory on the current GPU, to be given to `free`.
+def call(driver: Any, name: str, *arguments: Any) -> Any:
+    """Call a function of the CUDA driver; return its (first) result.
 
     Raises:
-        EngineError: the GPU's memory is full.
+        EngineError: the driver's error, in one sentence.
     """
-    return int(_call(_cudart(), "cudaMalloc", num_bytes))
-
-
-def free(address: int) -> None:
-    """Free what `allocate` returned."""
-    _call(_cudart(), "cudaFree", address)
-
-
-class DeviceMemory:
-    """Allocations that live as long as the `with` block; copies in the order of a stream."""
-
-    def __init__(self, stream: CudaStream):
-        self._cudart = _cudart()
-        self._stream = stream
-        self._addresses: list[int] = []
-
-    def __enter__(self) -> DeviceMemory:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.synchronize()
-        while self._addresses:
-            free(self._addresses.pop())
-
-    def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
-        """Allocate an array; its values are undefined."""
-        array = DeviceArray(0, shape, np.dtype(dtype))
-        address = allocate(max(array.nbytes, 1))
-        self._addresses.append(address)
-        return replace(array, address=address)
-
-    def upload(self, source: Array) -> DeviceArray:
-        """Copy a C-contiguous host array, which must live until the stream has passed it."""
-        target = self.empty(source.shape, source.dtype.name)
-        kind = self._cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._copy(target.address, source.ctypes.data, target.nbytes, kind)
-        return target
-
-    def download(self, source: DeviceArray) -> Array:
-        """Return a host copy; waits for the stream."""
-        target = np.empty(source.shape, source.dtype)
-        kind = self._cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._copy(target.ctypes.data, source.address, source.nbytes, kind)
-        self._stream.synchronize()
-        return target
-
-    def wait(self) -> None:
-        """Block until the copies are through."""
-        self._stream.synchronize()
-
-    def _copy(self, target: int, source: int, num_bytes: int, kind: Any) -> None:
-        arguments = (target, source, num_bytes, kind, self._stream.handle)
-        _call(self._cudart, "cudaMemcpyAsync", *arguments)
-
-
-def synchronize() -> None:
-    """Wait for everything that the current GPU has to do, callbacks included."""
-    _call(_cudart(), "cudaDeviceSynchronize")
-
-
-def copy_row_heads(source: DeviceArray, target: DeviceArray, handle: int) -> None:
-    """Copy the first value's worth of bytes of every row of `source` [N, ...] into `target` [N].
-
-    One call, in the order of the stream `handle`: an engine that takes no time, for measuring.
-    """
-    cudart, width, (num_rows,) = _cudart(), target.dtype.itemsize, target.shape
-    pitch = source.nbytes // num_rows
-    to_device = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-    shape = (target.address, width, source.address, pitch, width, num_rows)
-    _call(cudart, "cudaMemcpy2DAsync", *shape, to_device, handle)
-
-
-@cache
-def measuring_stream() -> CudaStream:
-    """Return one stream for all measuring: engines keep contexts for every stream they see."""
-    return CudaStream()
-
-
-@cache
-def _cudart() -> Any:
-    try:
-        return importlib.import_module(RUNTIME)
-    except ImportError as error:
-        raise EngineError(f"{RUNTIME} is not installed here", hint=INSTALL) from error
-
-
-def _call(cudart: Any, name: str, *arguments: Any) -> Any:
-    """Call a function of the CUDA runtime; return its result, raise its error in one sentence."""
-    error, *results = getattr(cudart, name)(*arguments)
-    if int(error) != 0:
-        _, text = cudart.cudaGetErrorString(error)
-        reason = text.decode() if isinstance(text, bytes) else str(text)
-        raise EngineError(f"CUDA failed in {name}: {reason}")
+    error, *results = getattr(driver, name)(*arguments)
+    if int(error) != _SUCCESS:
+        raise EngineError(f"CUDA failed in {name}: {reason(driver, error)}")
     return results[0] if results else None
+
+
+def reason(driver: Any, error: Any) -> str:
+    """Return a `CUresult` in words."""
+    _, text = driver.cuGetErrorString(error)
+    return text.decode() if isinstance(text, bytes) else str(text)
+
+
+def _initialized() -> Any:
+    """Return the driver's bindings, ready to be called."""
+    try:
+        driver = importlib.import_module(BINDINGS)
+    except ImportError as error:
+        raise EngineError(f"{BINDINGS} is not installed here", hint=INSTALL) from error
+    call(driver, "cuInit", 0)
+    return driver

@@ -39,7 +39,7 @@ class HostBuffer:
 
 
 class _Mark:
-    """One recording of an event: a place in a stream, with the time and the error it met."""
+    """One recording of an event: a point in a stream, with the time and the error it met."""
 
     __slots__ = ("_passed", "error", "time_s")
 
@@ -50,19 +50,19 @@ class _Mark:
         self.time_s = 0.0
 
     def fire(self, error: BaseException | None) -> None:
-        """Pass the place now, on the stream's worker; once."""
+        """Pass the point now, on the stream's worker; once."""
         self.error = error
         self.time_s = time.perf_counter()
         self._passed.release()
 
     def block(self) -> None:
-        """Wait until the place was passed, with an error or without."""
+        """Wait until the point was passed, with an error or without."""
         with self._passed:
             pass
 
 
 class HostEvent:
-    """A place in a host stream."""
+    """A point in a host stream."""
 
     def __init__(self) -> None:
         self.mark = _Mark()
@@ -70,11 +70,11 @@ class HostEvent:
 
     @property
     def error(self) -> BaseException | None:
-        """What failed before the place, once it was passed."""
+        """What failed before the point, once it was passed."""
         return self.mark.error
 
     def block(self) -> None:
-        """Wait until the place was passed, with an error or without."""
+        """Wait until the point was passed, with an error or without."""
         self.mark.block()
 
     def synchronize(self) -> None:
@@ -139,6 +139,26 @@ class HostStream:
         """Run what is queued, then end the worker. Calling it twice is allowed."""
         self._end()
         self._worker.join()
+
+
+class InlineStream(HostStream):
+    """Runs work at once on the calling thread, which gets what it raises: for measuring."""
+
+    def __init__(self) -> None:
+        """Start no worker."""
+
+    def submit(self, work: Work) -> None:
+        work()
+
+    def record(self, event: protocol.Event) -> None:
+        mark = _host(event).mark = _Mark()
+        mark.fire(None)
+
+    def wait(self, event: protocol.Event) -> None:
+        _host(event).synchronize()
+
+    def close(self) -> None:
+        """Do nothing: there is no worker."""
 
 
 class HostGraph:

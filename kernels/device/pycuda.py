@@ -107,7 +107,7 @@ class PycudaDevice(GpuDevice):
         """Open GPU `index`, in the order of CUDA_VISIBLE_DEVICES.
 
         Close it on the thread that opened it: pycuda keeps a primary context that another thread
-        lets go until the process ends.
+        releases until the process ends.
 
         Args:
             context: the caller's own `pycuda.driver.Context`, which stays the caller's; `index`

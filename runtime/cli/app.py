@@ -11,7 +11,7 @@ import typer
 
 from ... import __version__
 from ...errors import EdjeError
-from ...show import be_quiet
+from ...notes import be_quiet
 from .build import build
 from .index import IndexCommand, index
 from .options import Json, Overwrite, require
@@ -74,11 +74,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _silence(wanted: bool) -> None:
-    if wanted:  # given once, before the verb or after it, holds
-        be_quiet(True)
-
-
 @app.callback()
 def _options(
     version: Annotated[
@@ -89,7 +84,7 @@ def _options(
         bool,
         typer.Option(
             *("--quiet", "-q"),
-            callback=_silence,
+            callback=be_quiet,
             expose_value=False,
             help="No progress, no notes: only results and errors.",
         ),
@@ -191,7 +186,8 @@ def verify(
     """
     from ...engines.fidelity import FidelityLimits
     from ...engines.verify import verify_engine
-    from ...show import print_json, progress_steps, warn
+    from ...notes import warn
+    from ...show import print_json, progress_steps
     from ..queries import open_samples
     from .tables import print_fidelity
 

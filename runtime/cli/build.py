@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +12,11 @@ import typer
 
 from ...engines.manifest import DEFAULT_MAX_PAIRS, DEFAULT_TEXT_BUCKETS, EngineManifest
 from ...errors import RequestError
+from .arguments import verb_of
 from .options import Json, Overwrite
 
 if TYPE_CHECKING:
+    from ...engines.builder.options import EngineOptions
     from ...engines.contract import BuildOptions
     from ...engines.fidelity import FidelityLimits
     from ...engines.samples import Samples
@@ -74,29 +77,109 @@ ImageEncoder = Annotated[
 ]
 
 
-def build(
-    bundle: Bundle,
-    out: Out,
-    backend: BackendName = AUTO,
-    precision: Precision = None,
-    max_pairs: MaxPairs = DEFAULT_MAX_PAIRS,
-    text_buckets: TextBuckets = TEXT_BUCKETS,
-    tokens: Tokens = "float16",
-    calibration_store: CalibrationStore = None,
-    calibration_queries: CalibrationQueries = None,
-    calibration_random: CalibrationRandom = False,
-    min_kendall_tau: MinKendallTau = None,
-    max_top1_change: MaxTop1Change = None,
-    workspace_mb: WorkspaceMb = None,
-    optimization_level: OptimizationLevel = None,
-    compute_capability: ComputeCapability = None,
-    hardware_compatible: HardwareCompatible = False,
-    version_compatible: VersionCompatible = False,
-    report: Report = False,
-    image_encoder: ImageEncoder = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class BuildArguments:
+    """The words of `edje build`: each field is an argument or an option of the command line."""
+
+    bundle: Bundle
+    out: Out
+    backend: BackendName = AUTO
+    precision: Precision = None
+    max_pairs: MaxPairs = DEFAULT_MAX_PAIRS
+    text_buckets: TextBuckets = TEXT_BUCKETS
+    tokens: Tokens = "float16"
+    calibration_store: CalibrationStore = None
+    calibration_queries: CalibrationQueries = None
+    calibration_random: CalibrationRandom = False
+    min_kendall_tau: MinKendallTau = None
+    max_top1_change: MaxTop1Change = None
+    workspace_mb: WorkspaceMb = None
+    optimization_level: OptimizationLevel = None
+    compute_capability: ComputeCapability = None
+    hardware_compatible: HardwareCompatible = False
+    version_compatible: VersionCompatible = False
+    report: Report = False
+    image_encoder: ImageEncoder = False
+    overwrite: Overwrite = False
+    as_json: Json = False
+
+    def engine_options(self) -> EngineOptions:
+        """Return what the engine shall be.
+
+        Raises:
+            RequestError: options that contradict each other, or are no numbers.
+            EngineError: values that no backend can take.
+        """
+        from ...engines.builder.options import EngineOptions
+
+        backend_options = self._backend_options()
+        self._check(backend_options)
+        return EngineOptions(
+            max_pairs=self.max_pairs,
+            text_buckets=_whole_numbers(self.text_buckets, "--text-buckets"),
+            token_dtype=self.tokens,
+            limits=self._limits(),
+            image_encoder=self.image_encoder,
+            backend_options=backend_options,
+        )
+
+    def samples(self) -> AbstractContextManager[Samples | None]:
+        """Open the pairs to calibrate with; none where none were asked for."""
+        from ...bundle import BundleManifest
+        from ...engines.samples import RandomSamples
+        from ..queries import StoreSamples
+
+        if self.calibration_random:
+            return nullcontext(RandomSamples(BundleManifest.read(self.bundle)))
+        if self.calibration_store is None or self.calibration_queries is None:
+            return nullcontext(None)
+        return StoreSamples.open(
+            self.calibration_store,
+            self.bundle,
+            self.calibration_queries,
+            num_candidates=CALIBRATION_CANDIDATES,
+            max_queries=CALIBRATION_QUERIES,
+        )
+
+    def _check(self, options: BuildOptions) -> None:
+        """Refuse options that contradict each other, and values that no backend can take."""
+        from ...engines.builder.options import auto_faults
+        from ...engines.contract import raise_option_faults
+
+        raise_option_faults(options)
+        faults = auto_faults(self.precision, options) if self.backend == AUTO else []
+        if (self.calibration_store is None) != (self.calibration_queries is None):
+            faults.append("--calibration-store and --calibration-queries: one needs the other")
+        if self.calibration_random and self.calibration_store is not None:
+            faults.append("--calibration-random: there is a --calibration-store already")
+        if faults:
+            raise RequestError("these options do not go together", faults=faults)
+
+    def _limits(self) -> FidelityLimits:
+        """Return the defaults with what the user set."""
+        from ...engines.fidelity import FidelityLimits
+        from ...engines.precision.prepare import DEFAULT_LIMITS
+
+        tau, change = self.min_kendall_tau, self.max_top1_change
+        return FidelityLimits(
+            DEFAULT_LIMITS.min_kendall_tau if tau is None else tau,
+            DEFAULT_LIMITS.max_top1_change if change is None else change,
+        )
+
+    def _backend_options(self) -> BuildOptions:
+        from ...engines.contract import BuildOptions
+
+        return BuildOptions(
+            workspace_bytes=None if self.workspace_mb is None else self.workspace_mb * 2**20,
+            optimization_level=self.optimization_level,
+            compute_capabilities=tuple(self.compute_capability or ()),
+            hardware_compatible=self.hardware_compatible,
+            version_compatible=self.version_compatible,
+            report=self.report,
+        )
+
+
+def _build(arguments: BuildArguments) -> None:
     """Build an engine folder, all that a production machine needs, from a bundle.
 
     \b
@@ -104,32 +187,25 @@ def build(
       edje build bundle --calibration-store photos.store --calibration-queries q.txt --out engine
       edje build bundle --backend tensorrt-rtx --precision fp16 --out engine
     """
+    from ...engines.builder.build import build_engine
     from ...show import progress_steps
 
-    flags = (hardware_compatible, version_compatible, report)
-    options = _options(workspace_mb, optimization_level, compute_capability, *flags)
-    pairs = (calibration_store, calibration_queries, calibration_random)
-    _check(backend, precision, *pairs, options)
-    with (
-        _samples(bundle, *pairs) as samples,
-        progress_steps("build") as progress,
-    ):
-        manifest = _build(
-            bundle,
-            out,
-            backend,
-            precision,
-            options,
-            max_pairs=max_pairs,
-            text_buckets=_whole_numbers(text_buckets, "--text-buckets"),
-            token_dtype=tokens,
+    options = arguments.engine_options()
+    with arguments.samples() as samples, progress_steps("build") as progress:
+        manifest = build_engine(
+            arguments.bundle,
+            arguments.out,
+            backend=arguments.backend,
+            precision=arguments.precision,
             calibration=samples,
-            limits=_limits(min_kendall_tau, max_top1_change),
-            image_encoder=image_encoder,
-            overwrite=overwrite,
+            options=options,
+            overwrite=arguments.overwrite,
             progress=progress,
         )
-    _show(out, manifest, as_json)
+    _show(arguments.out, manifest, arguments.as_json)
+
+
+build = verb_of(BuildArguments, _build)
 
 
 def _show(out: Path, manifest: EngineManifest, as_json: bool) -> None:
@@ -141,104 +217,6 @@ def _show(out: Path, manifest: EngineManifest, as_json: bool) -> None:
     else:
         print_facts("built", {"engine": out, **_facts(manifest)})
         print_fidelity("fidelity", manifest.fidelity)
-
-
-def _build(
-    bundle: Path,
-    out: Path,
-    backend: str,
-    precision: str | None,
-    options: BuildOptions,
-    **arguments: Any,
-) -> EngineManifest:
-    from ...engines.builder.auto import build_fastest
-    from ...engines.builder.build import build_engine
-
-    if backend == AUTO:
-        return build_fastest(bundle, out, **arguments)
-    precision = precision or "fp32"
-    return build_engine(
-        bundle, out, backend=backend, precision=precision, options=options, **arguments
-    )
-
-
-def _check(
-    backend: str,
-    precision: str | None,
-    store: Path | None,
-    queries: Path | None,
-    random: bool,
-    options: BuildOptions,
-) -> None:
-    """Refuse options that contradict each other, and values that no backend can take."""
-    from ...engines.contract import flag, given_options, raise_option_faults
-
-    raise_option_faults(options)
-    faults = []
-    if backend == AUTO:
-        faults += [
-            f"{flag(name, value)}: it belongs to one backend; name that in place of auto"
-            for name, value in given_options(options).items()
-        ]
-    if backend == AUTO and precision is not None:
-        faults.append(f"--precision {precision}: --backend auto chooses it; name a backend")
-    if (store is None) != (queries is None):
-        faults.append("--calibration-store and --calibration-queries: one needs the other")
-    if random and store is not None:
-        faults.append("--calibration-random: there is a --calibration-store already")
-    if faults:
-        raise RequestError("these options do not go together", faults=faults)
-
-
-def _samples(
-    bundle: Path, store: Path | None, queries: Path | None, random: bool
-) -> AbstractContextManager[Samples | None]:
-    """Open the pairs to calibrate with; none where none were asked for."""
-    from ...bundle import BundleManifest
-    from ...engines.samples import RandomSamples
-    from ..queries import StoreSamples
-
-    if random:
-        return nullcontext(RandomSamples(BundleManifest.read(bundle)))
-    if store is None or queries is None:
-        return nullcontext(None)
-    return StoreSamples.open(
-        store,
-        bundle,
-        queries,
-        num_candidates=CALIBRATION_CANDIDATES,
-        max_queries=CALIBRATION_QUERIES,
-    )
-
-
-def _limits(min_kendall_tau: float | None, max_top1_change: float | None) -> FidelityLimits:
-    """Return the defaults with what the user set."""
-    from ...engines.fidelity import FidelityLimits
-    from ...engines.precision.prepare import DEFAULT_LIMITS
-
-    given = (min_kendall_tau, max_top1_change)
-    default = (DEFAULT_LIMITS.min_kendall_tau, DEFAULT_LIMITS.max_top1_change)
-    return FidelityLimits(*(d if g is None else g for g, d in zip(given, default, strict=True)))
-
-
-def _options(
-    workspace_mb: int | None,
-    optimization_level: int | None,
-    compute_capabilities: list[str] | None,
-    hardware_compatible: bool,
-    version_compatible: bool,
-    report: bool,
-) -> BuildOptions:
-    from ...engines.contract import BuildOptions
-
-    return BuildOptions(
-        workspace_bytes=None if workspace_mb is None else workspace_mb * 2**20,
-        optimization_level=optimization_level,
-        compute_capabilities=tuple(compute_capabilities or ()),
-        hardware_compatible=hardware_compatible,
-        version_compatible=version_compatible,
-        report=report,
-    )
 
 
 def _facts(manifest: EngineManifest) -> Mapping[str, Any]:

@@ -183,7 +183,7 @@ def _exit_unless_enough(report: IndexReport, store: Path, allowed: int | None) -
     Only now, when all that can be indexed is: a job that stopped at the first skips too many would
     stop there every night, and the good images behind them would never come in.
     """
-    from ...show import note
+    from ...notes import note
     from ..indexing.skipped import SKIPPED
 
     skipped, where = report.num_skipped, f"{store / SKIPPED} says why"
@@ -280,7 +280,7 @@ def _index_features(
 
 
 def _note_skipped(report: IndexReport, store: Path) -> None:
-    from ...show import note
+    from ...notes import note
     from ..indexing.skipped import SKIPPED
 
     for skipped in report.skipped[:MAX_NOTES]:
@@ -291,7 +291,7 @@ def _note_skipped(report: IndexReport, store: Path) -> None:
 
 
 def _note_links(num_links: int, followed: bool) -> None:
-    from ...show import note
+    from ...notes import note
 
     if num_links and followed:
         note(f"{num_links:,} links to folders lead back to one above and were not followed")

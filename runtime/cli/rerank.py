@@ -73,7 +73,8 @@ def rerank(
     Example:
       edje rerank engine --store photos.store --query "a dog in the snow" --top-k 10
     """
-    from ...show import note, print_json
+    from ...notes import note
+    from ...show import print_json
     from ..queries import read_ids
     from ..reranker import Reranker
     from ..residency import ResidencyOptions
@@ -110,7 +111,7 @@ def rerank(
 
 
 def _exit_unless_scored(result: RankResult, strict: bool) -> None:
-    from ...show import warn
+    from ...notes import warn
 
     failed = len(result.errors)
     if failed and (strict or not result.hits):

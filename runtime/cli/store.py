@@ -31,7 +31,7 @@ def stat(store: Store, as_json: Json = False) -> None:
     Example:
       edje store stat photos.store
     """
-    from ...show import warn
+    from ...notes import warn
     from ..store import TokenStore
 
     with TokenStore.open(store) as opened:
@@ -109,7 +109,7 @@ def compact(
     Example:
       edje store compact photos.store --max-dead-share 0.2
     """
-    from ...show import note
+    from ...notes import note
     from ..store import TokenStore
     from ..store.folder import disk_bytes
 
@@ -222,7 +222,8 @@ def verify(
 
 
 def _show_verified(report: VerifyReport) -> None:
-    from ...show import print_facts, warn
+    from ...notes import warn
+    from ...show import print_facts
 
     facts = report.to_json()
     names = ("damaged", "faults", "repaired", "leftovers")

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ...show import be_quiet
+from ...notes import speak
 
 EXIT_NO_READER = 141  # as the shell says of a program that SIGPIPE ended
 
@@ -37,7 +37,7 @@ class Verbs(TyperGroup):
 
 def start_output() -> None:
     """Let both streams take any text: what their encoding lacks becomes an escape (`\\xe9`)."""
-    be_quiet(False)
+    speak()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the caller: `>&-`

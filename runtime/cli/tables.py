@@ -9,7 +9,8 @@ from ...bundle import BundleManifest
 from ...engines.fidelity import NOT_MEASURED, is_measured
 from ...engines.registry import BackendStatus, by_reason
 from ...errors import named
-from ...show import note, print_facts, print_table, warn
+from ...notes import note, warn
+from ...show import print_facts, print_table
 from ..results import RankResult
 from .doctor import Diagnosis
 

@@ -4,8 +4,7 @@ from .compact import CompactReport
 from .folder import StoreStat
 from .format import StoreLayout
 from .incoming import CommitReport, SegmentWriter, incoming_name
-from .reader import BadRecord
-from .reading import TokenBatch
+from .read import BadRecord
 from .store import TokenStore
 
 __all__ = [
@@ -15,7 +14,6 @@ __all__ = [
     "SegmentWriter",
     "StoreLayout",
     "StoreStat",
-    "TokenBatch",
     "TokenStore",
     "incoming_name",
 ]

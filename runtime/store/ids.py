@@ -7,7 +7,7 @@ digest are refused when the second is appended.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from threading import Lock
@@ -20,7 +20,7 @@ from ...arrays import Int64, UInt64
 from ...errors import RequestError, StoreError
 from .catalog import RecordBatch
 from .format import ROW_BITS, ROW_MASK, is_id
-from .reader import BadRecord, ReadPlan
+from .read import BadRecord, ReadPlan
 from .records import Records
 
 # Records appended since the last merge are found through a dict; past this they are merged.
@@ -47,7 +47,9 @@ class _Table:
         used = sorted(segment for segment, count in num_rows.items() if count)
         self.segments = np.array([*used, 1 << (63 - ROW_BITS)], np.int64)
         self.edges: Int64 = np.cumsum([0, *(num_rows[segment] for segment in used)])
-        total = int(self.edges[-1])
+        stops = self.edges.tolist()
+        self._rows = {each: slice(*stops[at : at + 2]) for at, each in enumerate(used)}
+        total = stops[-1]
         self.lows = np.zeros(total, np.uint64)
         self.highs = np.zeros(total, np.uint64)
         self.checksums = np.zeros(total, np.uint64)
@@ -77,10 +79,7 @@ class _Table:
 
     def rows_of(self, segment: int) -> slice:
         """Return the places of a segment's rows; none if it has none."""
-        at = bisect_left(self.segments, segment)
-        if self.segments[at] != segment:
-            return slice(0, 0)
-        return slice(int(self.edges[at]), int(self.edges[at + 1]))
+        return self._rows.get(segment, slice(0, 0))
 
     def kill(self, locations: Int64) -> None:
         """Mark records as deleted."""
@@ -96,14 +95,23 @@ class _Table:
         return np.where((self.segments[at] == segments) & (places < stops), places, -1)
 
     def ascending_places(self, locations: Int64) -> Int64:
-        """Return `places` of one ascending row handle or more: one step if one segment has all."""
+        """Return `places` of one ascending row handle or more: one step if one segment has all.
+
+        Raises:
+            RequestError: row handles that were never given out.
+        """
         first, last = int(locations[0]), int(locations[-1])
         base = first >> ROW_BITS << ROW_BITS
         there = self.rows_of(first >> ROW_BITS)
         if last - base < there.stop - there.start:
-            places: Int64 = locations + (there.start - base)
-            return places
-        return self.places(locations)
+            shifted: Int64 = locations + np.array(there.start - base)  # faster than with an int
+            return shifted
+        places = self.places(locations)
+        foreign = locations[places < 0]
+        if len(foreign):
+            shown = foreign[:20].tolist()
+            raise RequestError(f"{len(foreign)} rows are not of this store: {shown}")
+        return places
 
     def locations(self, places: Int64) -> Int64:
         """Return int64 [N] row handles of places."""
@@ -239,13 +247,9 @@ class RecordIndex:
             RequestError: rows that were never given out.
         """
         table = self._merged()
-        positions = np.argsort(rows, kind="stable")
+        positions = rows.argsort()
         locations = rows[positions]
         places = table.ascending_places(locations) if len(rows) else rows
-        if len(rows) and places.min() < 0:
-            foreign = locations[places < 0]
-            shown = foreign[:20].tolist()
-            raise RequestError(f"{len(foreign)} rows are not of this store: {shown}")
         return ReadPlan(positions, locations, table.lows[places], table.checksums[places])
 
     def live_rows(self, segment: int | None = None) -> Int64:

@@ -12,12 +12,9 @@ from ...arrays import Int64, UInt8
 from ...errors import StoreError
 from ...machine import available_memory_bytes
 from .format import StoreLayout
-from .gather import Buffers, ReadPlan
-from .kernel_aio import address
-from .reader import SegmentReader
+from .read import CACHED, ReadPlan, SegmentReader, address
 from .threads import CopyThreads
 
-READ_FROM_DISK = 'open the store with access="cached"'
 NOT_HELD = "it is not among the records that were loaded into memory"
 
 
@@ -31,11 +28,14 @@ class ResidentRecords:
     """
 
     def __init__(self, layout: StoreLayout, locations: Int64):
-        self._layout, self._locations = layout, locations
-        token_bytes = len(locations) * layout.record_bytes
-        self.num_bytes = token_bytes + len(locations) * layout.scale_bytes
-        memory = _huge_memory(self.num_bytes)
-        self._held = Buffers(layout, memory[:token_bytes], memory[token_bytes:])
+        count, record_bytes, scale_bytes = len(locations), layout.record_bytes, layout.scale_bytes
+        self.num_bytes = count * (record_bytes + scale_bytes)
+        # One row more than there are records, which stays zero, for what is not held.
+        memory = _huge_memory(self.num_bytes, more=record_bytes + scale_bytes)
+        token_bytes = (count + 1) * record_bytes
+        self._tokens = _rows(memory[:token_bytes], record_bytes)
+        self._scales = _rows(memory[token_bytes:], scale_bytes) if scale_bytes else None
+        self._locations = np.append(locations, np.iinfo(np.int64).max)
         self.bad: dict[int, str] = {}
         self.huge_page_bytes = 0
         self._threads = CopyThreads()
@@ -47,16 +47,11 @@ class ResidentRecords:
         Raises:
             StoreError: the memory does not suffice, or too many open files.
         """
-        held = cls(layout, plan.locations)
-        places = np.arange(len(plan.locations))
-        whole = ReadPlan(places, plan.locations, plan.seeds, plan.checksums)
-        scales = held._held.scales
-        held.bad = reader.gather(
-            whole,
-            held._held.tokens.reshape(-1).data,
-            None if scales is None else scales.reshape(-1).data,
-        )
-        held.huge_page_bytes = _huge_page_bytes(held._held.tokens)
+        held, count = cls(layout, plan.locations), len(plan.locations)
+        scales = None if held._scales is None else held._scales[:count].reshape(-1).data
+        tokens = held._tokens[:count].reshape(-1).data
+        held.bad = reader.gather(plan._replace(positions=np.arange(count)), tokens, scales)
+        held.huge_page_bytes = _huge_page_bytes(held._tokens[:count])
         return held
 
     def gather(
@@ -71,68 +66,63 @@ class ResidentRecords:
 
         `verify` changes nothing: every record was verified when it was loaded.
         """
-        if not len(plan.locations):
-            return {}
-        held, locations = self._held, self._locations
+        held, held_scales, locations = self._tokens, self._scales, self._locations
         places = np.searchsorted(locations, plan.locations)
-        known = places < len(locations)
-        known[known] = locations[places[known]] == plan.locations[known]
-        places[~known] = 0
-        out = Buffers(self._layout, tokens, scales)
-        if known.any():
-            self._copy(held.tokens, places, out.tokens, plan.positions)
-            if held.scales is not None and out.scales is not None:
-                self._copy(held.scales, places, out.scales, plan.positions)
-        bad = dict.fromkeys(np.flatnonzero(~known).tolist(), NOT_HELD)
+        known, bad = locations[places] == plan.locations, dict[int, str]()
+        if not known.all():
+            places[~known] = len(held) - 1
+            bad = dict.fromkeys(np.flatnonzero(~known).tolist(), NOT_HELD)
         if self.bad:
-            found = ((at, self.bad.get(place)) for at, place in enumerate(places.tolist()))
-            bad = {at: reason for at, reason in found if reason is not None} | bad
-        for at in bad:
-            out.clear(int(plan.positions[at]))
+            reasons = ((at, self.bad.get(place)) for at, place in enumerate(places.tolist()))
+            bad |= {at: reason for at, reason in reasons if reason is not None}
+        in_order = np.empty_like(places)
+        in_order[plan.positions] = places
+        self._threads.take(held, in_order, _rows(tokens, held.shape[1]))
+        if held_scales is not None and scales is not None:
+            self._threads.take(held_scales, in_order, _rows(scales, held_scales.shape[1]))
         return bad
 
     def prefetch(self, locations: Int64) -> None:
         """Do nothing: all records are in memory."""
 
+    def retire(self) -> None:
+        """Do nothing: no file is open."""
+
     def close(self) -> None:
         """Let go of the memory. Calling it twice is allowed."""
         self._threads.close()
-        self._held = Buffers(self._layout, memoryview(bytearray()), None)
-        self._locations = np.empty(0, np.int64)
-
-    def _copy(self, source: UInt8, places: Int64, out: UInt8, positions: Int64) -> None:
-        """Copy the rows of `source` at `places` into the rows of `out` at `positions`."""
-        if len(positions) != len(out):
-            out[positions] = source[places]
-            return
-        in_order = np.empty_like(places)
-        in_order[positions] = places
-        self._threads.take(source, in_order, out)
+        self._locations = self._locations[-1:]  # first, for whoever reads at this moment
+        self._tokens = self._tokens[-1:].copy()
+        self._scales = None if self._scales is None else self._scales[-1:].copy()
 
 
 Reader = SegmentReader | ResidentRecords
 
 
-def _huge_memory(num_bytes: int) -> memoryview:
-    """Return zeros of this process's own, in huge pages if the system gives them."""
+def _rows(memory: memoryview, size: int) -> UInt8:
+    return np.frombuffer(memory, np.uint8).reshape(-1, size)
+
+
+def _huge_memory(num_bytes: int, more: int) -> memoryview:
+    """Return zeros of this process's own, `more` than it asks for, in huge pages if it can be."""
     available = available_memory_bytes()
     if num_bytes > available:  # the system would promise it, and end the process when it is used
         raise StoreError(
             f"the store's {num_bytes:,} bytes of records do not fit into memory: this machine, or "
             f"the container, has {available:,} bytes left",
-            hint=READ_FROM_DISK,
+            hint=CACHED,
         )
     try:
-        memory = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, num_bytes + more, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, MemoryError) as error:
         raise StoreError(
             f"the memory does not suffice to hold the store's {num_bytes} bytes of records",
-            hint=READ_FROM_DISK,
+            hint=CACHED,
         ) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)[:num_bytes]
+    return memoryview(memory)
 
 
 def _huge_page_bytes(array: UInt8) -> int:

@@ -16,7 +16,7 @@ from .batches import check_buffers, rows_of
 from .format import StoreLayout
 from .ids import RecordIndex
 from .memory import Reader
-from .reader import BadRecord
+from .read import BadRecord
 
 Tokens = npt.NDArray[Any]
 
@@ -97,8 +97,11 @@ class ReadableStore:
             RequestError: buffers that do not fit, rows that this store did not give out, or
                 arguments of another kind.
         """
-        rows, reader = rows_of(rows), self._open_reader()
-        check_buffers(self.layout, rows, out, scales)
+        reader, layout = self._open_reader(), self.layout
+        if not (isinstance(rows, np.ndarray) and rows.dtype == np.int64 and rows.ndim == 1):
+            rows = rows_of(rows)
+        if not _fit(layout, len(rows), out, scales):
+            check_buffers(layout, rows, out, scales)  # says what is wrong
         if bad not in ("raise", "mark"):
             raise RequestError(f'bad is {bad!r}, expected "raise" or "mark"')
         if len(rows) == 0:
@@ -206,3 +209,21 @@ class ReadableStore:
     def _closed_error(self) -> StoreError:
         hint = "open it again with TokenStore.open"
         return StoreError(f"the store {self.path} is closed", hint=hint)
+
+
+def _fit(layout: StoreLayout, count: int, out: object, scales: object) -> bool:
+    """Whether the buffers are, plainly, what `count` records are read into."""
+    shape = (count, layout.num_tokens, layout.hidden)
+    if layout.dtype == "float16":
+        return scales is None and _is_plain(out, np.float16, shape)
+    return _is_plain(out, np.int8, shape) and _is_plain(scales, np.float16, shape[:2])
+
+
+def _is_plain(array: object, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> bool:
+    return (
+        isinstance(array, np.ndarray)
+        and array.dtype == dtype
+        and array.shape == shape
+        and array.flags.c_contiguous
+        and array.flags.writeable
+    )

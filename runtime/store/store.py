@@ -21,7 +21,7 @@ from .ids import RecordIndex
 from .incoming import CommitReport, commit_segments
 from .memory import Reader, ResidentRecords
 from .pins import Pin
-from .reader import SegmentReader
+from .read import SegmentReader
 from .reading import ReadableStore, Tokens
 from .writer import StoreWriter
 
@@ -41,7 +41,7 @@ class TokenStore(ReadableStore, Closing):
     def __init__(self, path: Path, layout: StoreLayout, *, writable: bool, access: Access):
         self.path = path
         self.layout = layout
-        self.access = access
+        self.access: Access = access
         self._mutex = RLock()
         self._pin = Pin(None)
         self._writer = StoreWriter(path, layout) if writable else None
@@ -229,6 +229,31 @@ class TokenStore(ReadableStore, Closing):
             waiting = waiting_bytes(self.path, self._state)
             return CompactReport(moved, dropped, freed, waiting, tuple(left))
 
+    @property
+    def writable(self) -> bool:
+        """Whether it was opened for changes, too."""
+        return self._writer is not None
+
+    def load_into_memory(self) -> None:
+        """Load all records, verified, and read from memory from now on: `access` is "resident".
+
+        Who reads meanwhile goes on reading. A store in memory stays as it is.
+
+        Raises:
+            StoreError: the memory does not suffice (then the store reads as before); the store is
+                closed, or open for changes.
+        """
+        with self._mutex:
+            reader = self._open_reader()
+            if self._writer is not None:
+                raise StoreError(
+                    f"the store {self.path} is open for changes: it cannot be held in memory",
+                    hint='open it with mode="r"',
+                )
+            if isinstance(reader, SegmentReader):
+                self._reader, self.access = self._loaded(reader), "resident"
+                reader.retire()
+
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Compare every byte of the store with what is known of it; changes nothing.
 
@@ -293,11 +318,13 @@ class TokenStore(ReadableStore, Closing):
         if self.access != "resident":
             return reader
         try:
-            return ResidentRecords.load(
-                reader, self._index.plan(self._index.live_rows()), self.layout
-            )
+            return self._loaded(reader)
         finally:
             reader.close()
+
+    def _loaded(self, reader: SegmentReader) -> ResidentRecords:
+        plan = self._index.plan(self._index.live_rows())
+        return ResidentRecords.load(reader, plan, self.layout)
 
     def _key_of(self, segment: int) -> int | None:
         if self._writer is not None:

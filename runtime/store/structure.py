@@ -30,7 +30,7 @@ from .format import (
     header_page,
     segment_name,
 )
-from .reader import BadRecord
+from .read import BadRecord
 from .records import Records, digests_of, footer_bytes
 from .salvage import (
     Contents,

@@ -14,11 +14,9 @@ import numpy.typing as npt
 from ...arrays import even_parts
 from ...machine import usable_cores
 
-# Copying: few cores are the engine's, too; on the 16 cores of an H200's host 1, 2, 4 and 8 threads
-# copy 49 kB records at 5, 10, 20 and 31 GB/s. Reading: its threads also hash, one at a time (the
-# GIL), and 8 made `rank` from the page cache there slower than 4 (69.9k, 80.9k pairs/s).
+# Few cores are the engine's, too; on the 16 cores of an H200's host 1, 2, 4 and 8 threads copy
+# 49 kB records at 5, 10, 20 and 31 GB/s.
 FEW_THREADS, MOST_COPYING = 4, 8
-MOST_READING = 4
 # Waking a thread takes as long as copying this much.
 BYTES_A_THREAD = 1 << 20
 
@@ -28,21 +26,23 @@ class CopyThreads:
 
     Attributes:
         most: threads that work at once, the caller's included.
+        bytes_a_thread: one thread more for every so many.
     """
 
-    def __init__(self, most: int = MOST_COPYING) -> None:
+    def __init__(self, most: int | None = None, bytes_a_thread: int | None = None) -> None:
         """Start none yet.
 
         Args:
-            most: threads at once, the caller's included, on a machine of many cores.
+            most: as many as may copy at once on this machine by default.
+            bytes_a_thread: as many as copying takes.
         """
-        cores = usable_cores()
-        self.most = min(cores, max(FEW_THREADS, cores // 2), most)
+        self.most = copying_threads() if most is None else most
+        self.bytes_a_thread = BYTES_A_THREAD if bytes_a_thread is None else bytes_a_thread
         self._process, self._pool = os.getpid(), self._new_pool()
 
     def count_for(self, num_bytes: int) -> int:
         """Return how many threads copying so much pays for."""
-        return max(1, min(self.most, num_bytes // BYTES_A_THREAD))
+        return max(1, min(self.most, num_bytes // self.bytes_a_thread))
 
     def take(
         self, source: npt.NDArray[Any], places: npt.NDArray[np.int64], out: npt.NDArray[Any]
@@ -56,12 +56,22 @@ class CopyThreads:
             # mode="raise" would gather into memory of its own first, at half the speed.
             np.take(source, places[part], axis=0, out=out[part], mode="clip")
 
-        self.share(len(out), out.nbytes, copy)
+        if out.nbytes < 2 * self.bytes_a_thread:
+            copy(slice(None))
+        else:
+            self.share(len(out), out.nbytes, copy)
 
-    def share(self, num_records: int, num_bytes: int, work: Callable[[slice], None]) -> None:
+    def share(
+        self,
+        num_records: int,
+        num_bytes: int,
+        work: Callable[[slice], None],
+        most_a_part: int | None = None,
+    ) -> None:
         """Do `work` over all records, in parts that as many threads share as the bytes pay for."""
         num_threads = self.count_for(num_bytes)
-        parts = iter([*even_parts(num_records, max(1, -(-num_records // num_threads)))])
+        size = max(1, -(-num_records // num_threads))
+        parts = iter([*even_parts(num_records, min(size, most_a_part or size))])
 
         def work_on_parts() -> None:
             for part in parts:  # every thread takes the next that none has taken
@@ -101,3 +111,9 @@ class CopyThreads:
 
     def _new_pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(max(1, self.most - 1), "edje-read")
+
+
+def copying_threads() -> int:
+    """Return how many threads may copy at once on this machine."""
+    cores = usable_cores()
+    return min(cores, max(FEW_THREADS, cores // 2), MOST_COPYING)

@@ -18,7 +18,7 @@ from ...arguments import Progress
 from ...errors import StoreError
 from .format import CATALOG, SEGMENTS, STORE_JSON, StoreLayout
 from .pins import Pin
-from .reader import BadRecord
+from .read import BadRecord
 from .store import TokenStore
 from .structure import Structure, inspect
 from .writer import lock_writer

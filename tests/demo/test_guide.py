@@ -13,6 +13,7 @@ import pytest
 from edje.demo.evaluation import DemoResult
 from edje.demo.guide import print_table, run_demo
 from edje.engines.builder.build import build_engine
+from edje.engines.builder.options import EngineOptions
 from edje.engines.fidelity import FidelityLimits
 from edje.engines.manifest import EngineManifest
 from edje.errors import EdjeError, RequestError
@@ -85,9 +86,8 @@ def test_rtx_engines_of_the_demo_are_built_without_a_gpu(
             tmp_path / "engine",
             backend="tensorrt-rtx",
             precision=precision,
-            text_buckets=[15],
             calibration=samples,
-            limits=FidelityLimits(),
+            options=EngineOptions(text_buckets=[15], limits=FidelityLimits()),
         )
     assert manifest.fidelity["measured_on"] == "not measured on a device"
     assert manifest.fidelity["emulated"]["kendall_tau"] > 0.9

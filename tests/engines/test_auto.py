@@ -1,8 +1,11 @@
-"""`build_fastest`: what it tries, what it keeps, and what it refuses before it works."""
+"""`build_engine` with `auto`: what it tries, what it keeps, and what it refuses before it works."""
 
 import pytest
 
-from edje.engines.builder.auto import NOTHING_TO_CALIBRATE, build_fastest
+from edje.engines.builder.auto import NOTHING_TO_CALIBRATE
+from edje.engines.builder.build import build_engine
+from edje.engines.builder.options import EngineOptions
+from edje.engines.contract import BuildOptions
 from edje.engines.fidelity import FidelityLimits
 from edje.engines.manifest import EngineManifest, Profile
 from edje.engines.registry import REGISTRY, load_backend, open_engine
@@ -11,9 +14,8 @@ from edje.errors import EdjeError, EngineError
 
 def test_a_profile_of_ones_own_is_timed_and_kept(tiny_bundle, tmp_path):
     out = tmp_path / "engine"
-    manifest = build_fastest(
-        tiny_bundle, out, max_pairs=5, text_buckets=[20, 63], image_encoder=True
-    )
+    options = EngineOptions(max_pairs=5, text_buckets=[20, 63], image_encoder=True)
+    manifest = build_engine(tiny_bundle, out, options=options)
     assert manifest == EngineManifest.read(out)
     assert manifest.profile == Profile(5, (20, 63))
     trials = {(t["backend"], t["precision"]): t for t in manifest.build_options["auto"]}
@@ -31,7 +33,9 @@ def test_the_manifest_says_why_a_precision_was_not_tried(tiny_bundle, tmp_path, 
     reasons = {"bf16": "this CPU has no bf16", "int8": None}
     for name in ("openvino", "onnxruntime"):
         monkeypatch.setattr(load_backend(name), "why_not", reasons.get)
-    manifest = build_fastest(tiny_bundle, tmp_path / "engine", max_pairs=4, text_buckets=[15])
+    manifest = build_engine(
+        tiny_bundle, tmp_path / "engine", options=EngineOptions(max_pairs=4, text_buckets=[15])
+    )
     trials = {(t["backend"], t["precision"]): t for t in manifest.build_options["auto"]}
     assert trials.keys() == {(n, p) for n, entry in REGISTRY.items() for p in entry.precisions}
     assert trials["openvino", "bf16"]["not_tried"] == "this CPU has no bf16"
@@ -46,33 +50,46 @@ def test_the_manifest_says_why_a_precision_was_not_tried(tiny_bundle, tmp_path, 
     [
         ({"max_pairs": 0}, "max_pairs: got 0, expected 1 or more"),
         ({"text_buckets": [2]}, "text_buckets: got 2"),
-        ({"token_dtype": "int4"}, "token_dtype is 'int4'"),
+        ({"token_dtype": "int4"}, "token_dtype: got 'int4'"),
     ],
 )
 def test_what_no_engine_can_have_is_said_once_and_not_per_backend(
     tiny_bundle, tmp_path, wrong, fault
 ):
     with pytest.raises(EngineError) as caught:
-        build_fastest(tiny_bundle, tmp_path / "engine", **wrong)
+        build_engine(tiny_bundle, tmp_path / "engine", options=EngineOptions(**wrong))
     assert str(caught.value).count(fault) == 1
     assert "openvino" not in str(caught.value)
 
 
 def test_int8_tokens_are_timed_as_int8(tiny_bundle, tmp_path):
-    manifest = build_fastest(tiny_bundle, tmp_path / "engine", token_dtype="int8")
+    manifest = build_engine(
+        tiny_bundle, tmp_path / "engine", options=EngineOptions(token_dtype="int8")
+    )
     assert manifest.token_dtype == "int8"
 
 
 def test_an_existing_engine_is_left_before_anything_is_built(tiny_bundle, built_engines):
     told = []
     with pytest.raises(EdjeError, match="exists already"):
-        build_fastest(tiny_bundle, built_engines["openvino"], progress=told.append)
+        build_engine(tiny_bundle, built_engines["openvino"], progress=told.append)
     assert told == []
 
 
 def test_where_nothing_is_faithful_every_reason_is_told(tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(FidelityLimits, "broken_by", lambda *_: ["too far off"])
     with pytest.raises(EngineError, match="no backend of this machine") as caught:
-        build_fastest(tiny_bundle, tmp_path / "engine")
+        build_engine(tiny_bundle, tmp_path / "engine")
     assert "openvino fp32: too far off" in caught.value.faults
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_belongs_to_one_backend_is_refused_all_at_once(tiny_bundle, tmp_path):
+    options = EngineOptions(backend_options=BuildOptions(report=True))
+    with pytest.raises(EngineError, match="chosen by measuring") as caught:
+        build_engine(tiny_bundle, tmp_path / "engine", precision="int8", options=options)
+    assert [fault.split(":")[0] for fault in caught.value.faults] == [
+        "--report",
+        "--precision int8",
+    ]
     assert list(tmp_path.iterdir()) == []

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
 from edje.bundle import BundleManifest
-from edje.engines.builder.build import build_engine, checked_profile
+from edje.engines.builder.build import build_engine
+from edje.engines.builder.options import EngineOptions
 from edje.engines.manifest import EngineManifest, Profile
 from edje.engines.registry import open_engine
 from edje.errors import CheckpointError, EdjeError, EngineError
@@ -15,7 +17,11 @@ from edje.files import sha256_of
 
 
 def build(bundle, out, **changes):
-    return build_engine(bundle, out, **{"backend": "onnxruntime", "precision": "fp32", **changes})
+    """Build for ONNX Runtime; `changes` are arguments, or fields of the options."""
+    chosen = {"backend": "onnxruntime", "precision": "fp32"}
+    names = {field.name for field in fields(EngineOptions)}
+    options = EngineOptions(**{name: changes.pop(name) for name in names & changes.keys()})
+    return build_engine(bundle, out, **{**chosen, **changes}, options=options)
 
 
 def test_a_folder_holds_all_that_production_needs(built_engines, tiny_bundle):
@@ -130,11 +136,12 @@ def test_an_unwritable_place(tiny_bundle, tmp_path):
 
 def test_all_faults_of_a_profile_come_at_once():
     with pytest.raises(EngineError) as caught:
-        checked_profile(0, [2, 16, 65], 61)
+        EngineOptions(max_pairs=0, text_buckets=[2, 16, 65], token_dtype="int4").profile(61)
     assert caught.value.faults == (
         "max_pairs: got 0, expected 1 or more",
         "text_buckets: got 2, expected 3 (CLS, one wordpiece, SEP) to 64",
         "text_buckets: got 65, expected 3 (CLS, one wordpiece, SEP) to 64",
+        "token_dtype: got 'int4', expected float16 or int8",
     )
     with pytest.raises(EngineError, match="got none"):
-        checked_profile(1, [], 61)
+        EngineOptions(text_buckets=[]).profile(61)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import inspect
 import json
 import os
 import shutil
@@ -24,8 +23,8 @@ from hypothesis import strategies as st
 
 from edje.bundle import BundleManifest
 from edje.engines.builder import cache
-from edje.engines.builder.build import build_engine
 from edje.engines.builder.cache import cached_engine, default_root, entry_name, is_sound, key_parts
+from edje.engines.builder.options import EngineOptions, EngineRequest
 from edje.engines.contract import BuildOptions
 from edje.engines.fidelity import FidelityLimits
 from edje.engines.manifest import EngineManifest
@@ -79,14 +78,16 @@ def builds(monkeypatch, tmp_path, built_engines):
     """Builds by copying, counted: the list of engines that were built."""
     done = []
 
-    def copy(bundle, out, *, progress=None, **arguments):
-        shutil.copytree(built_engines[arguments["backend"]], out)
+    def copy(request, out, *, progress):
+        shutil.copytree(built_engines[request.backend], out)
         done.append(out)
 
-    # `key_parts` binds to the signature of what builds.
-    copy.__signature__ = inspect.signature(build_engine)
-    monkeypatch.setattr(cache, "build_engine", copy)
+    monkeypatch.setattr(cache, "build_one", copy)
     return done
+
+
+def plain_request(bundle):
+    return EngineRequest(bundle, **PLAIN, calibration=None, options=EngineOptions())
 
 
 def wait_for(path, num_lines, seconds=60.0):
@@ -145,7 +146,9 @@ def test_threads_build_once_and_different_engines_apart(tiny_bundle, root, build
 
     def ask(number):
         waiting.wait()
-        return cached_engine(tiny_bundle, root, **PLAIN, max_pairs=1 + number % 2)
+        return cached_engine(
+            tiny_bundle, root, **PLAIN, options=EngineOptions(max_pairs=1 + number % 2)
+        )
 
     with ThreadPoolExecutor(8) as pool:
         folders = set(pool.map(ask, range(8)))
@@ -161,7 +164,7 @@ def test_leftovers_of_other_keys_are_swept_unless_they_are_being_built(tiny_bund
     with cache._locked(root / other, lambda _: None):
         cached_engine(tiny_bundle, root, **PLAIN)
         assert left.exists()
-    cached_engine(tiny_bundle, root, **PLAIN, max_pairs=3)
+    cached_engine(tiny_bundle, root, **PLAIN, options=EngineOptions(max_pairs=3))
     assert not left.exists()
     assert unrelated.exists()
 
@@ -184,7 +187,7 @@ def test_a_damaged_entry_is_built_again(tiny_bundle, root, builds, built_engines
         folder.mkdir()
     assert cached_engine(tiny_bundle, root, **PLAIN) == folder
     assert len(builds) == 2
-    assert is_sound(folder, key_parts(tiny_bundle, **PLAIN))
+    assert is_sound(folder, key_parts(plain_request(tiny_bundle)))
 
 
 def test_a_failed_build_leaves_nothing_and_the_next_one_runs(tiny_bundle, root, monkeypatch):
@@ -235,17 +238,16 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tiny_bundle, root,
     with pytest.raises(EngineError, match="unknown backend"):
         cached_engine(tiny_bundle, root, backend="abacus", precision="fp32")
     with pytest.raises(EngineError, match="no engine can have this profile"):
-        cached_engine(tiny_bundle, root, **PLAIN, max_pairs=0)
-    with pytest.raises(TypeError, match="max_pear"):
-        cached_engine(tiny_bundle, root, **PLAIN, max_pear=3)
+        cached_engine(tiny_bundle, root, **PLAIN, options=EngineOptions(max_pairs=0))
+    with pytest.raises(EngineError, match="unknown backend 'auto'"):
+        cached_engine(tiny_bundle, root, backend="auto", precision="fp32")
     assert not root.exists()
     with pytest.raises(EngineError, match="EDJE_CACHE"):
         cached_engine(tiny_bundle, Path("/proc/cache"), **PLAIN)
 
 
-# Another value for every argument of a build. `options` has its own list below.
+# Another value for every option of a build. Those of the backend have their own list below.
 OTHERS = {
-    "backend": "openvino",
     "max_pairs": 7,
     "text_buckets": (16, 64),
     "token_dtype": "int8",
@@ -260,7 +262,6 @@ OPTIONS = {
     "version_compatible": True,
     "report": True,
 }
-NO_CHOICE_HERE = {"precision", "calibration", "options"}  # tested with values of their own
 
 
 @contextmanager
@@ -276,22 +277,27 @@ def any_backend():
         yield
 
 
-def name_of(bundle, **arguments):
-    return entry_name(key_parts(bundle, **{**PLAIN, **arguments}))
+def name_of(bundle, options=None, **changes):
+    request = replace(plain_request(bundle), options=options or EngineOptions())
+    return entry_name(key_parts(replace(request, **changes)))
 
 
 def test_the_tables_know_every_argument_and_every_option():
-    arguments = set(inspect.signature(build_engine).parameters) - set(cache._NOT_IN_KEY)
-    assert arguments == OTHERS.keys() | NO_CHOICE_HERE
+    names = {field.name for field in fields(EngineOptions)}
+    assert names == OTHERS.keys() | {"backend_options"}
+    asked = {field.name for field in fields(EngineRequest)}
+    assert asked == {"bundle", "backend", "precision", "calibration", "options"}
     assert OPTIONS.keys() == {field.name for field in fields(BuildOptions)}
 
 
 def test_every_argument_changes_the_key(tiny_bundle):
     bundle = BundleManifest.read(tiny_bundle)
-    changes = [{}, {"precision": "int8"}, *({name: value} for name, value in OTHERS.items())]
+    changes = [{}, {"precision": "int8"}, {"backend": "openvino"}]
+    changes += [{"options": EngineOptions(**{name: value})} for name, value in OTHERS.items()]
     changes += [{"calibration": RandomSamples(bundle, count)} for count in (2, 3)]
     changes += [
-        {"options": replace(BuildOptions(), **{name: value})} for name, value in OPTIONS.items()
+        {"options": EngineOptions(backend_options=BuildOptions(**{name: value}))}
+        for name, value in OPTIONS.items()
     ]
     with any_backend():
         keys = {name_of(tiny_bundle, **change)[:16] for change in changes}
@@ -302,29 +308,27 @@ chosen = st.fixed_dictionaries(
     {},
     optional={
         **{name: st.just(value) for name, value in OTHERS.items()},
-        "options": st.fixed_dictionaries(
+        "backend_options": st.fixed_dictionaries(
             {}, optional={name: st.just(value) for name, value in OPTIONS.items()}
-        ).map(lambda values: replace(BuildOptions(), **values)),
+        ).map(lambda values: BuildOptions(**values)),
     },
-)
+).map(lambda values: EngineOptions(**values))
 
 
 @settings(max_examples=60, deadline=None)
 @given(chosen, chosen)
 def test_keys_are_equal_exactly_where_the_builds_are(tiny_bundle, first, second):
-    def meant(arguments):
-        return {"options": BuildOptions(), **PLAIN, **arguments}
-
     with any_backend():
-        same = name_of(tiny_bundle, **first) == name_of(tiny_bundle, **second)
-    assert same == (meant(first) == meant(second))
+        same = name_of(tiny_bundle, first) == name_of(tiny_bundle, second)
+    assert same == (first == second)
 
 
 def test_the_same_build_in_other_words_has_the_same_key(tiny_bundle):
     plain = name_of(tiny_bundle)
-    defaults = {"text_buckets": [63, 15, 23, 31, 47, 15], "options": BuildOptions()}
-    quiet = {"progress": print, "overwrite": True}
-    assert name_of(tiny_bundle, **defaults, **quiet, max_pairs=256, limits=None) == plain
+    buckets = [63, 15, 23, 31, 47, 15]
+    limits = EngineOptions().limits_to_hold
+    said = EngineOptions(text_buckets=buckets, max_pairs=256, limits=limits)
+    assert name_of(tiny_bundle, said) == plain
 
 
 def test_the_bundle_the_library_and_the_device_are_in_the_key(tiny_bundle, tmp_path, monkeypatch):
@@ -354,7 +358,7 @@ def test_the_bundle_the_library_and_the_device_are_in_the_key(tiny_bundle, tmp_p
 
 def test_what_no_key_can_hold_is_refused(tiny_bundle):
     with pytest.raises(EngineError, match="limits"):
-        name_of(tiny_bundle, limits=object())
+        name_of(tiny_bundle, EngineOptions(limits=object()))
 
 
 def test_the_engine_of_an_entry_is_that_of_a_plain_build(tiny_bundle, root, built_engines):

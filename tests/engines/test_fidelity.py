@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-from types import MappingProxyType, ModuleType, SimpleNamespace
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -24,6 +23,8 @@ from edje.engines.fidelity import (
 from edje.engines.manifest import Profile
 from edje.engines.samples import RandomSamples, RankingSample
 from edje.errors import EngineError
+from on_addresses import OnAddresses
+from pretended_gpu import GPU_NAME, pretend_gpu
 
 PROFILE = Profile(16, (32, 64))
 
@@ -136,33 +137,17 @@ def test_an_engine_is_measured_on_random_pairs_or_on_given_ones(engine, tiny_bun
     assert own["measured_on"].startswith(f"{manifest.backend} {manifest.backend_version} fp32 on ")
 
 
-class OnDevice:
-    """Looks like an engine of a GPU; its scores come from the stand-in for device memory."""
-
-    def __init__(self, manifest):
-        device = {"kind": "cuda", "compute_capabilities": ["8.9", "12.0"]}
-        self.manifest = replace(manifest, backend="tensorrt-rtx", device=device)
-
-
 def test_a_device_engine_is_scored_through_device_memory_and_names_the_gpu(
     monkeypatch, engine, tiny_bundle
 ):
-    exact, asked = reference_scorer(tiny_bundle), []
-
-    def score_host_batch(engine, batch):
-        asked.append(engine)
-        return exact(batch)
-
-    memory = ModuleType("edje.kernels.device.facts")
-    memory.score_host_batch = score_host_batch
-    memory.current_gpu = lambda: SimpleNamespace(name="NVIDIA Any")
-    monkeypatch.setitem(sys.modules, "edje.kernels.device.facts", memory)
-    device = OnDevice(engine.manifest)
-    found = measure_fidelity(device, tiny_bundle)
+    machine = pretend_gpu(monkeypatch)
+    gpu = {"kind": "cuda", "compute_capabilities": ["8.9", "12.0"]}
+    manifest = replace(engine.manifest, backend="tensorrt-rtx", device=gpu)
+    found = measure_fidelity(OnAddresses(manifest, reference_scorer(tiny_bundle)), tiny_bundle)
     assert found["max_abs_diff"] == 0.0
-    assert set(asked) == {device}
+    assert machine.named("copy")
     assert found["measured_on"].startswith("tensorrt-rtx ")
-    assert found["measured_on"].endswith(" fp32 on NVIDIA Any")
+    assert found["measured_on"].endswith(f" fp32 on {GPU_NAME}")
 
 
 def test_a_fidelity_survives_its_json(tiny_bundle, bundle):

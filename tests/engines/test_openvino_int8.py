@@ -15,6 +15,7 @@ from edje.engines import cpu
 from edje.engines import onnxruntime as ort
 from edje.engines import openvino as ov
 from edje.engines.builder.build import build_engine
+from edje.engines.builder.options import EngineOptions
 from edje.engines.contract import INPUTS
 from edje.engines.manifest import EngineManifest
 from edje.engines.openvino import fit_to_x86
@@ -135,8 +136,8 @@ def test_int8_tokens_are_read_with_their_scales(
         tmp_path / "engine",
         backend=backend,
         precision=precision,
-        token_dtype="int8",
         calibration=samples,
+        options=EngineOptions(token_dtype="int8"),
     )
     pairs = [(caption, image) for caption in range(3) for image in range(12)]
     engine = open_engine(tmp_path / "engine")

@@ -90,7 +90,7 @@ def test_nothing_installed(monkeypatch):
     names = [name for names in trt_library._IMPORT_NAMES.values() for name in names]
     for library in ("openvino", "onnxruntime", *names):
         monkeypatch.setitem(sys.modules, library, None)
-    for module in ("ov", "ort", "tensorrt", "tensorrt_rtx"):
+    for module in ("openvino", "onnxruntime", "tensorrt.backend", "tensorrt.rtx"):
         monkeypatch.delitem(sys.modules, f"edje.engines.{module}", raising=False)
     with pytest.raises(EngineError) as caught:
         load_backend("cuda")
@@ -119,4 +119,4 @@ def test_features_follow_the_precision(monkeypatch):
 
 
 def test_backends_are_called_by_name_only():
-    assert backends.REGISTRY["openvino"].module == ".ov"
+    assert backends.REGISTRY["openvino"].module == ".openvino"

@@ -13,29 +13,15 @@ from edje.arrays import DeviceArray
 from edje.engines.contract import Batch, BuildJob, BuildOptions, OpenOptions
 from edje.engines.fidelity import InlineStream, score_host_batch
 from edje.engines.registry import load_backend, require_builder
-from edje.engines.tensorrt import library as trt_library
 from edje.engines.tensorrt.build import PLAN
-from edje.engines.tensorrt.library import MAX_MESSAGES, MessageLog
+from edje.engines.tensorrt.library import MAX_MESSAGES, MessageLog, load_trt
 from edje.errors import EngineError
-from edje.kernels.device import facts as cuda_memory
 from edje.runtime.cli.app import main
-from recording_trt import (
-    GPU_NAME,
-    PLAN_BYTES,
-    TIMINGS,
-    Recording,
-    make_cuda_runtime,
-    make_tensorrt,
-)
+from pretended_gpu import GPU_NAME, pretend_gpu
+from pretended_tensorrt import PLAN_BYTES, TIMINGS, Recording, make_tensorrt
 from toy_engine import ToyEngine, toy_manifest
 
-CACHED = (cuda_memory._cudart, cuda_memory.measuring_stream, cuda_memory.current_gpu)
 STREAM = SimpleNamespace(handle=1234, submit=None)
-
-
-def clear_caches():
-    for cached in (trt_library.load_trt, *CACHED):
-        cached.cache_clear()
 
 
 @pytest.fixture
@@ -45,17 +31,15 @@ def recording() -> Recording:
 
 @pytest.fixture
 def machine(recording, monkeypatch, tmp_path):
-    """A machine with a GPU and TensorRT; returns its CUDA runtime."""
-    cudart = make_cuda_runtime(recording)
+    """A machine with a GPU and TensorRT."""
+    machine = pretend_gpu(monkeypatch)
     monkeypatch.setitem(sys.modules, "tensorrt", make_tensorrt(recording))
-    monkeypatch.setitem(sys.modules, cuda_memory.RUNTIME, cudart)
-    monkeypatch.setattr(cuda_memory, "DRIVER", None)  # ctypes then opens this very program
     monkeypatch.delitem(sys.modules, "edje.engines.tensorrt.backend", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    clear_caches()
-    yield cudart
+    load_trt.cache_clear()
+    yield machine
     sys.modules.pop("edje.engines.tensorrt.backend", None)
-    clear_caches()
+    load_trt.cache_clear()
 
 
 @pytest.fixture
@@ -218,10 +202,8 @@ def test_it_builds_for_this_gpu_only(tensorrt):
 
 
 @pytest.mark.parametrize(("precision", "least"), [("fp8", "8.9"), ("bf16", "8.0")])
-def test_an_older_gpu_lacks_a_precision(tensorrt, recording, monkeypatch, precision, least):
-    older = make_cuda_runtime(recording, "7.5")
-    monkeypatch.setitem(sys.modules, cuda_memory.RUNTIME, older)
-    clear_caches()
+def test_an_older_gpu_lacks_a_precision(tensorrt, machine, precision, least):
+    machine.capability = 7, 5
     reason = tensorrt.why_not(precision)
     assert reason == (f"{precision} needs compute capability {least} or later, {GPU_NAME} has 7.5")
     assert tensorrt.why_not("int8") is None
@@ -232,12 +214,11 @@ def test_an_old_library_is_refused(machine, recording, monkeypatch):
     assert "8.6.1 is too old" in load_backend("tensorrt").why_not("fp16")
 
 
-def test_the_manifest_names_the_gpu(tensorrt, manifest, recording, monkeypatch):
+def test_the_manifest_names_the_gpu(tensorrt, manifest, machine):
     assert manifest.device["name"] == GPU_NAME
     assert manifest.device["cuda_version"] == "13.0"
     assert tensorrt.device_faults(manifest) == []
-    monkeypatch.setitem(sys.modules, cuda_memory.RUNTIME, make_cuda_runtime(recording, "8.0"))
-    clear_caches()
+    machine.capability = 8, 0
     assert tensorrt.device_faults(manifest) == [
         "device compute capability: built on '9.0', this is '8.0'"
     ]
@@ -263,7 +244,7 @@ def test_shapes_and_addresses_come_before_the_run(engine, recording):
     np.testing.assert_array_equal(scores, expected)
 
 
-def test_a_lane_has_one_context_a_bucket(engine, recording):
+def test_a_stream_has_one_context_a_bucket(engine, recording):
     other = SimpleNamespace(handle=99, submit=None)
     for stream, bucket in ((STREAM, 8), (STREAM, 8), (STREAM, 64), (other, 8), (STREAM, 64)):
         device, _, scores = on_device(batch(bucket=bucket))
@@ -343,11 +324,11 @@ def test_captured_forwards_of_a_stream_share_their_scratch_memory(engine, machin
         engine.capturable(device, scores, STREAM)
     given = recording.named("set_device_memory")
     assert [size for _, size in given] == [1 << 22, 1 << 22, 1 << 23, 1 << 22, 1 << 22]
-    assert len({address for address, _ in given}) == len(machine.memory) == 2
+    assert len({address for address, _ in given}) == machine.alive["device"] == 2
     engine.capturable(*kept[0][::2], SimpleNamespace(handle=5))
     assert recording.named("set_device_memory")[-1][0] not in {address for address, _ in given}
     engine.close()
-    assert machine.memory == {}
+    assert not any(machine.alive.values()), machine.alive
     with pytest.raises(EngineError, match="the engine is closed"):
         engine.capturable(*kept[0][::2], STREAM)
 
@@ -356,18 +337,18 @@ def test_a_host_batch_is_scored_on_the_device(engine, machine, recording):
     host = batch(5)
     expected = np.empty(5, np.float32)
     ToyEngine().enqueue(host, expected, stream=InlineStream())
-    np.testing.assert_array_equal(score_host_batch(engine, host), expected)
-    assert machine.memory == {}, "device memory was not freed"
-    assert {arguments[2] for arguments in recording.named("cudaMemcpyAsync")} == {77}
+    for _ in range(3):
+        np.testing.assert_array_equal(score_host_batch(engine, host), expected)
+        assert machine.alive["device"] == 0, "device memory was not freed"
+        assert machine.alive["pinned"] == 1, "what arrays are staged in is made once"
+        assert not machine.contexts, "a context was left on the thread"
+    (stream,) = {stream for _, stream in machine.named("copy")}
+    assert recording.named("set_optimization_profile_async") == [(0, stream)]
+    assert machine.named("stream")[0].nonblocking
     wrong = replace(host, query_of_pair=np.full(5, 2, np.int32))
     with pytest.raises(EngineError, match="does not fit") as caught:
         score_host_batch(engine, wrong)
     assert "query_of_pair: got values from 2 to 2" in caught.value.faults[0]
-
-
-def test_cuda_errors_are_one_sentence(machine):
-    with pytest.raises(EngineError, match=r"^CUDA failed in cudaFree: invalid argument$"):
-        cuda_memory._call(machine, "cudaFree", 42)
 
 
 def test_a_plan_that_does_not_open(tensorrt, manifest, recording, tmp_path):
@@ -403,7 +384,7 @@ def test_without_the_library_one_sentence_names_the_extra(tiny_bundle, tmp_path,
     assert shown == [
         "edje: the backend tensorrt cannot be loaded: TensorRT is not installed "
         "(no module named tensorrt)",
-        "Hint: pip install 'edje-runtime[gpu]'",
+        "Hint: pip install 'edje-runtime[tensorrt]'",
     ]
     assert not out.exists()
 
@@ -420,24 +401,12 @@ def test_a_library_that_does_not_load(monkeypatch):
             if name == "tensorrt":
                 raise ImportError("libnvinfer.so.10: cannot open\nshared object file")
 
-    clear_caches()
+    load_trt.cache_clear()
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     with pytest.raises(EngineError, match="TensorRT is installed but does not load: libnvinfer"):
         require_builder("tensorrt", "fp16", BuildOptions())
-    clear_caches()
-
-
-def test_a_driver_is_asked_for_first(monkeypatch):
-    monkeypatch.setattr(cuda_memory, "DRIVER", "libno-such-driver.so.1")
-    assert cuda_memory.gpu_fault() == ("no NVIDIA driver here (libno-such-driver.so.1 is missing)")
-    clear_caches()
-    monkeypatch.setattr(cuda_memory, "DRIVER", None)
-    monkeypatch.setitem(sys.modules, cuda_memory.RUNTIME, None)
-    assert cuda_memory.gpu_fault() == (
-        "cuda.bindings.runtime is not installed here (pip install cuda-bindings)"
-    )
-    clear_caches()
+    load_trt.cache_clear()
 
 
 def test_the_log_keeps_the_latest_and_each_once():

@@ -14,6 +14,7 @@ import pytest
 from edje.arrays import DeviceArray
 from edje.bundle import JOINT_ENCODER, BundleManifest
 from edje.engines.builder.build import build_engine
+from edje.engines.builder.options import EngineOptions
 from edje.engines.contract import Batch, BuildJob, BuildOptions, OpenOptions
 from edje.engines.fidelity import Fidelity, measure_fidelity
 from edje.engines.manifest import PRECISIONS, QUANTIZED, EngineManifest, Profile
@@ -27,8 +28,9 @@ from edje.engines.tensorrt.build import PLAN, parsed_network
 from edje.engines.tensorrt.report import REPORT, PlanReport, read_report
 from edje.engines.tensorrt.run import TrtEngine, open_plan, read_settings
 from edje.errors import EngineError
-from edje.kernels.device import facts as cuda_memory
-from recording_trt import KERNELS, Recording, RtxEngine, make_cuda_runtime
+from edje.kernels.device import facts
+from pretended_gpu import pretend_gpu
+from pretended_tensorrt import KERNELS, Recording, RtxEngine
 from toy_engine import toy_manifest
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra rtx")
@@ -158,10 +160,12 @@ def test_the_tiny_model_becomes_an_engine_folder(tiny_bundle, tmp_path, precisio
         tmp_path / "engine",
         backend="tensorrt-rtx",
         precision=precision,
-        max_pairs=32,
-        text_buckets=(16, 64),
         calibration=RandomSamples(BundleManifest.read(tiny_bundle)),
-        options=BuildOptions(report=True, compute_capabilities=("12.0", "8.9")),
+        options=EngineOptions(
+            max_pairs=32,
+            text_buckets=(16, 64),
+            backend_options=BuildOptions(report=True, compute_capabilities=("12.0", "8.9")),
+        ),
         progress=lines.append,
     )
     assert set(manifest.files) == {PLAN, REPORT, "tokenizer.json"}
@@ -231,10 +235,14 @@ def test_what_it_refuses_is_said_in_one_sentence(precision, options, sentence):
 
 
 def test_without_a_driver_nothing_opens(tiny_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(cuda_memory, "DRIVER", "libno-such-driver.so.1")
+    monkeypatch.setattr(facts, "DRIVER", "libno-such-driver.so.1")
     folder = tmp_path / "engine"
     manifest = build_engine(
-        tiny_bundle, folder, backend="tensorrt-rtx", precision="fp32", text_buckets=(16,)
+        tiny_bundle,
+        folder,
+        backend="tensorrt-rtx",
+        precision="fp32",
+        options=EngineOptions(text_buckets=(16,)),
     )
     assert Fidelity.from_json(manifest.fidelity) is None
     with pytest.raises(EngineError, match=r"cannot run here: .* no NVIDIA driver here"):
@@ -242,7 +250,7 @@ def test_without_a_driver_nothing_opens(tiny_bundle, tmp_path, monkeypatch):
 
 
 def test_a_plan_the_library_calls_invalid_is_not_opened(rtx, tmp_path):
-    if cuda_memory.gpu_fault() is None:
+    if facts.gpu_fault() is None:
         pytest.skip("a GPU is here")
     (tmp_path / PLAN).write_bytes(b"no plan at all" * 1000)
     settings = read_settings(rtx.LIBRARY, OpenOptions(), None)
@@ -268,7 +276,7 @@ def test_a_plan_the_library_calls_invalid_is_not_opened(rtx, tmp_path):
     ],
 )
 def test_the_gpu_must_be_one_it_was_built_for(rtx, monkeypatch, device, capability, fault):
-    gpu = cuda_memory.Gpu("NVIDIA Stand-in 80GB", capability, "13.0")
+    gpu = facts.Gpu("NVIDIA Stand-in 80GB", capability, "13.0")
     monkeypatch.setattr(rtx, "gpu_fault", lambda: None)
     monkeypatch.setattr(rtx, "current_gpu", lambda: gpu)
     manifest = replace(toy_manifest(), device={"kind": "cuda", **device})
@@ -278,7 +286,7 @@ def test_the_gpu_must_be_one_it_was_built_for(rtx, monkeypatch, device, capabili
 @pytest.mark.parametrize("capability", ["9.0", "10.0"])
 def test_a_gpu_the_library_does_not_serve_is_told_what_runs_there(rtx, monkeypatch, capability):
     """It builds for such a GPU without a word, and then refuses to open there."""
-    gpu = cuda_memory.Gpu("NVIDIA Stand-in 80GB", capability, "13.0")
+    gpu = facts.Gpu("NVIDIA Stand-in 80GB", capability, "13.0")
     monkeypatch.setattr(rtx, "gpu_fault", lambda: None)
     monkeypatch.setattr(rtx, "current_gpu", lambda: gpu)
     sentence = f"does not serve compute capability {capability} (NVIDIA Stand-in 80GB), only 7.5"
@@ -337,14 +345,13 @@ def test_captures_are_left_to_who_can_do_them(rtx, tmp_path, monkeypatch):
     assert f"set {kernels} to eager or none" in why_not()
     assert f"set {kernels} to eager or none" in why_not(**{kernels: "lazy"})
     assert why_not(**{kernels: "eager"}) is None
-    refuses = "recording_trt.ExecutionContext.is_stream_capturable"
+    refuses = "pretended_tensorrt.ExecutionContext.is_stream_capturable"
     monkeypatch.setattr(refuses, lambda context, handle: handle != 5, raising=False)
     assert "cannot be captured" in why_not(**{kernels: "eager"})
 
 
 def test_a_captured_forward_has_its_allocation_from_the_configuration(rtx, tmp_path, monkeypatch):
-    recording, cudart = Recording(), make_cuda_runtime(Recording())
-    monkeypatch.setattr(cuda_memory, "_cudart", lambda: cudart)
+    recording, machine = Recording(), pretend_gpu(monkeypatch)
     engine = rtx_engine(rtx, tmp_path, recording)
     array = np.zeros(64, np.int32)
     views = {
@@ -359,9 +366,9 @@ def test_a_captured_forward_has_its_allocation_from_the_configuration(rtx, tmp_p
     allocations = recording.named("set_execution_context_allocation_strategy")
     assert allocations == [("USER_MANAGED",), ("ON_PROFILE_CHANGE",)]
     ((address, size),) = recording.named("set_device_memory")
-    assert (list(cudart.memory), size) == ([address], 1 << 21)
+    assert (list(machine.memory), size) == ([address], 1 << 21)
     engine.close()
-    assert cudart.memory == {}
+    assert machine.memory == {}
 
 
 def test_a_folder_that_cannot_be_written_is_no_fault(rtx, tmp_path):
@@ -390,17 +397,17 @@ def test_a_report_of_another_form_is_empty():
 
 
 def test_the_stand_in_has_no_call_that_the_library_lacks(rtx):
-    import recording_trt
+    import pretended_tensorrt
 
     real = rtx.LIBRARY.module
     pairs = {
-        real.Builder: recording_trt.Builder,
-        real.INetworkDefinition: recording_trt.Network,
-        real.IBuilderConfig: recording_trt.Config,
-        real.Runtime: recording_trt.Runtime,
-        real.ICudaEngine: recording_trt.RtxEngine,
-        real.IExecutionContext: recording_trt.ExecutionContext,
-        real.OnnxParser: recording_trt.OnnxParser,
+        real.Builder: pretended_tensorrt.Builder,
+        real.INetworkDefinition: pretended_tensorrt.Network,
+        real.IBuilderConfig: pretended_tensorrt.Config,
+        real.Runtime: pretended_tensorrt.Runtime,
+        real.ICudaEngine: pretended_tensorrt.RtxEngine,
+        real.IExecutionContext: pretended_tensorrt.ExecutionContext,
+        real.OnnxParser: pretended_tensorrt.OnnxParser,
     }
     for kind, stand_in in pairs.items():
         names = {name for name in vars(stand_in) if not name.startswith("_")} - {"recording"}
@@ -423,8 +430,8 @@ def test_a_gpu_ranks_as_float32_does(tiny_bundle, tmp_path, backend, precision):
         folder,
         backend=backend,
         precision=precision,
-        text_buckets=(16, 64),
         calibration=samples,
+        options=EngineOptions(text_buckets=(16, 64)),
     )
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     engine = open_engine(copy)
@@ -432,10 +439,3 @@ def test_a_gpu_ranks_as_float32_does(tiny_bundle, tmp_path, backend, precision):
     engine.close()
     assert found["kendall_tau"] > {"fp32": 0.99, "fp8": 0.8, "int8": 0.8}.get(precision, 0.95)
     assert np.isfinite(found["max_abs_diff"])
-
-
-@pytest.mark.gpu
-def test_the_stand_in_answers_as_cuda_does():
-    real, stand_in = cuda_memory._cudart(), make_cuda_runtime(Recording())
-    names = [name for name in vars(stand_in) if name.startswith("cuda")]
-    assert [name for name in names if not hasattr(real, name)] == []

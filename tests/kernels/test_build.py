@@ -30,7 +30,7 @@ def committed() -> dict[str, bytes]:
 def test_compiling_again_gives_the_committed_bytes(name: str) -> None:
     # One architecture for each: in turn all of them, in a sixth of the time of `--check`.
     capability = COMPUTE_CAPABILITIES[list(VARIANTS).index(name) % len(COMPUTE_CAPABILITIES)]
-    compiled = build._compile(VARIANTS[name], capability)
+    compiled = build.compile_variant(VARIANTS[name], capability)
     assert compiled.code == committed()[compiled.record.file]
     assert compiled.record in read_manifest().kernels[name].cubins
 
@@ -40,17 +40,17 @@ def test_parameters_other_than_those_of_the_code_are_refused() -> None:
     types = ("u64 .ptr .global .align 1", "u32")
     lines = [f"\t.param .{types[place in (4, 5)]} top_k_merge_param_{place}," for place in range(8)]
     ptx = "\n".join(lines).removesuffix(",") + "\n)\n\tld.param.b64 \t%rd1, [top_k_merge_param_0];"
-    build._check_parameters(variant, ptx)
+    build.check_parameters(variant, ptx)
     with pytest.raises(EngineError, match=r"top_k_merge_128 takes .* in PTX, expected"):
-        build._check_parameters(variant, ptx.replace("u32", "u64"))
+        build.check_parameters(variant, ptx.replace("u32", "u64"))
     with pytest.raises(EngineError, match="expected"):
-        build._check_parameters(variant, "\n".join(lines[:-1]))
+        build.check_parameters(variant, "\n".join(lines[:-1]))
 
 
 def test_resources_are_read_from_what_ptxas_says() -> None:
-    assert build._resources(LOG) == {"registers": 48, "spill_bytes": 20, "stack_bytes": 0}
+    assert build.read_resources(LOG) == {"registers": 48, "spill_bytes": 20, "stack_bytes": 0}
     with pytest.raises(ValueError, match="unpack"):
-        build._resources("ptxas info: nothing to tell")
+        build.read_resources("ptxas info: nothing to tell")
 
 
 def broken(variant: Variant, **changes: int) -> dict[str, KernelEntry]:
@@ -61,9 +61,9 @@ def broken(variant: Variant, **changes: int) -> dict[str, KernelEntry]:
 
 def test_limits_that_a_kernel_breaks_are_named() -> None:
     variant = VARIANTS["top_k_merge_128"]
-    assert list(build._faults(variant, dict(read_manifest().kernels))) == []
+    assert list(build.limit_faults(variant, dict(read_manifest().kernels))) == []
     kernels = broken(variant, spill_bytes=8, shared_bytes=48 * 1024 + 1, registers=256)
-    assert list(build._faults(variant, kernels)) == [
+    assert list(build.limit_faults(variant, kernels)) == [
         "top_k_merge_128.sm_80.cubin: registers 256, at most 255",
         "top_k_merge_128.sm_80.cubin: shared_bytes 49153, at most 49152",
         "top_k_merge_128.sm_80.cubin: spill_bytes 8, at most 0",

@@ -18,13 +18,43 @@ from hypothesis import strategies as st
 
 from edje.kernels import references
 from edje.kernels.device.cuda_core import CudaCoreDevice
+from edje.kernels.launch import KernelLibrary
 from edje.kernels.operations import Assemble, DeviceEmbeddings, TopK
 from edje.kernels.records import GatherTokens, ScatterTokens
 from edje.kernels.references import Embeddings
-from gpu_kernels import GpuKernels
 from interpreted_kernels import InterpretedDevice, Run, interpreter
 
 a_few = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+class GpuKernels:
+    """Copies arrays to a device of `runtime/device` and, at `finish`, back to where they were."""
+
+    def __init__(self, device: Any):
+        """`device` stays the caller's, and current; its memory lives until it is closed."""
+        self._device, self.stream = device, device.stream()
+        self.library = KernelLibrary(device, device.compute_capability)
+        self._copies: list[tuple[np.ndarray, Any, Any]] = []
+
+    def memory(self, array: np.ndarray) -> Any:
+        """Return a copy of `array` in device memory."""
+        pinned = self._device.pinned(array.size, array.dtype)
+        target = self._device.mirror(pinned)
+        pinned.view(array.shape)[...] = array
+        self.stream.upload(target, pinned, array.size)
+        self._copies.append((array, pinned, target))
+        return target.view(array.shape)
+
+    def finish(self) -> None:
+        """Wait for the work, and copy every array back."""
+        event = self._device.event()
+        for array, pinned, target in self._copies:
+            self.stream.download(pinned, target, array.size)
+        self.stream.record(event)
+        event.synchronize()
+        for array, pinned, _ in self._copies:
+            array[...] = pinned.view(array.shape)
+        self._copies.clear()
 
 
 @pytest.fixture(scope="module")

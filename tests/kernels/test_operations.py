@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edje.arrays import DeviceArray
 from edje.errors import EngineError
 from edje.kernels.launch import KernelLibrary
 from edje.kernels.manifest import CUBINS, read_manifest
 from edje.kernels.operations import Assemble, DeviceEmbeddings, TopK
 from edje.kernels.records import GatherTokens, ScatterTokens
 from edje.kernels.variants import COMPUTE_CAPABILITIES
-from recording_loader import FakeMemory, RecordingLoader, fake_memory
+from recording_loader import RecordingLoader, fake_memory
 
 RECORDS = fake_memory(1 << 20, (1000, 64, 384), "int8")
 SCALES = fake_memory(2 << 20, (1000, 64), "float16")
@@ -36,7 +37,7 @@ def passed(launch: dict[str, Any], kernel: str) -> dict[str, float]:
     return dict(zip([item.name for item in parameters], values, strict=True))
 
 
-def gather_arrays(**changes: FakeMemory | None) -> dict[str, Any]:
+def gather_arrays(**changes: DeviceArray | None) -> dict[str, Any]:
     arrays: dict[str, Any] = {
         "records": RECORDS,
         "rows": fake_memory(4096, (32,), "int64"),
@@ -118,7 +119,7 @@ def test_unknown_dtypes_are_refused(library: KernelLibrary) -> None:
     assert len(raised.value.faults) == 2
 
 
-def scatter_arrays(**changes: FakeMemory | None) -> dict[str, Any]:
+def scatter_arrays(**changes: DeviceArray | None) -> dict[str, Any]:
     arrays: dict[str, Any] = {
         "tokens": fake_memory(3 << 20, (32, 64, 384), "int8"),
         "places": fake_memory(4096, (32,), "int64"),
@@ -208,7 +209,7 @@ def embeddings(**changes: Any) -> DeviceEmbeddings:
     return DeviceEmbeddings(**{**tables, **changes})
 
 
-def batch_arrays(**changes: FakeMemory | None) -> dict[str, Any]:
+def batch_arrays(**changes: DeviceArray | None) -> dict[str, Any]:
     arrays: dict[str, Any] = {
         "text_ids": fake_memory(64, (2, 16), "int32"),
         "text_length": fake_memory(256, (2,), "int32"),
@@ -287,7 +288,7 @@ def test_assemble_refuses_what_does_not_fit(
     assert loader.launches == []
 
 
-def top_k_arrays(num_scores: int, k: int, num_keys: int) -> dict[str, FakeMemory]:
+def top_k_arrays(num_scores: int, k: int, num_keys: int) -> dict[str, DeviceArray]:
     return {
         "scores": fake_memory(4, (num_scores,), "float32"),
         "keys": fake_memory(32, (num_keys,), "int64"),

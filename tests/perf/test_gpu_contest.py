@@ -8,13 +8,13 @@ import pytest
 
 from edje.bundle import BundleManifest
 from edje.engines.builder.build import build_engine
+from edje.engines.builder.options import EngineOptions
 from edje.engines.registry import open_engine
 from edje.kernels.device.host import HostDevice
 from edje.perf import gpu_contest as contest
 from edje.perf.gpu_steps import Report
 from edje.runtime.pipeline import Pipeline
 from edje.runtime.source import HeldTokens
-from on_addresses import OnAddresses
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,7 @@ def test_the_pipeline_runs_over_host_tokens_and_gives_the_float32_scores(
         tmp_path / "engine",
         backend="onnxruntime",
         precision="fp32",
-        max_pairs=8,
-        text_buckets=(5, 15),
+        options=EngineOptions(max_pairs=8, text_buckets=(5, 15)),
     )
     rows, last = np.arange(40) % 24, {}
     with closing(open_engine(tmp_path / "engine")) as engine, closing(HostDevice()) as device:
@@ -112,12 +111,12 @@ def test_points_are_left_out_when_the_time_is_up(tiny_bundle, pairs, tmp_path):
 
 
 def test_a_point_is_measured_bare_piped_and_resident(
-    tiny_bundle, pairs, pretended_gpu, monkeypatch
+    open_float32, pairs, pretended_gpu, monkeypatch
 ):
     monkeypatch.setattr(contest, "NUM_PAIRS", 24)
     profile = contest.profile_of([3, 13], [8, 4])
     assert (profile.max_pairs, profile.text_buckets) == (8, (5, 15))
-    engine = OnAddresses(tiny_bundle, profile)
+    engine = open_float32(profile)
     for size in (8, 4):
         bare, *piped = contest.measure_point(engine, pairs[1], size)
         assert [row["via"] for row in (bare, *piped)] == ["bare", "pipeline", "resident"]
@@ -131,7 +130,8 @@ def test_a_point_is_measured_bare_piped_and_resident(
             assert row["agreement"]["max_abs_diff"] < 1e-4
             assert row["agreement"]["num_pairs"] == max(4, 24 // size) * size
     assert engine.manifest.profile == profile
-    assert not any(pretended_gpu.alive.get(kind) for kind in ("pinned", "device"))
+    assert pretended_gpu.alive["device"] == 0
+    assert pretended_gpu.alive["pinned"] == 1, "all that stays is what uploads were staged in"
 
 
 @pytest.mark.gpu

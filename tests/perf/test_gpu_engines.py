@@ -10,11 +10,9 @@ import pytest
 from edje.arrays import DeviceArray
 from edje.bundle import BundleManifest
 from edje.engines.contract import Batch
-from edje.kernels.device import facts as cuda_memory
 from edje.perf import gpu_contest as contest
 from edje.perf import gpu_engines
 from edje.perf.gpu_engines import CUDA_PROVIDER, OrtCudaEngine
-from recording_trt import Recording, make_cuda_runtime
 
 
 class Session:
@@ -32,10 +30,10 @@ class Session:
     def run_with_iobinding(self, binding, options):
         waits = options.entries.get("disable_synchronize_execution_providers") != "1"
         self.left = 0 if waits else self.left + 1
-        self.log.append("run that waits" if waits else "run")
+        self.log("run that waits" if waits else "run")
 
     def __del__(self):
-        self.log.append("abort" if self.left else "freed")
+        self.log("abort" if self.left else "freed")
 
 
 class RunOptions:
@@ -47,21 +45,17 @@ class RunOptions:
 
 
 @pytest.fixture
-def log(monkeypatch):
-    """What sessions did, in its order; the GPU's memory is the host's."""
-    log = []
+def log(monkeypatch, pretended_gpu):
+    """What sessions and the GPU did, in its order."""
+    calls = pretended_gpu.calls
     library = SimpleNamespace(
         __version__="1.31.1",
         get_available_providers=lambda: [CUDA_PROVIDER],
         RunOptions=RunOptions,
-        InferenceSession=lambda graph, providers: Session(log),
+        InferenceSession=lambda graph, providers: Session(lambda what: calls.append((what, None))),
     )
-    cudart = make_cuda_runtime(Recording())
     monkeypatch.setitem(sys.modules, "onnxruntime", library)
-    monkeypatch.setattr(cuda_memory, "_cudart", lambda: cudart)
-    gpu = cuda_memory.Gpu("NVIDIA Stand-in 80GB", "9.0", "13.0")
-    monkeypatch.setattr(gpu_engines, "current_gpu", lambda: gpu)
-    return log
+    return lambda: [name for name, _ in calls]
 
 
 @pytest.mark.parametrize("num_runs", [0, 1, 3 * gpu_engines.WAITING_RUNS + 1])
@@ -72,15 +66,20 @@ def test_sessions_end_only_after_a_run_that_waited(tiny_bundle, log, num_runs):
             engine.enqueue(*batch_on_gpu(tiny_bundle), stream=stream)
     engine.close()
     engine.close()
-    assert "abort" not in log
-    assert log.count("freed") == (2 if num_runs else 0)
+    done = log()
+    assert "abort" not in done
+    assert done.count("freed") == (2 if num_runs else 0)
+    if num_runs:
+        *_, last_run = (at for at, name in enumerate(done) if name == "run that waits")
+        between = done[last_run : done.index("freed")]
+        assert "synchronize" in between, "the GPU's callbacks were not waited for"
 
 
 def test_few_runs_wait(tiny_bundle, log):
     engine = OrtCudaEngine(tiny_bundle, "fp32", contest.profile_of([3], [8]))
     for _ in range(2 * gpu_engines.WAITING_RUNS):
         engine.enqueue(*batch_on_gpu(tiny_bundle), stream=SimpleNamespace(handle=7))
-    assert log.count("run that waits") == 2
+    assert log().count("run that waits") == 2
     engine.close()
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from edje.errors import EdjeError
 from edje.perf import gpu_ladder, gpu_work
-from edje.perf.gpu_ceilings import Probe, _measured, measure_ceilings
+from edje.perf.gpu_ceilings import Probe, measure_ceilings, measure_probe
 from edje.perf.gpu_ladder import chosen_steps, faults_of, result_of, safe_name, summary
 from edje.perf.gpu_steps import FAILED, OK, SKIPPED, TIMED_OUT, Report, StepResult
 from edje.perf.gpu_table import best_rows, ceilings_of
@@ -203,8 +203,8 @@ def test_a_ceiling_is_amount_over_time_and_a_failing_one_has_its_reason():
     def fail():
         raise RuntimeError("no int8 here")
 
-    good = _measured(Clock(), Probe("memory", "memory", "byte", 100, lambda: lambda: 0.5))
-    bad = _measured(Clock(), Probe("int8", "int8", "flop", 1, fail))
+    good = measure_probe(Clock(), Probe("memory", "memory", "byte", 100, lambda: lambda: 0.5))
+    bad = measure_probe(Clock(), Probe("int8", "int8", "flop", 1, fail))
     assert (good["per_s"], good["unit"], good["fault"]) == (200.0, "byte/s", None)
     assert (bad["per_s"], bad["fault"]) == (None, "RuntimeError: no int8 here")
     assert ceilings_of([good, bad]) == {"memory": 200.0}

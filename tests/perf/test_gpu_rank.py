@@ -11,7 +11,6 @@ from edje.perf import gpu_rank
 from edje.perf.gpu_engines import manifest_of
 from edje.perf.gpu_rank import RowHeads, measure_places, query_pairs
 from edje.perf.gpu_steps import Report
-from on_addresses import OnAddresses
 
 NUM_IMAGES, MAX_PAIRS = 50, 20
 PROFILE = contest.profile_of([gpu_rank.NUM_WORDPIECES], [MAX_PAIRS])
@@ -48,10 +47,10 @@ def check_rows(values, differences):
     assert all(0 < row["min_ms"] <= row["p50_ms"] for row in values["latencies"])
 
 
-def test_every_place_ranks_as_float32_does_beside_the_bare_engine(measure, tiny_bundle):
+def test_every_place_ranks_as_float32_does_beside_the_bare_engine(measure, open_float32):
     run, pairs = measure
     assert pairs.text_ids.shape == (1, gpu_rank.NUM_WORDPIECES + 2)
-    check_rows(run(OnAddresses(tiny_bundle, PROFILE), pairs), 1e-4)
+    check_rows(run(open_float32(PROFILE), pairs), 1e-4)
 
 
 def test_what_is_fed_arrives_bit_by_bit(measure, tiny_bundle):

@@ -14,6 +14,7 @@ import pytest
 
 from edje import EngineError, Reranker, StoreError, TokenStore
 from edje.engines.builder.build import build_engine
+from edje.engines.builder.options import EngineOptions
 from edje.engines.manifest import MANIFEST
 from edje.runtime.results import EngineLabel
 
@@ -141,8 +142,10 @@ def int8_store(tiny_store, tmp_path_factory):
 def test_int8_tokens_score_alike_dequantised_or_taken_as_they_are(
     tiny_bundle, precise_engine, tiny_store, int8_store, tmp_path
 ):
-    options = {"backend": "onnxruntime", "precision": "fp32", "token_dtype": "int8"}
-    build_engine(tiny_bundle, tmp_path / "int8", **options)
+    options = EngineOptions(token_dtype="int8")
+    build_engine(
+        tiny_bundle, tmp_path / "int8", backend="onnxruntime", precision="fp32", options=options
+    )
     scores = []
     for engine, store, tokens in (
         (precise_engine, tiny_store, "float16"),

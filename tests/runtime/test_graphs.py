@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 from edje.engines.builder.build import build_engine
+from edje.engines.builder.options import EngineOptions
 from edje.engines.contract import Batch, BuildOptions, OpenOptions
 from edje.engines.registry import open_engine, require_builder
 from edje.errors import EngineError
 from edje.kernels.device.host import HostDevice
 from edje.perf.gpu_contest import make_pairs
 from edje.runtime import graphs as module
-from edje.runtime.graphs import Graphs
+from edje.runtime.graphs import SlotGraphs, total
 from edje.runtime.pipeline import Pipeline, Request
 from edje.runtime.source import HeldTokens
-from edje.runtime.streams import Lane
+from edje.runtime.streams import Streams
 from edje.runtime.text import TokenizedQueries
 from recording_device import CapturableEngine, RecordingDevice, WatchedEngine
 from toy_engine import ToyEngine, ToySource
@@ -73,25 +74,19 @@ class Device:
         self.alive -= 1
 
 
-class Slot:
-    def engine_views(self, planned):
-        return (id(self), len(planned.pairs)), None
-
-
 class Bench:
-    def __init__(self, **why):
+    def __init__(self):
         self.engine = Engine()
         self.device = Device(self.engine)
-        self.graphs = Graphs(self.engine, self.device, **{"wanted": True, "exclusive": True, **why})
-        self.slot = Slot()
+        self.graphs = SlotGraphs(self.engine, self.device)
 
-    def run(self, num_pairs, slot=None):
+    def run(self, num_pairs, graphs=None):
         """Return what one batch of `num_pairs` led to."""
-        queries, pairs = np.zeros(1), np.zeros(num_pairs)
-        planned = SimpleNamespace(queries=queries, bucket=16, pairs=pairs)
+        pairs = np.zeros(num_pairs, np.int32)
+        batch = Batch(np.zeros((1, 16), np.int32), np.zeros(1, np.int32), pairs, pairs)
         self.engine.done.clear()
-        self.graphs.enqueue(slot or self.slot, planned, STREAM)
-        assert {batch for _, batch in self.engine.done} == {(id(slot or self.slot), num_pairs)}
+        (graphs or self.graphs).enqueue(batch, np.zeros(num_pairs, np.float32), stream=STREAM)
+        assert all(done is batch or len(done) == num_pairs for _, done in self.engine.done)
         return [what for what, _ in self.engine.done]
 
     def warm(self, *sizes):
@@ -103,11 +98,11 @@ def test_a_size_is_run_then_run_and_captured_then_launched():
     bench = Bench()
     assert [bench.run(5) for _ in range(4)] == [[PLAIN], [PLAIN, CAPTURE], [LAUNCH], [LAUNCH]]
     assert bench.run(6) == [PLAIN]
-    other = Slot()
+    other = SlotGraphs(bench.engine, bench.device)
     assert [bench.run(5, other) for _ in range(3)] == [[PLAIN], [PLAIN, CAPTURE], [LAUNCH]]
-    report = bench.graphs.report()
+    report = total([bench.graphs.report(), other.report()])
     assert (report.captured, report.dropped, report.launched) == (2, 0, 3)
-    assert report.plain == {module._FIRST: 3, module._WARM: 2}
+    assert report.plain == {module.FIRST: 3, module.WARM: 2}
 
 
 def test_a_batch_that_hides_its_launches_is_run_plainly():
@@ -115,7 +110,7 @@ def test_a_batch_that_hides_its_launches_is_run_plainly():
     bench.warm(module.MOST_PAIRS, module.MOST_PAIRS + 1)
     assert bench.run(module.MOST_PAIRS) == [LAUNCH]
     assert bench.run(module.MOST_PAIRS + 1) == [PLAIN]
-    assert bench.graphs.report().plain[module._LARGE] == 3
+    assert bench.graphs.report().plain[module.LARGE] == 3
 
 
 def test_the_graph_that_idled_longest_makes_room_and_is_freed(monkeypatch):
@@ -133,7 +128,7 @@ def test_the_graph_that_idled_longest_makes_room_and_is_freed(monkeypatch):
     assert [bench.run(size) for size in (1, 3, 4)] == [[LAUNCH]] * 3
     report = bench.graphs.report()
     assert (report.captured, report.dropped) == (4, 1)
-    assert report.plain[module._FULL] == 2
+    assert report.plain[module.FULL] == 2
 
 
 def test_more_sizes_than_graphs_in_turns_settle(monkeypatch):
@@ -151,10 +146,11 @@ def test_sizes_that_never_come_again_are_forgotten():
     bench = Bench()
     for size in range(1, 200):
         bench.run(size)
-    (mine,) = bench.graphs._slots.values()
-    assert len(mine.seen) == module.MOST_SEEN
+    first_kept = 200 - module.MOST_SEEN
+    assert bench.run(first_kept - 1) == [PLAIN], "it was forgotten"
+    assert bench.run(199) == [PLAIN, CAPTURE], "it was not"
     assert bench.run(1) == [PLAIN]
-    assert bench.graphs.report().captured == 0
+    assert bench.graphs.report().captured == 1
 
 
 @pytest.mark.parametrize("error", [EngineError("no graphs"), RuntimeError("broke")])
@@ -165,7 +161,7 @@ def test_a_failing_capture_costs_nobody_anything_and_is_not_tried_again(error):
     assert bench.run(5) == [PLAIN]
     bench.device.fails = None
     assert [bench.run(5) for _ in range(3)] == [[PLAIN]] * 3
-    (told,) = set(bench.graphs.report().plain) - {module._FIRST, module._WARM}
+    (told,) = set(bench.graphs.report().plain) - {module.FIRST, module.WARM}
     name = "" if isinstance(error, EngineError) else "RuntimeError: "
     assert told == f"a capture failed: {name}{error}"
     assert bench.graphs.report().plain[told] == 3
@@ -194,8 +190,7 @@ def test_a_slot_where_captures_keep_failing_captures_no_more():
     bench = Bench()
     bench.device.fails = RuntimeError("broke")
     bench.warm(*range(1, 20))
-    (mine,) = bench.graphs._slots.values()
-    assert len(mine.failed) == module.MOST_FAILURES
+    assert len(bench.graphs.report().failed) == module.MOST_FAILURES
     bench.device.fails = None
     assert bench.run(19) == [PLAIN]
 
@@ -208,25 +203,6 @@ def test_an_engine_that_cannot_be_captured_never_is():
     assert bench.graphs.report().plain["it still compiles"] == 2
     bench.engine.why_not = None
     assert [bench.run(5), bench.run(5)] == [[PLAIN, CAPTURE], [LAUNCH]]
-
-
-@pytest.mark.parametrize(
-    ("device", "why", "told"),
-    [
-        ({}, {"wanted": False}, "turned off"),
-        ({}, {"exclusive": False}, "the stream is the caller's"),
-        ({"shares_memory": True}, {}, "launches no kernels"),
-        ({"offers_graphs": False}, {}, "offers no graphs on pretended: use the cuda_core"),
-    ],
-)
-def test_where_no_graph_can_be_everything_is_run_plainly(device, why, told, monkeypatch):
-    for name, value in device.items():
-        monkeypatch.setattr(Device, name, value)
-    bench = Bench(**why)
-    assert [bench.run(5) for _ in range(4)] == [[PLAIN]] * 4
-    ((reason, count),) = bench.graphs.report().plain.items()
-    assert told in reason
-    assert count == 4
 
 
 def run(pipeline, num_batches=12):
@@ -252,12 +228,20 @@ def test_a_borrowed_stream_is_captured_only_where_it_is_lent_alone():
     device = RecordingDevice(1)
     with device.current():
         mine = device.stream()
-        shared, alone = Lane(device, borrowed=mine), Lane(device, borrowed=mine, exclusive=True)
-    assert run(pipeline_on(device, CapturableEngine(), lane=shared)).captured == 0
-    assert run(pipeline_on(device, CapturableEngine(), lane=alone)).captured == 2
+        shared, alone = (Streams(device, borrowed=mine, exclusive=alone) for alone in (False, True))
+    told = run(pipeline_on(device, CapturableEngine(), streams=shared)).plain
+    assert told == {"the stream is the caller's, whose other work a capture could swallow": 12}
+    assert run(pipeline_on(device, CapturableEngine(), streams=alone)).captured == 2
+
+
+class LibraryWithoutGraphs(RecordingDevice):
+    offers_graphs = False
 
 
 def test_a_pipeline_says_why_it_has_no_graphs():
+    bare = run(pipeline_on(LibraryWithoutGraphs(1), CapturableEngine()))
+    told = "this library offers no graphs on recording: use the cuda_core device"
+    assert (bare.plain, bare.captured) == ({told: 12}, 0)
     watched = run(pipeline_on(RecordingDevice(1), WatchedEngine()))
     assert watched.plain["toy has no forward that can be captured"] == 10
     off = run(pipeline_on(RecordingDevice(1), CapturableEngine(), graphs=False))
@@ -294,7 +278,10 @@ def test_a_real_engine_scores_by_graphs_as_without_while_sizes_take_turns(
         require_builder(backend, "fp16", BuildOptions())
     except EngineError as error:
         pytest.skip(str(error))
-    build_engine(tiny_bundle, tmp_path / "engine", backend=backend, precision="fp16", max_pairs=32)
+    options = EngineOptions(max_pairs=32)
+    build_engine(
+        tiny_bundle, tmp_path / "engine", backend=backend, precision="fp16", options=options
+    )
     (pairs,) = make_pairs(tiny_bundle, [13], num_pairs=100)
     kernels = {"dynamic_shapes_kernel_specialization_strategy": "eager"}
     settings = {} if backend == "tensorrt" else kernels

@@ -12,6 +12,7 @@ from edje import RequestError, Reranker
 from edje.bundle import BundleManifest
 from edje.engines.builder.build import build_engine
 from edje.engines.builder.cache import cached_engine
+from edje.engines.builder.options import EngineOptions
 from edje.engines.image import FeatureEncoder, ImageEncoder
 from edje.engines.manifest import EngineManifest
 from edje.engines.registry import open_engine
@@ -53,9 +54,11 @@ def test_engines_and_stores_are_found_by_any_kind_of_path(
 def test_engines_are_built_into_any_kind_of_path(
     tmp_path: Path, tiny_bundle: Path, kind: Any
 ) -> None:
-    chosen: dict[str, Any] = {"backend": "onnxruntime", "precision": "fp32", "max_pairs": 4}
+    buckets = (size for size in np.array([15, 64]))
+    options = EngineOptions(max_pairs=4, text_buckets=buckets)
+    chosen: dict[str, Any] = {"backend": "onnxruntime", "precision": "fp32", "options": options}
     bundle, out = kind(tiny_bundle), kind(tmp_path / "engine")
-    built = build_engine(bundle, out, **chosen, text_buckets=(size for size in np.array([15, 64])))
+    built = build_engine(bundle, out, **chosen)
     assert built.profile.text_buckets == (15, 64)
     assert cached_engine(bundle, kind(tmp_path / "cache"), **chosen).parent == tmp_path / "cache"
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from edje.errors import EngineError, StoppedError, StoreError
 from edje.kernels.device.host import HostDevice
 from edje.runtime.pipeline import NUM_SLOTS, Pipeline, Request
-from edje.runtime.streams import Lane
+from edje.runtime.streams import Streams
 from edje.runtime.text import TokenizedQueries
 from toy_engine import ToyEngine, ToySource, toy_manifest
 
@@ -58,7 +58,7 @@ class Rig:
         assert np.array_equal(self.pipeline.run(request).scores, expected_scores(request))
 
     def num_free_slots(self):
-        return len(self.pipeline._ring._free)
+        return self.pipeline.usage().num_free
 
 
 @st.composite
@@ -263,7 +263,7 @@ def test_a_small_request_does_not_wait_for_a_large_one_to_end():
         try:
             wait_until(lambda: len(rig.source.buffers) == NUM_SLOTS)
             small = pool.submit(rig.pipeline.run, make_request([5], np.zeros(1), [400]))
-            wait_until(lambda: rig.pipeline._ring._queue)
+            wait_until(lambda: rig.pipeline.usage().num_waiting)
             while not small.done():
                 turn.release()
                 threading.Event().wait(0.001)
@@ -283,7 +283,7 @@ def test_close_lets_running_batches_finish_and_refuses_the_rest():
             pool.submit(rig.pipeline.run, make_request([5], np.zeros(8), np.arange(8)))
             for _ in range(4)
         ]
-        wait_until(lambda: len(rig.pipeline._ring._queue) == 4)
+        wait_until(lambda: rig.pipeline.usage().num_waiting == 4)
         rig.pipeline.close()
         release.set()
         for future in (long, *waiting):
@@ -313,7 +313,7 @@ def test_a_deadline_ends_the_wait_for_a_slot():
             with pytest.raises(StoppedError, match="deadline passed"):
                 rig.pipeline.run(replace(request, deadline=time.monotonic() + 0.05))
             assert not long.done()
-            assert not rig.pipeline._ring._queue
+            assert rig.pipeline.usage().num_waiting == 0
         finally:
             release.set()
         long.result(10)
@@ -322,16 +322,17 @@ def test_a_deadline_ends_the_wait_for_a_slot():
 
 def test_a_callers_own_stream_computes():
     device = HostDevice()
-    mine = device.stream()
+    mine, workers = device.stream(), []
     engine, threads = ToyEngine(), set()
     engine.before = lambda batch: threads.add(threading.current_thread())
-    pipeline = Pipeline(engine, ToySource(), device, lane=Lane(device, borrowed=mine))
+    mine.submit(lambda: workers.append(threading.current_thread()))
+    pipeline = Pipeline(engine, ToySource(), device, streams=Streams(device, borrowed=mine))
     request = make_request([5], np.zeros(20), np.arange(20))
     assert np.array_equal(pipeline.run(request).scores, expected_scores(request))
-    assert threads == {mine._worker}
+    assert threads == set(workers)
     assert device.usage().num_streams == 1
     with pytest.raises(EngineError, match="borrows host streams, got str"):
-        Lane(device, borrowed="stream")
+        Streams(device, borrowed="stream")
     pipeline.close()
     device.close()
 

@@ -34,7 +34,7 @@ def held() -> tuple[int, int]:
 def test_32_threads_get_their_own_scores_from_one_reranker(tiny_engine, tiny_store):
     with Reranker.open(tiny_engine, store=tiny_store, num_threads=1) as reranker:
         expected = {query: reranker.rank(query, IDS).hits for query in QUERIES}
-        made = reranker._device.usage()
+        made = reranker.usage()
         start = threading.Barrier(32)
 
         def call(number):
@@ -49,17 +49,16 @@ def test_32_threads_get_their_own_scores_from_one_reranker(tiny_engine, tiny_sto
 
         with ThreadPoolExecutor(32) as pool:
             assert all(pool.map(call, range(32), timeout=60))
-        assert reranker._device.usage() == made
+        assert reranker.usage() == made
         assert made.pinned_bytes > 0
 
 
 def test_50_openings_leave_nothing_behind(tiny_engine, tiny_store):
     def cycle():
         reranker = Reranker.open(tiny_engine, store=tiny_store, num_threads=1)
-        device = reranker._device
         assert len(reranker.rank("red", IDS)) == len(IDS)
         reranker.close()
-        assert device.usage() == DeviceUsage()
+        assert reranker.usage() == DeviceUsage()
 
     cycle()  # the libraries' own threads and files stay
     before = held()

@@ -7,7 +7,6 @@ them with CUDA graphs, and some of these with room for two graphs a slot.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,14 +20,15 @@ from edje.errors import EdjeError, EngineError, StoppedError, StoreError
 from edje.kernels.device.host import HostDevice
 from edje.runtime import graphs as graphs_module
 from edje.runtime import pipeline as pipeline_module
+from edje.runtime.graphs import SlotGraphs
 from edje.runtime.pipeline import Pipeline, Request
 from edje.runtime.slot import Slot, SlotRing
-from edje.runtime.slot_tokens import Staged, StagedRecords
-from edje.runtime.streams import Lane
+from edje.runtime.streams import Streams
 from edje.runtime.text import TokenizedQueries
 from recording_device import (
     CapturableEngine,
     RecordingDevice,
+    RecordingEvent,
     RecordingGraph,
     RecordingStream,
     poison,
@@ -44,45 +44,34 @@ class WatchedSlot(Slot):
     """Tells a recording device what the host touches."""
 
     def __init__(self, device: Any, manifest: Any, pool: Any = None):
+        self.touch = getattr(device, "touch", lambda *arrays, writes: None)
         super().__init__(device, manifest, pool)
-        self._touch = getattr(device, "touch", lambda *arrays, writes: None)
-        for tensor in staged_in(self.tokens):
-            tensor.host = self._written(tensor.host)
 
     def fill_text(self, queries, planned):
-        views = self._of(planned)
-        self._touch(views.text_ids, views.text_length, views.query_of_pair, writes=True)
         super().fill_text(queries, planned)
+        host = self.host
+        self.touch(host.text_ids, host.text_length, host.query_of_pair, writes=True)
 
-    def _written(self, host):
-        def touching_host(*shape):
-            array = host(*shape)
-            self._touch(array, writes=True)
-            return array
+    def read(self, source, rows, *, check_finite):
+        self.touch(self.host.visual_tokens, self.host.visual_scales, writes=True)
+        return super().read(source, rows, check_finite=check_finite)
 
-        return touching_host
-
-    def upload(self, stream, planned):
+    def upload(self, stream):
         """Poison what the engine shall write as well: a graph that writes nothing is found out."""
-        super().upload(stream, planned)
-        scores = self.engine_views(planned)[1]
+        super().upload(stream)
+        scores = self.batch_scores
         if isinstance(stream, RecordingStream):
             writes = stream.device.buffers_of(scores)
             stream.submit(lambda: poison(scores), what="poison", writes=writes)
 
-    def scores(self, planned):
-        scores = super().scores(planned)
-        self._touch(scores, writes=False)
-        return scores
+    @property
+    def scores(self):
+        self.touch(self.downloaded, writes=False)
+        return self.downloaded
 
-
-def staged_in(thing) -> Iterator[Staged]:
-    """Yield the staged tensors of a slot's tokens: the host fills whatever it looks at there."""
-    for value in vars(thing).values():
-        if isinstance(value, Staged):
-            yield value
-        elif isinstance(value, StagedRecords):
-            yield from staged_in(value)
+    @scores.setter
+    def scores(self, downloaded):
+        self.downloaded = downloaded
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +118,7 @@ class Rig:
 
     def finish(self):
         assert getattr(self.device, "races", []) == []
-        assert len(self.pipeline._ring._free) == self.num_slots
+        assert self.pipeline.usage() == (self.num_slots, self.num_slots, 0)
         assert replace(self.device.usage(), num_graphs=0) == self.made
         report = self.pipeline.graphs
         assert self.device.usage().num_graphs == report.captured - report.dropped
@@ -272,14 +261,8 @@ def test_a_failing_graph_is_compute_or_nobodys_error_and_is_reported(
     assert all(isinstance(error, EngineError) for error in errors)
     assert all(f"{what} broke" in str(error) for error in errors)
     told = f"{GRAPH_BREAKS[what]}: RuntimeError: {what} broke"
-    assert failures_of(rig) == ([told] if failed and what != "launching" else [])
+    assert list(rig.pipeline.graphs.failed) == ([told] if failed and what != "launching" else [])
     rig.finish()
-
-
-def failures_of(rig):
-    """Return why slots run sizes plainly after a failure."""
-    slots = rig.pipeline._graphs._slots.values()
-    return [reason for mine in slots for reason in mine.failed.values()]
 
 
 @few
@@ -370,14 +353,7 @@ def test_a_request_nobody_wants_any_more_stops_and_gives_its_slots_back(
 def test_a_lost_device_says_so_and_takes_no_more_work(seed, request_, num_slots, at):
     device = RecordingDevice(seed)
     rig = Rig(device, num_slots, "on")
-    run_one = device._run_one
-
-    def losing_run_one():
-        if device.num_run >= at:
-            device.lost = "an illegal memory access was encountered"
-        return run_one()
-
-    device._run_one = losing_run_one
+    device.lose_after = at
     error = rig.outcome(request_)
     if device.lost is None:
         assert error is None
@@ -386,7 +362,7 @@ def test_a_lost_device_says_so_and_takes_no_more_work(seed, request_, num_slots,
         assert isinstance(failure, EngineError)
         assert re.match("recording is lost, it takes no more .* illegal memory", failure.message)
         assert "restart the process" in failure.hint
-    assert len(rig.pipeline._ring._free) == num_slots
+    assert rig.pipeline.usage().num_free == num_slots
 
 
 SPOILT = {
@@ -431,28 +407,29 @@ def intruding(work, stream):
     return both
 
 
-class SharedByAll(dict):
-    """One slot's graphs, given to every slot."""
-
-    def get(self, slot):
-        return next(iter(self.values()), None)
-
-
 def spoil(rig, what, which, patch):
-    lane = rig.pipeline._lane
     if what == "wait":
-        patch.setattr(getattr(lane, f"_{which}"), "wait", lambda event: None)
+        number = {"compute": 0, "result": 2}[which]  # in the order that `Streams` makes them
+        wait = RecordingStream.wait
+        patch.setattr(
+            RecordingStream,
+            "wait",
+            lambda stream, event: None if stream.place == number else wait(stream, event),
+        )
     elif what == "collect":
-        patch.setattr(Lane, "collect", lambda self, slot: None)
-        for slot in rig.pipeline._ring._free:
-            patch.setattr(slot.finished, "elapsed_ms", lambda since: 0.0)
-            patch.setattr(slot.uploaded, "elapsed_ms", lambda since: 0.0)
-            patch.setattr(slot.computed, "elapsed_ms", lambda since: 0.0)
+        patch.setattr(Streams, "collect", lambda self, slot: None)
+        patch.setattr(RecordingEvent, "elapsed_ms", lambda event, since: 0.0)
     elif what == "give_back":
-        ring = rig.pipeline._ring
-        patch.setattr(ring, "try_take", lambda: ring._free[0])
+        for name in ("take", "try_take"):
+            patch.setattr(SlotRing, name, giving_back(getattr(SlotRing, name)))
     elif what == "graphs":
-        patch.setattr(rig.pipeline._graphs, "_slots", SharedByAll())
+        enqueue, first = SlotGraphs.enqueue, []
+
+        def shared(mine, batch, scores, *, stream):
+            first.append(mine)
+            enqueue(first[0], batch, scores, stream=stream)
+
+        patch.setattr(SlotGraphs, "enqueue", shared)
     elif what == "empty":
         patch.setattr(RecordingGraph, "launch", lambda graph, stream: None)
     elif what == "free":
@@ -463,4 +440,15 @@ def spoil(rig, what, which, patch):
         patch.setattr(rig.device, "capture", lambda work, on: capture(intruding(work, on), on))
     else:
         patch.setattr(rig.device, "current", HostDevice().current)
-    assert isinstance(rig.pipeline._ring, SlotRing)
+
+
+def giving_back(take):
+    """Return `take` that gives the slot back at once, so that others may take it, too."""
+
+    def spoilt(ring, *timeout):
+        slot = take(ring, *timeout)
+        if slot is not None:
+            ring.give_back(slot)
+        return slot
+
+    return spoilt

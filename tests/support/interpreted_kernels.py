@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from edje.arrays import DeviceArray
 from edje.kernels.launch import KernelLibrary
 from edje.kernels.manifest import read_manifest
 from edje.kernels.variants import all_variants
@@ -86,25 +87,6 @@ def _inside(memory: np.ndarray, array: np.ndarray) -> np.ndarray:
     return memory[MARGIN:-MARGIN].view(array.dtype).reshape(array.shape)
 
 
-@dataclass(frozen=True)
-class HostMemory:
-    """A NumPy array under the name of device memory."""
-
-    array: np.ndarray
-
-    @property
-    def address(self) -> int:
-        return self.array.ctypes.data
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.array.dtype
-
-
 @dataclass
 class InterpretedDevice:
     """A loader whose kernels run in the interpreter, on host arrays that it was shown.
@@ -116,11 +98,11 @@ class InterpretedDevice:
     stream: None = None
     arrays: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
-    def memory(self, array: np.ndarray) -> HostMemory:
+    def memory(self, array: np.ndarray) -> DeviceArray:
         """Return an array as device memory, on 16 bytes as NumPy gives it."""
         assert array.flags.c_contiguous
         self.arrays[array.ctypes.data] = array
-        return HostMemory(array)
+        return DeviceArray(array.ctypes.data, array.shape, array.dtype)
 
     @property
     def library(self) -> KernelLibrary:

@@ -1,30 +1,35 @@
-"""A real engine over addresses, for pretended GPUs."""
+"""An engine of a pretended GPU, whose memory is the host's: it follows the addresses."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
-from edje.engines.contract import Batch, Engine
-from edje.engines.manifest import Profile
-from edje.perf import gpu_contest as contest
-from edje.perf.gpu_engines import manifest_of
-from recording_trt import array_at
+import numpy as np
+
+from edje.engines.contract import INPUTS, Batch, Engine
+from edje.engines.manifest import EngineManifest
+from pretended_gpu import array_at
 
 
 class OnAddresses(Engine):
-    """The lean scorer over memory that a stand-in calls the GPU's."""
+    """Scores at once what `score` makes of the batch as host arrays, without a copy."""
 
     on_device = True
 
-    def __init__(self, bundle: Path, profile: Profile):
-        super().__init__(manifest_of(bundle, "stand-in", "0", "fp32", profile))
-        self._score = contest.torch_scorer(bundle, "cpu")
+    def __init__(self, manifest: EngineManifest, score: Callable[[Batch], np.ndarray]):
+        super().__init__(manifest)
+        self.score = score
 
-    def _enqueue(self, batch, scores, stream):
-        names = ("text_ids", "text_length", "query_of_pair", "visual_tokens")
-        arrays = [getattr(batch, name) for name in names]
-        views = [array_at(a.address, a.shape, a.dtype) for a in arrays]
-        array_at(scores.address, scores.shape, scores.dtype)[:] = self._score(Batch(*views))
+    def _enqueue(self, batch: Batch, scores: Any, stream: Any) -> None:
+        names = (*INPUTS, "visual_scales")
+        arrays = {name: getattr(batch, name) for name in names}
+        host = {name: None if each is None else _view(each) for name, each in arrays.items()}
+        _view(scores)[:] = self.score(Batch(**host))
 
-    def close(self):
+    def close(self) -> None:
         pass
+
+
+def _view(array: Any) -> np.ndarray:
+    return array_at(array.address, array.shape, array.dtype)

@@ -28,7 +28,7 @@ import numpy as np
 from edje.errors import EngineError
 from edje.kernels.device.contract import DeviceUsage
 from edje.kernels.manifest import KernelEntry
-from pretended_kernels import copy_of, entry_of
+from pretended_gpu import copy_of, entry_of
 from toy_engine import ToyEngine
 
 HOST = -1
@@ -274,6 +274,7 @@ class RecordingDevice:
         self.host_clock: Clock = {}
         self.races: list[str] = []
         self.lost: str | None = None
+        self.lose_after: int | None = None  # operations
         self.failures: dict[str, int] = {}
         self.num_run = 0
         self.closed = False
@@ -286,6 +287,10 @@ class RecordingDevice:
             yield
         finally:
             self._thread.depth = depth
+
+    def depth(self) -> int:
+        """How many times this thread has made the device current."""
+        return getattr(self._thread, "depth", 0)
 
     def pinned(self, num_elements: int, dtype: np.dtype[Any]) -> RecordingBuffer:
         return self._buffer(f"pinned {len(self._buffers)}", num_elements, dtype)
@@ -417,6 +422,8 @@ class RecordingDevice:
         return self._buffers[-1]
 
     def _run_one(self) -> bool:
+        if self.lose_after is not None and self.num_run >= self.lose_after:
+            self.lost = "an illegal memory access was encountered"
         ready = [stream for stream in self._streams if stream.may_run()]
         if not ready:
             return False

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from edje.arrays import DeviceArray
+
 
 @dataclass
 class RecordingLoader:
@@ -33,14 +35,6 @@ class RecordingLoader:
             self.loader.launches.append(call)
 
 
-@dataclass(frozen=True)
-class FakeMemory:
-    """Device memory that does not exist."""
-
-    address: int
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-
-def fake_memory(address: int, shape: tuple[int, ...], dtype: str) -> FakeMemory:
-    return FakeMemory(address, shape, np.dtype(dtype))
+def fake_memory(address: int, shape: tuple[int, ...], dtype: str) -> DeviceArray:
+    """Return device memory that does not exist."""
+    return DeviceArray(address, shape, np.dtype(dtype))

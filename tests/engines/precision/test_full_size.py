@@ -9,7 +9,7 @@ from edje.bundle import JOINT_ENCODER, BundleManifest
 from edje.engines.fidelity import FidelityLimits
 from edje.engines.manifest import Profile
 from edje.engines.precision.graph import Graph
-from edje.engines.precision.ladder import choose
+from edje.engines.precision.search import choose
 from edje.engines.samples import RandomSamples, sample_batches
 
 NUM_CHANNELS = 4
@@ -31,7 +31,7 @@ def with_outliers(graph: Graph) -> Graph:
 
 
 @pytest.mark.slow
-def test_the_ladder_holds_its_limit_with_outliers_and_says_what_it_kept(full_size_bundle):
+def test_the_search_holds_its_limit_with_outliers_and_says_what_it_kept(full_size_bundle):
     bundle = BundleManifest.read(full_size_bundle)
     planted = with_outliers(Graph.read(full_size_bundle / JOINT_ENCODER))
     profile = Profile(64, (15, 63))
@@ -47,5 +47,5 @@ def test_the_ladder_holds_its_limit_with_outliers_and_says_what_it_kept(full_siz
     assert set(choice.facts["kept"]) == set(choice.kept)
     assert len(choice.facts["smoothed"]) >= 20
     taus = [found["kendall_tau"] for found in choice.facts["tried"] if "kept" not in found]
-    assert max(taus) < MIN_TAU  # the ladder was needed
-    assert any("places in float32" in line for line in told)
+    assert max(taus) < MIN_TAU  # the search was needed
+    assert any("layer groups in float32" in line for line in told)

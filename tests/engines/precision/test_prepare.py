@@ -1,4 +1,4 @@
-"""From a recipe to a graph and its plan: limits, the ladder, int8 tokens, refusals."""
+"""From a recipe to a graph and its plan: limits, the search, int8 tokens, refusals."""
 
 from dataclasses import replace
 
@@ -9,9 +9,9 @@ from edje.engines.contract import INPUTS
 from edje.engines.fidelity import FidelityLimits
 from edje.engines.precision.emulate import runner, scorer
 from edje.engines.precision.graph import Graph
-from edje.engines.precision.ladder import choose
 from edje.engines.precision.prepare import GraphCache, Recipe, prepare_graph, take_int8_tokens
 from edje.engines.precision.quantize import find_linears
+from edje.engines.precision.search import choose
 from edje.engines.samples import RandomSamples, int8_batch
 from edje.errors import EngineError
 
@@ -71,29 +71,29 @@ def test_random_pairs_are_marked_and_hold_no_limits(prepare, bundle):
     assert plan["kept"] == {}
 
 
-def ladder(graph, queries, tau):
+def search(graph, queries, tau):
     limits = FidelityLimits(min_kendall_tau=tau)
     return choose(graph, queries, "fp8", "float32", limits, lambda _: None)
 
 
-def test_the_ladder_keeps_no_more_than_it_must(graph, queries):
-    free = ladder(graph, queries, -1.0)
+def test_the_search_keeps_no_more_than_it_must(graph, queries):
+    free = search(graph, queries, -1.0)
     assert free.kept == ()
     limit = free.agreement.kendall_tau + 0.4 * (1 - free.agreement.kendall_tau)
-    held = ladder(graph, queries, limit)
+    held = search(graph, queries, limit)
     assert held.agreement.kendall_tau >= limit > free.agreement.kendall_tau
     assert 0 < len(held.kept) < 8
     assert list(held.facts["kept"]) == list(held.kept)
-    effects = [held.facts["kept"][place]["mean_abs_diff"] for place in held.kept]
+    effects = [held.facts["kept"][group]["mean_abs_diff"] for group in held.kept]
     assert effects == sorted(effects, reverse=True)
-    assert {linear.place for linear in find_linears(held.graph)} == set(held.kept)
+    assert {linear.group for linear in find_linears(held.graph)} == set(held.kept)
     fewer = [t for t in held.facts["tried"] if t.get("kept", 0) == len(held.kept) - 1]
     assert all(found["kendall_tau"] < limit for found in fewer)
 
 
 def test_limits_that_nothing_holds_are_refused_with_the_figures(graph, queries):
     with pytest.raises(EngineError, match="does not hold the fidelity limits") as caught:
-        ladder(graph, queries, 1.0)
+        search(graph, queries, 1.0)
     assert "the limit is 1" in caught.value.faults[0]
     assert "fp16" in caught.value.hint
 

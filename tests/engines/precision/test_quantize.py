@@ -95,11 +95,11 @@ def test_biases_embeddings_pooler_and_head_stay_as_they_are(graph, amax, precisi
     assert {"layers.0.ffn1.bias", "pooler.weight", "classifier.weight"} <= graph.weights.keys()
 
 
-def test_kept_places_stay_whole(graph, amax, queries, run):
+def test_kept_layer_groups_stay_whole(graph, amax, queries, run):
     kept = {"layers.0.qkv", "layers.1.ffn2"}
-    left = {linear.place for linear in find_linears(quantize(graph, "int8", amax, keep=kept))}
+    left = {linear.group for linear in find_linears(quantize(graph, "int8", amax, keep=kept))}
     assert left == kept
-    everything = {linear.place for linear in find_linears(graph)}
+    everything = {linear.group for linear in find_linears(graph)}
     same = quantize(graph, "int8", amax, keep=everything)
     np.testing.assert_array_equal(run(same, queries[0][0]), run(graph, queries[0][0]))
 
@@ -116,12 +116,12 @@ def test_scores_stay_near_and_do_move(graph, amax, queries, run, precision, elem
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_switches_score_as_the_graph_with_those_places_kept(graph, amax, queries, precision):
+def test_switches_score_as_the_graph_with_those_layer_groups_kept(graph, amax, queries, precision):
     switches = Switches(graph, precision, amax)
     batch = queries[2][0]
     for kept in (set(), {"layers.0.ffn2", "layers.1.qkv"}):
         expected = scorer(quantize(graph, precision, amax, keep=kept))(batch)
-        found = switches.score(batch, set(switches.places) - kept)
+        found = switches.score(batch, set(switches.groups) - kept)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 

@@ -8,7 +8,7 @@ from edje.errors import EngineError
 from edje.kernels.device import GPU_DEVICES, open_gpu
 from edje.kernels.device.copies import CopySpeed, measure_copies
 from edje.kernels.device.host import HostDevice
-from recording_cuda import pretend_gpu
+from pretended_gpu import pretend_gpu
 
 
 @pytest.mark.parametrize(

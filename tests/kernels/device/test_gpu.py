@@ -12,16 +12,23 @@ import pytest
 
 from copying_engine import CopyingEngine
 from edje.arrays import DeviceArray
-from edje.engines.contract import Engine
 from edje.errors import EngineError
-from edje.kernels.device import facts as cuda_memory
+from edje.kernels.device import facts
 from edje.kernels.device.contract import DeviceUsage
 from edje.kernels.device.cuda_core import CudaCoreDevice
 from edje.kernels.device.pycuda import PycudaDevice
 from edje.runtime.pipeline import Pipeline, Request
 from edje.runtime.text import TokenizedQueries
-from recording_cuda import CUBIN, FOREIGN, GPU_NAME, make_core, pretend_gpu
-from recording_trt import array_at
+from on_addresses import OnAddresses
+from pretended_gpu import (
+    CUBIN,
+    FOREIGN,
+    GPU_NAME,
+    Machine,
+    make_core,
+    make_driver,
+    pretend_gpu,
+)
 from toy_engine import ToySource, toy_manifest
 
 DEVICES = {"cuda_core": CudaCoreDevice, "pycuda": PycudaDevice}
@@ -47,27 +54,14 @@ def core(machine):
     device.close()
 
 
-class GpuEngine(Engine):
-    """Scores as the toy engine does, over addresses, at once."""
-
-    on_device = True
-
-    def _enqueue(self, batch, scores, stream):
-        at = {
-            name: array_at(array.address, array.shape, array.dtype)
-            for name, array in vars_of(batch).items()
-        }
-        text = at["text_ids"].sum(1) / 1024
-        out = array_at(scores.address, scores.shape, scores.dtype)
-        out[:] = at["visual_tokens"][:, 0, 0] + text[at["query_of_pair"]]
-
-    def close(self):
-        pass
+def toy_score(batch):
+    """Score as the toy engine does."""
+    text = batch.text_ids.sum(1) / 1024
+    return batch.visual_tokens[:, 0, 0] + text[batch.query_of_pair]
 
 
-def vars_of(batch):
-    names = ("text_ids", "query_of_pair", "visual_tokens")
-    return {name: getattr(batch, name) for name in names}
+def gpu_engine():
+    return OnAddresses(toy_manifest(), toy_score)
 
 
 def make_request(rows):
@@ -78,7 +72,7 @@ def make_request(rows):
 
 
 def test_the_pipeline_runs_on_a_gpu_from_any_thread(device, machine):
-    pipeline = Pipeline(GpuEngine(toy_manifest()), ToySource(), device)
+    pipeline = Pipeline(gpu_engine(), ToySource(), device)
     made, alive = device.usage(), dict(machine.alive)
 
     def call(number):
@@ -182,20 +176,23 @@ def test_a_full_gpu_says_how_much_was_asked(device, machine):
 
 
 def test_a_lost_gpu_is_noticed_and_refuses_further_work(device, machine):
-    pipeline = Pipeline(GpuEngine(toy_manifest()), ToySource(), device)
+    def breaks(batch):
+        machine.broken = "an illegal memory access"
+        return toy_score(batch)
+
+    engine, source = gpu_engine(), ToySource()
+    pipeline = Pipeline(engine, source, device)
     assert device.fault() is None
     request = make_request(np.arange(20))
     pipeline.run(request)
-    pipeline._source.fail = {3: RuntimeError("not the GPU's fault")}
+    source.fail = {3: RuntimeError("not the GPU's fault")}
     with pytest.raises(EngineError, match="Stage: gather"):
         pipeline.run(request)
-    pipeline._source.fail = {}
-    original = GpuEngine._enqueue
-    engine = pipeline._engine
-    engine._enqueue = lambda *batch: setattr(machine, "broken", "an illegal memory access")
+    source.fail = {}
+    engine.score = breaks
     with pytest.raises(EngineError, match=f"{GPU_NAME} is lost, .*: an illegal memory access"):
         pipeline.run(request)
-    engine._enqueue = original.__get__(engine)
+    engine.score = toy_score
     with pytest.raises(EngineError, match="takes no more work") as error:
         pipeline.run(request)
     assert "restart the process" in error.value.hint
@@ -203,7 +200,7 @@ def test_a_lost_gpu_is_noticed_and_refuses_further_work(device, machine):
 
 
 def test_a_forked_child_frees_nothing_of_its_parents(device, machine, monkeypatch):
-    pipeline = Pipeline(GpuEngine(toy_manifest()), ToySource(), device)
+    pipeline = Pipeline(gpu_engine(), ToySource(), device)
     alive, parent = dict(machine.alive), os.getpid()
     with monkeypatch.context() as child:
         child.setattr(os, "getpid", lambda: parent + 1)
@@ -402,9 +399,19 @@ def test_an_old_cuda_core_is_refused(version, machine, monkeypatch):
 
 @pytest.mark.parametrize("kind", DEVICES)
 def test_a_machine_without_a_driver_says_so(kind, monkeypatch):
-    monkeypatch.setattr(cuda_memory, "DRIVER", "libno-such-driver.so.1")
+    monkeypatch.setattr(facts, "DRIVER", "libno-such-driver.so.1")
     with pytest.raises(EngineError, match=f"the {kind} device cannot be used: no NVIDIA driver"):
         DEVICES[kind]()
+
+
+def test_the_stand_in_has_no_call_that_the_driver_lacks():
+    real = pytest.importorskip("cuda.bindings.driver")
+    stand_in = make_driver(Machine())
+    names = {name for name in vars(stand_in) if name.lower().startswith("cu")}
+    assert len(names) > 15
+    assert names <= set(dir(real))
+    for kind in ("CUdevice_attribute", "CUmemorytype"):
+        assert set(vars(getattr(stand_in, kind))) <= set(dir(getattr(real, kind)))
 
 
 @pytest.mark.gpu

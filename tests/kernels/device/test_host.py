@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from edje.errors import EngineError
 from edje.kernels.device.contract import DeviceUsage
-from edje.kernels.device.host import HostDevice, HostEvent
+from edje.kernels.device.host import HostDevice, HostEvent, InlineStream
 
 
 @pytest.fixture
@@ -187,9 +187,23 @@ def test_close_finishes_queued_work_and_ends_the_thread():
 
 
 def test_a_forgotten_stream_ends_its_thread():
+    before = set(threading.enumerate())
     stream = HostDevice().stream()
-    worker = stream._worker
+    (worker,) = set(threading.enumerate()) - before
     del stream
     gc.collect()
     worker.join(5)
     assert not worker.is_alive()
+
+
+def test_an_inline_stream_runs_work_at_once_and_raises_where_it_is_called():
+    device, stream, seen = HostDevice(), InlineStream(), []
+    event = device.event()
+    stream.submit(lambda: seen.append(threading.current_thread()))
+    stream.record(event)
+    stream.wait(event)
+    event.synchronize()
+    assert seen == [threading.current_thread()]
+    with pytest.raises(ZeroDivisionError):
+        stream.submit(lambda: 1 / 0)
+    stream.close()

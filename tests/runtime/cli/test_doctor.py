@@ -10,7 +10,7 @@ import pytest
 
 from edje.runtime.cli import doctor
 from edje.runtime.cli.app import main
-from recording_cuda import GPU_NAME, pretend_gpu
+from pretended_gpu import GPU_NAME, pretend_gpu
 
 
 def test_the_diagnosis_is_json_and_names_every_backend(capsys):

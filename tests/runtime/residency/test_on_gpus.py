@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import pytest
 
 from copying_engine import CopyingEngine
 from edje.engines.contract import Engine
+from edje.engines.manifest import EngineManifest
 from edje.kernels.device.cuda_core import CudaCoreDevice
 from edje.kernels.device.pycuda import PycudaDevice
 from edje.runtime.opening import RunOptions
 from edje.runtime.reranker import Reranker
 from edje.runtime.residency import ResidencyOptions
 from edje.runtime.store import TokenStore
-from recording_cuda import pretend_gpu
-from recording_trt import array_at
+from on_addresses import OnAddresses
+from pretended_gpu import pretend_gpu
 from toy_engine import FINGERPRINT, HIDDEN, NUM_TOKENS, toy_manifest, toy_tokenizer
 
 DEVICES = {"cuda_core": CudaCoreDevice, "pycuda": PycudaDevice}
@@ -28,21 +30,6 @@ IDS = [f"img-{number}" for number in range(50)]
 # Of 64 to 113 no two make the same bits, and none a NaN.
 VALUES = np.arange(64, 64 + len(IDS)).astype(np.float16)
 RECORD_BYTES = NUM_TOKENS * HIDDEN * 2
-
-
-class BitsEngine(Engine):
-    """As `CopyingEngine` on memory that is the host's."""
-
-    on_device = True
-
-    def _enqueue(self, batch: Any, scores: Any, stream: Any) -> None:
-        tokens = batch.visual_tokens
-        found = array_at(tokens.address, tokens.shape, tokens.dtype)
-        out = array_at(scores.address, scores.shape, np.dtype(np.float32))
-        out[:] = bits_of(found.reshape(len(batch), -1))
-
-    def close(self) -> None:
-        pass
 
 
 def bits_of(records: np.ndarray) -> np.ndarray:
@@ -64,7 +51,9 @@ def store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[TokenStore
         yield opened
 
 
-def check(device: Any, engine: type[Engine], store: TokenStore, tmp_path: Path) -> None:
+def check(
+    device: Any, engine: Callable[[EngineManifest], Engine], store: TokenStore, tmp_path: Path
+) -> None:
     """Rank mixed batches for every policy; each image must get the score of its own bytes."""
     dtype = store.layout.dtype
     manifest = replace(toy_manifest(), token_dtype=dtype, device={"kind": "cuda"})
@@ -94,7 +83,8 @@ def check(device: Any, engine: type[Engine], store: TokenStore, tmp_path: Path) 
 def test_pretended_gpus_rank_by_resident_tokens(kind, store, tmp_path, monkeypatch):
     machine = pretend_gpu(monkeypatch)
     with closing(DEVICES[kind]()) as device:
-        check(device, BitsEngine, store, tmp_path)
+        engine = partial(OnAddresses, score=lambda batch: bits_of(batch.visual_tokens))
+        check(device, engine, store, tmp_path)
         symbols = len(machine.named("launch"))
         assert symbols > 20, "the kernels were not launched"
     assert not any(machine.alive.get(kind) for kind in ("pinned", "device", "stream", "event"))

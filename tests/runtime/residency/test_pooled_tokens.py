@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from edje.errors import EdjeError, EngineError
 from edje.kernels.device.host import HostDevice
 from edje.runtime.pipeline import Pipeline, Request
-from edje.runtime.pool import NOWHERE, ResidentMap, TokenPool
-from edje.runtime.slot_tokens import Staged
+from edje.runtime.pool import TokenPool
+from edje.runtime.resident_map import NOWHERE, ResidentMap
+from edje.runtime.slot import Staged
 from edje.runtime.text import TokenizedQueries
-from recording_device import CapturableEngine, RecordingDevice
+from recording_device import CapturableEngine, RecordingDevice, RecordingStream
 from toy_engine import HIDDEN, NUM_TOKENS, ToySource, toy_manifest
 
 NUM_ROWS = 60  # that the store has
@@ -108,9 +109,10 @@ class Rig:
         assert replace(self.device.usage(), num_graphs=0) == self.made, (
             "something was made while requests ran"
         )
-        assert len(self.pipeline._ring._free) == self.num_slots
-        assert self.pool.map._open_tickets == set()
-        assert len(self.pool.map) + self.pool.map._num_empty == self.pool.map.capacity
+        assert self.pipeline.usage() == (self.num_slots, self.num_slots, 0)
+        used = self.pool.map.usage()
+        assert used.num_held + used.num_empty == self.pool.map.capacity
+        assert used.num_tickets == 0
         self.pipeline.close()
         self.device.close()
 
@@ -250,29 +252,28 @@ def test_a_batch_that_waits_for_its_turn_keeps_its_places(careless, monkeypatch)
     rig = Rig(2, 1)
     rig.pipeline.load(np.array([5]))
     if careless:
-        find = ResidentMap.find
+        look_up = ResidentMap.look_up
 
-        def careless_find(self: Any, rows: Any) -> Any:
-            found = find(self, rows)
-            self.let_go(found.ticket)
-            return found
+        def careless_look_up(self: Any, rows: Any) -> Any:
+            held = look_up(self, rows)
+            self.release(held.ticket)
+            return held
 
-        monkeypatch.setattr(ResidentMap, "find", careless_find)
-    waiting, quick = (slot.tokens for slot in list(rig.pipeline._ring._free)[:2])
-    lane, event = rig.pipeline._lane, rig.device.event()
+        monkeypatch.setattr(ResidentMap, "look_up", careless_look_up)
+    with rig.device.current():
+        waiting, quick = (rig.pool.tokens_of_slot(8) for _ in range(2))
+        stream, event = rig.device.stream(), rig.device.event()
 
     def send(tokens: Any) -> np.ndarray:
         with rig.device.current():
-            tokens.upload(lane._copy)
-            lane._copy.record(event)
-            lane._compute.wait(event)
-            tokens.assemble(lane._compute)
-            lane._compute.record(event)
+            tokens.upload(stream)
+            tokens.assemble(stream)
+            stream.record(event)
             event.synchronize()
         return tokens.engine(1)[0][0, 0, 0]
 
-    waiting.gather(rig.source, np.array([5]), check_finite=False)
-    quick.gather(rig.source, np.array([6]), check_finite=False)
+    waiting.read(rig.source, np.array([5]), check_finite=False)
+    quick.read(rig.source, np.array([6]), check_finite=False)
     assert send(quick) == 6
     assert send(waiting) == (6 if careless else 5)
 
@@ -306,6 +307,6 @@ def test_a_gather_that_does_not_wait_for_its_upload_is_found(monkeypatch):
     """The control of the recording device: it sees what the kernels touch."""
     for seed in range(10):
         rig = Rig(seed, 12)
-        monkeypatch.setattr(rig.pipeline._lane._compute, "wait", lambda event: None)
+        monkeypatch.setattr(RecordingStream, "wait", lambda stream, event: None)
         rig.pipeline.run(ask(np.arange(8)))
         assert any("gather_tokens reads" in race for race in rig.device.races)

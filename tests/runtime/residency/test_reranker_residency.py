@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edje.engines.contract import Engine
-from edje.errors import EngineError, RequestError, StoppedError
+from edje.errors import EngineError, RequestError, StoppedError, StoreError
 from edje.kernels.device import open_device
 from edje.kernels.device.host import HostDevice
 from edje.runtime.measure import Stages, choose, speeds_of
@@ -131,6 +131,8 @@ def test_two_engines_share_what_is_held(tmp_path, store):
     dtype = store.layout.dtype
     engines = [WatchedEngine(replace(toy_manifest(), token_dtype=dtype)) for _ in range(2)]
     device = RecordingDevice(1)
+    read, reads = store.read, []
+    store.read = lambda rows, *more, **named: reads.extend(rows) or read(rows, *more, **named)
     with Reranker(
         engines[0],
         toy_tokenizer(tmp_path),
@@ -139,10 +141,10 @@ def test_two_engines_share_what_is_held(tmp_path, store):
         rescore_margin=0.1,
         runs=on(device, ResidencyOptions("device")),
     ) as reranker:
-        assert reranker._pipelines[0]._pool is reranker._pipelines[1]._pool
         assert [hit.score for hit in reranker.rank("red", IDS, 3)] == sorted(
             (hit.score for hit in reranker.rank("red", IDS)), reverse=True
         )[:3]
+        assert sorted(reads) == store.live_rows().tolist(), "each record is read and held once"
     assert device.races == []
 
 
@@ -154,7 +156,7 @@ def test_auto_measures_and_says_what_it_chose(tmp_path, engine, store):
         made = device.usage()
         found = reranker.residency
         assert found.place == choose(found.pairs_per_s)
-        assert found.pairs_per_s.keys() == {"disk", "device"}
+        assert found.pairs_per_s.keys() == {"disk", "host", "device"}
         assert found.reason.startswith("measured pairs/s: disk ")
         reranker.rank("red", IDS)
         assert device.usage() == made
@@ -179,22 +181,38 @@ def test_host_loads_the_store(tiny_engine, tiny_store):
         assert reranker.residency.num_bytes == 0
     with Reranker.open(tiny_engine, store=tiny_store, residency="host") as reranker:
         assert reranker.rank("a red circle").hits == expected
-        assert reranker._store.access == "resident"
+        assert reranker.residency.place == "host"
         assert reranker.residency.num_images == 12
-        store = reranker._store
-    assert store._closed
-    with TokenStore.open(tiny_store, access="resident") as store:
+
+
+def test_a_callers_store_is_loaded_where_that_is_asked_and_stays_open(tiny_engine, tiny_store):
+    with TokenStore.open(tiny_store) as store:
+        with Reranker.open(tiny_engine, store=store, residency="host") as reranker:
+            expected = reranker.rank("a red circle").hits
+            assert (store.access, reranker.residency.place) == ("resident", "host")
         with Reranker.open(tiny_engine, store=store) as reranker:
-            assert reranker.residency.place == "host"
-        assert not store._closed
+            assert reranker.residency.place == "host", "it stays in memory"
+            assert reranker.rank("a red circle").hits == expected
+        assert len(store.ids()) == 12
+        with pytest.raises(RequestError, match='"disk", but the open store is held in memory'):
+            Reranker.open(tiny_engine, store=store, residency="disk")
+
+
+def test_a_store_open_for_changes_is_never_loaded(tmp_path, store_path):
+    with TokenStore.open(store_path, mode="a") as store:
+        wanted = RunOptions(residency=ResidencyOptions("auto"))
+        with Reranker(ToyEngine(), toy_tokenizer(tmp_path), store, runs=wanted) as reranker:
+            assert reranker.residency.pairs_per_s.keys() == {"disk"}
+        wanted = RunOptions(residency=ResidencyOptions("host"))
+        with pytest.raises(StoreError, match="is open for changes"):
+            Reranker(ToyEngine(), toy_tokenizer(tmp_path), store, runs=wanted)
 
 
 def test_auto_loads_the_store_where_that_is_faster(tiny_engine, tiny_store, monkeypatch):
     speeds = {"disk": 100.0, "host": 200.0}
-    monkeypatch.setattr("edje.runtime.measure.Trial._measured", lambda self, here: (speeds, {}))
+    monkeypatch.setattr("edje.runtime.measure.Trial.measure", lambda self, here: (speeds, {}))
     with Reranker.open(tiny_engine, store=tiny_store, residency="auto") as reranker:
         assert reranker.residency.place == "host"
-        assert reranker._store.access == "resident"
         assert len(reranker.rank("red")) == 12
 
 
@@ -235,7 +253,6 @@ def test_the_slowest_stage_decides_and_disk_and_host_compute_the_same():
             r"1 images of \d+ bytes need \d+ bytes on recording",
         ),
         (ResidencyOptions("device", ids=["img-1", "nobody"]), r"1 of 2 ids are not in the store"),
-        (ResidencyOptions("host"), r'"host", but the open store reads from disk'),
     ],
 )
 def test_wishes_that_cannot_be_granted(tmp_path, store, wish, says):
@@ -263,15 +280,14 @@ def test_devices_that_do_not_fit(tiny_engine, tiny_store, name, says):
 
 
 def test_a_gpu_engine_asks_for_a_gpu():
-    manifest = replace(toy_manifest(), device={"kind": "cuda"})
     with pytest.raises(EngineError, match="built for a GPU, it cannot run on the device host"):
-        open_device("host", manifest)
+        open_device("host", "cuda")
 
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_engines_are_closed_where_their_device_is_current_or_lost(tmp_path, store, lost):
     device, engine, depths = RecordingDevice(1), WatchedEngine(), []
-    engine.close = lambda: depths.append(getattr(device._thread, "depth", 0))
+    engine.close = lambda: depths.append(device.depth())
     reranker = Reranker(
         engine, toy_tokenizer(tmp_path), store, runs=on(device, ResidencyOptions("disk"))
     )

@@ -10,88 +10,97 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from edje.runtime.pool import NOWHERE, ResidentMap
+from edje.runtime.resident_map import NOWHERE, ResidentMap
 
 KNOWN = np.arange(0, 60, 2)  # odd rows are known to nobody
 ROWS = st.lists(st.integers(-1, 61), max_size=12, unique=True).map(lambda r: np.array(r, np.int64))
 
 
 class Histories(RuleBasedStateMachine):
-    """Tickets stay open and places taken across other calls, as with batches in flight."""
+    """Tickets stay open and positions taken across other calls, as with batches in flight."""
 
     tickets, taken = Bundle("tickets"), Bundle("taken")
 
     def __init__(self) -> None:
         super().__init__()
         self.map = ResidentMap(KNOWN, 9)
-        self.held: dict[int, int] = {}  # row -> place, as far as nobody has driven it out
+        self.held: dict[int, int] = {}  # row -> position, as far as nobody has driven it out
         self.pinned: dict[int, list[tuple[int, int]]] = {}
         self.owned: list[int] = []
 
     def look(self, rows: np.ndarray) -> np.ndarray:
-        found = self.map.find(rows)
-        self.map.let_go(found.ticket)
-        return found.places
+        found = self.map.look_up(rows)
+        self.map.release(found.ticket)
+        return found.positions
 
     @rule(target=tickets, rows=ROWS)
-    def find(self, rows: np.ndarray) -> int:
-        ticket, places = self.map.find(rows)
-        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
-            assert place == NOWHERE or self.held.get(row) == place
-        pairs = zip(rows.tolist(), places.tolist(), strict=True)
-        self.pinned[ticket] = [(row, place) for row, place in pairs if place != NOWHERE]
+    def look_up(self, rows: np.ndarray) -> int:
+        ticket, positions = self.map.look_up(rows)
+        for row, position in zip(rows.tolist(), positions.tolist(), strict=True):
+            assert position == NOWHERE or self.held.get(row) == position
+        pairs = zip(rows.tolist(), positions.tolist(), strict=True)
+        self.pinned[ticket] = [(row, position) for row, position in pairs if position != NOWHERE]
         return ticket
 
     @rule(ticket=consumes(tickets))
-    def let_go(self, ticket: int) -> None:
-        self.map.let_go(ticket)
-        self.map.let_go(ticket)
+    def release(self, ticket: int) -> None:
+        self.map.release(ticket)
+        self.map.release(ticket)
         del self.pinned[ticket]
 
     @rule(target=taken, rows=ROWS)
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         before = self.look(rows)
-        places = self.map.take(rows)
-        got = places != NOWHERE
-        assert not (got & (before != NOWHERE)).any(), "a held row was given a second place"
+        positions = self.map.take(rows)
+        got = positions != NOWHERE
+        assert not (got & (before != NOWHERE)).any(), "a held row was given a second position"
         assert np.isin(rows[got], KNOWN).all()
-        self.owned += places[got].tolist()
-        return rows[got], places[got]
+        self.owned += positions[got].tolist()
+        return rows[got], positions[got]
 
     @rule(batch=consumes(taken))
     def publish(self, batch: tuple[np.ndarray, np.ndarray]) -> None:
-        rows, places = batch
+        rows, positions = batch
         before = self.look(rows)
-        self.map.publish(rows, places)
-        self.disown(places)
-        for row, place, old in zip(rows.tolist(), places, before, strict=True):
-            self.held[row] = int(place if old == NOWHERE else old)
+        self.map.publish(rows, positions)
+        self.disown(positions)
+        for row, position, old in zip(rows.tolist(), positions, before, strict=True):
+            self.held[row] = int(position if old == NOWHERE else old)
 
     @rule(batch=consumes(taken))
-    def give_back(self, batch: tuple[np.ndarray, np.ndarray]) -> None:
-        self.map.give_back(batch[1])
+    def free(self, batch: tuple[np.ndarray, np.ndarray]) -> None:
+        self.map.free(batch[1])
         self.disown(batch[1])
 
-    def disown(self, places: np.ndarray) -> None:
-        for place in places.tolist():
-            self.owned.remove(place)
+    def disown(self, positions: np.ndarray) -> None:
+        for position in positions.tolist():
+            self.owned.remove(position)
+
+    def positions_held(self) -> dict[int, int]:
+        """Return row -> position of what was published and is not missing yet."""
+        missing = set(self.map.missing(KNOWN).tolist())
+        held = {row: at for row, at in self.held.items() if row not in missing}
+        assert len(held) == len(KNOWN) - len(missing), "a row is held that nobody published"
+        return held
 
     @invariant()
-    def no_place_is_given_twice(self) -> None:
-        found = self.map._place_of[self.map._place_of != NOWHERE].tolist()
-        everywhere = [*found, *self.owned, *self.map._empty[: self.map._num_empty].tolist()]
-        assert sorted(everywhere) == list(range(self.map.capacity))
+    def no_position_is_given_twice(self) -> None:
+        somewhere = [*self.positions_held().values(), *self.owned]
+        assert len(set(somewhere)) == len(somewhere)
+        assert set(somewhere) <= set(range(self.map.capacity))
+        used = self.map.usage()
+        assert used.num_held + len(self.owned) + used.num_empty == self.map.capacity
 
     @invariant()
-    def an_open_ticket_keeps_its_places(self) -> None:
-        for row, place in (pair for pairs in self.pinned.values() for pair in pairs):
-            assert self.map._place_of[KNOWN.tolist().index(row)] == place
+    def an_open_ticket_keeps_its_positions(self) -> None:
+        held = self.positions_held()
+        for row, position in (pair for pairs in self.pinned.values() for pair in pairs):
+            assert held[row] == position
+        assert self.map.usage().num_tickets == len(self.pinned)
 
     @invariant()
-    def rows_and_places_point_at_each_other(self) -> None:
-        for number in np.flatnonzero(self.map._place_of[:-1] != NOWHERE).tolist():
-            assert self.map._number_at[self.map._place_of[number]] == number
-        assert len(self.map) == np.count_nonzero(self.map._place_of != NOWHERE)
+    def as_many_are_held_as_can_be_found(self) -> None:
+        assert len(self.map) == self.map.usage().num_held == len(self.positions_held())
 
 
 Histories.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
@@ -100,10 +109,10 @@ TestHistories = Histories.TestCase
 
 def bring_in(held: ResidentMap, rows: np.ndarray) -> None:
     """Ask for rows as a batch does, and keep those that were not held."""
-    ticket, places = held.find(rows)
-    lacking = rows[places == NOWHERE]
+    ticket, positions = held.look_up(rows)
+    lacking = rows[positions == NOWHERE]
     taken = held.take(lacking)
-    held.let_go(ticket)
+    held.release(ticket)
     kept = taken != NOWHERE
     held.publish(lacking[kept], taken[kept])
 
@@ -163,5 +172,5 @@ def test_a_frozen_map_takes_nothing_in() -> None:
 
 def test_an_empty_store_holds_nothing() -> None:
     held = ResidentMap(np.empty(0, np.int64), 4)
-    assert held.find(np.arange(3)).places.tolist() == [NOWHERE] * 3
+    assert held.look_up(np.arange(3)).positions.tolist() == [NOWHERE] * 3
     assert held.take(np.arange(3)).tolist() == [NOWHERE] * 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import struct
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,13 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edje.errors import StoreError
-from edje.runtime.store import descriptors, gather, kernel_aio, threads
 from edje.runtime.store import memory as resident
+from edje.runtime.store import read as reading
 from edje.runtime.store.memory import NOT_HELD, ResidentRecords
-from edje.runtime.store.reader import SegmentReader
-from record_files import ROWS, SEGMENTS, SHAPES, RecordFiles, key_of, layout_of, write_files
+from edje.runtime.store.read import SegmentReader
+from record_files import ROWS, SEGMENTS, SHAPES, RecordFiles, key_of, write_files
 
-WAYS = ["kernel AIO", "pread"]
 COUNT = ROWS * SEGMENTS
 PAGE = 4096
 
@@ -40,29 +39,17 @@ def files(request: pytest.FixtureRequest, tmp_path: Path) -> RecordFiles:
     return write_files(tmp_path / "store", request.param)
 
 
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Let readers reach the system in one way."""
-    use(request.param, monkeypatch)
-    return str(request.param)
-
-
-@pytest.fixture(autouse=True)
-def many_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several threads and several chunks for a handful of records."""
-    monkeypatch.setattr(gather, "CACHED_CHUNK_BYTES", 5 * PAGE)
-    monkeypatch.setattr(gather, "DIRECT_CHUNK_BYTES", 7 * PAGE)
-    monkeypatch.setattr(gather, "FEW_READS", 0)
-    monkeypatch.setattr(threads, "BYTES_A_THREAD", PAGE)
-    monkeypatch.setattr(threads, "usable_cores", lambda: 3)
-
-
-def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_aio, "_idle_queues", kernel_aio._IdleQueues())
-    if name == "pread":
-        monkeypatch.setattr(kernel_aio, "SYSTEM_CALLS", {})
-    elif kernel_aio.open_queue().way != name:
-        pytest.skip("this system offers no kernel AIO")
+@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"], autouse=True)
+def many_small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks for a handful of records, read by the caller alone or by others beside it."""
+    num_threads = request.param
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 5 * PAGE)
+    monkeypatch.setattr(reading, "DIRECT_CHUNK_BYTES", 7 * PAGE)
+    for name in ("BYTES_A_THREAD", "DIRECT_BYTES_A_THREAD"):
+        monkeypatch.setattr(reading, name, PAGE if num_threads > 1 else 1 << 40)
+    for name in ("MOST_READING", "MOST_DIRECT"):
+        monkeypatch.setattr(reading, name, num_threads)
+    monkeypatch.setattr(reading, "copying_threads", lambda: num_threads)
 
 
 def memory(num_bytes: int, *, aligned: bool) -> np.ndarray:
@@ -137,14 +124,13 @@ RECORDS = st.lists(
 
 @pytest.fixture(params=["cached", "direct", "resident"])
 def opened(
-    request: pytest.FixtureRequest, all_files: dict[str, RecordFiles], way: str
+    request: pytest.FixtureRequest, all_files: dict[str, RecordFiles]
 ) -> Iterator[dict[str, SegmentReader | ResidentRecords]]:
     """Records of every shape, served in one way."""
     readers = {
         shape: direct_reader(files) if request.param == "direct" else files.reader()
         for shape, files in all_files.items()
     }
-    assert {source.way for source in readers.values()} == {way}
     served: dict[str, SegmentReader | ResidentRecords] = dict(readers)
     if request.param == "resident":
         for shape, files in all_files.items():
@@ -188,46 +174,7 @@ def test_int8_records_are_verified_without_a_buffer_for_scales(
     source.close()
 
 
-def test_runs_end_where_records_do_not_follow_one_another() -> None:
-    rows = np.array([0, 1, 2, 4, 5, 5, 31, 32, 33, 1 << 32, (1 << 32) + 1])
-    float16, int8 = layout_of("float16"), layout_of("int8")
-    assert gather.run_starts(rows, None, float16, 100).tolist() == [0, 3, 5, 6, 9]
-    scattered = np.array([0, 1, 5, 2, 3, 4, 6, 7, 8, 10, 9])
-    assert gather.run_starts(rows, scattered, float16, 100).tolist() == [0, 2, 3, 5, 6, 9, 10]
-    assert gather.run_starts(rows, None, int8, 100).tolist() == [0, 3, 5, 6, 7, 9], (
-        "row 32 begins a group of int8 records"
-    )
-    assert gather.run_starts(rows, None, float16, 2).tolist() == [0, 2, 3, 4, 5, 6, 8, 9, 10]
-    assert gather.run_starts(rows, None, float16, 5, 2).tolist() == [0, 2, 3, 5, 6, 7, 9]
-
-
-@pytest.mark.parametrize("num_threads", [1, 2, 4])
-@pytest.mark.parametrize("direct", [False, True])
-def test_all_threads_get_equally_many_chunks(num_threads: int, direct: bool) -> None:
-    for shape in SHAPES:
-        layout = layout_of(shape)
-        reads = 2 if layout.scale_bytes else 1
-        for count in range(1, 700, 23):
-            size = gather.records_a_chunk(layout, count, num_threads, direct=direct)
-            assert 1 <= size * reads <= kernel_aio.QUEUE_DEPTH
-            chunks = -(-count // size)
-            most = gather.records_a_chunk(layout, 10_000, 1, direct=direct)
-            assert chunks <= -(-count // (most * num_threads)) * num_threads
-
-
-def test_reads_are_the_kernels_iocbs() -> None:
-    batch = kernel_aio.ReadBatch(2)
-    batch.reads[1, kernel_aio.FILE] = -1 << kernel_aio.FILE_BITS
-    batch.reads[1, kernel_aio.ADDRESS] = 0x7F00_1234_5678
-    batch.reads[1, [kernel_aio.WANTED, kernel_aio.NUM_BYTES]] = 49152
-    batch.reads[1, kernel_aio.OFFSET] = 1 << 40
-    # aio_data; aio_key, aio_rw_flags; aio_lio_opcode, aio_reqprio, aio_fildes; aio_buf,
-    # aio_nbytes, aio_offset; aio_reserved2; aio_flags, aio_resfd
-    iocb = (49152, 0, 0, 0, 0, -1, 0x7F00_1234_5678, 49152, 1 << 40, 0, 0, 0)
-    assert batch.reads[1].tobytes() == struct.pack("<QIIHhiQQqQII", *iocb)
-
-
-def test_a_flipped_bit_is_found_and_only_that_record_is_bad(files: RecordFiles, way: str) -> None:
+def test_a_flipped_bit_is_found_and_only_that_record_is_bad(files: RecordFiles) -> None:
     source, misfit = files.reader(), "its bytes do not fit its checksum"
     flip(files.path(1), files.layout.offset(40) + 17)
     check_others(files, source, {ROWS + 40: misfit})
@@ -240,9 +187,7 @@ def test_a_flipped_bit_is_found_and_only_that_record_is_bad(files: RecordFiles, 
 
 
 @pytest.mark.parametrize("access", ["cached", "direct"])
-def test_a_file_that_shrinks_while_open_gives_reasons(
-    files: RecordFiles, way: str, access: str
-) -> None:
+def test_a_file_that_shrinks_while_open_gives_reasons(files: RecordFiles, access: str) -> None:
     source = files.reader() if access == "cached" else direct_reader(files)
     layout, whole = files.layout, files.path(1).stat().st_size
     cut = layout.offset(60) + 100
@@ -261,7 +206,7 @@ def test_a_file_that_shrinks_while_open_gives_reasons(
     source.close()
 
 
-def test_files_that_cannot_be_used_spare_the_others(files: RecordFiles, way: str) -> None:
+def test_files_that_cannot_be_used_spare_the_others(files: RecordFiles) -> None:
     source = files.reader()
     os.rename(files.path(0), files.path(1))
     name = "its file 000001.tokens cannot be used: it is another segment's file"
@@ -281,114 +226,70 @@ def test_a_segment_that_the_catalog_does_not_know_is_not_opened(files: RecordFil
     source.close()
 
 
-class RefusingQueue:
-    """A queue that carries out nothing."""
-
-    way = "refusing"
-
-    def read(self, batch: kernel_aio.ReadBatch, start: int, stop: int) -> list[int]:
-        return list(range(start, stop))
-
-    def close(self) -> None:
-        pass
-
-    give_back = close
-
-
-def test_reads_that_fail_together_are_tried_one_by_one(
+def test_reads_that_fail_are_tried_again_one_by_one(
     files: RecordFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gather, "open_queue", RefusingQueue)
     source, preadv = files.reader(), os.preadv
-    check_others(files, source, {})
 
     def broken(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         if offset == files.layout.offset(3):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return preadv(descriptor, [buffers[0][:1000]], offset)  # short reads are no fault
 
+    check_others(files, source, {})
     monkeypatch.setattr(os, "preadv", broken)
     reason = "cannot be read (Input/output error)"
     check_others(files, source, dict.fromkeys((3, ROWS + 3, 2 * ROWS + 3), reason))
     source.close()
 
 
-def test_an_interrupt_gives_the_queue_back_before_the_buffers(
-    all_files: dict[str, RecordFiles], monkeypatch: pytest.MonkeyPatch
+def test_records_that_follow_one_another_are_one_read_wherever_they_go(
+    files: RecordFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use("kernel AIO", monkeypatch)
-    files, closed = all_files["float16"], []
-    close = kernel_aio.KernelQueue.close
+    monkeypatch.setattr(reading, "BYTES_A_THREAD", 1 << 40)
+    source, preadv, seen = files.reader(), os.preadv, []
 
-    def interrupt(self: kernel_aio.KernelQueue, batch: object, num_events: int) -> list[int]:
+    def counted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        seen.append((offset, len(buffers)))
+        return preadv(descriptor, buffers, offset)
+
+    check_others(files, source, {})
+    monkeypatch.setattr(os, "preadv", counted)
+    tokens, _, bad = read(files, source, [34, 31, 32, 33])
+    assert bad == {}
+    assert np.array_equal(tokens, files.tokens[[34, 31, 32, 33]])
+    layout = files.layout
+    runs = [(31, 4)] if not layout.scale_bytes else [(31, 1), (32, 3)]  # a new group at row 32
+    expected = [(layout.offset(row), count) for row, count in runs]
+    if layout.scale_bytes:
+        expected += [(layout.scales_offset(row), count) for row, count in runs]
+    assert sorted(seen) == sorted(expected)
+    source.close()
+
+
+def test_an_interrupt_comes_out_and_the_reader_goes_on(
+    files: RecordFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> int:
         raise KeyboardInterrupt
 
+    source = files.reader()
+    check_others(files, source, {})
     with monkeypatch.context() as patch:
-        patch.setattr(kernel_aio.KernelQueue, "_failed", interrupt)
-        patch.setattr(
-            kernel_aio.KernelQueue, "close", lambda self: (closed.append(self), close(self))
-        )
-        source = files.reader()
+        patch.setattr(os, "preadv", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            read(files, source, [1, 2])
-    assert closed
+            read(files, source, np.arange(COUNT))
     check_others(files, source, {})
     source.close()
 
 
-def test_queues_of_closed_readers_serve_the_next_but_never_a_forked_child(
-    all_files: dict[str, RecordFiles], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use("kernel AIO", monkeypatch)
-    made, init = [], kernel_aio.KernelQueue.__init__
-
-    def counted(self: kernel_aio.KernelQueue) -> None:
-        made.append(self)
-        init(self)
-
-    monkeypatch.setattr(kernel_aio.KernelQueue, "__init__", counted)
-    for _ in range(5):
-        source = all_files["float16"].reader()
-        assert source.way == "kernel AIO"
-        check_others(all_files["float16"], source, {})
-        source.close()
-    num_made = len(made)
-    assert 1 <= num_made <= threads.MOST_READING
-    monkeypatch.setattr(os, "getpid", lambda: -1)  # as a forked child would see it
-    kernel_aio.open_queue().close()
-    assert len(made) == num_made + 1
-
-
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.EAGAIN])
-def test_without_kernel_aio_pread_is_used_and_named(
-    all_files: dict[str, RecordFiles], monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    def refused(self: kernel_aio.KernelQueue, depth: int = 1) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(kernel_aio, "_idle_queues", kernel_aio._IdleQueues())
-    monkeypatch.setattr(kernel_aio.KernelQueue, "__init__", refused)
-    source = all_files["float16"].reader()
-    assert source.way == "pread"
-    check_others(all_files["float16"], source, {})
-    source.close()
-
-
-def test_a_little_is_read_without_a_queue_of_the_kernel(
-    all_files: dict[str, RecordFiles], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gather, "FEW_READS", 4)
-    monkeypatch.setattr(gather, "CACHED_CHUNK_BYTES", 100 * PAGE)
-    monkeypatch.setattr(threads, "BYTES_A_THREAD", 100 * PAGE)
-    monkeypatch.setattr(gather, "open_queue", RefusingQueue)
-    files, source, tried = all_files["float16"], all_files["float16"].reader(), []
-    monkeypatch.setattr(RefusingQueue, "read", lambda self, batch, *span: tried.append(span) or [])
-    tokens, _, bad = read(files, source, [1, 3, 5, 7])
-    assert (bad, tried) == ({}, [])
-    assert np.array_equal(tokens, files.tokens[[1, 3, 5, 7]])
-    read(files, source, [1, 3, 5, 7, 9])
-    assert tried == [(0, 5)]
-    source.close()
+def test_who_kept_a_retired_reader_still_reads_and_leaves_no_file_open(files: RecordFiles) -> None:
+    source = files.reader()
+    check_others(files, source, {})
+    source.retire()
+    assert open_segments(files) == []
+    check_others(files, source, {})
+    assert open_segments(files) == []
 
 
 def open_segments(files: RecordFiles) -> list[str]:
@@ -404,9 +305,11 @@ def open_segments(files: RecordFiles) -> list[str]:
     return found
 
 
-def test_no_more_files_stay_open_than_allowed_and_none_after_close(files: RecordFiles) -> None:
+def test_no_more_files_stay_open_than_allowed_and_none_after_close(
+    files: RecordFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (4, 4))
     source = files.reader()
-    source._process().files.cached.max_open = 2
     for _ in range(3):
         check_others(files, source, {})
         assert len(open_segments(files)) <= 2
@@ -429,7 +332,7 @@ def few_descriptors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str], Non
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             return real(path, flags, *more)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(descriptors.os, "open", limited)
+        monkeypatch.setattr(os, "open", limited)
 
     return limit
 
@@ -441,8 +344,11 @@ def descriptors_of_process() -> Iterator[int]:
 
 
 def test_too_many_open_files_close_idle_ones_first(
-    files: RecordFiles, few_descriptors: Callable[[int, str], None]
+    files: RecordFiles,
+    few_descriptors: Callable[[int, str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(reading, "BYTES_A_THREAD", 1 << 40)  # both files at once, by one thread
     source = files.reader()
     few_descriptors(1, str(files.folder))
     for segment in (0, 1, 2, 0):
@@ -473,9 +379,11 @@ def test_a_file_system_without_o_direct_is_named(
 
 
 @pytest.mark.parametrize("max_open", [1, 100])
-def test_threads_read_side_by_side(files: RecordFiles, way: str, max_open: int) -> None:
+def test_threads_read_side_by_side(
+    files: RecordFiles, max_open: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (2 * max_open, 2 * max_open))
     source, wrong = files.reader(), []
-    source._process().files.cached.max_open = max_open
 
     def work(seed: int) -> None:
         random = np.random.default_rng(seed)
@@ -497,7 +405,7 @@ def test_threads_read_side_by_side(files: RecordFiles, way: str, max_open: int) 
 @pytest.mark.parametrize("access", ["cached", "direct"])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_reads_with_files_and_threads_of_its_own(
-    files: RecordFiles, way: str, access: str
+    files: RecordFiles, access: str
 ) -> None:
     source = files.reader() if access == "cached" else direct_reader(files)
     check_others(files, source, {})

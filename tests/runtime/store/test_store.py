@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edje.errors import RequestError, StoreError
-from edje.runtime.store import CompactReport, SegmentWriter, StoreLayout, TokenStore
+from edje.runtime.store import CompactReport, SegmentWriter, StoreLayout, TokenStore, memory
 from edje.runtime.store.catalog import Catalog
+from edje.runtime.store.store import Access
 
 SIZES = {"num_tokens": 64, "hidden": 32, "fingerprint_encoder": "sha256:tower"}
 
@@ -421,3 +424,66 @@ def test_a_resident_store_needs_no_file_any_more(tmp_path: Path) -> None:
         TokenStore.open(tmp_path / "s", mode="a", access="resident")
     with pytest.raises(StoreError, match="access is 'mapped'"):
         TokenStore.open(tmp_path / "s", access="mapped")  # type: ignore[arg-type]
+
+
+def open_segments(path: Path) -> list[str]:
+    """The segment files of a store that this process holds open."""
+    held = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the descriptor of this very listing
+            held.append(os.readlink(link))
+    return [target for target in held if target.startswith(str(path / "segments"))]
+
+
+@pytest.mark.parametrize("access", ["cached", "direct"])
+def test_a_store_is_loaded_into_memory_while_others_read(tmp_path: Path, access: Access) -> None:
+    tokens, ids, wrong = random_tokens(40), [f"id {n}" for n in range(40)], []
+    with TokenStore.create(tmp_path / "s", segment_bytes=4096 * 9, **SIZES) as store:
+        store.append(ids, tokens)
+        with pytest.raises(StoreError, match="open for changes"):
+            store.load_into_memory()
+    store = TokenStore.open(tmp_path / "s", access=access)
+    loaded, began = threading.Event(), threading.Barrier(4, timeout=10)
+
+    def work(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        began.wait()
+        left = 5  # reads once it is loaded
+        while left:
+            left -= loaded.is_set()
+            asked = random.integers(0, 40, 20)
+            if not np.array_equal(read_all(store, [ids[n] for n in asked]), tokens[asked]):
+                wrong.append(seed)
+
+    readers = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for reader in readers:
+        reader.start()
+    began.wait()
+    store.load_into_memory()
+    assert store.access == "resident"
+    loaded.set()
+    for reader in readers:
+        reader.join()
+    assert wrong == []
+    assert open_segments(store.path) == []
+    for path in (tmp_path / "s/segments").iterdir():
+        path.unlink()
+    store.load_into_memory()  # it is there already
+    assert np.array_equal(read_all(store, ids), tokens)
+    store.close()
+    with pytest.raises(StoreError, match="is closed"):
+        store.load_into_memory()
+
+
+def test_a_store_too_large_for_the_memory_reads_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = random_tokens(3)
+    with TokenStore.create(tmp_path / "s", **SIZES) as store:
+        store.append(list("abc"), tokens)
+    with TokenStore.open(tmp_path / "s") as store:
+        monkeypatch.setattr(memory, "available_memory_bytes", lambda: 3 * 4096 - 1)
+        with pytest.raises(StoreError, match="do not fit into memory"):
+            store.load_into_memory()
+        assert store.access == "cached"
+        assert np.array_equal(read_all(store, list("abc")), tokens)

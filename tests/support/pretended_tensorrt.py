@@ -1,14 +1,13 @@
-"""A stand-in for the `tensorrt` module and for CUDA: records every call and computes real scores.
+"""A stand-in for the `tensorrt` module: records every call and computes real scores.
 
-"Device memory" is host memory, so an address that the engine was given is read and written for
-real. Its engine scores a pair as `ToyEngine` does: first token value + sum of the query's ids/1024.
+It runs over a pretended GPU, whose memory is host memory: an address that the engine was given is
+read and written for real. Its engine scores a pair as `ToyEngine` does: first token value + sum of
+the query's ids/1024.
 """
 
 from __future__ import annotations
 
-import ctypes
 import enum
-import math
 from collections import namedtuple
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
@@ -16,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-GPU_NAME = "NVIDIA Stand-in 80GB"
+from pretended_gpu import array_at
+
 PLAN_BYTES = b"plan of the stand-in"
 TIMINGS = b"timings of the stand-in"
 KERNELS = b"kernels of the stand-in"
@@ -40,12 +40,6 @@ class Refusals(SimpleNamespace):
     timing_cache: bool
     deserialize: str | None
     execute: bool
-
-
-def array_at(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Return memory as an array, without a copy."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_char * size).from_address(address), dtype).reshape(shape)
 
 
 @dataclass
@@ -298,49 +292,3 @@ class ExecutionContext:
 
     def _read(self, name: str, dtype: Any) -> np.ndarray:
         return array_at(self.addresses[name], self.shapes[name], dtype)
-
-
-def make_cuda_runtime(recording: Recording, capability: str = "9.0") -> ModuleType:
-    """Return a stand-in for `cuda.bindings.runtime` whose device memory is host memory."""
-    module: Any = ModuleType("cuda.bindings.runtime")
-    memory: dict[int, Any] = {}
-    major, _, minor = capability.partition(".")
-    properties = SimpleNamespace(name=GPU_NAME.encode(), major=int(major), minor=int(minor))
-    module.memory = memory
-    module.cudaStreamNonBlocking = 1
-    module.cudaMemcpyKind = enum.IntEnum(
-        "cudaMemcpyKind",
-        {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2, "cudaMemcpyDeviceToDevice": 3},
-    )
-
-    def malloc(size: int) -> tuple[int, int]:
-        block = ctypes.create_string_buffer(size)
-        memory[ctypes.addressof(block)] = block
-        return 0, ctypes.addressof(block)
-
-    def copy(target: int, source: int, size: int, kind: int, stream: int) -> tuple[int]:
-        recording.add("cudaMemcpyAsync", int(kind), size, stream)
-        ctypes.memmove(target, source, size)
-        return (0,)
-
-    def copy_2d(
-        target: int, pitch: int, source: int, step: int, width: int, rows: int, *_: Any
-    ) -> tuple[int]:
-        for row in range(rows):
-            ctypes.memmove(target + row * pitch, source + row * step, width)
-        return (0,)
-
-    def free(address: int) -> tuple[int]:
-        return (0,) if memory.pop(address, None) is not None else (1,)
-
-    module.cudaMalloc, module.cudaFree, module.cudaMemcpyAsync = malloc, free, copy
-    module.cudaMemcpy2DAsync = copy_2d
-    module.cudaDeviceSynchronize = lambda: (recording.add("cudaDeviceSynchronize"), (0,))[1]
-    module.cudaGetDeviceCount = lambda: (0, 1)
-    module.cudaGetDevice = lambda: (0, 0)
-    module.cudaGetDeviceProperties = lambda device: (0, properties)
-    module.cudaDriverGetVersion = lambda: (0, 13000)
-    module.cudaStreamCreateWithFlags = lambda flags: (0, 77)
-    module.cudaStreamSynchronize = lambda stream: (0,)
-    module.cudaGetErrorString = lambda error: (0, b"invalid argument")
-    return module

@@ -2,25 +2,30 @@
 
 "Device memory" is host memory, so every copy and every address is real. The machine keeps a stack
 of current contexts for each thread and refuses, as CUDA does, what is made or used without one.
-Work runs at once, in the order it is submitted.
+Work runs at once, in the order it is submitted. What a launch of our own copying kernels does is
+told by the manifest's entry of the cubin, and done by the references.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import math
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from edje.kernels.device import facts as cuda_memory
-from edje.kernels.manifest import KernelEntry
-from pretended_kernels import copy_of, entry_of
+from edje.kernels import references
+from edje.kernels.device import facts, measuring
+from edje.kernels.manifest import KernelEntry, read_manifest
 
 GPU_NAME = "NVIDIA Stand-in 80GB"
 CUBIN = b"cubin of the stand-in"
@@ -38,6 +43,7 @@ class Machine:
     calls: list[tuple[str, Any]] = field(default_factory=list)
     alive: dict[str, int] = field(default_factory=dict)
     memory: dict[int, Any] = field(default_factory=dict)
+    capability: tuple[int, int] = (9, 0)
     clock: int = 0
     broken: str | None = None
     refused: str = ""
@@ -155,6 +161,17 @@ class FakeStream(Thing):
         return FakeBuilder(self.machine, self.handle)
 
 
+class ForeignStream(FakeStream):
+    """Somebody else's stream, as cuda.core sees it through `__cuda_stream__`."""
+
+    handle = 0
+
+    def __init__(self, machine: Machine, foreign: Any):
+        super().__init__(machine, "foreign stream")
+        _, self.handle = foreign.__cuda_stream__()
+        self.device = SimpleNamespace(device_id=getattr(foreign.owner, "gpu", 0))
+
+
 class FakeBuilder(Thing):
     """As cuda.core has it: a capture that broke is ended by `close` only, which then raises."""
 
@@ -230,18 +247,8 @@ def load_cubin(machine: Machine, code: bytes) -> Any:
 
 
 def make_driver(machine: Machine) -> ModuleType:
-    """The part of cuda.bindings.driver that the device uses."""
-    module: Any = ModuleType("cuda.bindings.driver")
-
-    def guarded(name: str, work: Any) -> Any:
-        def run(*arguments: Any) -> tuple[Any, ...]:
-            try:
-                return 0, work(*arguments)
-            except Refused as refused:
-                machine.refused = str(refused)
-                return (700,)
-
-        setattr(module, name, run)
+    """The part of cuda.bindings.driver that is used."""
+    module: Any = ModuleType(facts.BINDINGS)
 
     def set_current(context: Any) -> None:
         machine.contexts[-1:] = [] if context is None else [context]
@@ -250,21 +257,64 @@ def make_driver(machine: Machine) -> ModuleType:
         machine.calls.append(("cuMemHostAlloc", (num_bytes, "portable" if flags == 1 else flags)))
         return machine.allocate("pinned", num_bytes)
 
-    guarded("cuInit", lambda flags: None)
-    guarded("cuDeviceGetCount", lambda: 1)
-    guarded("cuCtxGetCurrent", lambda: machine.contexts[-1] if machine.contexts else None)
-    guarded("cuCtxSetCurrent", set_current)
-    guarded("cuCtxPushCurrent", lambda context: machine.contexts.append(context))
-    guarded("cuCtxPopCurrent", lambda: machine.contexts.pop())
-    guarded("cuCtxSynchronize", lambda: machine.call("synchronize"))
-    guarded("cuMemcpyAsync", machine.copy)
-    guarded("cuMemHostAlloc", pin)
-    guarded("cuMemFreeHost", lambda address: machine.free("pinned", address))
-    guarded("cuMemGetInfo", lambda: machine.free_bytes)
-    module.CU_MEMHOSTALLOC_PORTABLE = 1
+    def current_device() -> int:
+        if not machine.contexts:
+            raise Refused("invalid device context")
+        return 0
+
+    def copy_2d(copy: Any, stream: int) -> None:
+        machine.call("copy 2d", stream)
+        for row in range(copy.Height):
+            target, source = (
+                copy.dstDevice + row * copy.dstPitch,
+                copy.srcDevice + row * copy.srcPitch,
+            )
+            ctypes.memmove(target, source, copy.WidthInBytes)
+
+    functions = {
+        "cuInit": lambda flags: None,
+        "cuDriverGetVersion": lambda: 13000,
+        "cuDeviceGetCount": lambda: 1,
+        "cuDeviceGet": lambda index: index,
+        "cuDeviceGetName": lambda length, device: GPU_NAME.encode().ljust(length, b"\0"),
+        "cuDeviceGetAttribute": lambda attribute, device: machine.capability[attribute],
+        "cuCtxGetDevice": current_device,
+        "cuCtxGetCurrent": lambda: machine.contexts[-1] if machine.contexts else None,
+        "cuCtxSetCurrent": set_current,
+        "cuCtxPushCurrent": lambda context: machine.contexts.append(context),
+        "cuCtxPopCurrent": lambda: machine.contexts.pop(),
+        "cuCtxSynchronize": lambda: machine.call("synchronize"),
+        "cuMemcpyAsync": machine.copy,
+        "cuMemcpy2DAsync": copy_2d,
+        "cuMemHostAlloc": pin,
+        "cuMemFreeHost": lambda address: machine.free("pinned", address),
+        "cuMemGetInfo": lambda: machine.free_bytes,
+    }
+    for name, work in functions.items():
+        setattr(module, name, _guarded(machine, work))
     module.cuStreamQuery = lambda handle: (700 if machine.broken else 0,)
     module.cuGetErrorString = lambda error: (0, (machine.broken or machine.refused).encode())
+    module.CU_MEMHOSTALLOC_PORTABLE = 1
+    module.CUDA_MEMCPY2D = SimpleNamespace
+    module.CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_DEVICE=2)
+    module.CUdevice_attribute = SimpleNamespace(
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=0,
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=1,
+    )
     return module
+
+
+def _guarded(machine: Machine, work: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+    """Return `work` as the bindings have it: an error's number, and the result."""
+
+    def run(*arguments: Any) -> tuple[Any, ...]:
+        try:
+            return 0, work(*arguments)
+        except Refused as refused:
+            machine.refused = str(refused)
+            return (700,)
+
+    return run
 
 
 class FakeCoreDevice:
@@ -272,10 +322,10 @@ class FakeCoreDevice:
 
     device_id = 0
     name = GPU_NAME
-    compute_capability = (9, 0)
 
     def __init__(self, machine: Machine):
         self.machine = machine
+        self.compute_capability = machine.capability
         self.context = SimpleNamespace(handle=PRIMARY)
 
     def set_current(self) -> None:
@@ -284,13 +334,7 @@ class FakeCoreDevice:
     def create_stream(self, obj: Any = None, options: Any = None) -> Any:
         if obj is None:
             return FakeStream(self.machine, "stream", options)
-        _, handle = obj.__cuda_stream__()
-        device = SimpleNamespace(device_id=getattr(obj.owner, "gpu", 0))
-        return SimpleNamespace(
-            handle=handle,
-            device=device,
-            create_graph_builder=lambda: FakeBuilder(self.machine, handle),
-        )
+        return ForeignStream(self.machine, obj)
 
     def create_event(self, options: Any) -> FakeEvent:
         return FakeEvent(self.machine, "event", options)
@@ -335,7 +379,9 @@ class FakePycudaContext:
         cls.machine.call("synchronize")
 
     def get_device(self) -> Any:
-        return SimpleNamespace(name=lambda: GPU_NAME, compute_capability=lambda: (9, 0))
+        return SimpleNamespace(
+            name=lambda: GPU_NAME, compute_capability=lambda: self.machine.capability
+        )
 
 
 def make_pycuda(machine: Machine) -> ModuleType:
@@ -384,12 +430,12 @@ def make_pycuda(machine: Machine) -> ModuleType:
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Let both GPU devices open on a pretended machine."""
+    """Let both GPU devices, and what measures on one, open on a pretended machine."""
     machine = Machine()
-    monkeypatch.setattr(cuda_memory, "DRIVER", None)  # ctypes then opens this very program
-    monkeypatch.setattr("edje.kernels.device.cuda_core.gpu_fault", lambda: None)
+    monkeypatch.setattr(facts, "DRIVER", None)  # ctypes then opens this very program
+    monkeypatch.setattr(measuring, "measuring", cache(measuring.Measuring))
     monkeypatch.setitem(sys.modules, "cuda.core", make_core(machine))
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", make_driver(machine))
+    monkeypatch.setitem(sys.modules, facts.BINDINGS, make_driver(machine))
     monkeypatch.setitem(sys.modules, "pycuda.driver", make_pycuda(machine))
     return machine
 
@@ -401,3 +447,69 @@ def owned_by(owner: FakeBuffer, array: np.ndarray) -> np.ndarray:
         base = owner
 
     return array.view(Owned)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One launch: records of bytes, with scales beside them in int8 variants.
+
+    Attributes:
+        numbers: int32 or int64 [P]: rows of a gather, places of a scatter.
+        source, target: what it reads and writes, as (records, scales or None).
+    """
+
+    is_gather: bool
+    numbers: np.ndarray
+    source: tuple[np.ndarray, np.ndarray | None]
+    target: tuple[np.ndarray, np.ndarray | None]
+
+    def run(self) -> None:
+        (tokens, scales), (out, out_scales) = self.source, self.target
+        if self.is_gather:
+            more = {"scales": scales, "out_scales": out_scales}
+            references.gather_tokens(tokens, self.numbers, out, **more)
+        else:
+            more = {"scales": scales, "pool_scales": out_scales}
+            references.scatter_tokens(tokens, self.numbers, out, **more)
+
+
+def entry_of(code: bytes) -> KernelEntry | None:
+    """Return the entry of the manifest that this cubin belongs to; None for other code."""
+    digest = hashlib.sha256(code).hexdigest()
+    entries = read_manifest().kernels.values()
+    return next((e for e in entries if any(cubin.sha256 == digest for cubin in e.cubins)), None)
+
+
+def copy_of(entry: KernelEntry, num_programs: int, arguments: Sequence[np.generic]) -> Copy:
+    """Return what a launch with these arguments copies."""
+    names = (parameter.name for parameter in entry.parameters)
+    given = {name: value.item() for name, value in zip(names, arguments, strict=True)}
+    is_gather = entry.symbol == "gather_tokens"
+    assert is_gather or entry.symbol == "scatter_tokens", entry.symbol
+    parts = -(-given["record_vectors"] // entry.constants["VECTORS"])
+    assert num_programs % parts == 0, "a record is not copied whole"
+    num_pairs, num_records = num_programs // parts, given["num_records"]
+    numbers = "rows" if is_gather else "places"
+    types = {parameter.name: parameter.type for parameter in entry.parameters}
+    dtype = "int32" if types[numbers] == "*i32" else "int64"
+    source_count, target_count = (num_records, num_pairs) if is_gather else (num_pairs, num_records)
+
+    def records(tokens: str, scales: str, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+        held = array_at(given[tokens], (count, given["record_vectors"] * 16), "uint8")
+        if scales not in given:
+            return held, None
+        return held, array_at(given[scales], (count, given["num_scales"]), "float16")
+
+    return Copy(
+        is_gather,
+        array_at(given[numbers], (num_pairs,), dtype),
+        records("tokens", "scales", source_count),
+        records("out_tokens", "out_scales", target_count),
+    )
+
+
+def array_at(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return memory as an array, without a copy."""
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = (ctypes.c_uint8 * num_bytes).from_address(address)
+    return np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)

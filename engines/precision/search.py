@@ -25,7 +25,7 @@ Query = Sequence[Batch]  # one query's candidates, cut into batches
 OBSERVED_PAIRS = 256
 # Where every way breaks the ranking, which one breaks it least is chance: the scores' error tells.
 TELLING_TAU = 0.5
-# Enough to sort places by what they do; a full-size model has 48.
+# Enough to sort layer groups by what they do; a full-size model has 48.
 EFFECT_PAIRS = 16
 
 
@@ -35,7 +35,7 @@ class Choice:
 
     Attributes:
         graph: with Q/DQ, everything else in the compute type.
-        kept: places that stay in the compute type, in the order the ladder took them.
+        kept: layer groups that stay in the compute type, in the order of the search.
         agreement: with the float32 graph on the calibration pairs.
         facts: how it was found, for the manifest.
     """
@@ -52,22 +52,22 @@ def choose(
     precision: str,
     compute_type: str,
     limits: FidelityLimits,
-    tell: Progress,
+    progress: Progress,
 ) -> Choice:
     """Quantise `graph` so that the ranking of `queries` holds `limits`.
 
     First the way to choose scales (and, where channels stand out, to smooth them) that agrees
-    best with float32; then, while a limit is broken, more places kept in `compute_type`, those
-    first that move the scores most when quantised alone.
+    best with float32; then, while a limit is broken, more layer groups kept in `compute_type`,
+    those first that move the scores most when quantised alone.
 
     Raises:
-        EngineError: the limits do not hold even with only one place quantised.
+        EngineError: the limits do not hold even with only one layer group quantised.
     """
     search = _Search(graph, queries, precision, compute_type, limits)
-    best = search.best_method(tell)
+    best = search.best_method(progress)
     if search.holds(best):
         return search.choice(best)
-    return search.choice(search.climb(best, tell))
+    return search.choice(search.fewest_kept(best, progress))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +80,11 @@ class _Try:
     agreement: Agreement
 
     def to_json(self) -> dict[str, Any]:
-        found = {key: round(value, 6) for key, value in asdict(self.agreement).items()}
+        figures = {key: round(value, 6) for key, value in asdict(self.agreement).items()}
         names = ("kendall_tau", "top_1", "mean_abs_diff", "max_abs_diff")
         kept = {"kept": len(self.kept)} if self.kept else {}
         way = f"{self.method}, smoothed" if self.form == "smoothed" else self.method
-        return {"method": way, **kept, **{name: found[name] for name in names}}
+        return {"method": way, **kept, **{name: figures[name] for name in names}}
 
 
 @dataclass(slots=True)
@@ -110,71 +110,75 @@ class _Search:
             even = smooth(self.graph, seen)
             self.forms["smoothed"] = (even, observe(even, batches))
 
-    def best_method(self, tell: Progress) -> _Try:
+    def best_method(self, progress: Progress) -> _Try:
         """Try every form and method with everything quantised."""
         for form in self.forms:
             for method in METHODS:
-                tell(f"calibrating {self.precision}: {method}, {form}")
+                progress(f"calibrating {self.precision}: {method}, {form}")
                 self.attempt(form, method, ())
         best = max(self.tried, key=lambda t: (t.agreement.kendall_tau, -t.agreement.mean_abs_diff))
         if best.agreement.kendall_tau >= TELLING_TAU:
             return best
         return min(self.tried, key=lambda t: t.agreement.mean_abs_diff)
 
-    def climb(self, best: _Try, tell: Progress) -> _Try:
-        """Keep more and more places until the limits hold; then as few as they allow."""
+    def fewest_kept(self, best: _Try, progress: Progress) -> _Try:
+        """Keep more and more layer groups until the limits hold; then as few as they allow."""
         graph, seen = self.forms[best.form]
         switches = Switches(graph, self.precision, amax_by(best.method, seen, self.precision))
-        tell("measuring what each place does to the scores")
+        progress("measuring what each layer group does to the scores")
         self.effects = self.measured_effects(switches)
-        order = sorted(self.effects, key=lambda place: -self.effects[place])
+        order = sorted(self.effects, key=lambda group: -self.effects[group])
         most = len(order) - 1
         low, high = 0, 1
-        while not self.holds(self.rung(best, switches, order[:high], tell)) and high < most:
+        while not self.holds(self.keeping(best, switches, order[:high], progress)) and high < most:
             low, high = high, min(2 * high, most)
         while high - low > 1:
             middle = (low + high) // 2
-            holds = self.holds(self.rung(best, switches, order[:middle], tell))
+            holds = self.holds(self.keeping(best, switches, order[:middle], progress))
             low, high = (low, middle) if holds else (middle, high)
         while True:  # the switches leave the compute type out: the graph itself has the last word
-            found = self.attempt(best.form, best.method, tuple(order[:high]))
-            if self.holds(found):
-                return found
+            attempt = self.attempt(best.form, best.method, tuple(order[:high]))
+            if self.holds(attempt):
+                return attempt
             if high == most:
-                raise self._refusal(found)
+                raise self._refusal(attempt)
             high += 1
 
-    def rung(self, best: _Try, switches: Switches, kept: Sequence[str], tell: Progress) -> _Try:
-        """Score with all but `kept` quantised and remember."""
-        tell(f"keeping {len(kept)} of {len(switches.places)} places in {self.compute_type}")
-        quantized = [place for place in switches.places if place not in kept]
-        found = score_queries(lambda batch: switches.score(batch, quantized), self.queries)
-        result = replace(best, kept=tuple(kept), agreement=rank_agreement(self.expected, found))
+    def keeping(
+        self, best: _Try, switches: Switches, kept: Sequence[str], progress: Progress
+    ) -> _Try:
+        """Score with all but `kept` quantised; note what came of it."""
+        progress(
+            f"keeping {len(kept)} of {len(switches.groups)} layer groups in {self.compute_type}"
+        )
+        quantized = [group for group in switches.groups if group not in kept]
+        scores = score_queries(lambda batch: switches.score(batch, quantized), self.queries)
+        result = replace(best, kept=tuple(kept), agreement=rank_agreement(self.expected, scores))
         self.tried.append(result)
         return result
 
     def measured_effects(self, switches: Switches) -> dict[str, float]:
-        """Return the mean |score difference| that quantising each place alone makes."""
+        """Return the mean |score difference| that quantising each layer group alone makes."""
         batches = _spread(self.queries, EFFECT_PAIRS)
         exact = [switches.score(batch, ()) for batch in batches]
         return {
-            place: float(
+            group: float(
                 np.mean(
                     np.concatenate(
                         [
-                            np.abs(switches.score(batch, (place,)) - scores)
+                            np.abs(switches.score(batch, (group,)) - scores)
                             for batch, scores in zip(batches, exact, strict=True)
                         ]
                     )
                 )
             )
-            for place in switches.places
+            for group in switches.groups
         }
 
     def attempt(self, form: str, method: str, kept: tuple[str, ...]) -> _Try:
-        """Quantise, score and remember."""
-        found = score_queries(scorer(self.quantized(form, method, kept)), self.queries)
-        result = _Try(form, method, kept, rank_agreement(self.expected, found))
+        """Quantise and score; note what came of it."""
+        scores = score_queries(scorer(self.quantized(form, method, kept)), self.queries)
+        result = _Try(form, method, kept, rank_agreement(self.expected, scores))
         self.tried.append(result)
         return result
 
@@ -184,25 +188,25 @@ class _Search:
         typed = quantize(graph, self.precision, amax, keep=kept, scale_type=self.compute_type)
         return typed if self.compute_type == "float32" else lower(typed, self.compute_type)
 
-    def holds(self, found: _Try) -> bool:
-        return not self.limits.broken_by(found.agreement)
+    def holds(self, attempt: _Try) -> bool:
+        return not self.limits.broken_by(attempt.agreement)
 
     def choice(self, chosen: _Try) -> Choice:
-        effects = {place: {"mean_abs_diff": self.effects[place]} for place in chosen.kept}
+        effects = {group: {"mean_abs_diff": self.effects[group]} for group in chosen.kept}
         facts = {
             "method": chosen.method,
             "smoothed": self.smoothed if chosen.form == "smoothed" else {},
             "kept": effects,
-            "tried": [found.to_json() for found in self.tried],
+            "tried": [attempt.to_json() for attempt in self.tried],
         }
         graph = self.quantized(chosen.form, chosen.method, chosen.kept)
         return Choice(graph, chosen.kept, chosen.agreement, facts)
 
-    def _refusal(self, found: _Try) -> EngineError:
+    def _refusal(self, attempt: _Try) -> EngineError:
         return EngineError(
-            f"{self.precision} does not hold the fidelity limits, even with all places but one "
-            f"kept in {self.compute_type}",
-            faults=self.limits.broken_by(found.agreement),
+            f"{self.precision} does not hold the fidelity limits, even with all layer groups "
+            f"but one kept in {self.compute_type}",
+            faults=self.limits.broken_by(attempt.agreement),
             hint="build with --precision fp16, bf16 or fp32, or set the limits lower",
         )
 
