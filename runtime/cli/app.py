@@ -74,11 +74,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _silence(wanted: bool) -> None:
-    if wanted:  # given once, before the verb or after it, holds
-        be_quiet(True)
-
-
 @app.callback()
 def _options(
     version: Annotated[
@@ -89,7 +84,7 @@ def _options(
         bool,
         typer.Option(
             *("--quiet", "-q"),
-            callback=_silence,
+            callback=be_quiet,
             expose_value=False,
             help="No progress, no notes: only results and errors.",
         ),
