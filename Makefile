@@ -22,7 +22,7 @@ DEMO_EXTRAS := cpu,build,export,index
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types sizes bench gpu kernels train clean
+.PHONY: help setup demo test check lint types sizes docs bench gpu kernels train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,9 @@ types: $(INSTALLED)
 sizes: $(INSTALLED)
 	$(BIN)/python .ci/house_report.py
 
+docs: $(INSTALLED) ## write the API page of the public names into build/docs
+	$(BIN)/python .ci/api_docs.py build/docs
+
 bench: $(INSTALLED) ## measure store, pipeline and engines into .cache/perf (minutes; BENCH_ARGS=--help)
 	$(BIN)/python -m edje.perf.bench_store $(BENCH_ARGS)
 	$(BIN)/python -m edje.perf.bench_pipeline $(BENCH_ARGS)
@@ -60,7 +63,7 @@ bench: $(INSTALLED) ## measure store, pipeline and engines into .cache/perf (min
 # Without .venv nothing is installed: the package is found through the link that `types` uses.
 gpu: $(if $(VENV),$(INSTALLED)) ## measure all that needs an NVIDIA GPU (9 minutes; GPU_ARGS=--help)
 	@mkdir -p .mypy && ln -sfn .. .mypy/edje
-	$(if $(VENV),$(BIN)/python,PYTHONPATH='$(CURDIR)/.mypy' $(PYTHON)) -m edje.perf.gpu_ladder $(GPU_ARGS)
+	$(if $(VENV),$(BIN)/python,PYTHONPATH='$(CURDIR)/.mypy' $(PYTHON)) -m edje.perf.gpu_run $(GPU_ARGS)
 
 kernels: $(INSTALLED) ## compile the GPU kernels for every architecture (no GPU, under a minute)
 	$(BIN)/python -m edje.kernels.build

@@ -71,8 +71,8 @@ def layer_path(number: int, part: str = "") -> str:
 
 def layer_of(name: str) -> int | None:
     """Return which encoder layer a node or value belongs to; None for all outside of them."""
-    found = _LAYER.match(name)
-    return int(found[1]) if found else None
+    match = _LAYER.match(name)
+    return int(match[1]) if match else None
 
 
 def linear_of(node: str) -> str:

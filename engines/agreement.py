@@ -40,7 +40,7 @@ class Agreement:
     top_10: float
 
 
-def rank_agreement(expected: Iterable[Scores], found: Iterable[Scores]) -> Agreement:
+def rank_agreement(expected: Iterable[Scores], scores: Iterable[Scores]) -> Agreement:
     """Compare two lists of scores, one float [C] a query; C may differ between queries.
 
     A score that is not finite ranks last and differs by infinity.
@@ -48,7 +48,7 @@ def rank_agreement(expected: Iterable[Scores], found: Iterable[Scores]) -> Agree
     Raises:
         ValueError: no pairs, or lists of different lengths.
     """
-    pairs = [_comparable(a, b) for a, b in zip(expected, found, strict=True)]
+    pairs = [_comparable(a, b) for a, b in zip(expected, scores, strict=True)]
     below = np.concatenate([a - b for a, b in pairs])
     diff = np.abs(below)
     high = np.quantile(diff, [0.99, 0.999], method="higher")
@@ -66,11 +66,11 @@ def rank_agreement(expected: Iterable[Scores], found: Iterable[Scores]) -> Agree
     )
 
 
-def _comparable(expected: Scores, found: Scores) -> tuple[Scores, Scores]:
-    """Return both as float64 [C], the found ones with -inf where they are not finite."""
-    if expected.shape != found.shape:
-        raise ValueError(f"scores of one query are {expected.shape} and {found.shape}")
-    wide = found.astype(np.float64)
+def _comparable(expected: Scores, scores: Scores) -> tuple[Scores, Scores]:
+    """Return both as float64 [C], the latter with -inf where they are not finite."""
+    if expected.shape != scores.shape:
+        raise ValueError(f"scores of one query are {expected.shape} and {scores.shape}")
+    wide = scores.astype(np.float64)
     return expected.astype(np.float64), np.where(np.isfinite(wide), wide, -np.inf)
 
 
@@ -113,10 +113,10 @@ def _num_inversions(ranks: npt.NDArray[np.int64]) -> int:
     return total
 
 
-def top_agreement(expected: Scores, found: Scores, k: int) -> float:
-    """Return the share of the `k` best of `expected` that are among the `k` best of `found`."""
+def top_agreement(expected: Scores, scores: Scores, k: int) -> float:
+    """Return the share of the `k` best of `expected` that are among the `k` best of `scores`."""
     k = min(k, len(expected))
-    best = [set(np.argsort(-s, kind="stable")[:k].tolist()) for s in (expected, found)]
+    best = [set(np.argsort(-s, kind="stable")[:k].tolist()) for s in (expected, scores)]
     return len(best[0] & best[1]) / k
 
 

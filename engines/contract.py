@@ -265,12 +265,12 @@ def memory_faults(batch: Batch, scores: Float32, on_device: bool) -> list[str]:
         for name, array in {**arrays, OUTPUT: scores}.items()
         if array is not None and isinstance(array, DeviceArray) != on_device
     ]
-    places = ("host memory", "GPU memory (DeviceArray)")
-    return (
-        [f"{', '.join(wrong)}: in {places[not on_device]}, this engine takes {places[on_device]}"]
-        if wrong
-        else []
-    )
+    if not wrong:
+        return []
+    here, there = "host memory", "GPU memory (DeviceArray)"
+    if on_device:
+        here, there = there, here
+    return [f"{', '.join(wrong)}: in {there}, this engine takes {here}"]
 
 
 def shape_faults(batch: Batch, scores: Float32, manifest: EngineManifest) -> list[str]:

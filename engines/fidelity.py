@@ -116,9 +116,9 @@ class FidelityLimits:
         tau, change = self.min_kendall_tau, self.max_top1_change
         if tau is not None and not agreement.kendall_tau >= tau:
             faults.append(f"Kendall tau is {agreement.kendall_tau:.4f}, the limit is {tau:g}")
-        found = 1 - agreement.top_1
-        if change is not None and not found <= change + 1e-12:  # 1 - 0.99 is a little over 0.01
-            faults.append(f"the first place changes in {found:.2%}, the limit is {change:.2%}")
+        changed = 1 - agreement.top_1
+        if change is not None and not changed <= change + 1e-12:  # 1 - 0.99 is a little over 0.01
+            faults.append(f"the first place changes in {changed:.2%}, the limit is {change:.2%}")
         return faults
 
 
@@ -173,7 +173,7 @@ def measure(
     text = BundleManifest.read(bundle).text
     reference = reference_scorer(bundle)
     expected: list[Float32] = []
-    found: list[Float32] = []
+    measured: list[Float32] = []
     targets: list[int | None] = []
     for number, sample in enumerate(samples):
         if progress is not None and number % 16 == 0:
@@ -181,20 +181,20 @@ def measure(
         batches = list(sample_batches(sample, profile, pad_id=text.pad_id, sep_id=text.sep_id))
         expected.append(np.concatenate([reference(batch) for batch in batches]))
         asked = map(int8_batch, batches) if token_dtype == "int8" else batches
-        found.append(np.concatenate([score(batch) for batch in asked]))
+        measured.append(np.concatenate([score(batch) for batch in asked]))
         targets.append(sample.target)
     if not expected:
         raise EngineError(f"there is nothing to measure fidelity on: {samples.data}")
     _check_finite(expected, "the bundle's float32 graph", "these visual tokens overflow it")
-    _check_finite(found, measured_on, "build with --precision fp32")
+    _check_finite(measured, measured_on, "build with --precision fp32")
     return Fidelity(
-        **asdict(rank_agreement(expected, found)),
+        **asdict(rank_agreement(expected, measured)),
         data=samples.data,
         random=samples.random,
         reference=REFERENCE,
         measured_on=measured_on,
         num_targets=sum(target is not None for target in targets),
-        recall=recall(found, targets),
+        recall=recall(measured, targets),
         reference_recall=recall(expected, targets),
     )
 

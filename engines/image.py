@@ -169,21 +169,21 @@ def _open_model(model: Path, device: str) -> tuple[str, Run]:
     if device not in DEVICES:
         raise RequestError(f"device is {device!r}, expected one of {', '.join(DEVICES)}")
     if device != "cpu":
-        found = _opened(_open_cuda, model)
-        if not isinstance(found, str):
-            return found
+        opened = _opened(_open_cuda, model)
+        if not isinstance(opened, str):
+            return opened
         if device == "cuda":
             raise EngineError(
-                f"{model.name} cannot run on CUDA here: {found}",
+                f"{model.name} cannot run on CUDA here: {opened}",
                 hint="pip install 'edje-runtime[gpu-onnxruntime]' in place of onnxruntime; "
                 "or --device cpu",
             )
     failed = []
     for opener in (_open_openvino, _open_onnxruntime):
-        found = _opened(opener, model)
-        if not isinstance(found, str):
-            return found
-        failed.append(found)
+        opened = _opened(opener, model)
+        if not isinstance(opened, str):
+            return opened
+        failed.append(opened)
     raise EngineError(
         f"running {model.name} needs OpenVINO or ONNX Runtime; neither is installed",
         faults=failed,
@@ -243,8 +243,8 @@ def _open_cuda(model: Path) -> tuple[str, Run]:
     providers = [(_CUDA, {"use_tf32": "0"}), "CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(str(model), providers=providers)
     if session.get_providers()[0] != _CUDA:  # it falls back to the CPU in silence
-        found = f"onnxruntime {onnxruntime.__version__} cannot start {_CUDA}"
-        raise _NotHere(f"{found}: no GPU, or no CUDA libraries")
+        failure = f"onnxruntime {onnxruntime.__version__} cannot start {_CUDA}"
+        raise _NotHere(f"{failure}: no GPU, or no CUDA libraries")
     name = session.get_inputs()[0].name
     ran = f"onnxruntime {onnxruntime.__version__} cuda"
     return ran, lambda inputs: session.run(None, {name: inputs})[0]

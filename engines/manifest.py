@@ -17,7 +17,6 @@ from ..errors import EngineError
 
 FORMAT_VERSION = 2
 MANIFEST = "engine.json"
-BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
 QUANTIZED = ("int8", "fp8")  # of PRECISIONS: products of 8 bits
 DEFAULT_MAX_PAIRS = 256

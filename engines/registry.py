@@ -170,7 +170,7 @@ def _what_works() -> str:
     if not runs:
         return "this machine can run none; pip install 'edje-runtime[cpu]'"
     others = {s.name: [p for p in s.buildable if p not in s.usable] for s in statuses}
-    builds = [f"{name} ({', '.join(found)})" for name, found in others.items() if found]
+    builds = [f"{name} ({', '.join(names)})" for name, names in others.items() if names]
     more = f", and build {'; '.join(builds)}" if builds else ""
     return f"this machine can run {'; '.join(runs)}{more}; `edje doctor` says why not the rest"
 
@@ -227,19 +227,19 @@ def file_faults(
     for name, expected in manifest.files.items():
         path = folder / name
         try:
-            found = expected if name == IMAGE_ENCODER and path.is_file() else sha256(path)
+            digest = expected if name == IMAGE_ENCODER and path.is_file() else sha256(path)
         except OSError as error:
             faults.append(f"file {name}: cannot be read ({error.strerror})")
             continue
-        if found != expected:
-            faults.append(f"file hash: {name} is {found[:12]}…, engine.json says {expected[:12]}…")
+        if digest != expected:
+            faults.append(f"file hash: {name} is {digest[:12]}…, engine.json says {expected[:12]}…")
     return faults
 
 
 def by_reason(verdicts: Iterable[tuple[str, str | None]]) -> dict[str, list[str]]:
     """Gather the precisions of each reason, each once; those without a reason are left out."""
-    found: dict[str, list[str]] = {}
+    precisions: dict[str, list[str]] = {}
     for precision, reason in verdicts:
-        if reason is not None and precision not in found.setdefault(reason, []):
-            found[reason].append(precision)
-    return found
+        if reason is not None and precision not in precisions.setdefault(reason, []):
+            precisions[reason].append(precision)
+    return precisions

@@ -60,11 +60,11 @@ def check_bundle(manifest: EngineManifest, folder: Path, bundle: Path) -> None:
         CheckpointError: `bundle` is no model bundle.
         EngineError: fingerprints, text rules or files differ (all named, both sides).
     """
-    found, built_from = BundleManifest.read(bundle), manifest.bundle
+    given, built_from = BundleManifest.read(bundle), manifest.bundle
     sides: list[tuple[str, Any, Any]] = [
-        ("encoder fingerprint", built_from.fingerprint_encoder, found.fingerprint_encoder),
-        ("scorer fingerprint", built_from.fingerprint_scorer, found.fingerprint_scorer),
-        ("text rules", built_from.text, found.text),
+        ("encoder fingerprint", built_from.fingerprint_encoder, given.fingerprint_encoder),
+        ("scorer fingerprint", built_from.fingerprint_scorer, given.fingerprint_scorer),
+        ("text rules", built_from.text, given.text),
         (f"SHA-256 of {JOINT_ENCODER}", manifest.onnx_sha256, _sha256(bundle / JOINT_ENCODER)),
         (f"SHA-256 of {TOKENIZER}", manifest.files.get(TOKENIZER), _sha256(bundle / TOKENIZER)),
     ]

@@ -1,1 +1,1 @@
-"""Checkpoint to model bundle; the only layer that imports torch, transformers and onnx."""
+"""Checkpoint to model bundle. `export.py` is the door; behind it torch, transformers and onnx."""

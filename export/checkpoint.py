@@ -162,7 +162,7 @@ def _infer_sizes(groups: Mapping[str, Tensors]) -> dict[str, int | None]:
 
 
 def _num_layers(tensors: Tensors, pattern: str) -> int | None:
-    indices = [int(found[1]) for name in tensors if (found := re.match(pattern, name))]
+    indices = [int(match[1]) for name in tensors if (match := re.match(pattern, name))]
     return max(indices) + 1 if indices else None
 
 

@@ -115,14 +115,14 @@ def _is_archive(path: Path) -> bool:
 
 def _types_that_need_code(path: Path, error: Exception) -> list[str]:
     """Return the types in the file that torch does not load without running their code."""
-    found = _REFUSED_TYPE.search(str(error)) if isinstance(error, UnpicklingError) else None
-    if found is None:
+    match = _REFUSED_TYPE.search(str(error)) if isinstance(error, UnpicklingError) else None
+    if match is None:
         return []
     if not _is_archive(path):  # torch lists the types of archives only, and stops at the first
-        return [found[1]]
+        return [match[1]]
     from torch.serialization import get_unsafe_globals_in_checkpoint
 
-    return sorted(get_unsafe_globals_in_checkpoint(str(path))) or [found[1]]
+    return sorted(get_unsafe_globals_in_checkpoint(str(path))) or [match[1]]
 
 
 def _needs_code(path: Path, types: list[str]) -> CheckpointError:

@@ -42,8 +42,8 @@ class HubName:
     @classmethod
     def parse(cls, text: str) -> HubName | None:
         """Return the name that `text` is, or None where it cannot be one."""
-        found = _NAME.fullmatch(text)
-        return cls(text, found["repo"], found["revision"], found["file"]) if found else None
+        match = _NAME.fullmatch(text)
+        return cls(text, match["repo"], match["revision"], match["file"]) if match else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +95,8 @@ def list_files(name: HubName) -> tuple[list[str], bool]:
         raise _fault(name, error) from error
     except Exception:  # no network, or HF_HUB_OFFLINE: the cache may do
         folder = fetch(name, [_NO_FILES], lambda step: None).folder
-        found = (path for path in folder.rglob("*") if path.is_file())
-        return sorted(path.relative_to(folder).as_posix() for path in found), True
+        paths = (path for path in folder.rglob("*") if path.is_file())
+        return sorted(path.relative_to(folder).as_posix() for path in paths), True
     return sorted(file.rfilename for file in info.siblings or ()), False
 
 

@@ -83,25 +83,25 @@ def image_spec(settings: Mapping[str, Any], image_size: int, faults: list[str]) 
         settings: those of `read_image_processor`.
         image_size: R, the side of the square that the tower takes.
     """
-    found = list(_step_faults(settings))
+    wrong = list(_step_faults(settings))
     side = settings["size"]
     sides = {side.get("height"), side.get("width")} if isinstance(side, dict) else {side}
     if sides != {image_size}:
-        found.append(f"size: got {side}, expected {image_size} squared")
+        wrong.append(f"size: got {side}, expected {image_size} squared")
     resample = settings["resample"]
     if not _is_number(resample) or resample not in range(LAST_RESAMPLE + 1):
-        found.append(f"resample: got {resample!r}, expected 0 to {LAST_RESAMPLE}, as in Pillow")
+        wrong.append(f"resample: got {resample!r}, expected 0 to {LAST_RESAMPLE}, as in Pillow")
     factor = settings["rescale_factor"] if settings["do_rescale"] else 1.0
     if not _is_number(factor) or not factor > 0:
-        found.append(f"rescale_factor: got {factor!r}, expected a number above 0")
+        wrong.append(f"rescale_factor: got {factor!r}, expected a number above 0")
     mean = _three(settings["image_mean"]) if settings["do_normalize"] else (0.0, 0.0, 0.0)
     std = _three(settings["image_std"]) if settings["do_normalize"] else (1.0, 1.0, 1.0)
     if mean is None:
-        found.append(f"image_mean: got {settings['image_mean']!r}, expected three numbers")
+        wrong.append(f"image_mean: got {settings['image_mean']!r}, expected three numbers")
     if std is None or 0.0 in std:
-        found.append(f"image_std: got {settings['image_std']!r}, expected three numbers but 0")
-    faults += [f"image processor {fault}" for fault in found]
-    if found or mean is None or std is None:
+        wrong.append(f"image_std: got {settings['image_std']!r}, expected three numbers but 0")
+    faults += [f"image processor {fault}" for fault in wrong]
+    if wrong or mean is None or std is None:
         return None
     return ImageSpec(image_size, int(resample), float(factor), mean, std)
 

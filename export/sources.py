@@ -85,7 +85,7 @@ def locate(
     checkpoint: StrPath,
     language_model: StrPath,
     vision_model: StrPath | None,
-    show: Progress,
+    progress: Progress,
 ) -> Sources:
     """Find every input, and fetch those that are names on the Hub; a path here wins over a name.
 
@@ -95,16 +95,16 @@ def locate(
         CheckpointError: an input is neither here nor on the Hub, or lacks files (all listed).
     """
     faults: list[CheckpointError] = []
-    language = _try(faults, lambda: _folder(language_model, LANGUAGE, show))
+    language = _try(faults, lambda: _folder(language_model, LANGUAGE, progress))
     vision = None
     if vision_model is not None:
-        vision = _try(faults, lambda: _folder(vision_model, VISION, show))
-    found = _try(faults, lambda: _checkpoint(checkpoint))
-    if found is None or language is None or faults:
+        vision = _try(faults, lambda: _folder(vision_model, VISION, progress))
+    located = _try(faults, lambda: _checkpoint(checkpoint))
+    if located is None or language is None or faults:
         raise _all_at_once(faults)
-    if isinstance(found, HubName):
-        found = _fetched(found, show)
-    return Sources(found, language, vision)
+    if isinstance(located, HubName):
+        located = _fetched(located, progress)
+    return Sources(located, language, vision)
 
 
 T = TypeVar("T")
@@ -129,7 +129,7 @@ def _all_at_once(faults: list[CheckpointError]) -> CheckpointError:
     )
 
 
-def _folder(given: StrPath, kind: ModelFolder, show: Progress) -> Source:
+def _folder(given: StrPath, kind: ModelFolder, progress: Progress) -> Source:
     """Return a local folder, or that of a repository's files in the Hub's cache."""
     text = os.fspath(given)
     path = Path(text)
@@ -146,8 +146,8 @@ def _folder(given: StrPath, kind: ModelFolder, show: Progress) -> Source:
             f"{text} does not exist, expected {kind.what} or {HUB_FOLDER}",
             hint=f"pass {kind.option} a folder, or a name such as {kind.example}",
         )
-    show(f"fetching {text}")
-    snapshot = fetch(name, kind.files, show)
+    progress(f"fetching {text}")
+    snapshot = fetch(name, kind.files, progress)
     _check_files(snapshot.folder, kind, f"{name.repo} at commit {snapshot.commit[:12]}")
     return Source(snapshot.folder, snapshot.origin())
 
@@ -208,9 +208,9 @@ def _with_file(name: HubName) -> HubName:
     )
 
 
-def _fetched(name: HubName, show: Progress) -> Source:
+def _fetched(name: HubName, progress: Progress) -> Source:
     file = name.file or ""
-    show(f"fetching {name.text}")
-    snapshot = fetch(name, [glob.escape(file)], show)
+    progress(f"fetching {name.text}")
+    snapshot = fetch(name, [glob.escape(file)], progress)
     path = snapshot.folder / file
     return Source(path, {**snapshot.origin(), "file": file})

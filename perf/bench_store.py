@@ -12,6 +12,9 @@ output is compared with what was appended, before and after the turns.
 What is expected is expected of float16. int8 records are half as long and their scales lie apart:
 more system calls a byte, so that they are faster by the record and slower by the byte.
 
+Random reads of 16 to 1,024 records, into memory from a page's start on and as `np.empty` gives it,
+are compared with the loop that a user would write: `preadv` and xxh3, record by record.
+
 Ids are resolved in a store of 1,000,000 ids, whose catalog alone is real, by a process of its own.
 """
 
@@ -24,7 +27,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -34,7 +36,6 @@ import numpy as np
 
 from ..arrays import Array, Int64
 from ..errors import EdjeError
-from ..kernels.device.host import HostBuffer
 from ..runtime.store import TokenStore
 from ..runtime.store.catalog import Catalog, Change, RecordBatch, Segment
 from ..runtime.store.format import ROW_BITS
@@ -48,6 +49,7 @@ from .harness import (
     timings_json,
     write_result,
 )
+from .plain_loop import as_pinned, in_turn, measure_sizes
 
 NUM_TOKENS, HIDDEN = 64, 384
 NUM_RECORDS, GATHERED = 20_480, 256
@@ -61,6 +63,8 @@ COPY, MAPPED, TAKEN = "memcpy", "np.load mmap [rows]", "np.load mmap take"
 VERIFIED, UNVERIFIED, RESIDENT, DIRECT = "verified", "unverified", "resident", "direct"
 # How many times the speed of the second the first must have (float16).
 EXPECTED = ((VERIFIED, COPY, 0.6), (UNVERIFIED, COPY, 0.8), (VERIFIED, MAPPED, 1.0))
+# Of a plain loop's speed: what finds and checks records takes some 10 us, however many they are.
+LEAST_OF_LOOP = {16: 0.7, 64: 0.9, 256: 0.95, 1024: 0.95}
 MAX_RESOLVE_MS, MAX_OPEN_S, MAX_OPEN_MB = 25.0, 2.0, 60.0
 
 Dtype = Literal["float16", "int8"]
@@ -95,6 +99,9 @@ def run_benchmark(num_rounds: int, scratch: Path, tell: Tell) -> dict[str, Any]:
             buffer="page-aligned",
         ),
         "gathers": gathers,
+        "sizes": measure_sizes(
+            scratch / "float16" / "tokens.store", tuple(LEAST_OF_LOOP), num_rounds, tell
+        ),
         "ids": measure_ids(store, NUM_RESOLVED),
     }
     return {**result, "faults": list(faults_of(result))}
@@ -140,7 +147,7 @@ class Turns:
         self, content: Content, asked: list[Int64], stores: Mapping[str, TokenStore], npy: Path
     ):
         self._content, self._asked = content, asked
-        self._out = _as_pinned(content.tokens[:GATHERED])
+        self._out = as_pinned(content.tokens[:GATHERED])
         self._scales = None if content.scales is None else np.zeros_like(content.scales[:GATHERED])
         mapped, out = np.load(npy, mmap_mode="r"), self._out
         sources = {id(places): content.tokens[places] for places in asked}
@@ -157,7 +164,11 @@ class Turns:
     def contestants(self) -> dict[str, Callable[[], object]]:
         """Return name -> one gather; each goes through the sets one after the other."""
         gathers = self._gathers.items()
-        return {name: self._in_turn(gather, at) for at, (name, gather) in enumerate(gathers)}
+        step = len(self._asked) / len(self._gathers)  # never a set that the CPU's cache holds
+        return {
+            name: in_turn(gather, self._asked, int(at * step))
+            for at, (name, gather) in enumerate(gathers)
+        }
 
     def check(self) -> None:
         """Let everyone gather every set.
@@ -176,12 +187,6 @@ class Turns:
     def _reading(self, store: TokenStore, *, verify: bool) -> Callable[[Int64], object]:
         rows = store.rows(self._content.ids)
         return lambda places: store.read(rows[places], self._out, self._scales, verify=verify)
-
-    def _in_turn(self, gather: Callable[[Int64], object], at: int) -> Callable[[], object]:
-        """Begin with another set than the others, which the CPU's cache still holds."""
-        first = at * len(self._asked) // len(self._gathers)
-        sets = cycle([*self._asked[first:], *self._asked[:first]])
-        return lambda: gather(next(sets))
 
 
 def make_content(dtype: Dtype, count: int) -> Content:
@@ -293,6 +298,13 @@ def faults_of(result: Mapping[str, Any]) -> Iterator[str]:
         got = found[f"{fast} / {slow}"]
         if got < least:
             yield f"float16: {fast} has {got} times the speed of {slow}, expected {least}"
+    for row in result["sizes"]:
+        least = LEAST_OF_LOOP[row["records"]]
+        if row["ratio"] < least:
+            yield (
+                f"{row['records']} records, {row['buffer']}: the store has {row['ratio']} times "
+                f"the speed of a plain loop, expected {least}"
+            )
     limits = {"resolve_ms": MAX_RESOLVE_MS, "open_s": MAX_OPEN_S, "open_mb": MAX_OPEN_MB}
     for name, most in limits.items():
         if result["ids"][name] > most:
@@ -310,13 +322,13 @@ def summary(result: Mapping[str, Any]) -> str:
             f"  {least[COPY] / timing['min_ms']:9.2f}"
             for timing in found["records"]
         ]
+    lines += [
+        f"{row['records']:>5} records, {row['buffer']:8}  store {row['store_us']:8.0f} us"
+        f"  plain loop {row['loop_us']:8.0f} us  ratio {row['ratio']:.2f}"
+        for row in result["sizes"]
+    ]
     lines += [f"{name:20}  {value:>12,}" for name, value in result["ids"].items()]
     return "\n".join([*lines, *(f"NOT REACHED: {fault}" for fault in result["faults"])])
-
-
-def _as_pinned(like: Array) -> Array:
-    """Return zeros in memory as the pipeline's slots have it: from a page's start on."""
-    return HostBuffer(like.size, like.dtype).view(like.shape)
 
 
 def _records(numbers: range) -> Records:

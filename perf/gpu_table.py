@@ -1,4 +1,4 @@
-"""The figures of a GPU run as text: what was found, the ceilings, and one table of the ladder."""
+"""The figures of a GPU run as text: what was found, the ceilings, and one table of its engines."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def best_rows(rows: Iterable[Row]) -> list[Row]:
     return list(best.values())
 
 
-def ladder_table(rows: Iterable[Row], steps: Iterable[StepResult]) -> str:
+def engines_table(rows: Iterable[Row], steps: Iterable[StepResult]) -> str:
     """Return the table: a line for every best row, then one for every fault or failed step."""
     best = best_rows(rows)
     lines = [HEAD, *(_cells(row) for row in best if row["pairs_per_s"])]

@@ -100,69 +100,77 @@ class Parts(NamedTuple):
     rescore: Engine | None
     tokenizer: QueryTokenizer
     store: TokenStore
-    device: Device
+    runs: RunOptions
 
 
-def check_arguments(
-    engine: StrPath,
-    store: StrPath | TokenStore,
-    rescore: StrPath | None,
-    rescore_margin: float | None,
-    num_threads: int | None,
-    backend_settings: Mapping[str, str] | None,
-    device: str | Device | None,
-    residency: Place | ResidencyOptions | None,
-    graphs: bool,
-) -> tuple[OpenOptions, ResidencyOptions]:
-    """Check everything that `Reranker.open` was given, before anything is opened; see there.
+@dataclass(frozen=True, slots=True)
+class OpenArguments:
+    """What `Reranker.open` was given; see there."""
 
-    Raises:
-        RequestError: what cannot be meant, all of it.
-    """
-    given = Arguments("Reranker.open")
-    given.path("engine", engine, "the folder of an engine")
-    if not isinstance(store, TokenStore):
-        given.path("store", store, "the folder of a token store, or an open TokenStore")
-    if rescore is not None:
-        given.path("rescore", rescore, "the folder of an engine, or None")
-    if rescore_margin is not None:
-        given.number("rescore_margin", rescore_margin, f"{MARGIN}; or None")
-    if num_threads is not None:
-        num_threads = given.whole("num_threads", num_threads, "1 or more, or None")
-    settings = given.settings("backend_settings", backend_settings or {})
-    if not (device is None or isinstance(device, str) or hasattr(device, "shares_memory")):
-        given.refuse("device", device, f"a name ({NAMES}), an open device, or None")
-    given.flag("graphs", graphs)
-    if not isinstance(residency, ResidencyOptions):
-        residency = ResidencyOptions(residency)
-    given.faults += residency.faults()
-    given.check()
-    return OpenOptions(num_threads, settings), residency
+    engine: StrPath
+    store: StrPath | TokenStore
+    rescore: StrPath | None
+    rescore_margin: float | None
+    num_threads: int | None
+    backend_settings: Mapping[str, str] | None
+    device: str | Device | None
+    stream: object | None
+    residency: Place | ResidencyOptions | None
+    graphs: bool
+
+    def check(self) -> None:
+        """Check all of it, before anything is opened.
+
+        Raises:
+            RequestError: what cannot be meant, all of it.
+        """
+        given = Arguments("Reranker.open")
+        given.path("engine", self.engine, "the folder of an engine")
+        if not isinstance(self.store, TokenStore):
+            given.path("store", self.store, "the folder of a token store, or an open TokenStore")
+        if self.rescore is not None:
+            given.path("rescore", self.rescore, "the folder of an engine, or None")
+        if self.rescore_margin is not None:
+            given.number("rescore_margin", self.rescore_margin, f"{MARGIN}; or None")
+        if self.num_threads is not None:
+            given.whole("num_threads", self.num_threads, "1 or more, or None")
+        given.settings("backend_settings", self.backend_settings or {})
+        if not _names_a_device(self.device):
+            given.refuse("device", self.device, f"a name ({NAMES}), an open device, or None")
+        given.flag("graphs", self.graphs)
+        given.faults += self._residency().faults()
+        given.check()
+
+    def open_parts(self, undo: ExitStack) -> Parts:
+        """Open everything that was given by name, once checked; the rest stays the caller's.
+
+        Args:
+            undo: gets what closes it again.
+
+        Raises:
+            EngineError, StoreError: as `Reranker.open`.
+        """
+        store, engine, num_threads = self.store, Path(self.engine), self.num_threads
+        num_threads = None if num_threads is None else int(num_threads)
+        options = OpenOptions(num_threads, dict(self.backend_settings or {}))
+        if not isinstance(store, TokenStore):
+            store = undo.enter_context(TokenStore.open(store))
+        device = _open_device(self.device, engine, undo)
+        model = _open_engine(engine, options, device, undo)
+        precise = None
+        if self.rescore is not None:
+            precise = _open_engine(Path(self.rescore), options, device, undo)
+        tokenizer = QueryTokenizer.open(engine, model.manifest.bundle.text)
+        runs = RunOptions(device, self.stream, self._residency(), self.graphs)
+        return Parts(model, precise, tokenizer, store, runs)
+
+    def _residency(self) -> ResidencyOptions:
+        wanted = self.residency
+        return wanted if isinstance(wanted, ResidencyOptions) else ResidencyOptions(wanted)
 
 
-def open_parts(
-    engine: StrPath,
-    rescore: StrPath | None,
-    store: StrPath | TokenStore,
-    device: str | Device | None,
-    options: OpenOptions,
-    undo: ExitStack,
-) -> Parts:
-    """Open everything that `Reranker.open` was given by name; see there.
-
-    Args:
-        undo: gets what closes it again; what came open stays the caller's.
-
-    Raises:
-        EngineError, StoreError: as `Reranker.open`.
-    """
-    if not isinstance(store, TokenStore):
-        store = undo.enter_context(TokenStore.open(store))
-    runs_on = _open_device(device, Path(engine), undo)
-    model = _open_engine(Path(engine), options, runs_on, undo)
-    precise = None if rescore is None else _open_engine(Path(rescore), options, runs_on, undo)
-    tokenizer = QueryTokenizer.open(Path(engine), model.manifest.bundle.text)
-    return Parts(model, precise, tokenizer, store, runs_on)
+def _names_a_device(device: object) -> bool:
+    return device is None or isinstance(device, str) or hasattr(device, "shares_memory")
 
 
 def _open_device(device: str | Device | None, engine: Path, undo: ExitStack) -> Device:

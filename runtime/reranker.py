@@ -19,7 +19,7 @@ from ..errors import EngineError, RequestError, StoppedError
 from ..files import Closing
 from ..kernels.device.contract import Device, DeviceUsage
 from ..kernels.device.host import HostDevice
-from .opening import RunOptions, check_arguments, open_parts, open_pipelines
+from .opening import OpenArguments, RunOptions, open_pipelines
 from .pipeline import Request, Scored
 from .residency import Place, ResidencyOptions
 from .results import (
@@ -98,8 +98,8 @@ class Reranker(Closing):
                 self._engines, store, self._device, tokenizer, runs
             )
             self._owned = undo.pop_all()
-        names = self._device.name, store.layout.dtype, self.residency.place
-        self._labels = [_label(each, *names) for each in self._engines]
+        where = self._device.name, store.layout.dtype, self.residency.place
+        self._labels = [EngineLabel.of(each.manifest, *where) for each in self._engines]
         self._cascade: Cascade | None = None
         if rescore is not None:
             fast, precise = self._pipelines
@@ -146,17 +146,34 @@ class Reranker(Closing):
             StoreError: no store there, or one made by another encoder.
             RequestError: an argument of another kind, or that cannot be meant so (all of them).
         """
-        folders, how = (engine, store, rescore), (rescore_margin, num_threads, backend_settings)
-        options, wanted = check_arguments(*folders, *how, device, residency, graphs)
+        return cls._open(
+            OpenArguments(
+                engine,
+                store,
+                rescore,
+                rescore_margin,
+                num_threads,
+                backend_settings,
+                device,
+                stream,
+                residency,
+                graphs,
+            )
+        )
+
+    @classmethod
+    def _open(cls, arguments: OpenArguments) -> Reranker:
+        """Open all parts; the reranker closes those that were not the caller's."""
+        arguments.check()
         with ExitStack() as undo:
-            parts = open_parts(engine, rescore, store, device, options, undo)
+            parts = arguments.open_parts(undo)
             reranker = cls(
                 parts.engine,
                 parts.tokenizer,
                 parts.store,
                 rescore=parts.rescore,
-                rescore_margin=rescore_margin,
-                runs=RunOptions(parts.device, stream, wanted, graphs),
+                rescore_margin=arguments.rescore_margin,
+                runs=parts.runs,
             )
             reranker._owned.push(undo.pop_all())
         return reranker
@@ -206,7 +223,7 @@ class Reranker(Closing):
             tokenized = perf_counter()
             ids = self._store.ids() if ids is None else ids
             asked = Candidates.find(self._store, ids, missing)
-            times = partial(_times, began, tokenized, perf_counter())
+            times = partial(StageTimes.of, began, tokenized, perf_counter())
             alone = np.zeros(len(asked.rows), np.int64)
             request = Request(queries, alone, asked.rows, deadline, cancelled)
             return self._ranked(request, asked, top_k, times)
@@ -345,11 +362,6 @@ class Reranker(Closing):
                 self._idle.notify_all()
 
 
-def _label(engine: Engine, device: str, token_dtype: str, place: str) -> EngineLabel:
-    manifest = engine.manifest
-    return EngineLabel(manifest.backend, manifest.precision, device, token_dtype, place)
-
-
 def _stopped(stop: StoppedError, known: object, num_scored: int, num_asked: int) -> StoppedError:
     """Return the error with what is known so far."""
     message = f"{stop.message}: {num_scored:,} of {num_asked:,} have a score"
@@ -365,15 +377,3 @@ def _deadline_of(
         return None
     expected = "0 or more seconds, or None"
     return monotonic() + given.number("timeout_s", timeout_s, expected, finite=False)
-
-
-def _times(began: float, tokenized: float, resolved: float, scored: Scored) -> StageTimes:
-    return StageTimes(
-        tokenize=(tokenized - began) * 1e3,
-        resolve=(resolved - tokenized) * 1e3,
-        gather=scored.gather_ms,
-        upload=scored.upload_ms,
-        compute=scored.compute_ms,
-        download=scored.download_ms,
-        total=(perf_counter() - began) * 1e3,
-    )

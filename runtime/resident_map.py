@@ -79,8 +79,8 @@ class ResidentMap:
         numbers = self._numbers(rows)
         with self._lock:
             is_missing = self._position_of[numbers] == NOWHERE
-        found: Int64 = rows[is_missing]
-        return found
+        missing: Int64 = rows[is_missing]
+        return missing
 
     def take(self, rows: Int64) -> Int32:
         """Take a position for each row that is to be held, evicting the least recently used.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from time import perf_counter
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from ..arguments import Arguments, shown
 from ..arrays import Float32, Int64
+from ..engines.manifest import EngineManifest
 from ..errors import StoreError
 from .pipeline import Scored
 from .store import TokenStore
@@ -50,6 +52,11 @@ class EngineLabel:
     device: str
     tokens: str = "float16"
     residency: str = "disk"
+
+    @classmethod
+    def of(cls, manifest: EngineManifest, device: str, tokens: str, residency: str) -> EngineLabel:
+        """Return the label of an engine that runs on `device`."""
+        return cls(manifest.backend, manifest.precision, device, tokens, residency)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +116,19 @@ class StageTimes:
     compute: float
     download: float
     total: float
+
+    @classmethod
+    def of(cls, began: float, tokenized: float, resolved: float, scored: Scored) -> StageTimes:
+        """Return the times of a request that ends now; the others as `perf_counter` counts."""
+        return cls(
+            tokenize=(tokenized - began) * 1e3,
+            resolve=(resolved - tokenized) * 1e3,
+            gather=scored.gather_ms,
+            upload=scored.upload_ms,
+            compute=scored.compute_ms,
+            download=scored.download_ms,
+            total=(perf_counter() - began) * 1e3,
+        )
 
 
 @dataclass(frozen=True, slots=True)

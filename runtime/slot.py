@@ -117,7 +117,6 @@ class Slot:
     def __init__(self, device: Device, manifest: EngineManifest, pool: TokenPool | None = None):
         """Allocate; `pool` holds tokens on the device, None: every batch brings its own."""
         max_pairs, sizes = manifest.profile.max_pairs, manifest.bundle.sizes
-        shape = (sizes.num_tokens, sizes.hidden)
         self._tokens: StagedRecords | PooledTokens
         self.pooled: PooledTokens | None = None
         if pool is None:
@@ -130,7 +129,7 @@ class Slot:
         self._text_length = Staged(device, max_pairs, "int32")
         self._query_of_pair = Staged(device, max_pairs, "int32")
         self._scores = Staged(device, max_pairs, "float32")
-        self._filled_for: tuple[object, object] = None, None
+        self._filled_for: tuple[object, object]
         self._fit(1, max(manifest.profile.text_buckets), 1)
         self.num_batches = 0
         self.stage = "gather"

@@ -33,7 +33,7 @@ class TokenSource(Protocol):
 
 
 class Float16Tokens:
-    """An int8 store for an engine that reads float16: dequantised while they are gathered.
+    """An int8 store for an engine that reads float16: dequantised while they are read.
 
     The scores are those of the int8 tokens. It costs CPU time: 45 us a record of 64 x 384 values
     (one thread of an Intel Xeon with AVX512; several share a large batch). An engine built with
@@ -56,10 +56,10 @@ class Float16Tokens:
         """Fill `out` float16 [P, m, H], C-contiguous; else as `TokenStore.read`."""
         # The int8 values go where they are overwritten last, so that no second buffer is needed.
         values = out.reshape(-1).view(np.int8)[out.size :].reshape(out.shape)
-        found_scales = np.empty(out.shape[:2], np.float16)
-        found = self._store.read(rows, values, found_scales, bad=bad)
-        self._dequantize(values, found_scales, out)
-        return found
+        stored_scales = np.empty(out.shape[:2], np.float16)
+        damaged = self._store.read(rows, values, stored_scales, bad=bad)
+        self._dequantize(values, stored_scales, out)
+        return damaged
 
     def _dequantize(self, values: Array, scales: Float16, out: Array) -> None:
         """Dequantise `values`, which are the last half of `out`'s memory, a part at a time.
@@ -116,10 +116,10 @@ class HeldTokens:
         bad: Literal["raise", "mark"] = "raise",
     ) -> list[BadRecord]:
         """Copy the records of `rows` into `out`; none is ever bad."""
-        places = np.searchsorted(self._rows, rows)
-        self._threads.take(self._tokens, places, out)
+        positions = np.searchsorted(self._rows, rows)
+        self._threads.take(self._tokens, positions, out)
         if self._scales is not None and scales is not None:
-            self._threads.take(self._scales, places, scales)
+            self._threads.take(self._scales, positions, scales)
         return []
 
     def prefetch(self, rows: Int64) -> None:

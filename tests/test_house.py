@@ -303,6 +303,15 @@ def test_the_local_links_of_the_pages_lead_somewhere(page: str) -> None:
     assert [link for link in links if not (folder / link).exists()] == []
 
 
+def test_the_readme_has_a_row_for_every_folder(project: dict[str, Any]) -> None:
+    table = read("README.md").partition("## Folders")[2]
+    named = set(re.findall(r"\[`([a-z/]+)/`\]\([a-z/]+\)", table))
+    packages = set(project["tool"]["setuptools"]["packages"]) - {"edje"}
+    folders = {"/".join(package.split(".")[1:]) for package in packages}
+    short = {"tensorrt": "engines/tensorrt"}
+    assert {short.get(name, name) for name in named} == folders | {"perf", "tests"}
+
+
 def test_the_readme_names_verbs_that_exist() -> None:
     code = code_of(read("README.md"))
     verbs = set(re.findall(r"^(?:\$ )?edje ([a-z]+)\b", code, re.M))

@@ -121,3 +121,14 @@ def test_without_its_libraries_an_export_says_what_to_install(
         edje.export_bundle("checkpoint_16.pth", "lm", tmp_path / "bundle")
     assert caught.value.hint == "pip install 'edje-runtime[export]'"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_api_page_holds_every_public_name(tmp_path: Path) -> None:
+    pytest.importorskip("pdoc", reason="pdoc is not installed: make setup")
+    command = [sys.executable, str(ROOT / ".ci" / "api_docs.py"), str(tmp_path)]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    for face in ("edje", *FACES):
+        page = tmp_path.joinpath(*face.split(".")).with_suffix(".html").read_text("utf-8")
+        names = set(importlib.import_module(face).__all__) - {"__version__"}
+        assert [name for name in sorted(names) if f'id="{name}"' not in page] == []

@@ -51,7 +51,7 @@ def emulated(graph: Graph, *, fold_int8: bool = False) -> Graph:
         if item.op_type == "DequantizeLinear" and _is_folded(graph, item, fold_int8):
             _fold(new, item)
         elif types.get(item.output[0]) == _FLOAT8:
-            new.nodes += _round_to_float8(new, plain)
+            new.nodes += round_to_float8(new, plain)
         elif item.op_type == "DequantizeLinear" and types.get(item.input[0]) == _FLOAT8:
             new.nodes += _maybe_rounding(_scaled(plain), low)
         elif item.op_type in _MOVES:
@@ -171,7 +171,7 @@ def _scaled(item: onnx.NodeProto) -> onnx.NodeProto:
     return node("Mul", list(item.input[:2]), item.output[0], item.name)
 
 
-def _round_to_float8(graph: Graph, item: onnx.NodeProto) -> list[onnx.NodeProto]:
+def round_to_float8(graph: Graph, item: onnx.NodeProto) -> list[onnx.NodeProto]:
     """Return nodes that round x / scale to E4M3 in float32: ONNX Runtime's own loop is scalar.
 
     Normal numbers keep 4 significant bits by Veltkamp's splitting with 2^20 + 1, those below

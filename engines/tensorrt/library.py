@@ -14,7 +14,7 @@ from threading import Lock
 from typing import Any
 
 MAX_MESSAGES = 64
-_IMPORT_NAMES = {
+IMPORT_NAMES = {
     "tensorrt": ("tensorrt", "tensorrt_bindings"),
     "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
@@ -122,7 +122,7 @@ def one_line(text: str) -> str:
 
 
 def _import_first(backend: str) -> Any:
-    names = _IMPORT_NAMES[backend]
+    names = IMPORT_NAMES[backend]
     for name in names:
         try:
             return importlib.import_module(name)

@@ -10,7 +10,7 @@
 - Any thread may call. It enters `Device.current()` first, which makes the device the thread's own
   and puts back what was before.
 - A device belongs to the process that opened it. In a forked child nothing of it works; whoever
-  owns it refuses there (see `Lane.check`), and `close` does nothing.
+  owns it refuses there (see `Streams.check`), and `close` does nothing.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from ...arrays import Int64, UInt8
 from ...errors import StoreError
 from ...machine import available_memory_bytes
 from .format import StoreLayout
-from .read import CACHED, ReadPlan, SegmentReader, address
+from .open_files import CACHED
+from .read import ReadPlan, SegmentReader, address
 from .threads import CopyThreads
 
 NOT_HELD = "it is not among the records that were loaded into memory"

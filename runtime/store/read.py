@@ -6,15 +6,11 @@ thread, and where it pays by a few beside it.
 
 from __future__ import annotations
 
-import errno
 import os
-import resource
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from mmap import mmap
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,22 +19,14 @@ import numpy as np
 import xxhash
 
 from ...arrays import Int64, UInt8, UInt64
-from ...errors import StoreError
-from .format import (
-    PAGE_BYTES,
-    ROW_BITS,
-    ROW_MASK,
-    SEGMENTS,
-    StoreLayout,
-    header_fault,
-    segment_name,
-)
+from .format import PAGE_BYTES, ROW_BITS, ROW_MASK, StoreLayout
+from .open_files import SegmentFiles
 from .threads import CopyThreads, copying_threads
 
 Access = Literal["cached", "direct"]
 
 # Stays in a core's second-level cache until it is hashed.
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1536 << 10
 # A thread's turn at hashing holds the GIL, and waking a thread takes as long as reading a few
 # records: below this a second one is no help.
 BYTES_A_THREAD, MOST_READING = 8 << 20, 4
@@ -48,7 +36,6 @@ DIRECT_CHUNK_BYTES, DIRECT_BYTES_A_THREAD, MOST_DIRECT = 256 << 10, 128 << 10, 1
 # so many batches in a row were there, one record of every fourth is enough: looking takes time.
 NUM_PROBES, CALM_BATCHES, LOOKED_AFTER = 8, 16, 4
 
-CACHED = 'open the store with access="cached"'
 MASK = np.array(ROW_MASK)
 MISFIT = "its bytes do not fit its checksum"
 
@@ -109,9 +96,9 @@ class SegmentReader:
         self._first, self._strides = np.array(first), np.array(self._stride)
         self._gap = layout.offset(self._group) - first - strides
         self._direct, open_files = access == "direct", (folder, layout, key_of)
-        self._files = self._cached = _SegmentFiles(*open_files)
+        self._files = self._cached = SegmentFiles(*open_files)
         if self._direct:
-            self._files = _SegmentFiles(*open_files, direct=True)
+            self._files = SegmentFiles(*open_files, direct=True)
             self._threads = CopyThreads(MOST_DIRECT, DIRECT_BYTES_A_THREAD)
         else:
             self._threads = CopyThreads(min(MOST_READING, copying_threads()), BYTES_A_THREAD)
@@ -153,9 +140,13 @@ class SegmentReader:
             scales = memoryview(bytearray(room))
 
         def read(part: slice) -> None:
-            self._read(plan, part, tokens, scales, verify, bad)
+            some = (plan.positions[part], plan.locations[part], plan.seeds[part])
+            chunk = ReadPlan(*some, plan.checksums[part])
+            self._read(chunk, part.start, tokens, scales, verify, bad)
 
-        if num_records * self._stride < 2 * self._threads.bytes_a_thread:
+        if 0 < num_records <= self._chunk and not self._direct:
+            self._read(plan, 0, tokens, scales, verify, bad)
+        elif num_records * self._stride < 2 * self._threads.bytes_a_thread:
             for start in range(0, num_records, self._chunk):
                 read(slice(start, start + self._chunk))
         else:
@@ -165,28 +156,28 @@ class SegmentReader:
     def _read(
         self,
         plan: ReadPlan,
-        part: slice,
+        start: int,
         tokens: memoryview,
         scales: memoryview | None,
         verify: bool,
         bad: dict[int, str],
     ) -> None:
         """Read and verify one chunk; note what is bad, and leave zeros in its place."""
-        positions = plan.positions[part]
+        positions = plan.positions
         views = [_views(tokens, positions, self._record_bytes)]
         if scales is not None:
             views.append(_views(scales, positions, self._scale_bytes))
-        reasons = self._fill(plan.locations[part], views)
+        reasons = self._fill(plan.locations, views)
         if verify:
-            seeds: list[int] = plan.seeds[part].tolist()
+            seeds: list[int] = plan.seeds.tolist()
             for each in reversed(views):  # the hash of its scales is the seed of an int8 record
                 seeds = list(map(xxhash.xxh3_64_intdigest, each, seeds))
-            wanted = plan.checksums[part].tolist()
+            wanted = plan.checksums.tolist()
             if seeds != wanted:
                 misfits = [at for at in range(len(seeds)) if seeds[at] != wanted[at]]
                 reasons = dict.fromkeys(misfits, MISFIT) | reasons
         for at, reason in reasons.items():
-            bad[part.start + at] = reason
+            bad[start + at] = reason
             for each in views:
                 each[at][:] = bytes(len(each[at]))
 
@@ -243,10 +234,13 @@ class SegmentReader:
 
     def _run_starts(self, locations: Int64) -> Int64:
         """Return where records begin that do not lie behind the one before in the file."""
-        follows = locations[1:] - locations[:-1] == 1
+        begins = np.empty(len(locations), np.bool_)
+        begins[0] = True
+        np.not_equal(locations[1:] - locations[:-1], 1, out=begins[1:])
         if self._group:  # its scales lie between two groups
-            follows &= (locations[1:] & ROW_MASK) % self._group != 0
-        return np.flatnonzero(np.append(True, ~follows))
+            begins |= (locations & MASK) % self._group == 0
+        starts: Int64 = begins.nonzero()[0]
+        return starts
 
     def prefetch(self, locations: Int64) -> None:
         """Ask the system to read records into its page cache in the background; a hint.
@@ -300,128 +294,6 @@ class SegmentReader:
         self._threads.close()
 
 
-class _Descriptor(int):
-    """An open file's descriptor, closed when nobody holds it any more."""
-
-    def __del__(self) -> None:
-        os.close(self)
-
-
-class _SegmentFiles:
-    """Descriptors of segment files, checked as they open; safe to use from several threads.
-
-    It takes no lock, so that a forked child may go on with it: a step on `_open` cannot be torn.
-
-    Attributes:
-        most_open: no more stay open, but for those in use: half of what the process may, or a
-            quarter of it past the page cache.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        layout: StoreLayout,
-        key_of: Callable[[int], int | None],
-        *,
-        direct: bool = False,
-    ):
-        self._folder, self._layout, self._key_of = folder / SEGMENTS, layout, key_of
-        self._flags = os.O_RDONLY | os.O_CLOEXEC | (_direct_flag(folder) if direct else 0)
-        self._open: OrderedDict[int, _Descriptor] = OrderedDict()  # the oldest first
-        self._is_closed = False
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        unlimited = limit == resource.RLIM_INFINITY
-        self.most_open = 4096 if unlimited else max(1, limit // (4 if direct else 2))
-
-    def of(self, segments: Sequence[int]) -> list[int]:
-        """Return a descriptor for each of `segments`, -1 where none can be used.
-
-        They stay open as long as the caller holds them.
-
-        Raises:
-            StoreError: too many open files, no O_DIRECT there, or closed.
-        """
-        try:
-            return list(map(self._open.__getitem__, segments))  # as nearly always
-        except KeyError:
-            pass
-        once = dict.fromkeys(segments)
-        files = dict(zip(once, map(self.open, once), strict=True))
-        return [-1 if isinstance(file := files[each], str) else file for each in segments]
-
-    def open(self, segment: int) -> _Descriptor | str:
-        """Return the file of a segment, or why it cannot be used.
-
-        Raises:
-            StoreError: as `of`.
-        """
-        if self._is_closed:
-            raise StoreError(f"the store {self._folder.parent} is closed")
-        file = self._open.get(segment)
-        if file is not None:
-            return file
-        opened = self._open_checked(segment)
-        if isinstance(opened, str):
-            return opened
-        file = self._open.setdefault(segment, opened)  # another thread's, if it was faster
-        self.keep(self.most_open)
-        return file
-
-    def keep(self, most: int) -> None:
-        """Keep at most so many files open from now on, besides those in use."""
-        self.most_open = 0 if self._is_closed else most
-        with suppress(KeyError):  # another thread was faster
-            while len(self._open) > self.most_open:
-                self._open.popitem(last=False)
-
-    def close(self) -> None:
-        """Close all files; those in use when nobody holds them any more."""
-        self._is_closed = True
-        self.keep(0)
-
-    def _open_checked(self, segment: int) -> _Descriptor | str:
-        """Open a segment file and check its header page."""
-        name = segment_name(segment)
-        key = self._key_of(segment)
-        if key is None:
-            return f"the catalog knows no segment {segment}"
-        try:
-            file = self._open_file(self._folder / name)
-        except OSError as error:
-            return f"its file {name} cannot be opened ({error.strerror})"
-        page = mmap(-1, PAGE_BYTES)  # aligned, as O_DIRECT wants it
-        try:
-            size = os.preadv(file, [page], 0)
-        except OSError as error:
-            return (
-                f"its file {name} cannot be used: its header page cannot be read ({error.strerror})"
-            )
-        fault = header_fault(page[:size], self._layout, key)
-        return file if fault is None else f"its file {name} cannot be used: {fault}"
-
-    def _open_file(self, path: Path) -> _Descriptor:
-        try:
-            return _Descriptor(os.open(path, self._flags))
-        except OSError as error:
-            if error.errno == errno.EINVAL:
-                raise StoreError(
-                    f"cannot open {path} with O_DIRECT: its file system has none",
-                    hint=CACHED,
-                ) from error
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-        self._open.clear()  # files of ours that nobody uses may be in the way
-        try:
-            return _Descriptor(os.open(path, self._flags))
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            raise StoreError(
-                f"cannot open {path}: {error.strerror}",
-                hint="raise the limit of open files (`ulimit -n`)",
-            ) from error
-
-
 def address(array: UInt8) -> int:
     """Return where an array begins in memory."""
     return int(array.__array_interface__["data"][0])
@@ -429,22 +301,21 @@ def address(array: UInt8) -> int:
 
 def _views(buffer: memoryview, positions: Int64, size: int) -> list[memoryview]:
     """Return the rows of `size` bytes at `positions`."""
-    return [buffer[at : at + size] for at in (positions * size).tolist()]
+    return [buffer[at * size : (at + 1) * size] for at in positions.tolist()]
 
 
 def _read_runs(
     files: list[int], views: list[memoryview], offsets: Int64, starts: Int64 | None
 ) -> bool:
     """Fill all `views`, one read from each of `starts` to the next; whether all came whole."""
-    buffers: Iterable[Sequence[memoryview]]
-    if starts is None:
-        places, buffers, wanted = offsets.tolist(), zip(views), [len(views[0])] * len(views)
-    else:
-        edges = [*starts.tolist(), len(views)]
-        runs = [slice(start, stop) for start, stop in pairwise(edges)]
-        places, files = offsets[starts].tolist(), [files[run.start] for run in runs]
-        buffers = [views[run] for run in runs]
-        wanted = [sum(map(len, buffer)) for buffer in buffers]
+    size = len(views[0])
+    buffers: Iterable[Sequence[memoryview]] = zip(views)
+    places, wanted = offsets.tolist(), [size] * len(views)
+    if starts is not None and len(starts) < len(views):
+        places, edges = offsets[starts].tolist(), [*starts.tolist(), len(views)]
+        files = list(map(files.__getitem__, edges[:-1]))
+        runs = list(map(views.__getitem__, map(slice, edges, edges[1:])))
+        buffers, wanted = runs, list(map(size.__mul__, map(len, runs)))
     try:
         return list(map(os.preadv, files, buffers, places)) == wanted
     except OSError:
@@ -471,13 +342,3 @@ def _will_need(files: list[int], offsets: Int64, num_bytes: Int64) -> None:
         for file, offset, size in spans:
             if file >= 0:  # a file that cannot be opened is named when it is read
                 os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
-
-
-def _direct_flag(folder: Path) -> int:
-    flag = getattr(os, "O_DIRECT", 0)
-    if not flag:
-        raise StoreError(
-            f"cannot read the store {folder} past the page cache: this system has no O_DIRECT",
-            hint=CACHED,
-        )
-    return int(flag)

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from ...arguments import Arguments
 from ...arrays import Float16, Int64, UInt64
 from ...errors import RequestError, StoreError, named
-from .batches import check_buffers, rows_of
 from .format import StoreLayout
 from .ids import RecordIndex
 from .memory import Reader
@@ -98,9 +97,10 @@ class ReadableStore:
                 arguments of another kind.
         """
         reader, layout = self._open_reader(), self.layout
-        if not (isinstance(rows, np.ndarray) and rows.dtype == np.int64 and rows.ndim == 1):
-            rows = rows_of(rows)
+        rows = _rows_of(rows)
         if not _fit(layout, len(rows), out, scales):
+            from .batches import check_buffers
+
             check_buffers(layout, rows, out, scales)  # says what is wrong
         if bad not in ("raise", "mark"):
             raise RequestError(f'bad is {bad!r}, expected "raise" or "mark"')
@@ -108,8 +108,8 @@ class ReadableStore:
             return []
         plan = self._index.plan(rows)
         # Views of numbers, since memoryview cannot cast every dtype to bytes.
-        scale_bytes = None if scales is None else scales.reshape(-1).view(np.uint8).data
-        buffer = out.reshape(-1).view(np.uint8).data
+        buffer = out.view(np.uint8).data.cast("B")
+        scale_bytes = None if scales is None else scales.view(np.uint8).data.cast("B")
         reasons = reader.gather(plan, buffer, scale_bytes, verify=verify)
         if not reasons:
             return []
@@ -126,7 +126,7 @@ class ReadableStore:
 
     def prefetch(self, rows: Int64 | Iterable[int]) -> None:
         """Ask the system to fetch records that will be read soon; returns at once."""
-        rows, reader = rows_of(rows), self._open_reader()
+        rows, reader = _rows_of(rows), self._open_reader()
         if len(rows):
             reader.prefetch(rows)
 
@@ -163,11 +163,23 @@ class ReadableStore:
         Raises:
             RequestError: rows that this store did not give out.
         """
-        rows = rows_of(rows)
+        rows = _rows_of(rows)
         plan = self._index.plan(rows)
         sums = np.empty(len(rows), np.uint64)
         sums[plan.positions] = plan.checksums
         return sums
+
+    def ids_of(self, rows: Int64 | Iterable[int]) -> list[str]:
+        """Return the ids of `rows`, in their order: of a few in less time than `ids` takes for all.
+
+        To rank everything, take `live_rows` and ask for the ids of the best rows only.
+
+        Raises:
+            RequestError: rows that this store did not give out.
+        """
+        rows, index = _rows_of(rows), self._index
+        index.plan(rows)  # refuses what was never given out
+        return index.ids_of(rows)
 
     def ids(self) -> list[str]:
         """Return all ids in the order of the records; a new list, the caller's."""
@@ -209,6 +221,14 @@ class ReadableStore:
     def _closed_error(self) -> StoreError:
         hint = "open it again with TokenStore.open"
         return StoreError(f"the store {self.path} is closed", hint=hint)
+
+
+def _rows_of(rows: Int64 | Iterable[int]) -> Int64:
+    if isinstance(rows, np.ndarray) and rows.dtype == np.int64 and rows.ndim == 1:
+        return rows
+    from .batches import rows_of
+
+    return rows_of(rows)
 
 
 def _fit(layout: StoreLayout, count: int, out: object, scales: object) -> bool:

@@ -12,21 +12,20 @@ from ...arguments import Arguments, Progress, StrPath, is_whole, path_of, plain
 from ...arrays import Float16
 from ...errors import StoreError
 from ...files import Closing
-from .batches import NewRecords
 from .catalog import Catalog, CatalogState
-from .compact import CompactReport, move_records
-from .folder import StoreStat, create_folder, disk_bytes, stat_of, waiting_bytes
 from .format import DEFAULT_SEGMENT_BYTES, StoreLayout
 from .ids import RecordIndex
-from .incoming import CommitReport, commit_segments
 from .memory import Reader, ResidentRecords
 from .pins import Pin
 from .read import SegmentReader
 from .reading import ReadableStore, Tokens
-from .writer import StoreWriter
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the writer's half of the store waits until it is asked for
+    from .compact import CompactReport
+    from .folder import StoreStat
+    from .incoming import CommitReport
     from .verify import VerifyReport
+    from .writer import StoreWriter
 
 Access = Literal["cached", "direct", "resident"]
 
@@ -44,7 +43,7 @@ class TokenStore(ReadableStore, Closing):
         self.access: Access = access
         self._mutex = RLock()
         self._pin = Pin(None)
-        self._writer = StoreWriter(path, layout) if writable else None
+        self._writer = _writer_of(path, layout) if writable else None
         try:
             if self._writer is None:
                 self._pin = Pin.take(path)
@@ -79,6 +78,8 @@ class TokenStore(ReadableStore, Closing):
             StoreError: `path` holds something or cannot be written; sizes that no store can have
                 (all of them).
         """
+        from .folder import create_folder
+
         folder = path_of("path", path)
         sizes = (num_tokens, hidden, segment_bytes)
         num_tokens, hidden, segment_bytes = (int(n) if is_whole(n) else n for n in sizes)
@@ -144,6 +145,8 @@ class TokenStore(ReadableStore, Closing):
             StoreError: opened for reading; ids twice, present or no ids; wrong dtype or shape;
                 tokens that are not finite (all named); the disk is full. Then nothing was added.
         """
+        from .batches import NewRecords
+
         new = NewRecords.take(ids, tokens, scales, allow_nonfinite)
         with self._mutex:
             self._writing().append(self._index, new)
@@ -161,6 +164,8 @@ class TokenStore(ReadableStore, Closing):
         Raises:
             As `append`; StoreError: ids that the store does not hold.
         """
+        from .batches import NewRecords
+
         new = NewRecords.take(ids, tokens, scales, allow_nonfinite)
         with self._mutex:
             self._writing().replace(self._index, new)
@@ -188,6 +193,8 @@ class TokenStore(ReadableStore, Closing):
             StoreError: opened for reading; a file that is no whole segment of this store's layout
                 (it was not added, those before it were).
         """
+        from .incoming import commit_segments
+
         given = Arguments("commit_segments")
         files = [given.path("a path", path) for path in given.items("paths", paths, "a list")]
         given.check()
@@ -209,6 +216,9 @@ class TokenStore(ReadableStore, Closing):
             RequestError: arguments of another kind (all of them), or a share that is none.
             StoreError: opened for reading; no room for one segment more; then nothing is lost.
         """
+        from .compact import CompactReport, move_records
+        from .folder import disk_bytes, waiting_bytes
+
         given = Arguments("compact")
         expected = "0 or more, less than 1"
         max_dead_share = given.number("max_dead_share", max_dead_share, expected)
@@ -270,6 +280,8 @@ class TokenStore(ReadableStore, Closing):
 
     def stat(self) -> StoreStat:
         """Return what the store holds and what it takes on disk."""
+        from .folder import stat_of
+
         self._check_open()
         state = self._state
         if self._writer is not None and self._writer.is_open:
@@ -340,3 +352,9 @@ class TokenStore(ReadableStore, Closing):
                 hint='open it (again) with TokenStore.open(path, mode="a")',
             )
         return self._writer
+
+
+def _writer_of(path: Path, layout: StoreLayout) -> StoreWriter:
+    from .writer import StoreWriter
+
+    return StoreWriter(path, layout)

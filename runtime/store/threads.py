@@ -102,7 +102,7 @@ class CopyThreads:
 
     def close(self) -> None:
         """Let the threads end; waits for none."""
-        self._pool.shutdown(wait=False)
+        self._own_pool().shutdown(wait=False)
 
     def _own_pool(self) -> ThreadPoolExecutor:
         if self._process != os.getpid():  # the parent's threads are not here

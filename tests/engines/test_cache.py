@@ -31,6 +31,7 @@ from edje.engines.manifest import EngineManifest
 from edje.engines.registry import open_engine
 from edje.engines.samples import RandomSamples
 from edje.errors import CheckpointError, EngineError
+from edje.files import open_lock, try_lock
 
 PLAIN = {"backend": "onnxruntime", "precision": "fp32"}
 
@@ -161,9 +162,11 @@ def test_leftovers_of_other_keys_are_swept_unless_they_are_being_built(tiny_bund
     left, unrelated = root / f".{other}.xyz", root / ".trash"
     for folder in (left, unrelated):
         (folder / "deep").mkdir(parents=True)
-    with cache._locked(root / other, lambda _: None):
-        cached_engine(tiny_bundle, root, **PLAIN)
-        assert left.exists()
+    lock = open_lock(root / f".{other}.lock")
+    assert try_lock(lock) is None
+    cached_engine(tiny_bundle, root, **PLAIN)
+    assert left.exists()
+    os.close(lock)
     cached_engine(tiny_bundle, root, **PLAIN, options=EngineOptions(max_pairs=3))
     assert not left.exists()
     assert unrelated.exists()

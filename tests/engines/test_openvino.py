@@ -8,6 +8,7 @@ from edje.bundle import JOINT_ENCODER
 from edje.engines import openvino as ov
 from edje.engines.builder.build import build_engine
 from edje.engines.contract import INPUTS, OpenOptions
+from edje.engines.manifest import EngineManifest
 from edje.engines.openvino import widen_score
 from edje.engines.registry import open_engine
 from edje.errors import EngineError
@@ -91,13 +92,14 @@ def test_in_bfloat16_no_two_scores_are_tied_by_rounding(tiny_bundle, tmp_path):
     if reason is not None:
         pytest.skip(reason)
     build_engine(tiny_bundle, tmp_path / "engine", backend="openvino", precision="bf16")
-    engine = open_engine(tmp_path / "engine")
+    open_engine(tmp_path / "engine").close()
+    settings = {ov.PRECISION_KEY: "bf16"}
+    compiled = openvino.Core().compile_model(tmp_path / "engine" / ov.MODEL, "CPU", settings)
     types = {
         node.get_rt_info()["layerType"].astype(str): node.get_rt_info()["runtimePrecision"]
-        for node in engine._compiled.get_runtime_model().get_ordered_ops()
+        for node in compiled.get_runtime_model().get_ordered_ops()
         if node.get_friendly_name() == "/classifier/MatMul"
     }
-    engine.close()
     assert {name: kind.astype(str) for name, kind in types.items()} == {"Reduce": "f32"}
 
 
@@ -127,36 +129,63 @@ def test_bfloat16_is_refused_where_the_cpu_lacks_it(tiny_bundle, tmp_path):
     assert not (tmp_path / "engine").exists()
 
 
-def test_every_thread_scores_pairs_of_its_own(built_engines, official_pairs, run, monkeypatch):
-    started = []
-    engine = open_engine(built_engines["openvino"])
-    bind = ov._bind
-    monkeypatch.setattr(ov, "_bind", lambda *args: started.append(len(args[1])) or bind(*args))
-    engine._num_streams = 3
+class RecordedModel:
+    """A compiled model of three streams that notes what its requests are asked."""
+
+    def __init__(self, folder, fails=lambda waited: False):
+        self._model = openvino.Core().compile_model(
+            folder / ov.MODEL, "CPU", {ov.PRECISION_KEY: "f32"}
+        )
+        self.fails, self.sizes, self.waited = fails, [], []
+
+    def get_property(self, name):
+        return 3 if name == "NUM_STREAMS" else self._model.get_property(name)
+
+    def create_infer_request(self):
+        return RecordedRequest(self, self._model.create_infer_request())
+
+
+class RecordedRequest:
+    def __init__(self, model, request):
+        self._model, self._request = model, request
+
+    def set_tensor(self, name, tensor):
+        if name == "scores":
+            self._model.sizes.append(tensor.shape[0])
+        self._request.set_tensor(name, tensor)
+
+    def start_async(self):
+        self._request.start_async()
+
+    def wait(self):
+        self._request.wait()
+        self._model.waited.append(self)
+        if self._model.fails(len(self._model.waited)):
+            raise RuntimeError("broken")
+
+
+def open_recorded(folder, **more):
+    model = RecordedModel(folder, **more)
+    return model, ov.OpenVinoEngine(EngineManifest.read(folder), model, most_pairs=256)
+
+
+def test_every_thread_scores_pairs_of_its_own(built_engines, official_pairs, run):
+    model, engine = open_recorded(built_engines["openvino"])
     pairs = [(caption, image) for caption in range(2) for image in range(5)]
     scores = run(engine, official_pairs.batch(pairs, 63))
     one = run(engine, official_pairs.batch(pairs[:1], 63))
     engine.close()
-    assert started == [3, 3, 4, 1]
+    assert model.sizes == [3, 3, 4, 1]
     np.testing.assert_allclose(scores, official_pairs.expected(pairs), rtol=0, atol=1e-4)
     np.testing.assert_allclose(one, scores[:1], rtol=0, atol=1e-5)
 
 
-def test_a_failure_waits_for_all_that_was_started(built_engines, official_pairs, run, monkeypatch):
-    waited = []
-    engine = open_engine(built_engines["openvino"])
-    wait = ov._wait
-
-    def fail_second(request):
-        waited.append(request)
-        return wait(request) or (RuntimeError("broken") if len(waited) == 2 else None)
-
-    monkeypatch.setattr(ov, "_wait", fail_second)
-    engine._num_streams = 3
+def test_a_failure_waits_for_all_that_was_started(built_engines, official_pairs, run):
+    model, engine = open_recorded(built_engines["openvino"], fails=lambda waited: waited == 2)
     batch = official_pairs.batch([(0, image) for image in range(6)], 63)
     with pytest.raises(EngineError, match="a batch of 6: broken"):
         run(engine, batch)
-    assert len(waited) == 3
+    assert len(model.waited) == 3
     engine.close()
     with pytest.raises(EngineError, match="closed"):
         run(engine, batch)

@@ -10,7 +10,7 @@ from edje.errors import EdjeError
 from edje.perf import bench_store as bench
 from edje.runtime.store import TokenStore
 
-SIZES = {
+SIZES: dict[str, object] = {
     "NUM_TOKENS": 2,
     "HIDDEN": 8,
     "NUM_RECORDS": 60,
@@ -18,6 +18,7 @@ SIZES = {
     "APPENDED_AT_ONCE": 25,
     "NUM_SETS": 3,
     "NUM_DIRECT_ROUNDS": 1,
+    "LEAST_OF_LOOP": {2: 0.0, 5: 0.95},
     "NUM_IDS": 300,
     "NUM_RESOLVED": 40,
 }
@@ -38,7 +39,10 @@ def test_every_contestant_is_timed_and_said(tmp_path: Path) -> None:
         assert set(runs.values()) == {4}
         assert {bench.COPY, bench.MAPPED, bench.VERIFIED, bench.RESIDENT} <= runs.keys()
     assert result["ids"]["num_ids"] == 300
+    cases = [(row["records"], row["buffer"]) for row in result["sizes"]]
+    assert cases == [(2, "aligned"), (2, "np.empty"), (5, "aligned"), (5, "np.empty")]
     assert "float16 verified" in bench.summary(result)
+    assert "5 records, np.empty" in bench.summary(result)
     json.dumps(result)
 
 
@@ -61,10 +65,12 @@ def test_what_falls_short_is_named() -> None:
     ratios = {"verified / memcpy": 0.59, "unverified / memcpy": 0.8}
     ratios["verified / np.load mmap [rows]"] = 1.2
     ids = {"resolve_ms": 25.1, "open_s": 2.0, "open_mb": 61.0}
-    result = {"gathers": {"float16": {"ratios": ratios}}, "ids": ids}
+    sizes = [{"records": 5, "buffer": "np.empty", "ratio": at} for at in (0.94, 0.95)]
+    result = {"gathers": {"float16": {"ratios": ratios}}, "ids": ids, "sizes": sizes}
     faults = list(bench.faults_of(result))
     assert faults == [
         "float16: verified has 0.59 times the speed of memcpy, expected 0.6",
+        "5 records, np.empty: the store has 0.94 times the speed of a plain loop, expected 0.95",
         "ids: resolve_ms is 25.1, expected at most 25.0",
         "ids: open_mb is 61.0, expected at most 60.0",
     ]

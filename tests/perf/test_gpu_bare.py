@@ -57,7 +57,7 @@ def test_make_gpu_runs_up_to_the_missing_gpu(python):
 @pytest.mark.slow
 def test_its_model_is_exported_and_checked_without_a_gpu(python, tmp_path):
     report = tmp_path / "prepare.json"
-    step = ("-m", "edje.perf.gpu_ladder", "--step", "prepare", "--report", report)
+    step = ("-m", "edje.perf.gpu_run", "--step", "prepare", "--report", report)
     done = run(python, *step, "--seconds", 100, PYTHONPATH=str(ROOT / ".mypy"))
     assert done.returncode == 0, done.stderr
     assert json.loads(report.read_text())["max_abs_diff_to_the_bundle"] <= 1e-3

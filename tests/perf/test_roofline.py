@@ -2,7 +2,7 @@
 
 import pytest
 
-from edje.perf.gpu_ladder import random_sizes
+from edje.perf.gpu_run import random_sizes
 from edje.perf.roofline import (
     activation_bytes_per_pair,
     flops_per_pair,

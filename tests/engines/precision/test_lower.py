@@ -150,7 +150,7 @@ def test_float8_rounding_is_that_of_the_type(seed):
 
     weights = Weights()
     old = helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["y"], "q")
-    nodes = emulate._round_to_float8(weights, old)
+    nodes = emulate.round_to_float8(weights, old)
     info = [helper.make_tensor_value_info(name, 1, ["n"]) for name in "xy"]
     stored = {**weights.stored, "scale": scale}
     initializers = [numpy_helper.from_array(np.asarray(v), k) for k, v in stored.items()]

@@ -220,6 +220,8 @@ def calls(store: TokenStore) -> dict[str, Callable[[], object]]:
         "iterate": store.iterate,
         "checksums": lambda: store.checksums(rows),
         "ids": store.ids,
+        "ids_of": lambda: store.ids_of(rows),
+        "load_into_memory": store.load_into_memory,
         "append": lambda: store.append(["z"], tokens_of(1)),
         "replace": lambda: store.replace(["a"], tokens_of(1)),
         "delete": lambda: store.delete(["a"]),

@@ -504,7 +504,7 @@ def test_no_more_is_held_than_the_container_may_take(
     ResidentRecords(files.layout, np.arange(10)).close()
 
 
-def test_an_unknown_key_function_is_asked_once_a_file(files: RecordFiles) -> None:
+def test_a_file_that_stays_open_is_not_checked_again(files: RecordFiles) -> None:
     asked: list[int] = []
 
     def asking(segment: int) -> int | None:
@@ -512,7 +512,9 @@ def test_an_unknown_key_function_is_asked_once_a_file(files: RecordFiles) -> Non
         return key_of(segment)
 
     source = SegmentReader(files.folder, files.layout, key_of=asking)
-    for _ in range(3):
-        check_others(files, source, {})
-    assert asked == [0, 1, 2]
+    check_others(files, source, {})
+    assert set(asked) == {0, 1, 2}
+    num_asked = len(asked)  # two threads may have opened one file at once
+    check_others(files, source, {})
+    assert len(asked) == num_asked
     source.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from call_counts import count_calls
 from edje.errors import RequestError, StoreError
 from edje.runtime.store import CompactReport, SegmentWriter, StoreLayout, TokenStore, memory
 from edje.runtime.store.catalog import Catalog
@@ -487,3 +488,31 @@ def test_a_store_too_large_for_the_memory_reads_as_before(
             store.load_into_memory()
         assert store.access == "cached"
         assert np.array_equal(read_all(store, list("abc")), tokens)
+
+
+def test_the_ids_of_a_few_rows_come_without_all_others(tmp_path: Path) -> None:
+    with TokenStore.create(tmp_path / "s", segment_bytes=4096 * 4, **SIZES) as store:
+        store.append(list("abcdefg"), random_tokens(7))
+        store.delete(["c"])
+        store.append(["ü"], random_tokens(1))
+        rows = store.live_rows()
+        assert store.ids_of(rows) == store.ids()
+        assert store.ids_of(rows[[6, 0, 0, 3]].tolist()) == ["ü", "a", "a", "e"]
+        assert store.ids_of([]) == []
+        with pytest.raises(RequestError, match="1 rows are not of this store"):
+            store.ids_of([1 << 40])
+
+
+def test_a_read_of_one_batch_takes_few_calls_and_files(tmp_path: Path) -> None:
+    """Each file is one more to know for who reads the code; each call costs time."""
+    sizes = {**SIZES, "hidden": 384}
+    with TokenStore.create(tmp_path / "s", **sizes) as store:
+        store.append([str(n) for n in range(100)], random_tokens(100, shape=(64, 384)))
+    with TokenStore.open(tmp_path / "s") as store:
+        for count in (4, 48, 64):
+            rows = store.live_rows()[np.random.default_rng(0).permutation(100)[:count]]
+            out = np.empty((count, 64, 384), np.float16)
+            store.read(rows, out)
+            calls = count_calls(lambda rows=rows, out=out: store.read(rows, out))
+            assert len(calls.modules) <= 4, calls
+            assert calls.num_calls <= 35, calls

@@ -14,9 +14,7 @@ from edje.runtime.store.threads import BYTES_A_THREAD, CopyThreads
 
 @pytest.fixture
 def threads() -> CopyThreads:
-    made = CopyThreads()
-    made.most = 3
-    return made
+    return CopyThreads(most=3)
 
 
 def test_everything_is_done_once_whoever_does_it(threads):
@@ -61,8 +59,10 @@ def test_an_error_of_any_thread_comes_out_once_all_are_through(threads):
 
 def test_little_is_copied_by_the_caller_alone(threads):
     assert [threads.count_for(size * BYTES_A_THREAD) for size in (0, 1, 2, 9)] == [1, 1, 2, 3]
+    before = threading.active_count()
     threads.run(lambda: void(None), 1)
-    assert not threads._pool._threads
+    threads.take(np.zeros((9, 8)), np.arange(9), np.empty((9, 8)))
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 5, 7])

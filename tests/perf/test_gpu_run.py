@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from edje.errors import EdjeError
-from edje.perf import gpu_ladder, gpu_work
+from edje.perf import gpu_run, gpu_work
 from edje.perf.gpu_ceilings import Probe, measure_ceilings, measure_probe
-from edje.perf.gpu_ladder import chosen_steps, faults_of, result_of, safe_name, summary
+from edje.perf.gpu_run import chosen_steps, faults_of, result_of, safe_name, summary
 from edje.perf.gpu_steps import FAILED, OK, SKIPPED, TIMED_OUT, Report, StepResult
 from edje.perf.gpu_table import best_rows, ceilings_of
 
-SIZES = gpu_ladder.random_sizes()
+SIZES = gpu_run.random_sizes()
 CEILINGS = [
     {"name": "h2d", "key": "h2d", "unit": "byte/s", "per_s": 55e9, "fault": None},
     {"name": "fp16 large", "key": "fp16", "unit": "flop/s", "per_s": 790e12, "fault": None},
@@ -44,8 +44,8 @@ def steps_with(rows, *others):
 
 
 def test_without_a_gpu_it_ends_with_2_and_one_sentence(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_ladder, "gpu_fault", lambda: "no NVIDIA driver here")
-    assert gpu_ladder.main([]) == 2
+    monkeypatch.setattr(gpu_run, "gpu_fault", lambda: "no NVIDIA driver here")
+    assert gpu_run.main([]) == 2
     said = capsys.readouterr()
     assert said.err == "make gpu needs an NVIDIA GPU: no NVIDIA driver here\n"
     assert said.out == ""
@@ -63,14 +63,14 @@ def test_steps_are_chosen_by_name_in_their_own_order():
 
 
 def test_the_default_run_ends_inside_nine_minutes():
-    assert gpu_ladder.BUDGET_S + gpu_ladder.MARGIN_S < 9 * 60
-    assert all(step.limit_s > gpu_ladder.LEAST_S for step in gpu_work.STEPS)
+    assert gpu_run.BUDGET_S + gpu_run.MARGIN_S < 9 * 60
+    assert all(step.limit_s > gpu_run.LEAST_S for step in gpu_work.STEPS)
 
 
-def test_a_ladder_survives_its_steps(tmp_path):
+def test_a_run_survives_its_steps(tmp_path):
     """Real processes, which know no such step."""
     steps = [gpu_work.Step(name, "help", 60, print) for name in ("warp", "weft")]
-    results = gpu_ladder.run_ladder(steps, tmp_path, 200)
+    results = gpu_run.run_steps(steps, tmp_path, 200)
     assert [result.name for result in results] == ["warp", "weft"]
     assert {result.status for result in results} == {FAILED}
     assert results[0].reason.startswith("exit status 1: no such step: warp | Hint: ")
@@ -83,7 +83,7 @@ def test_a_ladder_survives_its_steps(tmp_path):
 
 
 def test_steps_are_skipped_when_the_time_is_up(tmp_path):
-    results = gpu_ladder.run_ladder(chosen_steps([], []), tmp_path, 1)
+    results = gpu_run.run_steps(chosen_steps([], []), tmp_path, 1)
     assert {result.status for result in results} == {SKIPPED}
 
 

@@ -1,8 +1,8 @@
 """`make gpu`: everything that needs an NVIDIA GPU, in one command of less than nine minutes.
 
-    python -m edje.perf.gpu_ladder [--skip STEP]... [--only STEP]... [--list]
+    python -m edje.perf.gpu_run [--skip STEP]... [--only STEP]... [--list]
 
-What is here; `pytest -m gpu`; the GPU's own ceilings; then the ladder of engines on the full-size
+What is here; `pytest -m gpu`; the GPU's own ceilings; then the engines on the full-size
 scorer with random weights and tokens. Every step runs in a process of its own with a time limit,
 so a failing engine is a line of the table. Engines take turns with the pipeline over them, not
 with each other: between engines compare minima, and look at the clocks beside each step.
@@ -27,7 +27,7 @@ from ..errors import EdjeError
 from ..kernels.device.facts import current_gpu, gpu_fault
 from . import random_model
 from .gpu_steps import OK, SKIPPED, Report, StepResult, run_step
-from .gpu_table import ceilings_of, ceilings_text, found_text, ladder_table, step_texts, with_roofs
+from .gpu_table import ceilings_of, ceilings_text, engines_table, found_text, step_texts, with_roofs
 from .gpu_work import STEPS, Step, find_step
 from .harness import RESULTS, conditions, write_result
 
@@ -38,7 +38,7 @@ LINES_SHOWN = 30  # of a failed step's output; the JSON keeps more
 _CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu"
 
 
-def run_ladder(steps: Sequence[Step], scratch: Path, budget_s: float) -> list[StepResult]:
+def run_steps(steps: Sequence[Step], scratch: Path, budget_s: float) -> list[StepResult]:
     """Run the steps one after the other; the last ones are skipped where time runs out."""
     end = monotonic() + budget_s
     results = []
@@ -50,7 +50,7 @@ def run_ladder(steps: Sequence[Step], scratch: Path, budget_s: float) -> list[St
         print(f"... {step.name} ({step.help})", flush=True)
         limit_s = min(step.limit_s, left_s)
         report = scratch / f"{step.name}.json"
-        command = [sys.executable, "-m", f"{__package__}.gpu_ladder", "--step", step.name]
+        command = [sys.executable, "-m", f"{__package__}.gpu_run", "--step", step.name]
         command += ["--report", str(report), "--seconds", str(limit_s - MARGIN_S)]
         before = clocks()
         result = run_step(step.name, command, report, limit_s, env={"EDJE_REQUIRE_GPU": "1"})
@@ -126,7 +126,7 @@ def summary(result: dict[str, Any], steps: Sequence[StepResult]) -> str:
         [
             *parts,
             "",
-            ladder_table(result["ladder"], steps),
+            engines_table(result["ladder"], steps),
             *(text for step in steps for text in step_texts(step.values)),
             *(f"FAILED: {fault}" for fault in faults_of(result)),
         ]
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     gpu = current_gpu().name
     with TemporaryDirectory() as scratch:
-        results = run_ladder(steps, Path(scratch), options.seconds)
+        results = run_steps(steps, Path(scratch), options.seconds)
     result = result_of(results, random_sizes(), gpu)
     print(summary(result, results))
     path = write_result(f"{safe_name(gpu)}-{date.today().isoformat()}", result, options.out)
@@ -206,7 +206,7 @@ def random_sizes() -> ModelSizes:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m edje.perf.gpu_ladder",
+        prog="python -m edje.perf.gpu_run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
