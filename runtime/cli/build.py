@@ -12,8 +12,7 @@ import typer
 
 from ...engines.manifest import DEFAULT_MAX_PAIRS, DEFAULT_TEXT_BUCKETS, EngineManifest
 from ...errors import RequestError
-from .arguments import verb_of
-from .options import Json, Overwrite
+from .options import Json, Overwrite, refuse, verb_of
 
 if TYPE_CHECKING:
     from ...engines.builder.options import EngineOptions
@@ -152,8 +151,7 @@ class BuildArguments:
             faults.append("--calibration-store and --calibration-queries: one needs the other")
         if self.calibration_random and self.calibration_store is not None:
             faults.append("--calibration-random: there is a --calibration-store already")
-        if faults:
-            raise RequestError("these options do not go together", faults=faults)
+        refuse(faults)
 
     def _limits(self) -> FidelityLimits:
         """Return the defaults with what the user set."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 
 from ...arguments import Progress
 from ...errors import RequestError
-from .options import Json, refuse, require, write_facts
+from .options import Json, refuse, require, verb_of, write_facts
 
 if TYPE_CHECKING:
     from ..indexing.index import IndexReport
@@ -102,27 +102,99 @@ class IndexCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-def index(
-    model: Model,
-    store: Store,
-    images: Images = None,
-    features: FeaturesPath = None,
-    ids: Ids = None,
-    only: Only = None,
-    dtype: Dtype = None,
-    device: DeviceName = "auto",
-    workers: Workers = None,
-    batch_size: BatchSize = 32,
-    ray: Ray = None,
-    num_workers: NumWorkers = None,
-    images_per_task: ImagesPerTask = None,
-    follow_links: FollowLinks = False,
-    max_pixels: MaxPixels = None,
-    plugin: Plugin = None,
-    strict: Strict = False,
-    max_skipped: MaxSkipped = None,
-    as_json: Json = False,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class IndexArguments:
+    """The words of `edje index`: each field is an argument or an option of the command line."""
+
+    model: Model
+    store: Store
+    images: Images = None
+    features: FeaturesPath = None
+    ids: Ids = None
+    only: Only = None
+    dtype: Dtype = None
+    device: DeviceName = "auto"
+    workers: Workers = None
+    batch_size: BatchSize = 32
+    ray: Ray = None
+    num_workers: NumWorkers = None
+    images_per_task: ImagesPerTask = None
+    follow_links: FollowLinks = False
+    max_pixels: MaxPixels = None
+    plugin: Plugin = None
+    strict: Strict = False
+    max_skipped: MaxSkipped = None
+    as_json: Json = False
+
+    def check(self) -> None:
+        """Refuse options that contradict each other, and a missing Pillow before anything loads.
+
+        Raises:
+            RequestError: they do (all faults), or --max-skipped is negative.
+            EdjeError: there is no Pillow.
+        """
+        faults = []
+        if bool(self.images) == (self.features is not None):
+            faults.append("IMAGES and --features: expected one of them")
+        if self.strict and self.max_skipped is not None:
+            faults.append("--strict allows no skip and --max-skipped some: give one of them")
+        faults += self._image_faults() if self.features is None else self._feature_faults()
+        if self.ray is None:
+            given = {"--num-workers": self.num_workers, "--images-per-task": self.images_per_task}
+            faults += [f"{name}: it goes with --ray" for name in given if given[name] is not None]
+        refuse(faults)
+        if self.max_skipped is not None and self.max_skipped < 0:
+            raise RequestError(f"--max-skipped is {self.max_skipped}, expected 0 or more")
+        if self.features is None:
+            require("index", "PIL")
+
+    def _image_faults(self) -> list[str]:
+        return ["--ids: it names the rows of --features"] if self.ids is not None else []
+
+    def _feature_faults(self) -> list[str]:
+        faults = []
+        if self.workers is not None:
+            faults.append("--workers: features need no decoding")
+        if self.max_pixels is not None or self.plugin:
+            faults.append("--max-pixels and --plugin: features need no decoding")
+        if self.ray is not None:
+            faults.append("--ray spreads images, not --features: the adapter is fast without")
+        return faults
+
+    @property
+    def allowed_skips(self) -> int | None:
+        """How many entries may be skipped, None for any number."""
+        return 0 if self.strict else self.max_skipped
+
+    def run(
+        self,
+        only: set[str] | None,
+        progress: Progress,
+        on_skip: Callable[[SkippedImage], None],
+    ) -> IndexReport:
+        """Index what was asked for, as it was asked for."""
+        from ...engines.image import FeatureEncoder, ImageEncoder
+        from ..indexing.index import IndexOptions, index_features, index_images
+        from ..indexing.ray import DEFAULT_IMAGES_PER_TASK, RayOptions, index_on_ray
+
+        images, batch_size = self.images or [], self.batch_size
+        options = IndexOptions(self.dtype, only, progress, on_skip, self.follow_links)
+        if self.ray is not None:
+            per_task = self.images_per_task
+            per_task = DEFAULT_IMAGES_PER_TASK if per_task is None else per_task
+            where = (self.ray or None, self.num_workers, per_task)
+            workers = RayOptions(*where, self.device, self.workers, batch_size)
+            return index_on_ray(self.model, images, self.store, workers, options)
+        how: dict[str, Any] = {f.name: getattr(options, f.name) for f in fields(options)}
+        how |= {"batch_size": batch_size}
+        if self.features is not None:
+            adapter = FeatureEncoder.open(self.model, device=self.device)
+            return index_features(adapter, self.features, self.store, ids=self.ids, **how)
+        encoder = ImageEncoder.open(self.model, device=self.device)
+        return index_images(encoder, images, self.store, workers=self.workers, **how)
+
+
+def _index(arguments: IndexArguments) -> None:
     """Turn images, or patch features, into tokens of a store. Run again to continue.
 
     An id is the path below the folder, the name in the list, or the tar's member. What gives no
@@ -140,41 +212,28 @@ def index(
     from ..indexing.pillow_settings import pillow_set
     from ..queries import read_ids
 
-    allowed = _allowed_skips(strict, max_skipped)
-    _check(images, features, ids, workers, max_pixels, plugin)
-    _check_ray(ray, features, num_workers, images_per_task)
-    common: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size}
-    common |= {"only": None if only is None else set(read_ids(only)), "follow_links": follow_links}
-    with pillow_set(max_pixels, plugin or []), _watched("index") as (progress, on_skip):
-        common |= {"progress": progress, "on_skip": on_skip}
-        if ray is not None:
-            sizes = (num_workers, images_per_task)
-            report = _index_on_ray(model, images, store, device, workers, ray, sizes, common)
-        elif features is None:
-            report = _index_images(model, images, store, device, workers, common)
-        else:
-            report = _index_features(model, features, store, device, ids, common)
-    _show(report, store, follow_links, as_json)
-    _exit_unless_enough(report, store, allowed)
+    arguments.check()
+    only = None if arguments.only is None else set(read_ids(arguments.only))
+    with (
+        pillow_set(arguments.max_pixels, arguments.plugin or []),
+        _watched("index") as (progress, on_skip),
+    ):
+        report = arguments.run(only, progress, on_skip)
+    _show(report, arguments)
+    _exit_unless_enough(report, arguments.store, arguments.allowed_skips)
 
 
-def _show(report: IndexReport, store: Path, follow_links: bool, as_json: bool) -> None:
-    _note_skipped(report, store)
-    _note_links(report.num_links, follow_links)
-    facts = {"store": str(store), **asdict(report)}
+index = verb_of(IndexArguments, _index)
+
+
+def _show(report: IndexReport, arguments: IndexArguments) -> None:
+    _note_skipped(report, arguments.store)
+    _note_links(report.num_links, arguments.follow_links)
+    facts = {"store": str(arguments.store), **asdict(report)}
     skipped = facts.pop("skipped")
-    if as_json:
+    if arguments.as_json:
         facts["skipped"] = [entry._asdict() for entry in skipped]
-    write_facts("indexed", facts, as_json)
-
-
-def _allowed_skips(strict: bool, max_skipped: int | None) -> int | None:
-    """Return how many entries may be skipped, None for any number."""
-    if strict and max_skipped is not None:
-        raise RequestError("--strict allows no skip and --max-skipped some: give one of them")
-    if max_skipped is not None and max_skipped < 0:
-        raise RequestError(f"--max-skipped is {max_skipped}, expected 0 or more")
-    return 0 if strict else max_skipped
+    write_facts("indexed", facts, arguments.as_json)
 
 
 def _exit_unless_enough(report: IndexReport, store: Path, allowed: int | None) -> None:
@@ -193,90 +252,6 @@ def _exit_unless_enough(report: IndexReport, store: Path, allowed: int | None) -
     if allowed is not None and skipped > allowed:
         note(f"{skipped:,} skipped, {allowed:,} allowed; all else is indexed: {where}")
         raise typer.Exit(EXIT_SKIPPED)
-
-
-def _check(
-    images: list[str] | None,
-    features: Path | None,
-    ids: Path | None,
-    workers: int | None,
-    max_pixels: int | None,
-    plugins: list[str] | None,
-) -> None:
-    """Refuse options that contradict each other, and a missing Pillow before anything loads."""
-    faults = []
-    if bool(images) == (features is not None):
-        faults.append("IMAGES and --features: expected one of them")
-    if features is None and ids is not None:
-        faults.append("--ids: it names the rows of --features")
-    if features is not None and workers is not None:
-        faults.append("--workers: features need no decoding")
-    if features is not None and (max_pixels is not None or plugins):
-        faults.append("--max-pixels and --plugin: features need no decoding")
-    refuse(faults)
-    if features is None:
-        require("index", "PIL")
-
-
-def _check_ray(
-    ray: str | None, features: Path | None, num_workers: int | None, images_per_task: int | None
-) -> None:
-    """Refuse options that do not go with the presence, or the absence, of `--ray`."""
-    given = {"--num-workers": num_workers, "--images-per-task": images_per_task}
-    faults = [f"{name}: it goes with --ray" for name, value in given.items() if value is not None]
-    if ray is None:
-        refuse(faults)
-    elif features is not None:
-        raise RequestError(
-            "--ray spreads images, not --features", hint="the adapter is fast: leave --ray out"
-        )
-
-
-def _index_images(
-    model: Path,
-    images: list[str] | None,
-    store: Path,
-    device: str,
-    workers: int | None,
-    common: dict[str, Any],
-) -> IndexReport:
-    from ...engines.image import ImageEncoder
-    from ..indexing.index import index_images
-
-    encoder = ImageEncoder.open(model, device=device)
-    return index_images(encoder, images or [], store, workers=workers, **common)
-
-
-def _index_on_ray(
-    model: Path,
-    images: list[str] | None,
-    store: Path,
-    device: str,
-    workers: int | None,
-    address: str,
-    sizes: tuple[int | None, int | None],
-    common: dict[str, Any],
-) -> IndexReport:
-    from ..indexing.index import IndexOptions
-    from ..indexing.ray import DEFAULT_IMAGES_PER_TASK, RayOptions, index_on_ray
-
-    num_workers, images_per_task = sizes
-    if images_per_task is None:
-        images_per_task = DEFAULT_IMAGES_PER_TASK
-    batch_size = common.pop("batch_size")
-    options = RayOptions(address or None, num_workers, images_per_task, device, workers, batch_size)
-    return index_on_ray(model, images or [], store, options, IndexOptions(**common))
-
-
-def _index_features(
-    model: Path, features: Path, store: Path, device: str, ids: Path | None, common: dict[str, Any]
-) -> IndexReport:
-    from ...engines.image import FeatureEncoder
-    from ..indexing.index import index_features
-
-    return index_features(
-        FeatureEncoder.open(model, device=device), features, store, ids=ids, **common
-    )
 
 
 def _note_skipped(report: IndexReport, store: Path) -> None:
