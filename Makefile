@@ -32,8 +32,9 @@ setup: $(INSTALLED) ## make .venv and install everything into it (the others do 
 demo: $(or $(wildcard $(INSTALLED)),$(INSTALLED_FOR_DEMO)) ## scenes -> export -> build -> index -> rerank: the table and demo-out/index.html
 	$(BIN)/edje demo
 
+# A worker a core; a file's tests stay together, for they share what takes long to make.
 test: $(INSTALLED) ## run the whole test suite (no GPU, no network)
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 check: lint types sizes ## ruff, mypy --strict, the import layers, the limits of the house
 	$(BIN)/pytest -q tests/test_layers.py tests/test_house.py
