@@ -28,6 +28,7 @@ IMAGE_SUFFIXES = frozenset(
     )
 )
 MAX_LATEST = 1 << 16  # hashes in a set, at some 70 bytes each
+END_BYTES = 1 << 20  # read at once of what follows the members
 MAX_MEMBER_BYTES = 1 << 28  # of a compressed tar, whose members pass through memory
 
 
@@ -222,6 +223,9 @@ class TarSource:
                 for member in _members(tar, size):
                     yield self._entry(tar, path, member, seen, wanted, size is not None)
                     last = repr(member.name)
+                _read_to_end(tar)
+        except _LateDamage as error:
+            yield SkippedImage(path.name, f"the tar is damaged: {error}", source)
         except damages() as error:
             reason = f"the tar is damaged or cut off after {last}: {str(error).rstrip('.')}"
             yield SkippedImage(path.name, f"{reason}; what came before was read", source)
@@ -280,6 +284,10 @@ class _TarDamage(tarfile.TarError):
     """What `tarfile` passes over in silence."""
 
 
+class _LateDamage(Exception):
+    """What shows when all members have been read."""
+
+
 def _members(tar: tarfile.TarFile, size: int | None) -> Iterator[tarfile.TarInfo]:
     """Yield every member that is there whole; raise where the tar does not end as it should.
 
@@ -303,3 +311,24 @@ def _members(tar: tarfile.TarFile, size: int | None) -> Iterator[tarfile.TarInfo
         raise _TarDamage(
             "there is no mark of its end" if not block else "no header where one belongs"
         )
+
+
+def _read_to_end(tar: tarfile.TarFile) -> None:
+    """Read what follows the mark of a tar's end: zeros, and the checksum of its compression.
+
+    Raises:
+        _LateDamage: there is more, or the checksum says that what was read is not what was packed.
+    """
+    file = tar.fileobj
+    try:
+        while file and (block := file.read(END_BYTES)):
+            if block.count(0) != len(block):
+                raise _LateDamage(
+                    "more follows the mark of its end, which was not read, as where `cat` has "
+                    "joined tars; give them one by one, or join them with `tar -A`"
+                )
+    except damages() as error:
+        raise _LateDamage(
+            f"{str(error).rstrip('.')}; its images were read, but any of them may be wrong: "
+            "index a whole copy of it into a new store"
+        ) from error

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import os
 import pickle
 import tarfile
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -351,3 +354,39 @@ def test_a_list_in_utf_16_is_refused_with_what_makes_it_utf_8(
     with pytest.raises(RequestError, match="is not a list of images") as caught:
         open_source(path)
     assert "iconv -f UTF-16" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_damage_that_only_the_checksum_shows_is_named(tmp_path: Path, kind: str) -> None:
+    plain = write_tar(tmp_path / "whole.tar", MEMBERS).read_bytes()
+    packed = bytearray(
+        {"gz": partial(gzip.compress, compresslevel=0), "bz2": bz2.compress, "xz": lzma.compress}[
+            kind
+        ](plain)
+    )
+    if kind == "gz":
+        packed[packed.index(bytes([2]) * 700) + 300] ^= 255  # stored: the pixels themselves
+    else:
+        packed[-6] ^= 255
+    (tmp_path / f"flipped.tar.{kind}").write_bytes(packed)
+    content, skipped = read(tmp_path / f"flipped.tar.{kind}")
+    assert [entry.id for entry in skipped] == [f"flipped.tar.{kind}"]
+    assert skipped[0].reason.startswith("the tar is damaged")
+    if kind != "bz2":  # whose checksums stand before what they are of
+        assert list(content) == [name for name, _ in MEMBERS]
+        assert "any of them may be wrong" in skipped[0].reason
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_what_follows_the_end_of_a_tar_is_said_unless_it_is_zeros(
+    tmp_path: Path, suffix: str
+) -> None:
+    first, second = (
+        write_tar(tmp_path / f"{n}{suffix}", [MEMBERS[n]]).read_bytes() for n in range(2)
+    )
+    (tmp_path / f"cat{suffix}").write_bytes(first + second)
+    content, skipped = read(tmp_path / f"cat{suffix}")
+    assert content == dict(MEMBERS[:1])
+    assert "more follows the mark of its end, which was not read" in skipped[0].reason
+    (tmp_path / f"padded{suffix}").write_bytes(first + bytes(100_000))
+    assert read(tmp_path / f"padded{suffix}") == (dict(MEMBERS[:1]), [])
