@@ -302,7 +302,7 @@ def _members(tar: tarfile.TarFile, size: int | None) -> Iterator[tarfile.TarInfo
         if tar.offset <= end:  # a negative size leads back, and round in a ring
             raise _TarDamage(f"{member.name!r} has a size that cannot be")
         end = tar.offset
-        if size is not None and member.isreg() and member.offset_data + member.size > size:
+        if size is not None and member.isreg() and _end_of(member) > size:
             raise _TarDamage(f"{member.name!r} is not there whole")
         yield member
     file.seek(tar.offset)
@@ -311,6 +311,13 @@ def _members(tar: tarfile.TarFile, size: int | None) -> Iterator[tarfile.TarInfo
         raise _TarDamage(
             "there is no mark of its end" if not block else "no header where one belongs"
         )
+
+
+def _end_of(member: tarfile.TarInfo) -> int:
+    """Return where a member's bytes end; `size` counts the holes of a sparse one too."""
+    parts = getattr(member, "sparse", None)  # (place, bytes) of what is no hole
+    stored = member.size if parts is None else sum(num_bytes for _, num_bytes in parts)
+    return member.offset_data + stored
 
 
 def _read_to_end(tar: tarfile.TarFile) -> None:

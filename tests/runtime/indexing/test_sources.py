@@ -8,6 +8,7 @@ import io
 import lzma
 import os
 import pickle
+import subprocess
 import tarfile
 from functools import partial
 from importlib.util import find_spec
@@ -390,3 +391,19 @@ def test_what_follows_the_end_of_a_tar_is_said_unless_it_is_zeros(
     assert "more follows the mark of its end, which was not read" in skipped[0].reason
     (tmp_path / f"padded{suffix}").write_bytes(first + bytes(100_000))
     assert read(tmp_path / f"padded{suffix}") == (dict(MEMBERS[:1]), [])
+
+
+@pytest.mark.parametrize("kind", ["gnu", "pax"])
+def test_a_sparse_member_is_read_and_so_is_what_follows(tmp_path: Path, kind: str) -> None:
+    with (tmp_path / "sparse.png").open("wb") as file:
+        file.write(b"head" * 1024)
+        file.truncate(1 << 20)
+    for name, content in MEMBERS:
+        (tmp_path / name).write_bytes(content)
+    command = ["tar", f"--format={kind}", "-S", "-cf", "s.tar", "sparse.png", *dict(MEMBERS)]
+    if subprocess.run(command, cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("this tar writes no sparse members")
+    assert (tmp_path / "s.tar").stat().st_size < 1 << 20
+    content, skipped = read(tmp_path / "s.tar")
+    assert skipped == []
+    assert content == {"sparse.png": (b"head" * 1024).ljust(1 << 20, b"\0"), **dict(MEMBERS)}
