@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from ...errors import RequestError, named
+from .names import place_of, text_of
 from .pillow_settings import registered_extensions
 from .sources import ImageFile, SkippedImage, Wanted, id_hash
 
@@ -170,7 +171,7 @@ class TarSource:
             raise RequestError(
                 f"{len(missing)} of {len(paths)} tars are not there: {named(missing)}"
             )
-        self.names = frozenset(os.path.abspath(path) for path in paths)
+        self.names = frozenset(place_of(path) for path in paths)
         self.num_ignored = 0
         self._paths = list(paths)
         self._sizes = [path.stat().st_size for path in paths]
@@ -215,20 +216,20 @@ class TarSource:
         wanted: Wanted,
     ) -> Iterator[ImageFile | SkippedImage | None]:
         """Yield what the members of one tar give; last, how the tar is damaged."""
-        source, last = os.path.abspath(path), "its start"
+        source, last = place_of(path), "its start"
         suffix = compression.suffix if compression else ""
         size = None if compression else os.fstat(file.fileno()).st_size
         try:
-            with tarfile.open(fileobj=file, mode=f"r:{suffix}") as tar:  # type: ignore[call-overload]
+            with tarfile.open(fileobj=file, mode=f"r:{suffix}", encoding="utf-8") as tar:  # type: ignore[call-overload]
                 for member in _members(tar, size):
                     yield self._entry(tar, path, member, seen, wanted, size is not None)
                     last = repr(member.name)
                 _read_to_end(tar)
         except _LateDamage as error:
-            yield SkippedImage(path.name, f"the tar is damaged: {error}", source)
+            yield SkippedImage(text_of(path.name), f"the tar is damaged: {error}", source)
         except damages() as error:
             reason = f"the tar is damaged or cut off after {last}: {str(error).rstrip('.')}"
-            yield SkippedImage(path.name, f"{reason}; what came before was read", source)
+            yield SkippedImage(text_of(path.name), f"{reason}; what came before was read", source)
 
     def _entry(
         self,
@@ -243,7 +244,7 @@ class TarSource:
         if member.isdir() or PurePosixPath(member.name).suffix.lower() not in self._suffixes:
             self.num_ignored += not member.isdir()
             return None
-        source = os.path.abspath(path)
+        source = place_of(path)
         if not seen.add(id_hash(member.name)):
             return SkippedImage(member.name, "comes a second time; the first one counts", source)
         if not wanted(member.name):
