@@ -250,6 +250,11 @@ def _expanded(text: str) -> Iterator[str]:
         yield text
         return
     first, last = braces.groups()
+    if int(first) > int(last):
+        raise RequestError(
+            f"{text}: the range {braces[0]} names no file, expected the smaller number first",
+            hint=f"{{{last}..{first}}} names the same files upwards",
+        )
     for number in range(int(first), int(last) + 1):
         name = f"{number:0{len(first)}}"
         yield from _expanded(text[: braces.start()] + name + text[braces.end() :])

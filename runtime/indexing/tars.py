@@ -43,6 +43,7 @@ _OTHERS = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
     (b"Rar!", "a rar archive"),
     (b"\x04\x22\x4d\x18", "compressed with lz4"),
+    (b"\x5d\0\0", "compressed with lzma (the old .lzma, not .xz)"),
     (b"LZIP", "compressed with lzip"),
     (b"\x1f\x9d", "compressed with compress (.Z)"),
 )
@@ -329,7 +330,7 @@ def _read_to_end(tar: tarfile.TarFile) -> None:
     """
     file = tar.fileobj
     try:
-        while file and (block := file.read(END_BYTES)):
+        while file is not None and (block := file.read(END_BYTES)):
             if block.count(0) != len(block):
                 raise _LateDamage(
                     "more follows the mark of its end, which was not read, as where `cat` has "

@@ -166,6 +166,9 @@ def test_several_tars_and_numbers_in_braces(tmp_path: Path) -> None:
     assert list(content) == ["11.png", "8.png"]
     with pytest.raises(RequestError, match=r"1 of 5 tars are not there: .*s-012\.tar"):
         open_source(tmp_path / "s-{008..012}.tar")
+    with pytest.raises(RequestError, match=r"the range \{009\.\.008\} names no file") as caught:
+        open_source(tmp_path / "s-{009..008}.tar")
+    assert "{008..009} names the same files" in str(caught.value)
     with pytest.raises(RequestError, match="got 2 sources"):
         open_source([tmp_path / "s-008.tar", tmp_path])
 
@@ -248,6 +251,7 @@ ARCHIVES = [
     ("list.tsv.gz", gzip.compress(b"a\ta.png\n"), "compressed with gzip and holds no tar"),
     ("photos.zip", b"PK\3\4", "a zip archive"),
     ("photos.7z", b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    ("shard.tar.lzma", b"\x5d\0\0\x80\0" + b"\xff" * 8, "compressed with lzma"),
     ("shard.lz4", b"\x04\x22\x4d\x18", "compressed with lz4"),
 ]
 
