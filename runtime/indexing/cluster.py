@@ -41,6 +41,7 @@ from .flow import (
     groups,
     read_ahead,
 )
+from .names import name_of, place_of
 from .pillow_settings import PillowSettings
 from .sources import ImageFile, SkippedImage
 
@@ -308,14 +309,14 @@ def _line(image: ImageFile) -> bytes:
             f"{image.path} is a compressed tar, which only its reader can go through",
             hint="unpack it to a plain .tar: workers read its members by their place",
         )
-    path = os.path.abspath(image.path)
+    path = place_of(image.path)  # the worker's locale may be another
     # JSON's \u escapes carry names that are no UTF-8 as well.
     return json.dumps([image.id, path, image.source, image.start, image.num_bytes]).encode() + b"\n"
 
 
 def _image(line: bytes) -> ImageFile:
     image_id, path, source, start, num_bytes = json.loads(line)
-    return ImageFile(image_id, Path(path), source, start, num_bytes)
+    return ImageFile(image_id, Path(name_of(path)), source, start, num_bytes)
 
 
 def _not_shared(folder: Path, why: str) -> StoreError:

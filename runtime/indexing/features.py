@@ -16,6 +16,7 @@ import numpy.typing as npt
 from ...bundle import ModelSizes
 from ...errors import RequestError, named
 from ..queries import read_ids
+from .names import name_of, place_of, text_of
 from .sources import FolderWalk, SkippedImage, Unlisted, Wanted, id_hash, repeated
 
 Features = npt.NDArray[np.floating]
@@ -66,7 +67,7 @@ class FeatureSource:
         ids: Path | None = None,
         follow_links: bool = False,
     ):
-        self.names = frozenset({os.path.abspath(path)})
+        self.names = frozenset({place_of(path)})
         self.num_ignored = 0
         self._walk = FolderWalk(path, follow_links=follow_links)
         self._unlisted: list[Unlisted] = []
@@ -93,7 +94,8 @@ class FeatureSource:
     def entries(self, wanted: Wanted) -> Iterator[FeatureEntry | SkippedImage]:
         """Yield the wanted features, and what cannot be used, with the reason."""
         (source,) = self.names
-        yield from (SkippedImage(*found, source) for found in self._unlisted)
+        for name, reason in self._unlisted:
+            yield SkippedImage(text_of(name), reason, source)
         for file in self._files:
             for image_id, read in file.readers():
                 if wanted(image_id):
@@ -199,14 +201,17 @@ class _NpyFiles:
 
     def __init__(self, root: Path, names: Sequence[str]):
         self._root = root
-        self._ids = sorted(name[: -len(".npy")] for name in names if name.endswith(".npy"))
+        self._ids = sorted(text_of(name)[: -len(".npy")] for name in names if name.endswith(".npy"))
 
     def ids(self) -> Iterator[str]:
         return iter(self._ids)
 
     def readers(self) -> Iterator[tuple[str, Read]]:
         for image_id in self._ids:
-            yield image_id, partial(np.load, self._root / f"{image_id}.npy", allow_pickle=False)
+            yield (
+                image_id,
+                partial(np.load, self._root / name_of(f"{image_id}.npy"), allow_pickle=False),
+            )
 
 
 class _Shard:

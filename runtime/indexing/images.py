@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import re
+import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +34,10 @@ RASTER = frozenset(
 )
 HEAD_BYTES = 512  # enough to tell what a file is
 
+_ABSENCES = {
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "no such file"),
+    errno.ELOOP: "is a link in a ring of links, which leads to no file",
+}
 _NAMES = {"EPS": "PostScript (EPS)", "WMF": "a Windows metafile (WMF or EMF)"}
 # How files begin that Pillow does not know.
 _MARKS = (
@@ -154,6 +161,10 @@ def decode_entry(entry: ImageFile, spec: ImageSpec) -> UInt8 | Unreadable:
             return _rgb(image_module, entry.open(), spec)
     except image_module.UnidentifiedImageError:
         return Unreadable(why_not_opened(image_module, _head_of(entry)))
+    except image_module.DecompressionBombError as error:  # Pillow's own, at twice the limit
+        count = re.search(r"\d+", str(error))
+        size = f"{int(count[0]):,}" if count else "too many"
+        return _too_large(size, image_module.MAX_IMAGE_PIXELS)
     # Damaged files make Pillow's decoders raise nearly anything; none may end a run of millions.
     except Exception as error:
         detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -164,9 +175,13 @@ def _file_fault(entry: ImageFile) -> str | None:
     """Return why there is nothing to open: opening a pipe, for one, would wait for ever."""
     if entry.content is not None:
         return None if entry.content else "is empty"
-    if not entry.path.is_file():
-        return "is not a file" if entry.path.exists() else "no such file"
-    size = entry.path.stat().st_size if entry.start is None else entry.num_bytes
+    try:
+        found = entry.path.stat()
+    except OSError as error:
+        return _ABSENCES.get(error.errno or 0) or f"cannot be opened: {error.strerror}"
+    if not stat.S_ISREG(found.st_mode):
+        return "is not a file"
+    size = found.st_size if entry.start is None else entry.num_bytes
     return None if size else "is empty"
 
 
@@ -183,10 +198,14 @@ def _rgb(image_module: Any, opened: Path | BinaryIO, spec: ImageSpec) -> UInt8 |
         width, height = image.size
         limit = image_module.MAX_IMAGE_PIXELS  # None: the user has lifted it
         if limit is not None and width * height > limit:
-            return Unreadable(
-                f"has {width:,} x {height:,} pixels; more than {limit:,} exceeds limit"
-            )
+            return _too_large(f"{width:,} x {height:,}", limit)
         return rgb_from_image(image, spec)
+
+
+def _too_large(size: str, limit: int) -> Unreadable:
+    return Unreadable(
+        f"has {size} pixels, more than the limit of {limit:,}; --max-pixels raises it"
+    )
 
 
 def rgb_from_image(image: Image, spec: ImageSpec) -> UInt8:

@@ -191,14 +191,27 @@ def wanted_ids(only: Iterable[str] | None) -> frozenset[str] | None:
     """Return the ids of `only`, taken once.
 
     Raises:
-        RequestError: a lone string, or what is no string.
+        RequestError: a lone string, what is no string, or none at all.
     """
     if only is None:
         return None
     given = Arguments("an index run")
     ids = frozenset(given.strings("only", only))
     given.check()
+    if not ids:
+        raise RequestError(
+            "the list of ids to index (only) is empty, expected at least one id",
+            hint="leave only (--only, --from) out to index everything",
+        )
     return ids
+
+
+def _check_callbacks(options: IndexOptions) -> None:
+    """Refuse what cannot be called, before anything is made."""
+    given = Arguments("an index run")
+    given.callback("progress", options.progress)
+    given.callback("on_skip", options.on_skip)
+    given.check()
 
 
 def run_index(
@@ -215,6 +228,7 @@ def run_index(
         StoreError: a store of another encoder or dtype, or one that cannot be written.
     """
     started = time.perf_counter()
+    _check_callbacks(options)
     only = wanted_ids(options.only)
     _check_only(source, only)
     with ExitStack() as stack:

@@ -19,6 +19,7 @@ import xxhash
 from ...arrays import UInt64
 from ...errors import RequestError, named
 from ...files import LOST_AND_FOUND, is_mount
+from .names import name_of, place_of, text_of
 
 Identity = tuple[int, int]
 
@@ -249,6 +250,11 @@ def _expanded(text: str) -> Iterator[str]:
         yield text
         return
     first, last = braces.groups()
+    if int(first) > int(last):
+        raise RequestError(
+            f"{text}: the range {braces[0]} names no file, expected the smaller number first",
+            hint=f"{{{last}..{first}}} names the same files upwards",
+        )
     for number in range(int(first), int(last) + 1):
         name = f"{number:0{len(first)}}"
         yield from _expanded(text[: braces.start()] + name + text[braces.end() :])
@@ -260,7 +266,7 @@ class FolderSource:
     countable = True
 
     def __init__(self, root: Path, leave_out: Path | None = None, follow_links: bool = False):
-        self.names = frozenset({os.path.abspath(root)})
+        self.names = frozenset({place_of(root)})
         self.num_ignored = 0
         self._root = root
         self._walk = FolderWalk(root, leave_out=leave_out, follow_links=follow_links)
@@ -272,16 +278,16 @@ class FolderSource:
 
     def ids(self) -> Iterator[str]:
         """Yield the path of every file below the folder."""
-        return (found for found in self._walk.names() if isinstance(found, str))
+        return (text_of(found) for found in self._walk.names() if isinstance(found, str))
 
     def entries(self, wanted: Wanted) -> Iterator[ImageFile | SkippedImage]:
         """Yield the wanted files, and the folders that cannot be listed."""
         (source,) = self.names
         for found in self._walk.names():
             if isinstance(found, Unlisted):
-                yield SkippedImage(*found, source)
-            elif wanted(found):
-                yield ImageFile(found, self._root / found, source)
+                yield SkippedImage(text_of(found.name), found.reason, source)
+            elif wanted(image_id := text_of(found)):
+                yield ImageFile(image_id, self._root / found, source)
 
     def estimate(self, num_met: int) -> int:
         """Return `num_met`: whoever counted `ids` knows better."""
@@ -295,7 +301,7 @@ class ListSource:
     num_links = 0
 
     def __init__(self, path: Path):
-        self.names = frozenset({os.path.abspath(path)})
+        self.names = frozenset({place_of(path)})
         self.num_ignored = 0
         self._path = path
         faults = list(islice(self._faults(), 21))
@@ -312,7 +318,7 @@ class ListSource:
         (source,) = self.names
         for _, image_id, where in self._lines():
             if wanted(image_id):
-                yield ImageFile(image_id, self._path.parent / where, source)
+                yield ImageFile(image_id, self._path.parent / name_of(where), source)
 
     def estimate(self, num_met: int) -> int:
         """Return `num_met`: whoever counted `ids` knows better."""

@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from ...errors import RequestError, named
+from .names import place_of, text_of
 from .pillow_settings import registered_extensions
 from .sources import ImageFile, SkippedImage, Wanted, id_hash
 
@@ -28,6 +29,7 @@ IMAGE_SUFFIXES = frozenset(
     )
 )
 MAX_LATEST = 1 << 16  # hashes in a set, at some 70 bytes each
+END_BYTES = 1 << 20  # read at once of what follows the members
 MAX_MEMBER_BYTES = 1 << 28  # of a compressed tar, whose members pass through memory
 
 
@@ -41,6 +43,7 @@ _OTHERS = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
     (b"Rar!", "a rar archive"),
     (b"\x04\x22\x4d\x18", "compressed with lz4"),
+    (b"\x5d\0\0", "compressed with lzma (the old .lzma, not .xz)"),
     (b"LZIP", "compressed with lzip"),
     (b"\x1f\x9d", "compressed with compress (.Z)"),
 )
@@ -169,7 +172,7 @@ class TarSource:
             raise RequestError(
                 f"{len(missing)} of {len(paths)} tars are not there: {named(missing)}"
             )
-        self.names = frozenset(os.path.abspath(path) for path in paths)
+        self.names = frozenset(place_of(path) for path in paths)
         self.num_ignored = 0
         self._paths = list(paths)
         self._sizes = [path.stat().st_size for path in paths]
@@ -214,17 +217,20 @@ class TarSource:
         wanted: Wanted,
     ) -> Iterator[ImageFile | SkippedImage | None]:
         """Yield what the members of one tar give; last, how the tar is damaged."""
-        source, last = os.path.abspath(path), "its start"
+        source, last = place_of(path), "its start"
         suffix = compression.suffix if compression else ""
         size = None if compression else os.fstat(file.fileno()).st_size
         try:
-            with tarfile.open(fileobj=file, mode=f"r:{suffix}") as tar:  # type: ignore[call-overload]
+            with tarfile.open(fileobj=file, mode=f"r:{suffix}", encoding="utf-8") as tar:  # type: ignore[call-overload]
                 for member in _members(tar, size):
                     yield self._entry(tar, path, member, seen, wanted, size is not None)
                     last = repr(member.name)
+                _read_to_end(tar)
+        except _LateDamage as error:
+            yield SkippedImage(text_of(path.name), f"the tar is damaged: {error}", source)
         except damages() as error:
             reason = f"the tar is damaged or cut off after {last}: {str(error).rstrip('.')}"
-            yield SkippedImage(path.name, f"{reason}; what came before was read", source)
+            yield SkippedImage(text_of(path.name), f"{reason}; what came before was read", source)
 
     def _entry(
         self,
@@ -239,7 +245,7 @@ class TarSource:
         if member.isdir() or PurePosixPath(member.name).suffix.lower() not in self._suffixes:
             self.num_ignored += not member.isdir()
             return None
-        source = os.path.abspath(path)
+        source = place_of(path)
         if not seen.add(id_hash(member.name)):
             return SkippedImage(member.name, "comes a second time; the first one counts", source)
         if not wanted(member.name):
@@ -280,6 +286,10 @@ class _TarDamage(tarfile.TarError):
     """What `tarfile` passes over in silence."""
 
 
+class _LateDamage(Exception):
+    """What shows when all members have been read."""
+
+
 def _members(tar: tarfile.TarFile, size: int | None) -> Iterator[tarfile.TarInfo]:
     """Yield every member that is there whole; raise where the tar does not end as it should.
 
@@ -294,7 +304,7 @@ def _members(tar: tarfile.TarFile, size: int | None) -> Iterator[tarfile.TarInfo
         if tar.offset <= end:  # a negative size leads back, and round in a ring
             raise _TarDamage(f"{member.name!r} has a size that cannot be")
         end = tar.offset
-        if size is not None and member.isreg() and member.offset_data + member.size > size:
+        if size is not None and member.isreg() and _end_of(member) > size:
             raise _TarDamage(f"{member.name!r} is not there whole")
         yield member
     file.seek(tar.offset)
@@ -303,3 +313,31 @@ def _members(tar: tarfile.TarFile, size: int | None) -> Iterator[tarfile.TarInfo
         raise _TarDamage(
             "there is no mark of its end" if not block else "no header where one belongs"
         )
+
+
+def _end_of(member: tarfile.TarInfo) -> int:
+    """Return where a member's bytes end; `size` counts the holes of a sparse one too."""
+    parts = getattr(member, "sparse", None)  # (place, bytes) of what is no hole
+    stored = member.size if parts is None else sum(num_bytes for _, num_bytes in parts)
+    return member.offset_data + stored
+
+
+def _read_to_end(tar: tarfile.TarFile) -> None:
+    """Read what follows the mark of a tar's end: zeros, and the checksum of its compression.
+
+    Raises:
+        _LateDamage: there is more, or the checksum says that what was read is not what was packed.
+    """
+    file = tar.fileobj
+    try:
+        while file is not None and (block := file.read(END_BYTES)):
+            if block.count(0) != len(block):
+                raise _LateDamage(
+                    "more follows the mark of its end, which was not read, as where `cat` has "
+                    "joined tars; give them one by one, or join them with `tar -A`"
+                )
+    except damages() as error:
+        raise _LateDamage(
+            f"{str(error).rstrip('.')}; its images were read, but any of them may be wrong: "
+            "index a whole copy of it into a new store"
+        ) from error

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -250,3 +251,20 @@ def test_a_real_bundle_indexes_the_images_of_the_official_outputs(
     difference = np.abs(out.astype(np.float32) - expected["compressed_tokens"])
     half = np.abs(expected["compressed_tokens"]) * 2.0**-10
     assert (difference <= 1e-4 + half).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"only": []}, r"the list of ids to index \(only\) is empty"),
+        ({"only": iter(())}, r"the list of ids to index \(only\) is empty"),
+        ({"progress": 3, "on_skip": "x"}, "progress is 3, expected a function or None"),
+        ({"on_skip": "x"}, "on_skip is 'x', expected a function or None"),
+    ],
+)
+def test_options_that_cannot_be_leave_no_store(
+    tmp_path: Path, photos: Path, encoder: ImageEncoder, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        index_images(encoder, photos, tmp_path / "s", **options)
+    assert not (tmp_path / "s").exists()

@@ -54,7 +54,9 @@ def toy(tmp_path: Path) -> Path:
 def test_the_pixel_limit_is_the_callers(large: Path) -> None:
     Image.MAX_IMAGE_PIXELS = 119
     found = decoded(large)
-    assert found == Unreadable("has 12 x 10 pixels; more than 119 exceeds limit")
+    assert found == Unreadable(
+        "has 12 x 10 pixels, more than the limit of 119; --max-pixels raises it"
+    )
     Image.MAX_IMAGE_PIXELS = None
     assert not isinstance(decoded(large), Unreadable)
 

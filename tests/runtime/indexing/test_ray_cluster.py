@@ -193,7 +193,7 @@ def test_what_the_caller_set_in_pillow_holds_in_rays_decoders(
     finally:
         toy_format.unregister()
     assert list(records(tmp_path / "s")) == ["grey.toy"]
-    assert [(entry.id, "more than 100" in entry.reason) for entry in report.skipped] == [
+    assert [(entry.id, "limit of 100" in entry.reason) for entry in report.skipped] == [
         ("large.png", True)
     ]
 

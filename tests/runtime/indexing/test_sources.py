@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import os
 import pickle
+import subprocess
 import tarfile
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -162,6 +166,9 @@ def test_several_tars_and_numbers_in_braces(tmp_path: Path) -> None:
     assert list(content) == ["11.png", "8.png"]
     with pytest.raises(RequestError, match=r"1 of 5 tars are not there: .*s-012\.tar"):
         open_source(tmp_path / "s-{008..012}.tar")
+    with pytest.raises(RequestError, match=r"the range \{009\.\.008\} names no file") as caught:
+        open_source(tmp_path / "s-{009..008}.tar")
+    assert "{008..009} names the same files" in str(caught.value)
     with pytest.raises(RequestError, match="got 2 sources"):
         open_source([tmp_path / "s-008.tar", tmp_path])
 
@@ -244,6 +251,7 @@ ARCHIVES = [
     ("list.tsv.gz", gzip.compress(b"a\ta.png\n", mtime=0), "compressed with gzip and holds no tar"),
     ("photos.zip", b"PK\3\4", "a zip archive"),
     ("photos.7z", b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    ("shard.tar.lzma", b"\x5d\0\0\x80\0" + b"\xff" * 8, "compressed with lzma"),
     ("shard.lz4", b"\x04\x22\x4d\x18", "compressed with lz4"),
 ]
 
@@ -351,3 +359,55 @@ def test_a_list_in_utf_16_is_refused_with_what_makes_it_utf_8(
     with pytest.raises(RequestError, match="is not a list of images") as caught:
         open_source(path)
     assert "iconv -f UTF-16" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_damage_that_only_the_checksum_shows_is_named(tmp_path: Path, kind: str) -> None:
+    plain = write_tar(tmp_path / "whole.tar", MEMBERS).read_bytes()
+    packed = bytearray(
+        {"gz": partial(gzip.compress, compresslevel=0), "bz2": bz2.compress, "xz": lzma.compress}[
+            kind
+        ](plain)
+    )
+    if kind == "gz":
+        packed[packed.index(bytes([2]) * 700) + 300] ^= 255  # stored: the pixels themselves
+    else:
+        packed[-6] ^= 255
+    (tmp_path / f"flipped.tar.{kind}").write_bytes(packed)
+    content, skipped = read(tmp_path / f"flipped.tar.{kind}")
+    assert [entry.id for entry in skipped] == [f"flipped.tar.{kind}"]
+    assert skipped[0].reason.startswith("the tar is damaged")
+    if kind != "bz2":  # whose checksums stand before what they are of
+        assert list(content) == [name for name, _ in MEMBERS]
+        assert "any of them may be wrong" in skipped[0].reason
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_what_follows_the_end_of_a_tar_is_said_unless_it_is_zeros(
+    tmp_path: Path, suffix: str
+) -> None:
+    first, second = (
+        write_tar(tmp_path / f"{n}{suffix}", [MEMBERS[n]]).read_bytes() for n in range(2)
+    )
+    (tmp_path / f"cat{suffix}").write_bytes(first + second)
+    content, skipped = read(tmp_path / f"cat{suffix}")
+    assert content == dict(MEMBERS[:1])
+    assert "more follows the mark of its end, which was not read" in skipped[0].reason
+    (tmp_path / f"padded{suffix}").write_bytes(first + bytes(100_000))
+    assert read(tmp_path / f"padded{suffix}") == (dict(MEMBERS[:1]), [])
+
+
+@pytest.mark.parametrize("kind", ["gnu", "pax"])
+def test_a_sparse_member_is_read_and_so_is_what_follows(tmp_path: Path, kind: str) -> None:
+    with (tmp_path / "sparse.png").open("wb") as file:
+        file.write(b"head" * 1024)
+        file.truncate(1 << 20)
+    for name, content in MEMBERS:
+        (tmp_path / name).write_bytes(content)
+    command = ["tar", f"--format={kind}", "-S", "-cf", "s.tar", "sparse.png", *dict(MEMBERS)]
+    if subprocess.run(command, cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("this tar writes no sparse members")
+    assert (tmp_path / "s.tar").stat().st_size < 1 << 20
+    content, skipped = read(tmp_path / "s.tar")
+    assert skipped == []
+    assert content == {"sparse.png": (b"head" * 1024).ljust(1 << 20, b"\0"), **dict(MEMBERS)}
