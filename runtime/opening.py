@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ..arguments import Arguments, StrPath
 from ..engines.contract import Engine, OpenOptions
 from ..engines.manifest import EngineManifest
+from ..errors import StoreError
 from ..kernels.device import NAMES, open_device
 from ..kernels.device.contract import Device
 from .pipeline import NUM_SLOTS, Pipeline
@@ -126,8 +127,7 @@ class OpenArguments:
         """
         given = Arguments("Reranker.open")
         given.path("engine", self.engine, "the folder of an engine")
-        if not isinstance(self.store, TokenStore):
-            given.path("store", self.store, "the folder of a token store, or an open TokenStore")
+        _check_store(given, self.store)
         if self.rescore is not None:
             given.path("rescore", self.rescore, "the folder of an engine, or None")
         if self.rescore_margin is not None:
@@ -169,8 +169,20 @@ class OpenArguments:
         return wanted if isinstance(wanted, ResidencyOptions) else ResidencyOptions(wanted)
 
 
+def _check_store(given: Arguments, store: object) -> None:
+    if not isinstance(store, TokenStore):
+        given.path("store", store, "the folder of a token store, or an open TokenStore")
+        return
+    try:
+        len(store)
+    except StoreError as closed:
+        given.faults.append(f"store: {closed.message}, expected an open TokenStore or its folder")
+
+
 def _names_a_device(device: object) -> bool:
-    return device is None or isinstance(device, str) or hasattr(device, "shares_memory")
+    if isinstance(device, str):
+        return bool(device)
+    return device is None or hasattr(device, "shares_memory")
 
 
 def _open_device(device: str | Device | None, engine: Path, undo: ExitStack) -> Device:
