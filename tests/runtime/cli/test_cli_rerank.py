@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 from edje.runtime.cli.app import main
@@ -123,3 +124,19 @@ def test_a_store_and_an_engine_that_are_swapped_are_told_so(
     ran = rerank(engine=tiny_store, store=tiny_engine)
     assert ran.code == 2
     assert f"other way round: edje rerank {tiny_engine} --store {tiny_store}" in ran.err
+
+
+def test_control_characters_of_ids_reach_no_terminal(
+    rerank: Any, tiny_store: Path, tmp_path: Path
+) -> None:
+    odd = "a\x1b[31mb\nc\r\x9bd\u2028é"
+    with TokenStore.open(tiny_store) as full:
+        sizes = {"num_tokens": full.record_shape[0], "hidden": full.record_shape[1]}
+        encoder = full.fingerprint_encoder
+    with TokenStore.create(tmp_path / "odd", **sizes, fingerprint_encoder=encoder) as store:
+        store.append([odd], np.ones((1, *sizes.values()), np.float16))
+    table = rerank(store=tmp_path / "odd")
+    assert table.code == 0
+    assert "a\\x1b[31mb\\nc\\r\\x9bd\\u2028é" in table.out
+    assert "\x1b" not in table.out
+    assert rerank("--json", store=tmp_path / "odd").json["hits"][0]["id"] == odd
