@@ -122,7 +122,7 @@ def test_rerank_says_where_it_reads_tokens_from(edje, tiny_engine, tiny_store):
     ("options", "says"),
     [
         (("--residency", "ram"), '--residency is \'ram\', expected "disk" or "host"'),
-        (("--residency", "device"), 'residency="host" keeps them'),
+        (("--residency", "device"), "the residency `host` keeps them"),
         (("--residency", "auto", "--resident-gb", "nan"), "--resident-gb is nan"),
         (("--residency", "auto", "--resident-gb", "0"), "--resident-gb is 0.0"),
         (("--device", "cuda_core"), "built for the CPU"),

@@ -261,7 +261,7 @@ def test_wishes_that_cannot_be_granted(tmp_path, store, wish, says):
 
 
 def test_the_host_keeps_nothing_on_a_device(tiny_engine, tiny_store):
-    with pytest.raises(EngineError, match=r"no memory of its own(?s:.*)residency=\"host\""):
+    with pytest.raises(EngineError, match=r"no memory of its own(?s:.*)the residency `host`"):
         Reranker.open(tiny_engine, store=tiny_store, residency="device")
 
 
