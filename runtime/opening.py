@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ..arguments import Arguments, StrPath
 from ..engines.contract import Engine, OpenOptions
 from ..engines.manifest import EngineManifest
-from ..errors import StoreError
+from ..errors import RequestError, StoreError
 from ..kernels.device import NAMES, open_device
 from ..kernels.device.contract import Device
 from .pipeline import NUM_SLOTS, Pipeline
@@ -58,7 +58,6 @@ def open_pipelines(
         EngineError: not enough memory, or the device failed.
         StoreError: the store cannot be read, or not be loaded.
     """
-    runs.residency.check()
     streams = Streams(device, borrowed=runs.stream)
     residency, plan = decide(
         runs.residency,
@@ -138,7 +137,10 @@ class OpenArguments:
         if not _names_a_device(self.device):
             given.refuse("device", self.device, f"a name ({NAMES}), an open device, or None")
         given.flag("graphs", self.graphs)
-        given.faults += self._residency().faults()
+        try:
+            self._residency()
+        except RequestError as wrong:
+            given.faults += wrong.faults
         given.check()
 
     def open_parts(self, undo: ExitStack) -> Parts:
