@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import operator
 import os
@@ -207,7 +208,7 @@ def decode_text(content: bytes, name: str) -> str:
     if b"\0" in content:
         raise RequestError(
             f"{name} is not UTF-8 text: line {_line_of(content, content.index(0))} holds NUL",
-            hint="if it is UTF-16, iconv -f UTF-16LE -t UTF-8 makes it UTF-8",
+            hint=f"if it is text, iconv -f {_wide_encoding(content)} -t UTF-8 makes it UTF-8",
         )
     try:
         text = content.decode("utf-8")
@@ -218,6 +219,23 @@ def decode_text(content: bytes, name: str) -> str:
             hint="save it as UTF-8; iconv -f UTF-16 -t UTF-8 (or -f LATIN1) does so",
         ) from error
     return _MARKS.sub("", text)
+
+
+def _wide_encoding(content: bytes) -> str:
+    """Return iconv's name of the encoding of text with NULs: by its mark, or by where NULs are.
+
+    Letters of most lists are ASCII, whose other bytes are NUL: the first 3 of 4 in UTF-32BE, the
+    last 3 in UTF-32LE, the first of 2 in UTF-16BE, the last in UTF-16LE.
+    """
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    nul = [content[place::4].count(0) for place in range(4)]
+    order = "BE" if nul[0] > nul[3] else "LE"
+    # UTF-32 has no character above U+10FFFF: its highest byte is NUL always, the next nearly so.
+    high = content[:2] if order == "BE" else content[2:4]
+    return f"UTF-32{order}" if high == b"\0\0" else f"UTF-16{order}"
 
 
 def _line_of(content: bytes, at: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from rich.text import Text
 from .arguments import Progress
 from .notes import is_quiet
 
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 FILE_WIDTH = 160  # columns of a table that goes to a file or a pipe
 
 
@@ -97,6 +99,11 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "; ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+
+
+def escaped(text: str) -> str:
+    """Return `text` on one line and without commands to a terminal: `\\n`, `\\x1b`."""
+    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ..arguments import Arguments, StrPath
 from ..engines.contract import Engine, OpenOptions
 from ..engines.manifest import EngineManifest
+from ..errors import RequestError, StoreError
 from ..kernels.device import NAMES, open_device
 from ..kernels.device.contract import Device
 from .pipeline import NUM_SLOTS, Pipeline
@@ -57,7 +58,6 @@ def open_pipelines(
         EngineError: not enough memory, or the device failed.
         StoreError: the store cannot be read, or not be loaded.
     """
-    runs.residency.check()
     streams = Streams(device, borrowed=runs.stream)
     residency, plan = decide(
         runs.residency,
@@ -126,8 +126,7 @@ class OpenArguments:
         """
         given = Arguments("Reranker.open")
         given.path("engine", self.engine, "the folder of an engine")
-        if not isinstance(self.store, TokenStore):
-            given.path("store", self.store, "the folder of a token store, or an open TokenStore")
+        _check_store(given, self.store)
         if self.rescore is not None:
             given.path("rescore", self.rescore, "the folder of an engine, or None")
         if self.rescore_margin is not None:
@@ -138,7 +137,10 @@ class OpenArguments:
         if not _names_a_device(self.device):
             given.refuse("device", self.device, f"a name ({NAMES}), an open device, or None")
         given.flag("graphs", self.graphs)
-        given.faults += self._residency().faults()
+        try:
+            self._residency()
+        except RequestError as wrong:
+            given.faults += wrong.faults
         given.check()
 
     def open_parts(self, undo: ExitStack) -> Parts:
@@ -169,8 +171,20 @@ class OpenArguments:
         return wanted if isinstance(wanted, ResidencyOptions) else ResidencyOptions(wanted)
 
 
+def _check_store(given: Arguments, store: object) -> None:
+    if not isinstance(store, TokenStore):
+        given.path("store", store, "the folder of a token store, or an open TokenStore")
+        return
+    try:
+        len(store)
+    except StoreError as closed:
+        given.faults.append(f"store: {closed.message}, expected an open TokenStore or its folder")
+
+
 def _names_a_device(device: object) -> bool:
-    return device is None or isinstance(device, str) or hasattr(device, "shares_memory")
+    if isinstance(device, str):
+        return bool(device)
+    return device is None or hasattr(device, "shares_memory")
 
 
 def _open_device(device: str | Device | None, engine: Path, undo: ExitStack) -> Device:

@@ -200,7 +200,7 @@ def pool_capability(device: Device) -> tuple[int, int]:
     if device.compute_capability is None:
         raise EngineError(
             f"the device {device.name} has no memory of its own to keep tokens in",
-            hint='residency="host" keeps them in this machine\'s memory',
+            hint="the residency `host` keeps them in this machine's memory",
         )
     return device.compute_capability
 

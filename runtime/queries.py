@@ -37,10 +37,24 @@ def read_ids(source: str, *, what: str = "ids") -> list[str]:
         RequestError: the list cannot be read or is not UTF-8.
     """
     if source == "-":
-        text = decode_text(sys.stdin.buffer.read(), f"the {what} on stdin")
+        text = decode_text(_stdin(what), f"the {what} on stdin")
     else:
         text = read_text(source, f"the {what} {source}")
     return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+
+
+def _stdin(what: str) -> bytes:
+    if sys.stdin is None:  # closed by the caller: `<&-`
+        raise RequestError(
+            f"cannot read the {what} from stdin, since it is closed",
+            hint="pipe the list into the command, or name a file in place of -",
+        )
+    try:
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        raise RequestError(
+            f"cannot read the {what} from stdin: {error.strerror or error}"
+        ) from error
 
 
 def listed(ids: Iterable[str]) -> str:
@@ -309,7 +323,7 @@ def _tokenized(entry: QueryEntry, tokenizer: QueryTokenizer, faults: list[str]) 
 def _entries(path: Path, faults: list[str]) -> Iterator[QueryEntry]:
     """Yield the queries of a file; note in `faults` the lines that are none."""
     lines = read_text(path, f"the queries {path}").split("\n")
-    parse = _json_entry if path.suffix == ".jsonl" else _text_entry
+    parse = _json_entry if path.suffix.lower() == ".jsonl" else _text_entry
     for number, line in enumerate(lines, 1):
         if line.strip():
             found = parse(f"line {number}", line.rstrip("\r"))
@@ -321,12 +335,23 @@ def _entries(path: Path, faults: list[str]) -> Iterator[QueryEntry]:
 
 def _text_entry(where: str, line: str) -> QueryEntry | str:
     """Return the query of a line, or what is wrong with it."""
+    if _is_json_object(line):
+        return "it is a JSON object, expected a query: call a file of JSON lines .jsonl"
     fields = line.split("\t")
     if len(fields) > 2:
         return f"got {len(fields)} fields between tabs, expected a query and a target id"
     if len(fields) == 2 and not fields[1]:
         return "the target id behind the tab is empty"
     return QueryEntry(where, fields[0], fields[1] if len(fields) == 2 else None)
+
+
+def _is_json_object(line: str) -> bool:
+    if not line.lstrip().startswith("{"):
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _json_entry(where: str, line: str) -> QueryEntry | str:

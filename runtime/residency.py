@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-from ..arguments import Arguments, is_whole, plain, shown
+from ..arguments import Arguments, is_whole, shown
 from ..engines.contract import Engine
 from ..errors import EngineError, RequestError
 from ..kernels.device.contract import Device
@@ -31,6 +31,9 @@ class ResidencyOptions:
         max_bytes: device memory that resident tokens may take; None: most of what is free.
         ids: the images to keep on the device (any iterable, taken once); None: all, or those
             asked for last.
+
+    Raises:
+        RequestError: what cannot be meant, all of it, when they are made.
     """
 
     place: Place | None = None
@@ -38,23 +41,17 @@ class ResidencyOptions:
     ids: Iterable[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.ids is None:
-            return
-        given = Arguments("ResidencyOptions")
-        ids = plain(given.items("ids", self.ids, "a list of ids"))
-        if not given.faults:  # else it stays as it is, for `faults` to name
-            object.__setattr__(self, "ids", tuple(ids))
+        """Take `ids`, and refuse what cannot be meant.
 
-    def faults(self) -> list[str]:
-        """Return one sentence for everything that cannot be meant."""
+        Raises:
+            RequestError: all faults at once.
+        """
         given = Arguments("ResidencyOptions")
         places = get_args(Place)
         if self.place is not None and self.place not in places:
             given.faults.append(f"residency: got {shown(self.place)}, expected {', '.join(places)}")
         if self.max_bytes is not None and not is_whole(self.max_bytes):
             given.faults.append(f"max_bytes: got {shown(self.max_bytes)}, expected 1 or more")
-        if self.ids is not None:
-            given.strings("ids", self.ids)
         if self.place not in ("device", "auto"):
             values = {"max_bytes": self.max_bytes, "ids": self.ids}
             given.faults += [
@@ -62,17 +59,10 @@ class ResidencyOptions:
                 for name, value in values.items()
                 if value is not None
             ]
-        return given.faults
-
-    def check(self) -> None:
-        """Refuse what cannot be meant.
-
-        Raises:
-            RequestError: all faults at once.
-        """
-        faults = self.faults()
-        if faults:
-            raise RequestError("tokens cannot be kept so", faults=faults)
+        if self.ids is not None:
+            object.__setattr__(self, "ids", tuple(given.strings("ids", self.ids)))
+        if given.faults:
+            raise RequestError("tokens cannot be kept so", faults=given.faults)
 
 
 class Decision(NamedTuple):

@@ -293,7 +293,8 @@ def raise_faults(faults: Sequence[Fault]) -> None:
 def split_pairs(given: Arguments, pairs: object) -> tuple[list[str], list[str]]:
     """Return the queries and the ids of (query, id) pairs."""
     expected = "(query, id) tuples"
-    each = [(pair, _halves(pair)) for pair in given.items("pairs", pairs, f"a list of {expected}")]
+    listed = given.items("pairs", pairs, f"a list of {expected}", paired=True)
+    each = [(pair, _halves(pair)) for pair in listed]
     wrong = [shown(pair) for pair, halves in each if halves is None]
     if wrong:
         given.faults.append(f"{len(wrong)} pairs are no {expected}: {', '.join(wrong[:20])}")

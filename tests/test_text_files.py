@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,28 @@ def test_bytes_that_are_no_text_are_refused_with_their_line(tmp_path: Path) -> N
         read_text(path)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_utf_16_is_refused_with_the_command_that_mends_it(encoding: str) -> None:
-    with pytest.raises(RequestError, match=r"line 1 .*\n.*iconv -f UTF-16"):
-        decode_text("a.png\n".encode(encoding), "list")
+WIDE = {
+    "UTF-16": (codecs.BOM_UTF16_LE, "utf-16-le"),
+    "UTF-16 ": (codecs.BOM_UTF16_BE, "utf-16-be"),
+    "UTF-16LE": (b"", "utf-16-le"),
+    "UTF-16BE": (b"", "utf-16-be"),
+    "UTF-32": (codecs.BOM_UTF32_LE, "utf-32-le"),
+    "UTF-32 ": (codecs.BOM_UTF32_BE, "utf-32-be"),
+    "UTF-32LE": (b"", "utf-32-le"),
+    "UTF-32BE": (b"", "utf-32-be"),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("text", ["a.png\n", "a.png\nb.png\n日本.png\n"])
+def test_wide_text_is_refused_with_the_command_that_mends_it(name: str, text: str) -> None:
+    mark, encoding = WIDE[name]
+    with pytest.raises(RequestError, match=r"line 1 holds") as caught:
+        decode_text(mark + text.encode(encoding), "list")
+    told = re.search(r"iconv -f (\S+) -t UTF-8", str(caught.value))
+    assert told is not None
+    assert told[1] == name.strip()
+    assert (mark + text.encode(encoding)).decode(told[1]).lstrip("\ufeff") == text
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

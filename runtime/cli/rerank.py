@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from math import isfinite
+from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
-from ...errors import RequestError
-from .options import Json, as_text
+from ...arguments import Arguments
+from ...errors import StoppedError
+from .options import Json, as_text, verb_of
 
 if TYPE_CHECKING:
+    from ..reranker import Reranker
     from ..residency import Place
     from ..results import Missing, RankResult
 
 EXIT_NOT_WHOLE = 1
+_HELD = ("device", "auto")  # places for which --resident-gb means something
 
 EngineFolder = Annotated[Path, typer.Argument(help="Engine folder, written by `edje build`.")]
 Store = Annotated[Path, typer.Option(help="Token store, written by `edje index`.")]
@@ -47,82 +50,165 @@ MissingIds = Annotated[
 Strict = Annotated[
     bool, typer.Option("--strict", help="Exit with 1 if a candidate was not ranked.")
 ]
-Timeout = Annotated[float | None, typer.Option(help="Give up after this many seconds.")]
+Timeout = Annotated[float | None, typer.Option(help="Stop after this many seconds.")]
 
 
-def rerank(
-    engine: EngineFolder,
-    store: Store,
-    query: Query,
-    candidates: CandidatesFile = None,
-    top_k: TopK = None,
-    rescore: Rescore = None,
-    rescore_margin: RescoreMargin = None,
-    num_threads: NumThreads = None,
-    device: DeviceName = None,
-    residency: PlaceName = None,
-    resident_gb: ResidentGb = None,
-    missing: MissingIds = "error",
-    timeout: Timeout = None,
-    strict: Strict = False,
-    as_json: Json = False,
-) -> None:
-    """Rank images of a store for a query, best first. Exits with 1 if none could be scored.
+@dataclass(frozen=True, slots=True)
+class RerankArguments:
+    """The words of `edje rerank`: each field is an argument or an option of the command line."""
+
+    engine: EngineFolder
+    store: Store
+    query: Query
+    candidates: CandidatesFile = None
+    top_k: TopK = None
+    rescore: Rescore = None
+    rescore_margin: RescoreMargin = None
+    num_threads: NumThreads = None
+    device: DeviceName = None
+    residency: PlaceName = None
+    resident_gb: ResidentGb = None
+    missing: MissingIds = "error"
+    timeout: Timeout = None
+    strict: Strict = False
+    as_json: Json = False
+
+    def check(self) -> None:
+        """Refuse what cannot be meant, in the words of the command line, before anything loads.
+
+        Raises:
+            RequestError: all faults at once.
+        """
+        from ..residency import Place
+        from ..results import MARGIN, Missing
+
+        given = Arguments("edje rerank")
+        self._check_folders(given)
+        if self.top_k is not None:
+            given.whole("--top-k", self.top_k, "1 or more")
+        if self.rescore_margin is not None:
+            given.number("--rescore-margin", self.rescore_margin, MARGIN)
+            if self.rescore is None:
+                given.faults.append("--rescore-margin: only with --rescore, the precise engine")
+        if self.num_threads is not None:
+            given.whole("--num-threads", self.num_threads, "1 or more")
+        if self.residency is not None:
+            given.choice("--residency", self.residency, get_args(Place))
+        if self.resident_gb is not None:
+            if not 1 <= self.resident_gb * 1e9 < inf:
+                given.refuse("--resident-gb", self.resident_gb, "1e9 bytes, more than 0")
+            if self.residency not in _HELD:
+                given.faults.append("--resident-gb: only with --residency device or auto")
+        given.choice("--missing", self.missing, get_args(Missing))
+        if self.timeout is not None:
+            given.number("--timeout", self.timeout, "0 or more seconds", finite=False)
+        given.check()
+
+    def open(self) -> Reranker:
+        """Open the engines over the store."""
+        from ..reranker import Reranker
+        from ..residency import ResidencyOptions
+
+        max_bytes = None if self.resident_gb is None else int(self.resident_gb * 1e9)
+        return Reranker.open(
+            self.engine,
+            store=self.store,
+            rescore=self.rescore,
+            rescore_margin=self.rescore_margin,
+            num_threads=self.num_threads,
+            device=self.device,
+            residency=ResidencyOptions(cast("Place | None", self.residency), max_bytes=max_bytes),
+        )
+
+    def rank(
+        self, reranker: Reranker, query: str, ids: list[str] | None
+    ) -> tuple[RankResult, StoppedError | None]:
+        """Return the ranking; of a request whose time was up what it got so far, and the stop."""
+        missing = cast("Missing", self.missing)
+        try:
+            ranked = reranker.rank(query, ids, self.top_k, missing=missing, timeout_s=self.timeout)
+        except StoppedError as stop:
+            return stop.partial, stop
+        return ranked, None
+
+    def _check_folders(self, given: Arguments) -> None:
+        from ...engines.manifest import MANIFEST
+        from ..store.format import STORE_JSON
+
+        if (self.engine / STORE_JSON).is_file() and (self.store / MANIFEST).is_file():
+            given.faults.append(
+                f"{self.engine} is a token store and {self.store} an engine, expected them the "
+                f"other way round: edje rerank {self.store} --store {self.engine}"
+            )
+
+
+def _rerank(arguments: RerankArguments) -> None:
+    """Rank images of a store for a query, best first.
+
+    Exits with 1 if none could be scored, or if the time was up; what is known then is shown.
 
     \b
     Example:
       edje rerank engine --store photos.store --query "a dog in the snow" --top-k 10
     """
-    from ...notes import note
-    from ...show import print_json
     from ..queries import read_ids
-    from ..reranker import Reranker
-    from ..residency import ResidencyOptions
-    from .tables import print_ranking
 
-    query = as_text(query, "--query")
-    ids = None if candidates is None else read_ids(candidates, what="candidates")
+    arguments.check()
+    query, source = as_text(arguments.query, "--query"), arguments.candidates
+    ids = None if source is None else read_ids(source, what="candidates")
     began = perf_counter()
-    with Reranker.open(
-        engine,
-        store=store,
-        rescore=rescore,
-        rescore_margin=rescore_margin,
-        num_threads=num_threads,
-        device=device,
-        # What place and missing may be is checked where they are used.
-        residency=ResidencyOptions(cast("Place | None", residency), max_bytes=_bytes(resident_gb)),
-    ) as reranker:
+    with arguments.open() as reranker:
         opened = perf_counter()
         reranker.warm_up(query)
         warm = perf_counter()
-        result = reranker.rank(
-            query, ids, top_k, missing=cast("Missing", missing), timeout_s=timeout
-        )
+        result, stop = arguments.rank(reranker, query, ids)
     seconds = {"open_s": opened - began, "warm_up_s": warm - opened}
-    if as_json:
-        place = asdict(reranker.residency)
-        print_json({"query": query, **result.to_json(), **seconds, "residency": place})
-    else:
-        if residency is not None:
-            note(f"tokens are read from {reranker.residency.place}: {reranker.residency.reason}")
-        print_ranking(result, **seconds)
-    _exit_unless_scored(result, strict)
+    told = {"query": query, "stopped": stop is not None}
+    _show(arguments, told, result, seconds, asdict(reranker.residency))
+    _exit_unless_scored(result, stop, arguments)
 
 
-def _exit_unless_scored(result: RankResult, strict: bool) -> None:
+rerank = verb_of(RerankArguments, _rerank)
+
+
+def _show(
+    arguments: RerankArguments,
+    told: dict[str, Any],
+    result: RankResult,
+    seconds: dict[str, float],
+    place: dict[str, Any],
+) -> None:
+    from ...notes import note
+    from ...show import print_json
+    from .tables import print_ranking
+
+    if arguments.as_json:
+        print_json({**told, **result.to_json(), **seconds, "residency": place})
+        return
+    if arguments.residency is not None:
+        note(f"tokens are read from {place['place']}: {place['reason']}")
+    print_ranking(result, **seconds)
+
+
+def _exit_unless_scored(
+    result: RankResult, stop: StoppedError | None, arguments: RerankArguments
+) -> None:
+    """Exit with 1 where nothing was scored, or not all of it and that was asked for."""
     from ...notes import warn
 
-    failed = len(result.errors)
-    if failed and (strict or not result.hits):
-        rest = "the others were" if result.hits else "none was"
+    failed, absent = len(result.errors), len(result.missing)
+    rest = "the others were" if result.hits else "none was"
+    if stop is not None:
+        warn(f"--timeout {arguments.timeout:g}: {stop}; the ranking is of these alone")
+    elif result.hits and not (arguments.strict and (failed or absent)):
+        return
+    elif failed:
         warn(f"{failed:,} candidates could not be scored, {rest}; `edje store verify` says more")
-        raise typer.Exit(EXIT_NOT_WHOLE)
-
-
-def _bytes(gigabytes: float | None) -> int | None:
-    if gigabytes is None:
-        return None
-    if not isfinite(gigabytes):
-        raise RequestError(f"--resident-gb is {gigabytes}, expected a number of 1e9 bytes")
-    return int(gigabytes * 1e9)
+    elif absent:
+        warn(f"{absent:,} candidates are not in the store, {rest} scored")
+    else:
+        empty = f"{arguments.store} holds no image"
+        if arguments.candidates is not None:
+            empty = f"the list --candidates {arguments.candidates} is empty"
+        warn(f"nothing was scored: {empty}")
+    raise typer.Exit(EXIT_NOT_WHOLE)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ...arguments import Arguments
 from ...errors import RequestError
 from .options import Json, Overwrite, as_text, write_facts
 from .streams import Verbs
@@ -143,6 +144,9 @@ def export_shards(
     from ..store import TokenStore
     from ..store.shards import export_store
 
+    given = Arguments("edje store export")
+    given.whole("--shard-mb", shard_mb, "1 or more")
+    given.check()
     with TokenStore.open(store) as opened, progress_bar("export") as progress:
         report = export_store(
             opened, out, shard_bytes=shard_mb << 20, overwrite=overwrite, progress=progress

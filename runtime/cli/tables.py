@@ -10,7 +10,7 @@ from ...engines.fidelity import NOT_MEASURED, is_measured
 from ...engines.registry import BackendStatus, by_reason
 from ...errors import named
 from ...notes import note, warn
-from ...show import print_facts, print_table
+from ...show import escaped, print_facts, print_table
 from ..results import RankResult
 from .doctor import Diagnosis
 
@@ -77,7 +77,7 @@ def print_ranking(result: RankResult, *, open_s: float, warm_up_s: float) -> Non
     Args:
         open_s, warm_up_s: seconds that were spent before the ranking.
     """
-    rows = [(str(n), f"{hit.score:.4f}", hit.id) for n, hit in enumerate(result, 1)]
+    rows = [(str(n), f"{hit.score:.4f}", escaped(hit.id)) for n, hit in enumerate(result, 1)]
     engine, rescoring, total_ms = result.engine, result.rescoring, result.timings_ms.total
     ran = f"{engine.backend} {engine.precision}"
     if engine.tokens != "float16":

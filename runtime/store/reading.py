@@ -121,7 +121,7 @@ class ReadableStore:
             f"{len(found)} of {len(rows)} records of the store {self.path} are damaged",
             faults=[str(record) for record in found[:20]],
             hint=f"`edje store verify --repair {self.path}` takes them out; then index these "
-            'images again. read(..., bad="mark") serves the others meanwhile',
+            "images again",
         )
 
     def prefetch(self, rows: Int64 | Iterable[int]) -> None:

@@ -43,3 +43,9 @@ def test_what_is_listed_is_read_back(tmp_path: Path) -> None:
 def test_an_id_that_a_line_would_change_is_not_listed(bad: str) -> None:
     with pytest.raises(RequestError, match="1 ids cannot stand on a line"):
         listed(["good", bad])
+
+
+def test_a_closed_stdin_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(RequestError, match=r"cannot read the candidates from stdin.*closed"):
+        read_ids("-", what="candidates")

@@ -69,6 +69,19 @@ def test_a_line_is_a_query_and_perhaps_its_target(sampled):
     )
 
 
+def test_the_suffix_of_json_lines_may_be_in_any_case(sampled):
+    samples = sampled('{"query": "red", "candidates": ["img-1", "img-2"]}', name="q.JSONL")
+    assert values_of(next(iter(samples))) == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["q.json", "q.txt", "q"])
+def test_json_lines_under_another_name_are_refused(sampled, name):
+    lines = ('{"query": "red"}', "{curly} words", ' {"query": "blue", "target": "img-1"}')
+    with pytest.raises(RequestError, match=r"call a file of JSON lines \.jsonl") as caught:
+        sampled(*lines, name=name)
+    assert [fault[:7] for fault in caught.value.faults] == ["line 1:", "line 3:"]
+
+
 def test_an_int8_store_is_read_dequantised_and_named(tmp_path):
     sizes = {"num_tokens": NUM_TOKENS, "hidden": HIDDEN, "fingerprint_encoder": FINGERPRINT}
     tokens = np.random.default_rng(0).standard_normal((4, NUM_TOKENS, HIDDEN)).astype(np.float16)

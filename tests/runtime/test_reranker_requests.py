@@ -83,6 +83,12 @@ def test_any_iterable_of_pairs_is_scored_as_its_list(reranker: Reranker, one_sho
     assert np.array_equal(scores, reranker.predict(pairs))
 
 
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_pairs_without_an_order_are_refused(reranker: Reranker, kind: Any) -> None:
+    with pytest.raises(RequestError, match=r"pairs is .* in the order of what belongs to them"):
+        reranker.predict(kind([("red", "img-1"), ("blue", "img-2")]))
+
+
 WRONG: dict[str, tuple[dict[str, object], str]] = {
     "a lone id": ({"candidates": "img-0"}, "candidates: got the string 'img-0'"),
     "lone bytes": ({"candidates": b"img-0"}, "candidates: got the bytes"),
@@ -262,10 +268,8 @@ def test_faults_met_before_the_stop_are_errors_of_the_partial_ranking(tmp_path: 
         ({"backend_settings": "a=b"}, "backend_settings is 'a=b'"),
         ({"backend_settings": {"a": 1}}, "backend_settings: 'a' is 1"),
         ({"device": 0}, "device is 0"),
+        ({"device": ""}, "device is ''"),
         ({"residency": 3}, "residency: got 3"),
-        ({"residency": ResidencyOptions("device", max_bytes="1")}, "max_bytes: got '1'"),  # type: ignore[arg-type]
-        ({"residency": ResidencyOptions("device", ids=iter([1, "a"]))}, "1 ids are not strings: 1"),  # type: ignore[list-item]
-        ({"residency": ResidencyOptions("device", ids={"a": 1})}, "ids: got a dict"),
         ({"graphs": "no"}, "graphs is 'no'"),
     ],
 )
@@ -277,10 +281,45 @@ def test_what_cannot_be_opened_so_is_refused_before_anything_is_opened(
     assert message in str(caught.value)
 
 
+def test_a_closed_store_is_refused_at_opening(store: TokenStore) -> None:
+    closed = TokenStore.open(store.path)
+    closed.close()
+    with pytest.raises(RequestError, match=r"store: the store .* is closed, expected an open"):
+        Reranker.open("nowhere", store=closed)
+
+
 def test_all_faults_of_opening_come_together() -> None:
     with pytest.raises(RequestError) as caught:
         Reranker.open(1, store=2, rescore=3, num_threads="4", device=5, residency=6, graphs=7)  # type: ignore[arg-type]
     assert len(caught.value.faults) == 7
+
+
+@pytest.mark.parametrize(
+    ("wish", "says"),
+    [
+        ({"place": "gpu"}, "residency: got 'gpu', expected disk, host, device, auto"),
+        ({"place": ["disk"]}, "residency: got an object of type list"),
+        ({"place": "device", "max_bytes": "4G"}, "max_bytes: got '4G'"),
+        ({"place": "device", "max_bytes": 0}, "max_bytes: got 0, expected 1 or more"),
+        ({"place": "device", "ids": "img-1"}, "ids: got the string 'img-1'"),
+        ({"place": "device", "ids": iter([1, "a"])}, "1 ids are not strings: 1"),
+        ({"place": "device", "ids": {"a": 1}}, "ids: got a dict"),
+        ({"place": "host", "max_bytes": 5}, 'max_bytes: only where residency is "device"'),
+        ({"ids": ["img-1"]}, 'ids: only where residency is "device"'),
+    ],
+)
+def test_a_residency_that_cannot_be_meant_is_refused_when_made(
+    wish: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        ResidencyOptions(**wish)
+    assert says in str(caught.value)
+
+
+def test_all_faults_of_a_residency_come_together() -> None:
+    with pytest.raises(RequestError) as caught:
+        ResidencyOptions("device", max_bytes=-1, ids="img-1")
+    assert len(caught.value.faults) == 2
 
 
 def test_the_listed_images_of_a_residency_are_taken_once() -> None:

@@ -177,7 +177,7 @@ def test_verify_exits_with_1_until_damage_is_repaired(
         (("verify", "NOWHERE", "--repair"), "there is no token store"),
         (("ids", "NOWHERE"), "there is no token store"),
         (("export", "STORE"), "--out"),
-        (("export", "STORE", "--out", "OUT", "--shard-mb", "0"), "shard_bytes is 0"),
+        (("export", "STORE", "--out", "OUT", "--shard-mb", "0"), "--shard-mb is 0"),
         (("import", "STORE", "NOWHERE"), "there is no"),
         (("import", "STORE", "STORE"), r"holds no .safetensors"),
         (("delete", "STORE"), "no ids to delete were given"),
@@ -198,6 +198,16 @@ def test_bad_input_is_one_clear_sentence_and_exit_code_2(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s"]
     with TokenStore.open(store) as opened:
         assert opened.ids() == IDS
+
+
+def test_export_of_a_damaged_store_names_the_command_that_mends_it(
+    edje: Edje, store: Path, tmp_path: Path
+) -> None:
+    flip(store / "segments/000001.tokens", 4096 + 5)
+    ran = edje("export", store, "--out", tmp_path / "shards")
+    assert ran.code == 2
+    assert f"`edje store verify --repair {store}` takes them out" in ran.err
+    assert "read(" not in ran.err
 
 
 @pytest.mark.parametrize("verb", ["stat", "ids", "delete", "compact", "export", "import", "verify"])

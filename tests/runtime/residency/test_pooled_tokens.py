@@ -242,7 +242,7 @@ def test_tokens_that_are_not_finite_have_no_score_and_are_not_held_where_that_wo
 
 
 def test_a_device_without_memory_of_its_own_has_no_pool():
-    with pytest.raises(EngineError, match=r"no memory of its own(?s:.*)residency=\"host\""):
+    with pytest.raises(EngineError, match=r"no memory of its own(?s:.*)the residency `host`"):
         TokenPool(HostDevice(), np.arange(3), 3, shape=(4, 8), dtype="float16", checks_finite=False)
 
 
