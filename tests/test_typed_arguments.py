@@ -13,8 +13,11 @@ from edje.engines.builder.build import build_engine
 from edje.engines.builder.cache import cached_engine
 from edje.engines.builder.options import EngineOptions
 from edje.engines.contract import BuildOptions
+from edje.engines.image import FeatureEncoder, ImageEncoder
 from edje.engines.verify import verify_engine
 from edje.errors import RequestError
+from edje.export.export import export_bundle
+from edje.runtime.queries import StoreSamples
 from edje.runtime.store import TokenStore
 
 Call = Callable[..., Any]
@@ -50,6 +53,25 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
         "progress": (3, "x"),
     },
     "verify": {"progress": (3, "x")},
+    "ImageEncoder.open": {"folder": NO_PATHS},
+    "FeatureEncoder.open": {"folder": NO_PATHS},
+    "StoreSamples.open": {
+        "store": NO_PATHS,
+        "bundle": NO_PATHS,
+        "queries": (*NO_PATHS, iter(["a query"])),
+        "num_candidates": ("5", 2.5, None, True, 1),
+        "max_queries": ("3", 2.5, True, 0),
+        "seed": ("x", 1.5, None, -1),
+    },
+    "export_bundle": {
+        "checkpoint": NO_PATHS,
+        "language_model": NO_PATHS,
+        "out": NO_PATHS,
+        "vision_model": (3, b"x", ["a"]),
+        "text_normalization": (None, 3, ["none"]),
+        "overwrite": NO_FLAGS,
+        "progress": (3, "x"),
+    },
 }
 
 WRONG_OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -88,6 +110,20 @@ def calls(
         "cached_engine": (cached_engine, {**engine, "root": new}),
         "verify_engine": (verify_engine, {"folder": tiny_engine, "bundle": tiny_bundle}),
         "verify": (TokenStore.open(tiny_store).verify, {}),
+        "ImageEncoder.open": (ImageEncoder.open, {}),
+        "FeatureEncoder.open": (FeatureEncoder.open, {}),
+        "StoreSamples.open": (
+            StoreSamples.open,
+            {"store": tiny_store, "bundle": tiny_bundle, "queries": tmp_path / "queries.txt"},
+        ),
+        "export_bundle": (
+            export_bundle,
+            {
+                "checkpoint": official_tiny / "checkpoint_16.pth",
+                "language_model": official_tiny / "lm",
+                "out": new,
+            },
+        ),
     }
 
 
