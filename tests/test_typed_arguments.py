@@ -17,6 +17,7 @@ from edje.engines.image import FeatureEncoder, ImageEncoder
 from edje.engines.verify import verify_engine
 from edje.errors import RequestError
 from edje.export.export import export_bundle
+from edje.runtime.indexing.index import index_features, index_images
 from edje.runtime.queries import StoreSamples
 from edje.runtime.store import TokenStore
 
@@ -24,6 +25,13 @@ Call = Callable[..., Any]
 NO_PATHS = (3, None, b"x", ["a"])
 NO_FLAGS = ("no", 1, None)
 NO_SAMPLES = ("store", ["a"], 3, iter(["a"]), {})
+INDEX_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "dtype": (3, np.int8),
+    "only": ("a.png", {"a.png": 1}, 3, [3], frozenset([3])),
+    "progress": (3, "x"),
+    "on_skip": (3, "x"),
+    "follow_links": NO_FLAGS,
+}
 
 WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
     "build_engine": {
@@ -53,6 +61,22 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
         "progress": (3, "x"),
     },
     "verify": {"progress": (3, "x")},
+    "index_images": {
+        "encoder": ("bundle", None, 3),
+        "images": (3, None, b"im", [3], {"im": 1}),
+        "store": NO_PATHS,
+        "batch_size": ("32", None, 2.5, True, 0),
+        "workers": ("2", 1.5, True, 0),
+        **INDEX_OPTIONS,
+    },
+    "index_features": {
+        "encoder": ("bundle", None, 3),
+        "features": NO_PATHS,
+        "store": NO_PATHS,
+        "ids": (["a"], 3, b"x"),
+        "batch_size": ("32", None, 2.5, True, 0),
+        **INDEX_OPTIONS,
+    },
     "ImageEncoder.open": {"folder": NO_PATHS},
     "FeatureEncoder.open": {"folder": NO_PATHS},
     "StoreSamples.open": {
@@ -98,9 +122,20 @@ def cases(table: dict[str, tuple[Any, ...]]) -> list[Any]:
     ]
 
 
+@pytest.fixture(scope="module")
+def encoders(tiny_bundle: Path) -> tuple[ImageEncoder, FeatureEncoder]:
+    """Both encoders of the bundle, opened once."""
+    return ImageEncoder.open(tiny_bundle), FeatureEncoder.open(tiny_bundle)
+
+
 @pytest.fixture
 def calls(
-    tmp_path: Path, tiny_bundle: Path, tiny_engine: Path, tiny_store: Path, official_tiny: Path
+    encoders: tuple[ImageEncoder, FeatureEncoder],
+    tmp_path: Path,
+    tiny_bundle: Path,
+    tiny_engine: Path,
+    tiny_store: Path,
+    official_tiny: Path,
 ) -> dict[str, tuple[Call, dict[str, Any]]]:
     """Every call with arguments that would do, and are to write into `new`."""
     engine = {"bundle": tiny_bundle, "backend": "openvino", "precision": "fp32"}
@@ -110,6 +145,14 @@ def calls(
         "cached_engine": (cached_engine, {**engine, "root": new}),
         "verify_engine": (verify_engine, {"folder": tiny_engine, "bundle": tiny_bundle}),
         "verify": (TokenStore.open(tiny_store).verify, {}),
+        "index_images": (
+            index_images,
+            {"encoder": encoders[0], "images": tmp_path, "store": new},
+        ),
+        "index_features": (
+            index_features,
+            {"encoder": encoders[1], "features": tmp_path, "store": new},
+        ),
         "ImageEncoder.open": (ImageEncoder.open, {}),
         "FeatureEncoder.open": (FeatureEncoder.open, {}),
         "StoreSamples.open": (
@@ -139,9 +182,8 @@ def test_what_is_of_another_kind_is_refused_before_any_work(
     calls: dict[str, tuple[Call, dict[str, Any]]], tmp_path: Path, call: str, name: str, value: Any
 ) -> None:
     function, arguments = calls[call]
-    with pytest.raises(RequestError, match=name) as caught:
+    with pytest.raises(RequestError, match=f"{name}.*(expected|not strings)"):
         function(**{**arguments, name: value})
-    assert "expected" in str(caught.value)
     assert not (tmp_path / "new").exists()
 
 
