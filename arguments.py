@@ -143,6 +143,17 @@ class Arguments:
         return plain(found)
 
 
+def take_once(options: object, name: str) -> None:
+    """Make a tuple of an iterable field of a frozen dataclass, which may be asked only once.
+
+    What is no such iterable stays as it is, to be refused with the other options.
+    """
+    given = Arguments(name)
+    values = given.items(name, getattr(options, name), "a list")
+    if not given.faults:
+        object.__setattr__(options, name, tuple(values))
+
+
 def is_whole(value: object, least: int = 1) -> TypeGuard[int]:
     """Whether this is a whole number (Python's or NumPy's, no bool) of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..arguments import take_once
 from ..arrays import Array, DeviceArray, Float16, Float32, Int32, even_parts
 from ..bundle import INPUTS as INPUTS
 from ..bundle import OUTPUT as OUTPUT
@@ -96,6 +97,9 @@ class BuildOptions:
     hardware_compatible: bool = False
     version_compatible: bool = False
     report: bool = False
+
+    def __post_init__(self) -> None:
+        take_once(self, "compute_capabilities")
 
 
 @dataclass(frozen=True, slots=True)

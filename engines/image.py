@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from ..arguments import StrPath, path_of
 from ..arrays import Float16, Float32, UInt8
 from ..bundle import ADAPTER, IMAGE_ENCODER, MANIFEST, BundleManifest, ImageSpec
 from ..errors import EngineError, RequestError
@@ -40,7 +40,7 @@ class ImageEncoder:
         self._run = run
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], *, device: str = "auto") -> ImageEncoder:
+    def open(cls, folder: StrPath, *, device: str = "auto") -> ImageEncoder:
         """Open the image encoder of a bundle or an engine folder.
 
         Args:
@@ -52,9 +52,11 @@ class ImageEncoder:
             EngineError: no such folder, one without image encoder, no library that runs it, or
                 no CUDA where it was asked for.
             CheckpointError: a damaged bundle manifest.
+            RequestError: `folder` is no path, or no such device.
         """
-        manifest = read_manifest(Path(folder))
-        model = Path(folder) / IMAGE_ENCODER
+        folder = path_of("folder", folder)
+        manifest = read_manifest(folder)
+        model = folder / IMAGE_ENCODER
         if manifest.image is None or not model.is_file():
             raise EngineError(
                 f"{folder} holds no image encoder ({IMAGE_ENCODER})",
@@ -100,16 +102,18 @@ class FeatureEncoder:
         self._run = run
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], *, device: str = "auto") -> FeatureEncoder:
+    def open(cls, folder: StrPath, *, device: str = "auto") -> FeatureEncoder:
         """Open the adapter of a bundle; `device` as for `ImageEncoder.open`.
 
         Raises:
             EngineError: no such folder, one without adapter, no library that runs it, or no CUDA
                 where it was asked for.
             CheckpointError: a damaged bundle manifest.
+            RequestError: `folder` is no path, or no such device.
         """
-        manifest = read_manifest(Path(folder))
-        model = Path(folder) / ADAPTER
+        folder = path_of("folder", folder)
+        manifest = read_manifest(folder)
+        model = folder / ADAPTER
         if not model.is_file():
             raise EngineError(
                 f"{folder} holds no adapter ({ADAPTER}); engine folders carry none",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 
+from ..arguments import Arguments
 from ..arrays import Array, Float16, Int32
 from ..bundle import BundleManifest
 from ..tokens import quantize_tokens
@@ -54,6 +55,14 @@ class Samples(Protocol):
     def fingerprint(self) -> str: ...
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[RankingSample]: ...
+
+
+def check_samples(given: Arguments, name: str, value: object) -> None:
+    """Note in `given` what is neither samples nor None; no fingerprint is asked for: that reads."""
+    told = all(hasattr(value, known) for known in ("data", "random", "build_options"))
+    many = isinstance(value, Sized) and isinstance(value, Iterable)
+    if not (value is None or (told and many)):
+        given.refuse(name, value, "samples (StoreSamples, RandomSamples), or None")
 
 
 class RandomSamples:

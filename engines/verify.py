@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..arguments import StrPath, path_of
+from ..arguments import Arguments, StrPath
 from ..bundle import JOINT_ENCODER, TOKENIZER, BundleManifest
 from ..errors import EngineError
 from ..files import rewrite_file, sha256_of
@@ -15,7 +15,7 @@ from .contract import Progress
 from .fidelity import Fidelity, measure_fidelity
 from .manifest import MANIFEST, EngineManifest
 from .registry import open_engine
-from .samples import Samples
+from .samples import Samples, check_samples
 
 
 def verify_engine(
@@ -38,8 +38,14 @@ def verify_engine(
         EngineError: no engine, one that cannot run here or was built from another bundle (all
             that differs is named), a failed run, or an `engine.json` that cannot be written.
         StoreError: damaged records of the samples' store.
+        RequestError: arguments of another kind (all of them), before any work.
     """
-    folder, bundle = path_of("folder", folder), path_of("bundle", bundle)
+    given = Arguments("verify_engine")
+    folder, bundle = given.path("folder", folder), given.path("bundle", bundle)
+    check_samples(given, "samples", samples)
+    given.flag("write", write)
+    given.callback("progress", progress)
+    given.check()
     manifest = EngineManifest.read(folder)
     before = (folder / MANIFEST).read_bytes()
     check_bundle(manifest, folder, bundle)

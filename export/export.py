@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 from importlib.util import find_spec
-from pathlib import Path
 
 from .. import bundle
-from ..arguments import StrPath
+from ..arguments import Arguments, StrPath
 from ..bundle import BundleManifest
 from ..errors import CheckpointError, EdjeError
 from ..files import publish_folder
@@ -51,7 +50,18 @@ def export_bundle(
             PyTorch. Nothing is written to `out` then.
         EdjeError: `out` holds something (with `overwrite`: no bundle), or cannot be written; or
             a library is missing.
+        RequestError: arguments of another kind (all of them), before any work.
     """
+    given = Arguments("export_bundle")
+    given.path("checkpoint", checkpoint)
+    given.path("language_model", language_model)
+    if vision_model is not None:
+        given.path("vision_model", vision_model, "a path, or None")
+    out = given.path("out", out)
+    given.text("text_normalization", text_normalization)
+    given.flag("overwrite", overwrite)
+    given.callback("progress", progress)
+    given.check()
     if text_normalization not in bundle.TEXT_NORMALIZATIONS:
         raise CheckpointError(
             f"unknown text normalization {text_normalization!r}, expected one of "
@@ -61,7 +71,7 @@ def export_bundle(
     from .convert import manifest_of, read_model, write_graphs
 
     progress = progress or (lambda step: None)
-    with publish_folder(Path(out), manifest=bundle.MANIFEST, overwrite=overwrite) as folder:
+    with publish_folder(out, manifest=bundle.MANIFEST, overwrite=overwrite) as folder:
         sources = locate(checkpoint, language_model, vision_model, progress)
         progress("reading the checkpoint")
         model = read_model(sources)

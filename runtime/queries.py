@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import StrPath, decode_text, path_of, read_text
+from ..arguments import Arguments, StrPath, decode_text, read_text
 from ..arrays import Array, Int32
 from ..bundle import BundleManifest
 from ..engines.samples import SEED, RankingSample, fingerprint_of
@@ -130,8 +130,10 @@ class StoreSamples(Closing):
         Raises:
             RequestError: the file cannot be read or used (all faults, up to 20, by their lines).
         """
-        queries = path_of("queries", queries)
-        _check_counts(num_candidates, max_queries, len(store))
+        _check(num_candidates, max_queries, seed, queries=queries)
+        queries = Path(queries)
+        if not len(store):
+            raise RequestError(f"the store {store.path} is empty: there is nothing to rank")
         entries, text_ids = _usable(queries, tokenizer, store)
         order = np.random.default_rng(seed).permutation(len(entries))[:max_queries]
         chosen = sorted(order.tolist())
@@ -165,8 +167,9 @@ class StoreSamples(Closing):
         Raises:
             CheckpointError: `bundle` is no model bundle.
             StoreError: no store there, or one of another encoder.
-            RequestError: as the constructor.
+            RequestError: as the constructor; paths that are none, before anything is opened.
         """
+        _check(num_candidates, max_queries, seed, store=store, bundle=bundle, queries=queries)
         manifest = BundleManifest.read(bundle)
         tokenizer = QueryTokenizer.open(bundle, manifest.text)
         opened = TokenStore.open(store)
@@ -377,16 +380,16 @@ def _json_entry(where: str, line: str) -> QueryEntry | str:
     return QueryEntry(where, query, target, tuple(ids))
 
 
-def _check_counts(num_candidates: int, max_queries: int | None, num_images: int) -> None:
-    faults = []
-    if num_candidates < 2:
-        faults.append(f"num_candidates: got {num_candidates}, a ranking needs 2 or more")
-    if max_queries is not None and max_queries < 1:
-        faults.append(f"max_queries: got {max_queries}, expected 1 or more")
-    if num_images < 1:
-        faults.append("the store is empty")
-    if faults:
-        raise RequestError("there is nothing to rank", faults=faults)
+def _check(num_candidates: int, max_queries: int | None, seed: int, **paths: object) -> None:
+    """Refuse all that is of another kind, or no number of anything that can be ranked."""
+    given = Arguments("StoreSamples")
+    for name, path in paths.items():
+        given.path(name, path)
+    given.whole("num_candidates", num_candidates, "2 or more, which a ranking needs", least=2)
+    if max_queries is not None:
+        given.whole("max_queries", max_queries, "1 or more, or None")
+    given.whole("seed", seed, "0 or more", least=0)
+    given.check()
 
 
 def _check_encoder(store: TokenStore, manifest: BundleManifest) -> None:

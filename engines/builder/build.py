@@ -9,7 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ...arguments import StrPath, path_of
+from ...arguments import Arguments, StrPath
 from ...bundle import IMAGE_ENCODER, JOINT_ENCODER, TOKENIZER, BundleManifest
 from ...errors import EngineError
 from ...files import publish_folder, sha256_of
@@ -56,15 +56,20 @@ def build_engine(
         EngineError: backend, precision or profile that cannot be, files missing in the bundle,
             limits that do not hold, a failed build; nothing is left behind.
         EdjeError: `out` holds something (with `overwrite`: no engine), or cannot be written.
+        RequestError: arguments of another kind (all of them), before any work.
     """
-    bundle, out = path_of("bundle", bundle), path_of("out", out)
-    options, progress = options or EngineOptions(), progress or (lambda _: None)
-    request = EngineRequest(bundle, backend, precision or "fp32", calibration, options)
+    given, asked = Arguments("build_engine"), "fp32" if precision is None else precision
+    request = EngineRequest.take(given, bundle, backend, asked, calibration, options)
+    out = given.path("out", out)
+    given.flag("overwrite", overwrite)
+    given.callback("progress", progress)
+    given.check()
+    progress = progress or (lambda _: None)
     if backend != AUTO:
         return build_one(request, out, overwrite=overwrite, progress=progress)
     from .auto import build_fastest
 
-    faults = auto_faults(precision, options.backend_options)
+    faults = auto_faults(precision, request.options.backend_options)
     if faults:
         raise EngineError("the fastest backend is chosen by measuring", faults=faults)
     return build_fastest(request, out, overwrite=overwrite, progress=progress)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...arguments import StrPath, path_of
+from ...arguments import Arguments, StrPath
 from ...bundle import IMAGE_ENCODER, JOINT_ENCODER, TOKENIZER, BundleManifest
 from ...errors import CheckpointError, EngineError
 from ...files import LOCKS_HINT, lock_fault, open_lock, sha256_of, try_lock, wait_lock
@@ -60,10 +60,14 @@ def cached_engine(
         CheckpointError: `bundle` is no model bundle.
         EngineError: as `build_engine`, an option that no key can hold, or a root that cannot be
             written or locked.
+        RequestError: arguments of another kind (all of them), before any work.
     """
-    bundle, progress = path_of("bundle", bundle), progress or (lambda _: None)
-    root = default_root() if root is None else path_of("root", root)
-    request = EngineRequest(bundle, backend, precision, calibration, options or EngineOptions())
+    given = Arguments("cached_engine")
+    request = EngineRequest.take(given, bundle, backend, precision, calibration, options)
+    root = default_root() if root is None else given.path("root", root)
+    given.callback("progress", progress)
+    given.check()
+    progress = progress or (lambda _: None)
     parts = key_parts(request)
     entry = root / entry_name(parts)
     if is_sound(entry, parts):

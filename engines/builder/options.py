@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from numbers import Integral
 from pathlib import Path
 
-from ...arguments import Arguments, is_whole, shown
+from ...arguments import Arguments, is_whole, shown, take_once
 from ...errors import EngineError
 from ..contract import BuildOptions, flag, given_options
 from ..fidelity import FidelityLimits
 from ..manifest import DEFAULT_MAX_PAIRS, DEFAULT_TEXT_BUCKETS, Profile
 from ..precision.prepare import DEFAULT_LIMITS
-from ..samples import Samples
+from ..samples import Samples, check_samples
 
 AUTO = "auto"
 TOKEN_DTYPES = ("float16", "int8")
@@ -24,7 +25,8 @@ class EngineOptions:
 
     Attributes:
         max_pairs: most pairs of one batch.
-        text_buckets: text lengths to build for, in slots, CLS and SEP included.
+        text_buckets: text lengths to build for, in slots, CLS and SEP included (any iterable,
+            taken once).
         token_dtype: of the stored tokens that it takes: `float16`, or `int8` with a scale a token.
         limits: what its ranking must hold against float32; None: Kendall tau 0.975, and 2 % of
             the first places.
@@ -40,8 +42,17 @@ class EngineOptions:
     backend_options: BuildOptions = field(default_factory=BuildOptions)
 
     def __post_init__(self) -> None:
-        if isinstance(self.text_buckets, Iterator):  # it can be asked only once
-            object.__setattr__(self, "text_buckets", tuple(self.text_buckets))
+        take_once(self, "text_buckets")
+
+    def check(self, given: Arguments) -> None:
+        """Note in `given` what is of another kind; values that no engine can have come later."""
+        given.flag("image_encoder", self.image_encoder)
+        if not isinstance(self.limits, FidelityLimits | None):
+            given.refuse("limits", self.limits, "FidelityLimits, or None")
+        if not isinstance(self.backend_options, BuildOptions):
+            given.refuse("backend_options", self.backend_options, "BuildOptions")
+        else:
+            _check_kinds(given, self.backend_options)
 
     @property
     def limits_to_hold(self) -> FidelityLimits:
@@ -80,6 +91,18 @@ class EngineOptions:
         return Profile(int(self.max_pairs), tuple(sorted({int(bucket) for bucket in buckets})))
 
 
+def _check_kinds(given: Arguments, options: BuildOptions) -> None:
+    """Note in `given` the backend's options that are of another kind."""
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if isinstance(option.default, bool):
+            given.flag(option.name, value)
+        elif isinstance(option.default, tuple):
+            given.strings(option.name, value)
+        elif not (value is None or isinstance(value, Integral)):
+            given.refuse(option.name, value, "a whole number, or None")
+
+
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One engine that is asked for: all that decides what it will be. See `build_engine`."""
@@ -89,6 +112,27 @@ class EngineRequest:
     precision: str
     calibration: Samples | None
     options: EngineOptions
+
+    @classmethod
+    def take(
+        cls,
+        given: Arguments,
+        bundle: object,
+        backend: str,
+        precision: str,
+        calibration: Samples | None,
+        options: EngineOptions | None,
+    ) -> EngineRequest:
+        """Return the request of a call; what is of another kind is noted in `given`."""
+        given.text("backend", backend, "the name of a backend")
+        given.text("precision", precision, "the name of a precision")
+        check_samples(given, "calibration", calibration)
+        if not isinstance(options, EngineOptions | None):
+            given.refuse("options", options, "EngineOptions, or None")
+            options = None
+        options = EngineOptions() if options is None else options
+        options.check(given)
+        return cls(given.path("bundle", bundle), backend, precision, calibration, options)
 
 
 def auto_faults(precision: str | None, options: BuildOptions) -> list[str]:

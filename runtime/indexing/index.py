@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,16 @@ class IndexOptions:
     on_skip: OnSkip | None
     follow_links: bool = False
 
+    def taken(self, given: Arguments) -> IndexOptions:
+        """Return them with `only` taken once; what is of another kind is noted in `given`."""
+        if self.dtype is not None:
+            given.text("dtype", self.dtype, "the name of a dtype, or None")
+        given.callback("progress", self.progress)
+        given.callback("on_skip", self.on_skip)
+        given.flag("follow_links", self.follow_links)
+        only = self.only
+        return replace(self, only=None if only is None else frozenset(given.strings("only", only)))
+
 
 def index_images(
     encoder: ImageEncoder,
@@ -116,15 +126,18 @@ def index_images(
 
     Raises:
         RequestError: nothing to index, a faulty list file (all lines named), ids of `only` that
-            the source lacks, no Pillow.
+            the source lacks, no Pillow; arguments of another kind, all of them, before any work.
         StoreError: a store of another encoder or dtype, or one that cannot be written.
     """
+    given = Arguments("index_images")
+    options = IndexOptions(dtype, only, progress, on_skip, follow_links).taken(given)
+    batch_size, folder = _common(given, encoder, ImageEncoder, batch_size, store)
+    images, num_workers = _images(given, images), default_workers()
+    if workers is not None:
+        num_workers = given.whole("workers", workers, "at least 1, or None")
+    given.check()
     import_pillow()
-    _check_batch_size(batch_size)
-    only = wanted_ids(only)
-    source = open_source(images, leave_out=Path(store), follow_links=follow_links)
-    num_workers = default_workers() if workers is None else workers
-    options = IndexOptions(dtype, only, progress, on_skip)
+    source = open_source(images, leave_out=folder, follow_links=follow_links)
     with DecoderPool(encoder.image, num_workers) as pool:
 
         def work(run: Run) -> str:
@@ -132,7 +145,7 @@ def index_images(
             index_batches(run, encoder.encode_rgb, decoded_batches(pool, files))
             return encoder.name
 
-        return run_index(encoder.manifest, source, Path(store), options, work)
+        return run_index(encoder.manifest, source, folder, options, work)
 
 
 def index_features(
@@ -163,55 +176,44 @@ def index_features(
         follow_links: go into links to folders too.
 
     Raises:
-        RequestError: nothing to index, a file that is no such thing, ids that do not fit it.
+        RequestError: nothing to index, a file that is no such thing, ids that do not fit it; as
+            `index_images`.
         StoreError: a store of another encoder or dtype, or one that cannot be written.
     """
-    _check_batch_size(batch_size)
-    only = wanted_ids(only)
-    listed = None if ids is None else Path(ids)
-    source = FeatureSource(
-        Path(features), encoder.manifest.sizes, ids=listed, follow_links=follow_links
-    )
-    options = IndexOptions(dtype, only, progress, on_skip)
+    given = Arguments("index_features")
+    options = IndexOptions(dtype, only, progress, on_skip, follow_links).taken(given)
+    batch_size, folder = _common(given, encoder, FeatureEncoder, batch_size, store)
+    path = given.path("features", features)
+    listed = None if ids is None else given.path("ids", ids, "the path of a list, or None")
+    given.check()
+    source = FeatureSource(path, encoder.manifest.sizes, ids=listed, follow_links=follow_links)
 
     def work(run: Run) -> str:
         entries = groups(source.entries(run.wants), batch_size)
         index_batches(run, encoder.encode, feature_batches(entries))
         return encoder.name
 
-    return run_index(encoder.manifest, source, Path(store), options, work)
+    return run_index(encoder.manifest, source, folder, options, work)
 
 
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise RequestError(f"batch_size is {batch_size}, expected at least 1")
+def _common(
+    given: Arguments, encoder: object, kind: type, batch_size: object, store: object
+) -> tuple[int, Path]:
+    """Return the batch size and the store's folder; what is of another kind is noted."""
+    if not isinstance(encoder, kind):
+        given.refuse("encoder", encoder, f"an open {kind.__name__}")
+    size = given.whole("batch_size", batch_size, "at least 1")
+    return size, given.path("store", store, "the folder of a token store")
 
 
-def wanted_ids(only: Iterable[str] | None) -> frozenset[str] | None:
-    """Return the ids of `only`, taken once.
-
-    Raises:
-        RequestError: a lone string, what is no string, or none at all.
-    """
-    if only is None:
-        return None
-    given = Arguments("an index run")
-    ids = frozenset(given.strings("only", only))
-    given.check()
-    if not ids:
-        raise RequestError(
-            "the list of ids to index (only) is empty, expected at least one id",
-            hint="leave only (--only, --from) out to index everything",
-        )
-    return ids
-
-
-def _check_callbacks(options: IndexOptions) -> None:
-    """Refuse what cannot be called, before anything is made."""
-    given = Arguments("an index run")
-    given.callback("progress", options.progress)
-    given.callback("on_skip", options.on_skip)
-    given.check()
+def _images(given: Arguments, images: Paths) -> Paths:
+    """Return one path, or several, as they were given; what is none is noted."""
+    expected = "a path, or several"
+    lone = isinstance(images, str | os.PathLike)
+    paths: list[Any] = [images] if lone else given.items("images", images, expected)
+    for path in paths:
+        given.path("images", path, expected)
+    return paths
 
 
 def run_index(
@@ -224,12 +226,15 @@ def run_index(
     """Index a source: `work` takes what its run selects to the store, and names the encoder.
 
     Raises:
-        RequestError: nothing to index, or ids of `options.only` that the source lacks.
+        RequestError: nothing to index, ids of `options.only` that the source lacks, or options of
+            another kind.
         StoreError: a store of another encoder or dtype, or one that cannot be written.
     """
     started = time.perf_counter()
-    _check_callbacks(options)
-    only = wanted_ids(options.only)
+    given = Arguments("an index run")
+    options = options.taken(given)
+    given.check()
+    only = None if options.only is None else frozenset(options.only)
     _check_only(source, only)
     with ExitStack() as stack:
         store = stack.enter_context(_open_store(folder, manifest, options.dtype))
@@ -256,9 +261,14 @@ def run_index(
 
 
 def _check_only(source: Source[Any], only: Collection[str] | None) -> None:
-    """Refuse ids that the source lacks, before any work."""
+    """Refuse ids that the source lacks, and a list of none, before any work."""
     if only is None:
         return
+    if not only:
+        raise RequestError(
+            "the list of ids to index (only) is empty, expected at least one id",
+            hint="leave only (--only, --from) out to index everything",
+        )
     lacking = set(only)
     for image_id in source.ids():
         lacking.discard(image_id)

@@ -272,9 +272,15 @@ class TokenStore(ReadableStore, Closing):
 
         Returns:
             The report; `.bad` holds the ids of damaged records. `edje store verify --repair` mends.
+
+        Raises:
+            RequestError: `progress` is no function.
         """
         from .verify import verify_store
 
+        given = Arguments("verify")
+        given.callback("progress", progress)
+        given.check()
         self._check_open()
         return verify_store(self.path, progress=progress)
 
