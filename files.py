@@ -78,6 +78,7 @@ def rewrite_file(path: Path) -> Iterator[BinaryIO]:
 
 PARTIAL = ".edje-partial-"  # begins the names of what is not published yet, inside a target
 LOST_AND_FOUND = "lost+found"  # in the root of every ext file system
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -95,7 +96,8 @@ def publish_folder(target: Path, *, manifest: str, overwrite: bool = False) -> I
         overwrite: replace `target` if it is such a folder.
 
     Raises:
-        EdjeError: as `refuse_existing`, or neither `target` nor its parent can be written.
+        EdjeError: as `refuse_existing`, or neither `target` nor its parent can be written, or
+            their disk is full.
     """
     refuse_existing(target, overwrite, manifest)
     place = Path(os.path.realpath(target))
@@ -107,8 +109,30 @@ def publish_folder(target: Path, *, manifest: str, overwrite: bool = False) -> I
             _fill(staging, place, manifest)
         else:
             _swap(staging, place, overwrite)
+    except EdjeError:
+        raise
+    except Exception as error:  # what writes files in Rust raises no OSError
+        why = _why_full(error, staging)
+        if why is None:
+            raise
+        raise EdjeError(
+            f"cannot write {target}: {why}",
+            hint="make room on the disk and try again, or name a folder on another one",
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _why_full(error: Exception, staging: Path) -> str | None:
+    """Return in words that the disk of `staging` is full, if that is what the error says.
+
+    `shutil.copyfile` names the source as well, `shutil.copytree` tells all its errors in one text,
+    and a write to an open file names nothing.
+    """
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None and str(staging) not in text:
+        return None
+    return next((why for code in _FULL if (why := os.strerror(code)) in text), None)
 
 
 def is_free(target: Path) -> bool:

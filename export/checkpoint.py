@@ -102,8 +102,14 @@ def tensor_faults(prefix: str, tensors: Tensors, expected: Mapping[str, Shape]) 
             yield f"{prefix}{name}: got {list(tensor.shape)}, expected {_shown(shape)}"
         elif not tensor.is_floating_point():
             yield f"{prefix}{name}: got {tensor.dtype}, expected float32 or bfloat16"
-        elif not tensor.isfinite().all():
-            yield f"{prefix}{name}: holds NaN or infinite values"
+        elif fault := _value_fault(tensor):
+            yield f"{prefix}{name}: {fault}"
+
+
+def _value_fault(tensor: Tensor) -> str | None:
+    if tensor.is_meta:
+        return "has no values (it is on the meta device)"
+    return None if tensor.isfinite().all() else "holds NaN or infinite values"
 
 
 def _groups(path: Path, state: StateDict) -> dict[str, dict[str, Tensor]]:
@@ -180,6 +186,9 @@ def _group_faults(groups: Mapping[str, Tensors], sizes: Mapping[str, int | None]
     yield from tensor_faults(BERT, groups[BERT], _bert_shapes(sizes))
     yield from tensor_faults(ADAPTER, groups[ADAPTER], _adapter_shapes(sizes))
     yield from tensor_faults(HEAD, groups[HEAD], _head_shapes(sizes["hidden"]))
+    for name, tensor in groups[VISION].items():
+        if fault := _value_fault(tensor):
+            yield f"{VISION}{name}: {fault}"
     tokens, positions = sizes["num_tokens"], sizes["max_positions"]
     if tokens is not None and positions is not None and positions < tokens + 4:
         yield (

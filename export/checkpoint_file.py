@@ -21,6 +21,16 @@ WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 TRAINER = "model"  # the attribute of a trainer's class (Lightning) that holds the whole model
 _REFUSED_TYPE = re.compile(r"Unsupported global: GLOBAL (\S+) was not an allowed global")
 _MOST_NAMES = 8
+# Where it may not be looked into a file: a state dict or a whole module, alone, under one of these
+# names or under one inside the other.
+_FIND_MODEL = (
+    'for name in ("model", "state_dict", "model"): model = '
+    "model.get(name, model) if isinstance(model, dict) else model"
+)
+_TENSORS_OF_MODEL = (
+    '{key: value for key, value in getattr(model, "state_dict", lambda: model)().items() '
+    "if torch.is_tensor(value)}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +66,7 @@ def read_state_dict(path: Path) -> StateDict:
     except Exception as error:  # torch.load raises a dozen kinds on files that are not its own
         raise _unreadable(path, error) from error
     model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict):
+    if not isinstance(model, dict) or (_states(model) and not _holds_tensors(model)):
         raise _without_model(path, content)
     tensors, dropped = [], Counter[str]()
     for key, value in model.items():
@@ -134,7 +144,9 @@ def _needs_code(path: Path, types: list[str]) -> CheckpointError:
         "is refused (weights_only=True)",
         hint=_resave(
             path,
-            'content["model"]',
+            _TENSORS_OF_MODEL,
+            name="model",
+            find=_FIND_MODEL,
             weights_only=False,
             why="if you trust the file (this runs its code, so the training's own environment is "
             "the place), save its tensors alone and export that",
@@ -146,16 +158,28 @@ def _without_model(path: Path, content: Any) -> CheckpointError:
     """Say what the file holds instead, and how to save the tensors that it does hold."""
     entries = content if isinstance(content, dict) else {}
     got = sorted(map(str, entries))[:_MOST_NAMES] if entries else type(content).__name__
-    states = [key for key, value in entries.items() if _holds_tensors(value)]
+    states = ["content"] if _holds_tensors(entries) else _states(entries, "content")
     hint = None
-    if _holds_tensors(entries):
-        hint = _resave(path, "content", why="save its tensors as the training does")
-    elif len(states) == 1:
-        hint = _resave(path, f"content[{states[0]!r}]", why="save its tensors as the training does")
+    if len(states) == 1:
+        hint = _resave(path, states[0], why="save its tensors as the training does")
+    inside = f" with its tensors in {', '.join(states[:_MOST_NAMES])}" if states else ""
     return CheckpointError(
-        f'{path} is not an EDJE checkpoint: got {got}, expected {{"model": state_dict, ...}}',
+        f"{path} is not an EDJE checkpoint: got {got}{inside}, "
+        'expected {"model": state_dict, ...}',
         hint=hint,
     )
+
+
+def _states(entries: Mapping[Any, Any], place: str = "") -> list[str]:
+    """Return as Python where `entries` hold state dicts, up to one level further down."""
+    found = []
+    for key, value in entries.items():
+        at = f"{place}[{key!r}]"
+        if _holds_tensors(value):
+            found.append(at)
+        elif isinstance(value, dict):
+            found += [f"{at}[{name!r}]" for name, held in value.items() if _holds_tensors(held)]
+    return found
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -164,12 +188,26 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, dict) and any(isinstance(v, torch.Tensor) for v in value.values())
 
 
-def _resave(path: Path, model: str, *, why: str, weights_only: bool = True) -> str:
-    """Return the Python that saves a checkpoint again with its `model` entry alone."""
+def _resave(
+    path: Path,
+    model: str,
+    *,
+    why: str,
+    name: str = "content",
+    find: str | None = None,
+    weights_only: bool = True,
+) -> str:
+    """Return the Python that saves a checkpoint again with its `model` entry alone.
+
+    Args:
+        model: the tensors, as Python of `name`: what the file holds, or what the line `find` made
+            of it.
+    """
     clean = path.with_name(f"{path.stem}-tensors.pth").name
+    found = f"  {find}\n" if find else ""
     return (
         f"{why}:\n"
-        f"  import torch; content = torch.load({path.name!r}, map_location='cpu', "
+        f"  import torch; {name} = torch.load({path.name!r}, map_location='cpu', "
         f"weights_only={weights_only})\n"
-        f'  torch.save({{"model": {model}}}, {clean!r})'
+        f'{found}  torch.save({{"model": {model}}}, {clean!r})'
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import os
 import tempfile
 from contextlib import ExitStack
@@ -228,3 +229,36 @@ def test_an_empty_folder_whose_parent_cannot_be_written_is_filled() -> None:
         finally:
             os.seteuid(user)
             parent.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "(folder / 'big').write_bytes(bytes(1 << 20))",
+        "shutil.copyfile('big', folder / 'big')",
+        "shutil.copytree('many', folder, dirs_exist_ok=True)",
+        "Tokenizer(WordLevel({str(n): n for n in range(99999)})).save(str(folder / 'big'))",
+    ],
+)
+def test_a_full_disk_is_said_of_the_target_not_of_what_was_copied(
+    tmp_path: Path, fault: str
+) -> None:
+    (tmp_path / "many").mkdir()
+    for path in (tmp_path / "big", tmp_path / "many/big"):
+        path.write_bytes(bytes(1 << 20))
+    imports = "import shutil; from tokenizers import Tokenizer; "
+    imports += "from tokenizers.models import WordLevel; "
+    mounts = "mkdir disk; mount -t tmpfs -o size=64k none disk"
+    shown = publish_on(tmp_path, mounts, fault=imports + fault)
+    assert shown.splitlines()[:2] == ["began", "cannot write disk: No space left on device"]
+    assert shown.splitlines()[-1] == "True"
+
+
+def test_a_full_disk_elsewhere_is_not_said_of_the_target(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "elsewhere")
+    with (
+        pytest.raises(OSError, match="elsewhere"),
+        publish_folder(tmp_path / "out", manifest="it.json"),
+    ):
+        raise full
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...arguments import Arguments, is_whole, plain, shown
-from ...arrays import Array, Float16, Int64
+from ...arrays import Array, Float16, Int8, Int64
 from ...errors import RequestError, named
 from ...tokens import quantize_tokens
 from .format import StoreLayout
@@ -83,7 +83,7 @@ class NewRecords(NamedTuple):
         return RecordBytes(_rows(tokens), None if scales is None else _rows(scales))
 
     def _nonfinite_faults(self) -> list[str]:
-        places = nonfinite_records(self.tokens if self.scales is None else self.scales)
+        places = nonfinite_records(self.tokens, self.scales)
         if not len(places):
             return []
         which = named([str(self.ids[place]) for place in places.tolist()])
@@ -98,12 +98,16 @@ def _take_array(given: Arguments, name: str, value: object) -> None:
         given.refuse(name, value, "a NumPy array")
 
 
-def nonfinite_records(values: Float16) -> Int64:
+def nonfinite_records(values: Array, scales: Float16 | None = None) -> Int64:
     """Return the places, int64, of the records in float16 [N, ...] that hold NaN or infinity.
+
+    With `scales`, float16 [N, m], the values are int8 [N, m, H] and count as they are scaled.
 
     The largest of some integers, twice, takes a twentieth of the time of `np.isfinite`: 0.9 us a
     record of 64 x 384, where appending takes 29 us at least (an AMD EPYC, in the page cache).
     """
+    if scales is not None:
+        values = _largest(values, scales)
     if not values.size:
         return np.empty(0, np.int64)
     rows = np.ascontiguousarray(values).reshape(len(values), -1)
@@ -113,6 +117,15 @@ def nonfinite_records(values: Float16) -> Int64:
     wrong = positive.max(axis=1) >= POSITIVE_INFINITY
     wrong |= negative.max(axis=1) >= NEGATIVE_INFINITY
     return np.flatnonzero(wrong)
+
+
+def _largest(tokens: Int8, scales: Float16) -> Float16:
+    """Return float16 [N, m] that are not finite where a value of a token, scaled, is not."""
+    if not scales.size or np.abs(scales).max() * np.float32(128) <= np.finfo(np.float16).max:
+        return scales
+    with np.errstate(over="ignore", invalid="ignore"):
+        peaks = np.abs(tokens.astype(np.int16)).max(axis=-1).astype(np.float16)
+        return np.where(np.isfinite(scales), peaks * scales, scales)
 
 
 def _rows(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

@@ -29,6 +29,7 @@ from .tables import CheckedTables, schema
 APPLICATION_ID = 0x45444A45  # "EDJE"
 SCHEMA_VERSION = 2
 ROWS_A_BATCH = 1024
+LEAST_ROOM = 1 << 16  # SQLite's -shm file takes 32 KiB
 
 
 class RecordBatch(NamedTuple):
@@ -330,9 +331,22 @@ def sqlite_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
+        if _is_full(folder, error):
+            raise StoreError(
+                f"cannot write {folder / CATALOG}: no space left on its disk ({error})",
+                hint="make room on the disk and try again",
+            ) from error
         raise StoreError(f"cannot use {folder / CATALOG}: {error}") from error
     except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
         raise damaged(folder, str(error)) from error
+
+
+def _is_full(folder: Path, error: sqlite3.OperationalError) -> bool:
+    """Whether the disk is full; SQLite calls it an I/O error where its -shm file has no room."""
+    if "disk I/O" in str(error):
+        with suppress(OSError):
+            return shutil.disk_usage(folder).free < LEAST_ROOM
+    return "is full" in str(error)
 
 
 def damaged(folder: Path, reason: str) -> StoreError:
@@ -357,16 +371,16 @@ def sound_copy(path: Path) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix="edje-catalog-") as name:
         folder = Path(name)
-        Catalog.create(folder, b"", name="empty")
         copy, log = folder / CATALOG, f"{CATALOG}-wal"
         try:
+            Catalog.create(folder, b"", name="empty")
             shutil.copyfile(path, copy)
             if path.with_name(log).exists():
                 shutil.copyfile(path.with_name(log), folder / log)
             _replace_first_page(copy, (folder / "empty").read_bytes())
-        except OSError as error:
+        except (OSError, sqlite3.OperationalError) as error:
             raise StoreError(
-                f"cannot copy {path} to {folder.parent}: {error.strerror}",
+                f"cannot copy {path} to {folder.parent}: {getattr(error, 'strerror', error)}",
                 hint="make room there, or name another folder with TMPDIR",
             ) from error
         yield copy

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ...errors import EdjeError, StoreError
 from ...files import is_free, publish_folder
-from .catalog import Catalog, CatalogState
+from .catalog import Catalog, CatalogState, sqlite_errors
 from .format import INCOMING, LOCK, READERS, SEGMENTS, STORE_JSON, StoreLayout, segment_name
+from .writer import StoreWriter
 
 NEW_FOLDER = "choose a new or an empty folder for the store"
 
@@ -94,13 +95,24 @@ def create_folder(folder: Path, layout: StoreLayout) -> None:
             (staging / INCOMING).mkdir()
             (staging / LOCK).touch()
             (staging / READERS).touch()
-            Catalog.create(staging, layout.to_bytes())
+            _make_catalog(staging, folder, layout)
     except StoreError:
         raise
     except EdjeError as error:
         raise StoreError(error.message, hint=NEW_FOLDER) from error
     except OSError as error:
         raise StoreError(f"cannot make a token store at {folder}: {error.strerror}") from error
+
+
+def _make_catalog(staging: Path, folder: Path, layout: StoreLayout) -> None:
+    """Make the catalog, and open it once: a store that cannot be written is not published."""
+    try:
+        with sqlite_errors(staging):
+            Catalog.create(staging, layout.to_bytes())
+        StoreWriter(staging, layout).close()
+    except StoreError as error:
+        message = error.message.replace(str(staging), str(folder))
+        raise StoreError(message, hint=error.hint) from error
 
 
 def stat_of(

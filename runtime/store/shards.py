@@ -196,7 +196,7 @@ def _add_shard(
                 tokens, scales = buffers.views(len(batch))
                 shard.read(start, tokens, scales)
                 if left_out is not None:
-                    odd = set(nonfinite_records(tokens if scales is None else scales).tolist())
+                    odd = set(nonfinite_records(tokens, scales).tolist())
                     names = [batch[place] for place in missing if place in odd]
                     left_out += [f"{header.path.name}: {name!r} is not finite" for name in names]
                     missing = [place for place in missing if place not in odd]

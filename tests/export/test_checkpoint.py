@@ -131,6 +131,20 @@ def test_all_faults_are_listed_at_once(tmp_path, state):
     }
 
 
+@pytest.mark.parametrize("group", ["vision_encoder.", "classification_head."])
+def test_tensors_without_finite_values_are_the_checkpoints_fault(tmp_path, state, group):
+    names = [name for name in state if name.startswith(group) and ".head." not in name][:2]
+    bad = {names[0]: state[names[0]] * float("nan"), names[1]: state[names[1]].to("meta")}
+    path = save(tmp_path, {"model": state | bad})
+    with pytest.raises(CheckpointError, match=str(path)) as caught:
+        read_checkpoint(path)
+    assert [fault.split(": ")[1] for fault in caught.value.faults] == [
+        "holds NaN or infinite values",
+        "has no values (it is on the meta device)",
+    ]
+    assert all(fault.startswith(group) for fault in caught.value.faults)
+
+
 def test_another_models_state_dict_is_told_in_a_few_lines(tmp_path):
     message = error_of(save(tmp_path, {"model": {"fc.weight": torch.zeros(2, 2)}}))
     for prefix in ("language_model.bert.*", "vision_projection.*", "classification_head.*"):

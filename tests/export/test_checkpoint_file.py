@@ -37,6 +37,11 @@ def refusal(path: Path) -> CheckpointError:
     return caught.value
 
 
+def run_lines(error: CheckpointError) -> None:
+    """Run the Python that an error gives, as a user does who trusts the file."""
+    exec("\n".join(line.strip() for line in (error.hint or "").splitlines()[1:]), {})
+
+
 def same_tensors(one: Checkpoint, two: Checkpoint) -> bool:
     groups = [(getattr(one, g), getattr(two, g)) for g in ("bert", "adapter", "head", "vision")]
     return all(
@@ -134,7 +139,7 @@ def test_an_entry_that_needs_code_is_named_with_the_lines_that_mend_it(
     assert name in error.message
     assert "weights_only=True" in error.message
     lines = [line.strip() for line in (error.hint or "").splitlines()[1:]]
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert "if you trust the file" in (error.hint or "")
 
 
@@ -145,10 +150,46 @@ def test_every_type_is_named_at_once(tmp_path, state):
         assert name in message
 
 
-def test_the_two_lines_save_a_checkpoint_that_reads(tmp_path, state, monkeypatch):
+class Whole(torch.nn.Module):
+    """A module of nothing but given tensors, under their own names."""
+
+    def __init__(self, state: State):
+        super().__init__()
+        for key, tensor in state.items():
+            *path, name = key.split(".")
+            place: torch.nn.Module = self
+            for part in path:
+                if part not in place._modules:
+                    place.add_module(part, torch.nn.Module())
+                place = place.get_submodule(part)
+            place.register_buffer(name, tensor)
+
+
+LAYOUTS = {
+    "model": lambda s: {"model": s},
+    "lightning": lambda s: {"state_dict": {f"model.{key}": s[key] for key in s}},
+    "state dict": lambda s: {"state_dict": s},
+    "inside": lambda s: {"model": {"state_dict": s}},
+    "bare": lambda s: s,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_given_lines_save_a_checkpoint_that_reads(tmp_path, state, monkeypatch, layout):
     monkeypatch.chdir(tmp_path)
-    hint = refusal(save(tmp_path, state, args=argparse.Namespace(lr=1e-4))).hint or ""
-    exec("\n".join(line.strip() for line in hint.splitlines()[1:]), {})
+    path = tmp_path / "checkpoint_03.pth"
+    torch.save({**LAYOUTS[layout](state), "hyper_parameters": argparse.Namespace(lr=1)}, path)
+    run_lines(refusal(path))
+    again = read_checkpoint(tmp_path / "checkpoint_03-tensors.pth")
+    assert same_tensors(again, read_checkpoint(save(tmp_path, state)))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: {"model": m}, lambda m: {"state_dict": m}])
+def test_the_given_lines_save_the_tensors_of_a_whole_module(tmp_path, state, monkeypatch, wrap):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "checkpoint_03.pth"
+    torch.save(wrap(Whole(state)), path)
+    run_lines(refusal(path))
     again = read_checkpoint(tmp_path / "checkpoint_03-tensors.pth")
     assert same_tensors(again, read_checkpoint(save(tmp_path, state)))
 
@@ -162,7 +203,15 @@ def test_code_in_another_entry_is_never_run(tmp_path, state):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"state_dict": s, "epoch": 3},
+        lambda s: {"model": {"state_dict": s}},
+        lambda s: {"state_dict": {"model": s}},
+    ],
+)
 def test_tensors_under_another_entry_come_with_the_lines_that_move_them(
     tmp_path, state, wrap, monkeypatch
 ):
@@ -170,5 +219,5 @@ def test_tensors_under_another_entry_come_with_the_lines_that_move_them(
     torch.save(wrap(state), tmp_path / "bare.pth")
     error = refusal(tmp_path / "bare.pth")
     assert 'expected {"model": state_dict, ...}' in error.message
-    exec("\n".join(line.strip() for line in (error.hint or "").splitlines()[1:]), {})
+    run_lines(error)
     assert read_checkpoint(tmp_path / "bare-tensors.pth").sizes.num_layers == 3

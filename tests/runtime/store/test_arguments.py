@@ -176,6 +176,21 @@ def test_scales_that_are_not_finite_stay_out(tmp_path: Path) -> None:
         store.append(["a", "b"], values, scales, allow_nonfinite=True)
 
 
+@pytest.mark.parametrize(
+    ("value", "scale", "fits"), [(127, 516, False), (-128, 511.5, True), (1, 65504, True)]
+)
+def test_scaled_values_that_overflow_float16_stay_out(
+    tmp_path: Path, value: int, scale: float, fits: bool
+) -> None:
+    values, scales = np.ones((2, 2, 4), np.int8), np.ones((2, 2), np.float16)
+    values[1, 1, 2], scales[1, 1] = value, scale
+    with TokenStore.create(tmp_path / "s", **SIZES, dtype="int8") as store:
+        if not fits:
+            with pytest.raises(StoreError, match="hold NaN or infinity: 'b'"):
+                store.append(["a", "b"], values, scales)
+        store.append(["a", "b"], values, scales, allow_nonfinite=not fits)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 0xFFFF), min_size=6, max_size=48), st.integers(1, 3))
 def test_nonfinite_records_are_those_that_numpy_finds(bits: list[int], width: int) -> None:

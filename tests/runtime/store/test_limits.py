@@ -24,6 +24,7 @@ import pytest
 
 from edje.errors import StoreError
 from edje.runtime.store import SegmentWriter, TokenStore, disk
+from mounts import run_with_mounts
 from store_history import (
     KINDS,
     MEMORY,
@@ -296,6 +297,54 @@ def test_a_file_system_without_locks_is_named_not_a_writer(
     assert str(path / lock) in str(caught.value)
     assert caught.value.hint is not None
     assert "-o flock" in caught.value.hint
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_store_that_cannot_be_locked_is_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    path = tmp_path / "s"
+    if there:
+        path.mkdir()
+
+    def refuse(descriptor: int, *_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refuse)
+        with pytest.raises(StoreError, match="its file system offers no locks") as caught:
+            TokenStore.create(path, num_tokens=4, hidden=8, fingerprint_encoder="tower")
+    assert str(path / "writer.lock") in str(caught.value)
+    assert [*tmp_path.rglob("*")] == [path] * there
+    TokenStore.create(path, num_tokens=4, hidden=8, fingerprint_encoder="tower").close()
+
+
+CREATE_ON_A_SMALL_DISK = """
+from pathlib import Path
+from edje.errors import StoreError
+from edje.runtime.store import TokenStore
+
+disk = Path("disk")
+try:
+    TokenStore.create(disk / INSIDE, num_tokens=4, hidden=8, fingerprint_encoder="tower").close()
+    print("made")
+except StoreError as error:
+    print(str(error).splitlines()[0], "|", *disk.iterdir())
+"""
+
+
+@pytest.mark.parametrize("inside", ["", "s"])
+def test_a_store_on_a_disk_too_small_is_refused_and_not_made(tmp_path: Path, inside: str) -> None:
+    code = CREATE_ON_A_SMALL_DISK.replace("INSIDE", repr(inside))
+    for kib in range(8, 400, 24):
+        mounts = f"mkdir -p disk; mount -t tmpfs -o size={kib}k none disk"
+        shown = run_with_mounts(mounts, code, tmp_path).strip()
+        if shown == "made":
+            break
+        assert "o space left on" in shown
+        assert str(Path("disk", inside)) in shown
+        assert shown.endswith("|")
+    assert (shown, kib > 64) == ("made", True)
 
 
 def test_threads_share_one_writer(tmp_path: Path) -> None:
