@@ -62,11 +62,7 @@ def export_bundle(
     given.flag("overwrite", overwrite)
     given.callback("progress", progress)
     given.check()
-    if text_normalization not in bundle.TEXT_NORMALIZATIONS:
-        raise CheckpointError(
-            f"unknown text normalization {text_normalization!r}, expected one of "
-            + ", ".join(bundle.TEXT_NORMALIZATIONS)
-        )
+    _check_normalization(text_normalization)
     _require_libraries()
     from .convert import manifest_of, read_model, write_graphs
 
@@ -82,6 +78,14 @@ def export_bundle(
         manifest = manifest_of(model, text_normalization)
         manifest.write(folder)
     return manifest
+
+
+def _check_normalization(text_normalization: str) -> None:
+    if text_normalization not in bundle.TEXT_NORMALIZATIONS:
+        raise CheckpointError(
+            f"unknown text normalization {text_normalization!r}, expected one of "
+            + ", ".join(bundle.TEXT_NORMALIZATIONS)
+        )
 
 
 def _require_libraries() -> None:

@@ -132,9 +132,7 @@ def index_images(
     given = Arguments("index_images")
     options = IndexOptions(dtype, only, progress, on_skip, follow_links).taken(given)
     batch_size, folder = _common(given, encoder, ImageEncoder, batch_size, store)
-    images, num_workers = _images(given, images), default_workers()
-    if workers is not None:
-        num_workers = given.whole("workers", workers, "at least 1, or None")
+    images, num_workers = _images(given, images), _num_workers(given, workers)
     given.check()
     import_pillow()
     source = open_source(images, leave_out=folder, follow_links=follow_links)
@@ -204,6 +202,12 @@ def _common(
         given.refuse("encoder", encoder, f"an open {kind.__name__}")
     size = given.whole("batch_size", batch_size, "at least 1")
     return size, given.path("store", store, "the folder of a token store")
+
+
+def _num_workers(given: Arguments, workers: int | None) -> int:
+    if workers is None:
+        return default_workers()
+    return given.whole("workers", workers, "at least 1, or None")
 
 
 def _images(given: Arguments, images: Paths) -> Paths:
