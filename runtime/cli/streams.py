@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -45,6 +46,21 @@ def start_output() -> None:
             setattr(sys, name, os.fdopen(nowhere, "w", encoding="utf-8"))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+            for method in ("write", "writelines", "flush"):
+                if method not in vars(stream):
+                    setattr(stream, method, _naming(name, getattr(stream, method)))
+
+
+def _naming(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Let what a stream raises say which stream it was, as a file's errors do."""
+
+    def named(*args: Any) -> Any:
+        try:
+            return call(*args)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, name) from error
+
+    return named
 
 
 def finish_output() -> None:

@@ -143,12 +143,13 @@ def test_a_reader_that_leaves_early_ends_the_command_without_a_word(args, store)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-@pytest.mark.parametrize("args", [("--version",), ("doctor", "--json")], ids=str)
-def test_a_full_disk_under_stdout_is_one_sentence(args):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("args", [("--version",), ("doctor", "--json")])
+def test_a_full_disk_under_stdout_is_one_sentence_that_names_it(args, unbuffered):
     with open("/dev/full", "wb") as full:
-        done = run(*args, stdout=full)
+        done = run(*args, env={"PYTHONUNBUFFERED": unbuffered}, stdout=full)
     assert done.returncode == 2
-    assert done.stderr == b"edje: the system: No space left on device\n"
+    assert done.stderr == b"edje: stdout: No space left on device\n"
 
 
 def test_a_closed_stdout_is_no_error(store):
