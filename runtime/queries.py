@@ -1,10 +1,9 @@
-"""Lists of ids and queries with candidates, as users write them, and samples drawn from them."""
+"""Queries with candidates, as users write them, and the samples drawn from them."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import Arguments, StrPath, decode_text, read_text
+from ..arguments import Arguments, StrPath, read_text
 from ..arrays import Array, Int32
 from ..bundle import BundleManifest
 from ..engines.samples import SEED, RankingSample, fingerprint_of
@@ -22,60 +21,6 @@ from ..files import Closing
 from .source import float16_tokens
 from .store import TokenStore
 from .text import QueryTokenizer
-
-
-def read_ids(source: str, *, what: str = "ids") -> list[str]:
-    """Read one id a line from a file, or from stdin for `-`; blank lines do not count.
-
-    A byte order mark is no part of an id.
-
-    Args:
-        source: a path, or `-`.
-        what: names the list in messages.
-
-    Raises:
-        RequestError: the list cannot be read or is not UTF-8.
-    """
-    if source == "-":
-        text = decode_text(_stdin(what), f"the {what} on stdin")
-    else:
-        text = read_text(source, f"the {what} {source}")
-    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
-
-
-def _stdin(what: str) -> bytes:
-    if sys.stdin is None:  # closed by the caller: `<&-`
-        raise RequestError(
-            f"cannot read the {what} from stdin, since it is closed",
-            hint="pipe the list into the command, or name a file in place of -",
-        )
-    try:
-        return sys.stdin.buffer.read()
-    except OSError as error:
-        raise RequestError(
-            f"cannot read the {what} from stdin: {error.strerror or error}"
-        ) from error
-
-
-def listed(ids: Iterable[str]) -> str:
-    """Return `ids` as the text that `read_ids` reads back.
-
-    Raises:
-        RequestError: ids that a line cannot hold, all counted.
-    """
-    ids = list(ids)
-    bad = [name for name in ids if _is_changed_by_a_line(name)]
-    if bad:
-        raise RequestError(
-            f"{len(bad)} ids cannot stand on a line of their own: {named(bad)}",
-            hint="use --json",
-        )
-    return "".join(f"{name}\n" for name in ids)
-
-
-def _is_changed_by_a_line(name: str) -> bool:
-    return "\n" in name or not name.strip() or name.endswith("\r") or name.startswith("\ufeff")
-
 
 DEFAULT_NUM_CANDIDATES = 50
 MAX_FAULTS = 20

@@ -209,8 +209,8 @@ def _index(arguments: IndexArguments) -> None:
       edje index bundle photos --into new.store --from ids-to-redo.txt
       edje index bundle photos --store photos.store --ray head:6379
     """
+    from ..id_list import read_ids
     from ..indexing.pillow_settings import pillow_set
-    from ..queries import read_ids
 
     arguments.check()
     only = None if arguments.only is None else set(read_ids(arguments.only))

@@ -151,7 +151,7 @@ def _rerank(arguments: RerankArguments) -> None:
     Example:
       edje rerank engine --store photos.store --query "a dog in the snow" --top-k 10
     """
-    from ..queries import read_ids
+    from ..id_list import read_ids
 
     arguments.check()
     query, source = as_text(arguments.query, "--query"), arguments.candidates

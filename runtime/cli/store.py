@@ -52,7 +52,7 @@ def ids(store: Store, as_json: Json = False) -> None:
       edje store ids photos.store > ids.txt
     """
     from ...show import print_json
-    from ..queries import listed
+    from ..id_list import listed
     from ..store import TokenStore
 
     with TokenStore.open(store) as opened:
@@ -78,7 +78,7 @@ def delete(
     Example:
       edje store delete photos.store --from gone.txt
     """
-    from ..queries import read_ids
+    from ..id_list import read_ids
     from ..store import TokenStore
 
     gone = [
@@ -210,7 +210,7 @@ def verify(
       edje store verify photos.store --repair --bad-ids bad.txt
     """
     from ...show import print_json, progress_bar
-    from ..queries import listed
+    from ..id_list import listed
     from ..store.verify import verify_store
 
     with progress_bar("verify") as progress:

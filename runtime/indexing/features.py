@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ...bundle import ModelSizes
 from ...errors import RequestError, named
-from ..queries import read_ids
+from ..id_list import read_ids
 from .names import name_of, place_of, text_of
 from .sources import FolderWalk, SkippedImage, Unlisted, Wanted, id_hash, repeated
 

@@ -159,7 +159,7 @@ class Whole(torch.nn.Module):
             *path, name = key.split(".")
             place: torch.nn.Module = self
             for part in path:
-                if part not in place._modules:
+                if part not in dict(place.named_children()):
                     place.add_module(part, torch.nn.Module())
                 place = place.get_submodule(part)
             place.register_buffer(name, tensor)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from edje.errors import RequestError
-from edje.runtime.queries import listed, read_ids
+from edje.runtime.id_list import listed, read_ids
 
 BOM = b"\xef\xbb\xbf"
 
