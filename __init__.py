@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .lazy import lazily as _lazily
+from .moved import keep_old_names as _keep_old_names
 from .telemetry import switch_off as _switch_off_telemetry
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _switch_off_telemetry()
+_keep_old_names(__name__)
 
 _HOMES = {
     "export_bundle": ".export.export",
