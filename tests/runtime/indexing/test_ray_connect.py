@@ -103,7 +103,8 @@ def test_all_ways_together_take_less_than_half_a_minute() -> None:
 
 # Ends when it is done: what would go on without end in the background has a process of its own.
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
 from edje.errors import EngineError
 from edje.runtime.indexing import ray_connect
 ray_connect.PROBE_S, ray_connect.CONNECT_S = map(float, sys.argv[2:])
