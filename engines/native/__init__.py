@@ -1,0 +1,1 @@
+"""The `native` backend: the joint encoder in our own kernels, needing only NVIDIA's driver."""

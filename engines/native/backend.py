@@ -1,0 +1,129 @@
+"""The `native` backend: NVIDIA GPUs from compute capability 8.0 on, with nothing but the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ...kernels.device import open_gpu
+from ...kernels.device.facts import Gpu, capability_key, current_gpu, current_index, gpu_fault
+from ...kernels.manifest import read_manifest
+from ...kernels.tuning import read_tuning, serving_table, tuned_capabilities
+from ..contract import BuildJob, BuildOptions, Engine, OpenOptions, given_options
+from ..manifest import EngineManifest
+from .plan import Plan
+from .run import NativeEngine, raise_setting_faults
+from .weights import read_weights
+
+COMPUTE_TYPES = {"fp16": "float16", "bf16": "bfloat16"}
+# What loads the compiled kernels: r570 and later.
+LEAST_CUDA = "12.8"
+NEEDED = ("cuda.core", "safetensors")
+
+
+def version() -> str:
+    """Return the version of the compiled kernels: an engine opens with those it was built for."""
+    return f"kernels-{read_manifest().source_hash[:12]}"
+
+
+def why_not(precision: str) -> str | None:
+    """Return why this machine cannot run `precision`, None where it can."""
+    if precision not in COMPUTE_TYPES:
+        return f"not a precision of this backend ({', '.join(COMPUTE_TYPES)})"
+    return gpu_fault() or _missing() or _gpu_fault(current_gpu(), tuned_capabilities())
+
+
+def why_not_build(precision: str, options: BuildOptions) -> str | None:
+    """Return why this machine cannot build `precision`; it needs no GPU for that."""
+    if precision not in COMPUTE_TYPES:
+        return f"not a precision of this backend ({', '.join(COMPUTE_TYPES)})"
+    others = sorted(given_options(options).keys() - {"compute_capabilities", "report"})
+    if others:
+        return f"no {', '.join(others)}: the kernels are compiled already"
+    unknown = [each for each in options.compute_capabilities if each not in tuned_capabilities()]
+    if unknown:
+        return f"no kernels for {', '.join(unknown)}, only for {', '.join(tuned_capabilities())}"
+    if find_spec("safetensors") is None:
+        return "needs safetensors: pip install 'edje-runtime[gpu]'"
+    return None
+
+
+def compute_type(precision: str) -> str:
+    """Return the type of weights and activations."""
+    return COMPUTE_TYPES[precision]
+
+
+def device(precision: str, options: BuildOptions) -> dict[str, Any]:
+    """Return the manifest's `device` entry: every architecture that the engine serves."""
+    return {"kind": "cuda", "compute_capabilities": list(_targets(options)), "cuda": LEAST_CUDA}
+
+
+def device_faults(manifest: EngineManifest) -> list[str]:
+    """Compare the GPU, its driver and the tuning tables here with what the engine was built for."""
+    served = manifest.device.get("compute_capabilities", ())
+    built = manifest.build_options.get("tuning", {})
+    faults = [
+        f"tuning table of {each}: built with {built.get(each, 'none')[:12]}, this edje has "
+        f"{read_tuning(each).sha256[:12]}"
+        for each in served
+        if each in tuned_capabilities() and built.get(each) != read_tuning(each).sha256
+    ]
+    if gpu_fault() is not None:
+        return faults  # `why_not` says so
+    fault = _gpu_fault(current_gpu(), served)
+    return faults if fault is None else [*faults, f"device: {fault}"]
+
+
+def build(job: BuildJob) -> Mapping[str, Any]:
+    """Write weights and plan."""
+    from .build import build as build_engine  # needs onnx
+
+    return build_engine(job, _targets(job.options), COMPUTE_TYPES[job.precision])
+
+
+def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine:
+    """Open the engine on the current GPU: its weights go there, its kernels are loaded."""
+    raise_setting_faults(options)
+    plan = Plan.read(folder)
+    gpu = open_gpu("cuda_core", current_index())
+    try:
+        return NativeEngine(manifest, plan, read_weights(folder), gpu)
+    except BaseException:
+        gpu.close()
+        raise
+
+
+def _targets(options: BuildOptions) -> tuple[str, ...]:
+    return options.compute_capabilities or tuned_capabilities()
+
+
+def _missing() -> str | None:
+    """Return which package is missing, None where all are there."""
+    missing = [name for name in NEEDED if not _is_there(name)]
+    if missing:
+        return f"needs {', '.join(missing)}: pip install 'edje-runtime[gpu]'"
+    return None
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # of `cuda.core`: there is no `cuda` at all
+        return False
+
+
+def _gpu_fault(gpu: Gpu, served: tuple[str, ...]) -> str | None:
+    """Return why `gpu` cannot run an engine for the compute capabilities `served`."""
+    if serving_table(gpu.capability, served) is None:
+        return (
+            f"{gpu.name} has compute capability {gpu.capability}, the kernels are for "
+            f"{', '.join(served)}"
+        )
+    if capability_key(gpu.cuda_version) < capability_key(LEAST_CUDA):
+        return (
+            f"the driver serves CUDA {gpu.cuda_version}, the kernels need {LEAST_CUDA}: "
+            "update NVIDIA's driver to r570 or later"
+        )
+    return None

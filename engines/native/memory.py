@@ -1,0 +1,106 @@
+"""A native engine's memory: weights, and activations at addresses that never change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+
+from ...arrays import Array, DeviceArray
+from ...kernels.device.contract import Device
+from .plan import Plan
+
+# bfloat16 is no type of NumPy's own: its bits travel as uint16.
+NUMPY_TYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+
+
+def allocate(device: Device, dtype: np.dtype[Any], *shape: int) -> DeviceArray:
+    """Return device memory of undefined values; `device` is current and owns it.
+
+    Raises:
+        EngineError: the device has too little memory.
+    """
+    return cast(DeviceArray, device.memory(math.prod(shape), dtype).view(shape))
+
+
+def upload(device: Device, arrays: Mapping[str, Array]) -> dict[str, DeviceArray]:
+    """Copy arrays into device memory, through pinned memory that is freed again.
+
+    Raises:
+        EngineError: the device has too little memory.
+    """
+    most = max(array.nbytes for array in arrays.values())
+    staging = device.sibling()
+    try:
+        pinned = staging.pinned(most, np.dtype(np.uint8))
+        stream, copied = staging.stream(), staging.event()
+        found = {}
+        for name, array in arrays.items():
+            memory = device.memory(array.nbytes, np.dtype(np.uint8))
+            pinned.view((array.nbytes,))[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            stream.upload(memory, pinned, array.nbytes)
+            stream.record(copied)
+            copied.synchronize()
+            held = cast(DeviceArray, memory.view((array.nbytes,)))
+            found[name] = DeviceArray(held.address, array.shape, array.dtype)
+        return found
+    finally:
+        staging.close()
+
+
+def columns(array: DeviceArray, first: int, width: int) -> DeviceArray:
+    """Return the columns from `first` on as rows of `width` values, the stride being the array's.
+
+    Whoever reads them is told that stride.
+    """
+    address = array.address + first * array.dtype.itemsize
+    return DeviceArray(address, (array.shape[0], width), array.dtype)
+
+
+def as_rows_of(array: DeviceArray, width: int) -> DeviceArray:
+    """Return the same memory as rows of `width` values."""
+    return replace(array, shape=(math.prod(array.shape) // width, width))
+
+
+class Activations:
+    """What the kernels of one forward write and read, with room for the plan's largest batch.
+
+    R rows are the slots of all pairs, P pairs; W and I are the plan's `width` and `wide`.
+
+    Attributes:
+        hidden: [R, W]: the hidden states; every layer overwrites them.
+        qkv: [R, 3 W]: queries, keys and values.
+        context: [R, W]: what attention gives; its padded columns are 0 from the start.
+        update: [R, W]: what is added to the hidden states next.
+        wide: [R, I]: between the two products of the feed-forward.
+        queries, cls: [P, W]: of the last layer, which goes on with each pair's first row.
+        lengths: int32 [P]: the text slots of each pair that are no padding.
+        control: int64 [2]: where the scores go, and how many pairs there are.
+        order: int32 [P]: 0, 1, ...: a batch's own tokens, as records by their numbers.
+    """
+
+    def __init__(self, device: Device, plan: Plan):
+        """Allocate everything; `device` is current and owns it.
+
+        Raises:
+            EngineError: the device has too little memory.
+        """
+        pairs, element = plan.max_pairs, NUMPY_TYPES[plan.element]
+        rows = pairs * plan.num_slots(plan.text_buckets[-1])
+        known = {
+            "context": np.zeros((rows, plan.width), element),
+            "control": np.zeros(2, np.int64),
+            "order": np.arange(pairs, dtype=np.int32),
+        }
+        held = upload(device, known)
+        self.context, self.control, self.order = (held[name] for name in known)
+        self.hidden = allocate(device, element, rows, plan.width)
+        self.qkv = allocate(device, element, rows, 3 * plan.width)
+        self.update = allocate(device, element, rows, plan.width)
+        self.wide = allocate(device, element, rows, plan.wide)
+        self.queries = allocate(device, element, pairs, plan.width)
+        self.cls = allocate(device, element, pairs, plan.width)
+        self.lengths = allocate(device, np.dtype(np.int32), pairs)
