@@ -1,7 +1,9 @@
 """Triton source of `assemble`: a batch -> the hidden states that the first layer reads.
 
 The same arithmetic as the bundle's graph up to its first layer, in float32, rounded once at the
-end. The reference is `references.assemble`.
+end. The launch also says to all that follow what differs between batches: `lengths`, a text length
+a pair, and `control`, where the scores go and how many pairs there are. The reference is
+`references.assemble`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ def assemble(
     norm_weight: tl.tensor,
     norm_bias: tl.tensor,
     hidden_states: tl.tensor,
+    lengths: tl.tensor,
+    control: tl.tensor,
+    scores: tl.int64,
     num_pairs: tl.int32,
     num_queries: tl.int32,
     text_slots: tl.int32,
@@ -32,14 +37,19 @@ def assemble(
     max_positions: tl.int32,
     sep_id: tl.int32,
     hidden: tl.int32,
+    width: tl.int32,
     epsilon: tl.float32,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Embed `SLOTS` slots of the batch's P * (T + m + 1), `COLUMNS` >= H values each.
+    """Embed `SLOTS` slots of the batch's P * (T + m + 1), `COLUMNS` >= `width` >= H values each.
 
-    An index outside its table makes the slot NaN; nothing outside the tables is read.
+    An index outside its table makes the slot NaN; nothing outside the tables is read. Columns from
+    H to `width` are 0.
     """
+    if tl.program_id(0) == 0:
+        tl.store(control, scores)
+        tl.store(control + 1, num_pairs.to(tl.int64))
     num_slots = text_slots + num_tokens + 1
     line = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     pair = line // num_slots
@@ -48,6 +58,7 @@ def assemble(
     query = tl.load(query_of_pair + pair, mask=is_real, other=-1)
     is_known = (query >= 0) & (query < num_queries)
     length = tl.load(text_length + query, mask=is_known, other=0)
+    tl.store(lengths + pair, length, mask=is_real & (slot == 0))
     token = slot - text_slots
     is_text = token < 0
     is_visual = (token >= 0) & (token < num_tokens)
@@ -67,9 +78,10 @@ def assemble(
     x += _visual(tokens, scales, stored, is_known & is_visual, columns, hidden)
     x = _layer_norm(x, norm_weight, norm_bias, columns, hidden, epsilon)
     x = tl.where(is_known[:, None], x, float("nan"))
-    out = hidden_states + _cells(line, columns, hidden)
-    inside = (columns < hidden)[None, :]
-    tl.store(out, x.to(hidden_states.dtype.element_ty), mask=is_real[:, None] & inside)
+    x = tl.where((columns < hidden)[None, :], x, 0.0)
+    out = hidden_states + _cells(line, columns, width)
+    mask = is_real[:, None] & (columns < width)[None, :]
+    tl.store(out, x.to(hidden_states.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -1,19 +1,22 @@
 """Compile every kernel for every GPU architecture, without a GPU: `make kernels`.
 
 Triton writes PTX, the `ptxas` of its wheel turns it into cubins. Triton asks for the features of
-one exact chip (`sm_90a`), which these kernels do not use: they are assembled for the plain
-architecture, so that they also run on later chips of the same major version.
+one exact chip (`sm_90a`): where a kernel uses none of them it is assembled for the plain
+architecture, so that it also runs on later chips of the same major version.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -21,22 +24,27 @@ from typing import Any
 
 from ..errors import EdjeError, EngineError
 from ..files import publish_folder
-from .manifest import CUBINS, MANIFEST, Cubin, KernelEntry, KernelManifest, source_hash
-from .variants import (
-    COMPUTE_CAPABILITIES,
-    MAX_REGISTERS,
-    MAX_SHARED_BYTES,
-    Parameter,
-    Variant,
-    all_variants,
+from .manifest import (
+    CUBINS,
+    MANIFEST,
+    Cubin,
+    KernelEntry,
+    KernelManifest,
+    TensorMap,
+    passed_types,
+    source_hash,
 )
+from .variant import MAX_REGISTERS, MAX_SHARED_BYTES, Parameter, Variant
+from .variants import all_variants
 
 # PTX 8.7 is that of CUDA 12.8: its assembler knows every architecture, and drivers from r570 on
 # load what it writes.
 OPTIONS: dict[str, int | bool] = {"ptx_version": 87, "enable_fp_fusion": True}
 # Triton appends two addresses of scratch memory that these kernels do not use.
 SCRATCH = (Parameter("global_scratch", "*i8"), Parameter("profile_scratch", "*i8"))
-PTX_TYPES = {"i32": "u32", "i64": "u64", "fp32": "f32"}
+PTX_TYPES = {"i32": "u32", "i64": "u64", "fp32": "f32", "map": "b8[128]"}
+# Triton's numbers of element types that the driver numbers otherwise.
+ELEMENT_NUMBERS = {8: 10, 9: 8, 10: 9}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +65,7 @@ def build_all() -> tuple[KernelManifest, dict[str, bytes]]:
     triton = _triton()
     kernels: dict[str, KernelEntry] = {}
     files: dict[str, bytes] = {}
-    for variant in all_variants():
-        compiled = [compile_variant(variant, capability) for capability in COMPUTE_CAPABILITIES]
+    for variant, compiled in compile_variants(all_variants()):
         files |= {each.record.file: each.code for each in compiled}
         kernels[variant.name] = KernelEntry(
             compiled[0].symbol,
@@ -73,6 +80,22 @@ def build_all() -> tuple[KernelManifest, dict[str, bytes]]:
         raise EngineError("compiled kernels do not keep their limits", faults=faults)
     manifest = KernelManifest(source_hash(), triton.__version__, _ptxas_version(), OPTIONS, kernels)
     return manifest, files
+
+
+def compile_variants(
+    variants: Sequence[Variant],
+) -> Iterator[tuple[Variant, tuple[Compiled, ...]]]:
+    """Compile for all their architectures, in a process a core; yield in the given order.
+
+    Raises:
+        EngineError: as `compile_variant`.
+    """
+    jobs = [(variant, capability) for variant in variants for capability in variant.capabilities]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+        results = pool.map(compile_variant, *zip(*jobs, strict=True))
+        for variant in variants:
+            yield variant, tuple(next(results) for _ in variant.capabilities)
 
 
 def write(folder: Path, manifest: KernelManifest, files: dict[str, bytes]) -> None:
@@ -128,18 +151,19 @@ def compile_variant(variant: Variant, capability: str) -> Compiled:
     sm = capability.replace(".", "")
     with tempfile.TemporaryDirectory() as folder:
         compiled = _to_ptx(variant, int(sm), folder)
-        ptx = re.sub(r"^\.target sm_\d+a?", f".target sm_{sm}", compiled.asm["ptx"], flags=re.M)
-        check_parameters(variant, ptx)
-        code, log = _assemble(ptx, sm, Path(folder))
+        check_parameters(variant, compiled.asm["ptx"])
+        is_exact, code, log = assemble_ptx(compiled.asm["ptx"], sm, Path(folder))
     metadata = compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise EngineError(f"{variant.name} needs scratch memory, which launches do not give")
     record = Cubin(
         file=f"{variant.name}.sm_{sm}.cubin",
         compute_capability=capability,
+        exact=is_exact,
         num_bytes=len(code),
         sha256=hashlib.sha256(code).hexdigest(),
         shared_bytes=metadata.shared,
+        tensor_maps=tuple(_tensor_maps(variant, metadata.tensordesc_meta)),
         **read_resources(log),
     )
     return Compiled(metadata.name, code, record)
@@ -160,7 +184,7 @@ def _to_ptx(variant: Variant, sm: int, cache: str) -> Any:
         if parameter.multiple_of > 1
     }
     source = ASTSource(function, signature, dict(variant.constants), attributes)
-    options = {**OPTIONS, "num_warps": variant.num_warps}
+    options = {**OPTIONS, "num_warps": variant.num_warps, "num_stages": variant.num_stages}
     knobs = triton.knobs
     with knobs.cache.scope(), knobs.compilation.scope():
         knobs.cache.dir = cache
@@ -174,9 +198,10 @@ def check_parameters(variant: Variant, ptx: str) -> None:
     Raises:
         EngineError: they differ.
     """
-    found = re.findall(r"^\s*\.param \.(\w+)[^;\n]*_param_\d+,?$", ptx, re.M)
+    pattern = r"^\s*\.param (?:\.align \d+ )?\.(\w+)[^;\n]*_param_\d+(\[\d+\])?,?$"
+    found = ["".join(parts) for parts in re.findall(pattern, ptx, re.M)]
     parameters = (*variant.parameters, *SCRATCH)
-    expected = [PTX_TYPES.get(parameter.type, "u64") for parameter in parameters]
+    expected = [PTX_TYPES.get(kind, "u64") for kind in passed_types(parameters)]
     if found != expected:
         raise EngineError(f"{variant.name} takes {found} in PTX, expected {expected}")
 
@@ -191,15 +216,39 @@ def _ptxas_version() -> str:
     return shown.stdout.split(", V")[1].split()[0]
 
 
-def _assemble(ptx: str, sm: str, folder: Path) -> tuple[bytes, str]:
-    """Return the cubin and what the assembler says of its resources."""
+def _tensor_maps(variant: Variant, found: Sequence[Mapping[str, Any]]) -> Iterator[TensorMap]:
+    """Yield what launches must encode; Triton says it in the parameters' order."""
+    names = [item.name for item in variant.parameters if item.type.startswith("tensordesc")]
+    for name, each in zip(names, found or (), strict=True):
+        element = int(each["elem_type"])
+        yield TensorMap(
+            name,
+            int(each["swizzle"]),
+            ELEMENT_NUMBERS.get(element, element),
+            int(each["elem_size"]),
+            tuple(map(int, each["block_size"])),
+        )
+
+
+def assemble_ptx(ptx: str, sm: str, folder: Path) -> tuple[bool, bytes, str]:
+    """Assemble for the plain architecture, or where that has not what is used, for the chip.
+
+    Returns:
+        Whether it is for the very chip, the cubin, and what the assembler says of its resources.
+
+    Raises:
+        EngineError: neither takes it.
+    """
     source, target = folder / "kernel.ptx", folder / "kernel.cubin"
-    source.write_text(ptx, encoding="utf-8")
-    command = [_ptxas(), "-v", f"--gpu-name=sm_{sm}", "kernel.ptx", "-o", "kernel.cubin"]
-    shown = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if shown.returncode != 0:
-        raise EngineError(f"ptxas failed for sm_{sm}: {shown.stderr.strip()}")
-    return target.read_bytes(), shown.stderr
+    for is_exact in (False, True):
+        name = f"sm_{sm}a" if is_exact else f"sm_{sm}"
+        text = re.sub(r"^\.target sm_\d+a?", f".target {name}", ptx, flags=re.M)
+        source.write_text(text, encoding="utf-8")
+        command = [_ptxas(), "-v", f"--gpu-name={name}", "kernel.ptx", "-o", "kernel.cubin"]
+        shown = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if shown.returncode == 0:
+            return is_exact, target.read_bytes(), shown.stderr
+    raise EngineError(f"ptxas failed for sm_{sm}: {shown.stderr.strip()}")
 
 
 def read_resources(log: str) -> dict[str, int]:
@@ -219,9 +268,9 @@ def read_resources(log: str) -> dict[str, int]:
 def limit_faults(variant: Variant, kernels: dict[str, KernelEntry]) -> Iterator[str]:
     """Yield one sentence for every limit that a kernel's cubins break."""
     for cubin in kernels[variant.name].cubins:
-        limits = {
+        limits: dict[str, int] = {
             "registers": MAX_REGISTERS,
-            "shared_bytes": MAX_SHARED_BYTES,
+            "shared_bytes": MAX_SHARED_BYTES[cubin.compute_capability],
             "spill_bytes": 0,
             "stack_bytes": 0,
         }

@@ -11,8 +11,8 @@ import numpy as np
 from ..arrays import DeviceArray
 from ..errors import EngineError, named
 from .device.contract import Device, Kernel, Stream
-from .manifest import CUBINS, Cubin, KernelEntry, read_manifest
-from .variants import Parameter
+from .manifest import CUBINS, Cubin, KernelEntry, TensorMap, read_manifest
+from .variant import Parameter
 
 DTYPES = {
     name: np.dtype(name) for name in ("float16", "float32", "int8", "int32", "int64", "uint16")
@@ -33,6 +33,23 @@ def array_faults(
     same = array.dtype == known if known is not None else array.dtype.name == dtype
     if not same or array.shape != shape:
         yield f"{name}: got {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}"
+
+
+def rows_faults(
+    name: str, array: DeviceArray, dtype: str, num_rows: int, columns: int
+) -> Iterator[str]:
+    """Yield what is wrong with rows of 16-bit values; bfloat16 may be called uint16."""
+    alike = (dtype, "uint16") if dtype == "bfloat16" else (dtype,)
+    shape = array.shape
+    is_big_enough = len(shape) == 2 and shape[0] >= num_rows and shape[1] == columns
+    if array.dtype.name not in alike or not is_big_enough:
+        expected = f"{dtype} [at least {num_rows}, {columns}]"
+        yield f"{name}: got {array.dtype} {list(shape)}, expected {expected}"
+
+
+def stride_faults(name: str, stride: int, row: int) -> Iterator[str]:
+    if stride < row or stride % 16:
+        yield f"{name}: got {stride}, expected a multiple of 16, at least the row's {row}"
 
 
 def scales_faults(
@@ -57,30 +74,36 @@ def bounds_faults(name: str, value: int, most: int) -> Iterator[str]:
         yield f"{name}: got {value}, expected 1 to {most}"
 
 
+MOST_SLOTS = 2**31 - 256  # of all pairs together: places are 32-bit numbers
 SCALARS: dict[str, type[np.generic]] = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
 RANGES = {"i32": (-(2**31), 2**31 - 1), "i64": (-(2**63), 2**63 - 1)}
 ADDRESSES = (1, 2**64 - 1)
 SCRATCH = ("global_scratch", "profile_scratch")
+# What a launch gives for a parameter: a number, or for a tensor map an array of rows, with the
+# elements from one row to the next where they do not follow each other.
+Value = float | DeviceArray | tuple[DeviceArray, int]
 
 
 class LoadedKernel:
     """A kernel of this package, loaded and ready to launch."""
 
-    def __init__(self, name: str, entry: KernelEntry, cubin: Cubin, kernel: Kernel):
-        self.name, self.cubin, self._kernel = name, cubin, kernel
+    def __init__(self, name: str, entry: KernelEntry, cubin: Cubin, kernel: Kernel, device: Device):
+        self.name, self.cubin, self._kernel, self._device = name, cubin, kernel, device
+        self._maps = {each.name: each for each in cubin.tensor_maps}
         self.constants = entry.constants
         self._block = (32 * entry.num_warps, 1, 1)
         self._parameters = tuple(item for item in entry.parameters if item.name not in SCRATCH)
         self._names = {item.name for item in self._parameters}
         self._scratch = (np.uint64(0),) * (len(entry.parameters) - len(self._parameters))
 
-    def launch(self, stream: Stream, num_programs: int, **values: float) -> None:
+    def launch(self, stream: Stream, num_programs: int, **values: Value) -> None:
         """Run `num_programs` programs in the order of `stream`; returns at once.
 
         Args:
             stream: a stream of the device that loaded the kernel.
             num_programs: blocks, in x; 1 to 2^31 - 1.
-            values: every parameter by name: addresses, integers, floats.
+            values: every parameter by name: addresses, integers, floats; for a tensor map a
+                `DeviceArray` of rows, or that and the elements from one row to the next.
 
         Raises:
             EngineError: arguments that do not fit the kernel (all at once).
@@ -93,8 +116,10 @@ class LoadedKernel:
             arguments=self.arguments(**values),
         )
 
-    def arguments(self, **values: float) -> tuple[np.generic, ...]:
+    def arguments(self, **values: Value) -> tuple[np.generic, ...]:
         """Return the scalars that a launch passes, in the kernel's order and of its types.
+
+        A tensor map is 128 bytes, followed by its array's shape and strides.
 
         Raises:
             EngineError: as `launch`.
@@ -105,16 +130,27 @@ class LoadedKernel:
             message = f"{self.name}: missing [{named(missing)}], unknown [{named(unknown)}]"
             raise EngineError(message)
         faults = [
-            f"{item.name}: got {values[item.name]}, expected {_domain(item)}"
+            fault
             for item in self._parameters
-            if not _fits(item, values[item.name])
+            for fault in _value_faults(item, values[item.name], self._maps.get(item.name))
         ]
         if faults:
             raise EngineError(f"{self.name} does not take these arguments", faults=faults)
-        scalars = [
-            SCALARS.get(item.type, np.uint64)(values[item.name]) for item in self._parameters
-        ]
+        scalars: list[np.generic] = []
+        for item in self._parameters:
+            value = values[item.name]
+            if isinstance(value, (DeviceArray, tuple)):
+                scalars += self._encoded(self._maps[item.name], *_rows(value))
+            else:
+                scalars.append(SCALARS.get(item.type, np.uint64)(value))
         return (*scalars, *self._scratch)
+
+    def _encoded(self, form: TensorMap, array: DeviceArray, stride: int) -> Iterator[np.generic]:
+        yield self._device.tensor_map(
+            array, form.block, row_stride=stride, swizzle=form.swizzle, element=form.element
+        )
+        yield from map(np.int32, array.shape)
+        yield from (np.int64(stride), np.int64(1))
 
 
 class KernelLibrary:
@@ -136,6 +172,11 @@ class KernelLibrary:
         self._manifest = read_manifest(folder)
         self._loaded: dict[str, LoadedKernel] = {}
 
+    def has(self, name: str) -> bool:
+        """Return whether a kernel of this name runs on this GPU."""
+        entry = self._manifest.kernels.get(name)
+        return entry is not None and bool(_fitting(entry, self._capability))
+
     def kernel(self, name: str) -> LoadedKernel:
         """Return a kernel by the name of its variant, loaded at the first call.
 
@@ -148,26 +189,38 @@ class KernelLibrary:
                 raise EngineError(f"no kernel is called {name!r}", hint="see kernels/variants.py")
             cubin = choose_cubin(entry, self._capability)
             module = self._device.load_module(_read(self._folder / cubin.file, cubin))
-            self._loaded[name] = LoadedKernel(name, entry, cubin, module.kernel(entry.symbol))
+            kernel = module.kernel(entry.symbol, cubin.shared_bytes)
+            self._loaded[name] = LoadedKernel(name, entry, cubin, kernel, self._device)
         return self._loaded[name]
 
 
 def choose_cubin(entry: KernelEntry, compute_capability: tuple[int, int]) -> Cubin:
     """Return the cubin for a GPU: its own, else the latest before it of the same major version.
 
+    A cubin for one very chip runs on no later one.
+
     Raises:
         EngineError: there is none.
     """
+    if fitting := _fitting(entry, compute_capability):
+        return max(fitting, key=lambda cubin: _version(cubin.compute_capability))
     major, minor = compute_capability
-    built = {_version(cubin.compute_capability): cubin for cubin in entry.cubins}
-    fitting = [version for version in built if version[0] == major and version[1] <= minor]
-    if fitting:
-        return built[max(fitting)]
     known = ", ".join(cubin.compute_capability for cubin in entry.cubins)
     raise EngineError(
         f"no kernel was compiled for compute capability {major}.{minor}, only for {known}",
-        hint="add it to COMPUTE_CAPABILITIES in kernels/variants.py, then: make kernels",
+        hint="add it to COMPUTE_CAPABILITIES in kernels/variant.py, then: make kernels",
     )
+
+
+def _fitting(entry: KernelEntry, compute_capability: tuple[int, int]) -> list[Cubin]:
+    major, minor = compute_capability
+    versions = [(_version(cubin.compute_capability), cubin) for cubin in entry.cubins]
+    return [
+        cubin
+        for version, cubin in versions
+        if version == compute_capability
+        or (not cubin.exact and version[0] == major and version[1] <= minor)
+    ]
 
 
 def _version(text: str) -> tuple[int, int]:
@@ -189,7 +242,37 @@ def _read(path: Path, cubin: Cubin) -> bytes:
     return code
 
 
-def _fits(parameter: Parameter, value: float) -> bool:
+def _value_faults(parameter: Parameter, value: Value, form: TensorMap | None) -> Iterator[str]:
+    if form is not None:
+        yield from _map_faults(form, value)
+    elif not _fits(parameter, value):
+        yield f"{parameter.name}: got {value}, expected {_domain(parameter)}"
+
+
+def _map_faults(form: TensorMap, value: Value) -> Iterator[str]:
+    """Yield what the copy engine does not take: it counts in units of 16 bytes."""
+    if not isinstance(value, (DeviceArray, tuple)):
+        yield f"{form.name}: got {value}, expected an array in device memory"
+        return
+    array, stride = _rows(value)
+    if array.ndim != 2 or array.dtype.itemsize != form.element_bytes or not all(array.shape):
+        shown = f"{array.dtype} {list(array.shape)}"
+        yield f"{form.name}: got {shown}, expected rows of values of {form.element_bytes} bytes"
+    elif array.address % 16 or stride * form.element_bytes % 16 or stride < array.shape[1]:
+        yield (
+            f"{form.name}: got address {array.address} and rows {stride} apart, expected both on "
+            f"16 bytes, and rows of {array.shape[1]}"
+        )
+
+
+def _rows(value: DeviceArray | tuple[DeviceArray, int]) -> tuple[DeviceArray, int]:
+    """Return an array and the elements from one of its rows to the next."""
+    return value if isinstance(value, tuple) else (value, value.shape[-1])
+
+
+def _fits(parameter: Parameter, value: Value) -> bool:
+    if isinstance(value, (DeviceArray, tuple)):
+        return False
     if parameter.type == "fp32":
         return True
     low, high = RANGES.get(parameter.type, ADDRESSES)

@@ -8,18 +8,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 from ..arguments import read_fields
 from ..errors import EngineError
-from .variants import COMPUTE_CAPABILITIES, SOURCES, Parameter, all_variants
+from .variant import COMPUTE_CAPABILITIES, Parameter
+from .variants import SOURCES, all_variants
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CUBINS = Path(__file__).parent / "cubins"
 MANIFEST = "manifest.json"
+# What a tensor map is to a launch: itself, the array's shape, its strides in elements.
+TENSOR_MAP = ("map", "i32", "i32", "i64", "i64")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMap:
+    """How the compiler wants a parameter's tensor map encoded, in the driver's numbers.
+
+    Attributes:
+        name: of the parameter.
+        swizzle: a `CUtensorMapSwizzle`.
+        element: a `CUtensorMapDataType`.
+        element_bytes: size of one element.
+        block: rows and columns that one copy takes.
+    """
+
+    name: str
+    swizzle: int
+    element: int
+    element_bytes: int
+    block: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,22 +50,27 @@ class Cubin:
 
     Attributes:
         file: its name in the folder.
-        compute_capability: as `8.9`; runs on this one and on later ones of the same major.
+        compute_capability: as `8.9`; runs on this one, and unless `exact` on later ones of the
+            same major.
+        exact: whether it uses features of this very chip.
         sha256: of the file, lower-case hex.
         registers: 32-bit registers of a thread.
         shared_bytes: dynamic shared memory that a launch must ask for.
         spill_bytes: what registers did not hold: stores and loads together.
         stack_bytes: of a thread.
+        tensor_maps: one for each parameter that is one, in order.
     """
 
     file: str
     compute_capability: str
+    exact: bool
     num_bytes: int
     sha256: str
     registers: int
     shared_bytes: int
     spill_bytes: int
     stack_bytes: int
+    tensor_maps: tuple[TensorMap, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +89,10 @@ class KernelEntry:
     parameters: tuple[Parameter, ...]
     constants: Mapping[str, int | None]
     cubins: tuple[Cubin, ...]
+
+    def passed_types(self) -> tuple[str, ...]:
+        """Return the types of what a launch passes: `*fp16`, `i32`, ..., and `map` of 128 bytes."""
+        return passed_types(self.parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +114,15 @@ class KernelManifest:
     def to_json(self) -> str:
         """Return the file's text: the same manifest gives the same bytes."""
         return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
+
+
+def passed_types(parameters: Iterable[Parameter]) -> tuple[str, ...]:
+    """Return the types of what a launch passes for these parameters, in order."""
+    return tuple(
+        kind
+        for item in parameters
+        for kind in (TENSOR_MAP if item.type.startswith("tensordesc") else (item.type,))
+    )
 
 
 def source_hash() -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from .layer_variants import ACTIVATIONS, layer_variants
+from .variant import ELEMENTS, Parameter, Variant
 
-SOURCES = ("assemble.py", "gather_scatter.py", "top_k.py")
-COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
-
-MAX_REGISTERS = 255  # of a thread, on every GPU
-MAX_SHARED_BYTES = 48 << 10  # of a block, without asking the driver for more
-
+SOURCES = (
+    "assemble.py",
+    "attention.py",
+    "gather_scatter.py",
+    "norms.py",
+    "products.py",
+    "score.py",
+    "top_k.py",
+)
 # Of a gather or scatter, 8 kB a program: four loads of 16 bytes in flight in each of 128 threads.
 COPY_VECTORS = 512
 # Candidates that one program sorts. Twice as many double the cubins and save little: the blocks
@@ -19,41 +22,6 @@ TOP_K_BLOCK = 2048
 TOP_K_SIZES = (128, 1024)
 ASSEMBLE_COLUMNS = (512, 1024)
 MAX_SCORES = 65_536
-
-ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "int8": "i8"}  # NumPy's name -> Triton's
-
-
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """One parameter of a compiled kernel.
-
-    Attributes:
-        type: Triton's name: `*fp16` is an address, `i32`, `i64` and `fp32` are values.
-        multiple_of: what the compiler took for granted that the address or value divides by.
-    """
-
-    name: str
-    type: str
-    multiple_of: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One kernel to build: a Triton function with types and constants.
-
-    Attributes:
-        name: unique, names the cubins.
-        source, function: the module without `.py`, and the Triton function in it.
-        parameters: in order, without those that are constants.
-        constants: constexpr arguments; None is an array that this variant has not.
-    """
-
-    name: str
-    source: str
-    function: str
-    parameters: tuple[Parameter, ...]
-    constants: Mapping[str, int | None]
-    num_warps: int = 4
 
 
 def gather_name(token_dtype: str, row_dtype: str) -> str:
@@ -88,6 +56,7 @@ def all_variants() -> tuple[Variant, ...]:
             for columns in ASSEMBLE_COLUMNS
         ),
         *(variant for size in TOP_K_SIZES for variant in _top_k(size)),
+        *(variant for dtype in ACTIVATIONS for variant in layer_variants(dtype)),
     )
 
 
@@ -112,8 +81,8 @@ def _copy(function: str, name: str, token_dtype: str, numbers: Parameter) -> Var
         Parameter("tokens", "*i32", 16),
         *([Parameter("scales", "*i16")] if has_scales else []),
         numbers,
-        Parameter("out_tokens", "*i32", 16),
-        *([Parameter("out_scales", "*i16")] if has_scales else []),
+        Parameter("out_tokens", "*i32", 16, written=True),
+        *([Parameter("out_scales", "*i16", written=True)] if has_scales else []),
         Parameter("num_records", "i64"),
         Parameter("record_vectors", "i32"),
         *([Parameter("num_scales", "i32")] if has_scales else []),
@@ -134,9 +103,12 @@ def _assemble(token_dtype: str, out_dtype: str, columns: int) -> Variant:
         Parameter("rows", "*i32"),
         *(Parameter(name, "*fp32", 16) for name in ("words", "positions")),
         *(Parameter(name, "*fp32", 16) for name in ("norm_weight", "norm_bias")),
-        Parameter("hidden_states", f"*{ELEMENTS[out_dtype]}", 16),
+        Parameter("hidden_states", f"*{ELEMENTS[out_dtype]}", 16, written=True),
+        Parameter("lengths", "*i32", written=True),
+        Parameter("control", "*i64", written=True),
+        Parameter("scores", "i64"),
         *(Parameter(name, "i32") for name in (*sizes, "max_positions", "sep_id")),
-        Parameter("hidden", "i32", 16),
+        *(Parameter(name, "i32", 16) for name in ("hidden", "width")),
         Parameter("epsilon", "fp32"),
     ]
     constants: dict[str, int | None] = {"SLOTS": 4, "COLUMNS": columns}
@@ -148,15 +120,20 @@ def _assemble(token_dtype: str, out_dtype: str, columns: int) -> Variant:
 
 def _top_k(size: int) -> tuple[Variant, Variant]:
     blocks, merge = top_k_names(size)
-    select = [Parameter("scores", "*fp32"), Parameter("keys", "*i64", 16)]
+    scores = Parameter("scores", "*fp32")
+    select = [
+        scores,
+        Parameter("keys", "*i64", 16, written=True),
+        Parameter("num_scores", "i32"),
+    ]
     finish = [
-        *select,
-        Parameter("indices", "*i32"),
-        Parameter("values", "*fp32"),
+        scores,
+        Parameter("keys", "*i64", 16),
+        Parameter("indices", "*i32", written=True),
+        Parameter("values", "*fp32", written=True),
         Parameter("num_blocks", "i32"),
         Parameter("k", "i32"),
     ]
-    select.append(Parameter("num_scores", "i32"))
     sizes: dict[str, int | None] = {"BLOCK": TOP_K_BLOCK, "K": size}
     return (
         Variant(blocks, "top_k", "top_k_blocks", tuple(select), sizes, num_warps=16),

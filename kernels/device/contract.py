@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ...arrays import Array
+from ...arrays import Array, DeviceArray
 
 Grid = tuple[int, int, int]
 
@@ -153,7 +153,10 @@ class Kernel(Protocol):
             block: threads of a block in x, y, z.
             shared_bytes: dynamic shared memory of a block.
             arguments: NumPy scalars in the kernel's order and of its types: `np.uint64` for an
-                address, `np.int32`, `np.float32`, ...
+                address, `np.int32`, `np.float32`, ...; a tensor map is an `np.void` of 128 bytes.
+
+        Raises:
+            EngineError: a tensor map, where this device passes none.
         """
         ...
 
@@ -161,11 +164,14 @@ class Kernel(Protocol):
 class Module(Protocol):
     """Device code compiled ahead of time, loaded until the device is closed."""
 
-    def kernel(self, symbol: str) -> Kernel:
+    def kernel(self, symbol: str, shared_bytes: int = 0) -> Kernel:
         """Return the function `symbol`. Look it up once, not while requests run.
 
+        Args:
+            shared_bytes: the most dynamic shared memory that a launch will ask for.
+
         Raises:
-            EngineError: the module has no such function.
+            EngineError: the module has no such function, or the GPU not so much memory.
         """
         ...
 
@@ -263,6 +269,31 @@ class Device(Protocol):
 
         Raises:
             EngineError: this device runs no device code, or not this.
+        """
+        ...
+
+    def tensor_map(
+        self,
+        array: DeviceArray,
+        block: tuple[int, ...],
+        *,
+        row_stride: int,
+        swizzle: int,
+        element: int,
+    ) -> np.void:
+        """Encode how kernels copy blocks of an array: 128 bytes, a kernel's argument.
+
+        Nothing is read or written: it may be made while a graph is captured. Outside the array
+        copies read zeros and write nothing.
+
+        Args:
+            array: [rows, columns], on 16 bytes.
+            block: rows and columns of one copy.
+            row_stride: elements from one row to the next, a multiple of 16 bytes.
+            swizzle, element: the driver's numbers, as the manifest of kernels has them.
+
+        Raises:
+            EngineError: this device has no tensor maps, or the driver refuses this one.
         """
         ...
 

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from ...arrays import Array
+from ...arrays import Array, DeviceArray
 from ...errors import EngineError
 from . import contract as protocol
+from .arguments import ArgumentBlock
 from .facts import BINDINGS, call, capability_key, gpu_fault, reason
-from .gpu import DeviceMemory, Free, GpuDevice, GpuStream, PinnedMemory, own, stream_handle
+from .gpu import (
+    SHARED_UNASKED,
+    DeviceMemory,
+    Free,
+    GpuDevice,
+    GpuStream,
+    PinnedMemory,
+    own,
+    stream_handle,
+)
 
 CORE = "cuda.core"
 LEAST = "1.2"
 INSTALL = "pip install 'edje-runtime[gpu]'"
+TENSOR_MAP_BYTES = 128
 _SUCCESS, _NOT_READY = 0, 600  # CUresult
 
 
@@ -94,11 +106,13 @@ class CoreGraph:
 
 
 class CoreKernel:
-    """A kernel of a loaded cubin."""
+    """A kernel of a loaded cubin, launched by the driver's call with packed arguments."""
 
-    def __init__(self, core: Any, raw: Any):
-        self._core = core
-        self._raw = raw
+    def __init__(self, driver: Any, function: Any, owner: Any):
+        self._driver, self._function = driver, function
+        self._owner = owner  # unloads the code when it is forgotten
+        self._blocks: dict[tuple[np.dtype[Any], ...], ArgumentBlock] = {}
+        self._lock = threading.Lock()
 
     def launch(
         self,
@@ -109,22 +123,35 @@ class CoreKernel:
         shared_bytes: int,
         arguments: Sequence[np.generic],
     ) -> None:
-        config = self._core.LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes)
-        self._core.launch(own(stream, CoreStream).raw, config, self._raw, *arguments)
+        handle = own(stream, CoreStream).handle
+        types = tuple(argument.dtype for argument in arguments)
+        with self._lock:  # the driver copies what is packed before it returns
+            packed = self._blocks.get(types)
+            if packed is None:
+                packed = self._blocks[types] = ArgumentBlock(types)
+            packed.write(arguments)
+            launch = (*grid, *block, shared_bytes, handle, packed.address, 0)
+            call(self._driver, "cuLaunchKernel", self._function, *launch)
 
 
 class CoreModule:
     """A loaded cubin."""
 
-    def __init__(self, core: Any, raw: Any):
-        self._core = core
-        self._raw = raw
+    def __init__(self, device: CudaCoreDevice, driver: Any, raw: Any):
+        self._device, self._driver, self._raw = device, driver, raw
 
-    def kernel(self, symbol: str) -> CoreKernel:
+    def kernel(self, symbol: str, shared_bytes: int = 0) -> CoreKernel:
         try:
-            return CoreKernel(self._core, self._raw.get_kernel(symbol))
+            owner = self._raw.get_kernel(symbol)
+            with self._device.current():
+                function = call(self._driver, "cuKernelGetFunction", owner.handle)
+                if shared_bytes > SHARED_UNASKED:
+                    attributes = self._driver.CUfunction_attribute
+                    most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                    call(self._driver, "cuFuncSetAttribute", function, most, shared_bytes)
         except Exception as error:
             raise EngineError(f"the module has no kernel {symbol}: {error}") from error
+        return CoreKernel(self._driver, function, owner)
 
 
 class CudaCoreDevice(GpuDevice):
@@ -191,9 +218,44 @@ class CudaCoreDevice(GpuDevice):
     def load_module(self, code: bytes) -> CoreModule:
         try:
             with self.current():
-                return CoreModule(self._core, self._core.ObjectCode.from_cubin(code))
+                raw = self._core.ObjectCode.from_cubin(code)
+                return CoreModule(self, self._driver, raw)
         except Exception as error:
             raise EngineError(f"{self.name} cannot load this cubin: {error}") from error
+
+    def tensor_map(
+        self,
+        array: DeviceArray,
+        block: tuple[int, ...],
+        *,
+        row_stride: int,
+        swizzle: int,
+        element: int,
+    ) -> np.void:
+        """Encode by the driver's call; it counts dimensions from the innermost."""
+        driver = self._driver
+        wide, narrow = driver.cuuint64_t, driver.cuuint32_t
+        row_bytes = row_stride * array.dtype.itemsize
+        try:
+            encoded = call(
+                driver,
+                "cuTensorMapEncodeTiled",
+                driver.CUtensorMapDataType(element),
+                len(block),
+                array.address,
+                [wide(size) for size in reversed(array.shape)],
+                [wide(row_bytes)],
+                [narrow(size) for size in reversed(block)],
+                [narrow(1) for _ in block],
+                driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+                driver.CUtensorMapSwizzle(swizzle),
+                driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        except Exception as error:
+            shown = f"{array.dtype} {list(array.shape)}, rows {row_stride} apart"
+            raise EngineError(f"{self.name} takes no tensor map of {shown}: {error}") from error
+        return np.void(ctypes.string_at(encoded.getPtr(), TENSOR_MAP_BYTES))
 
     def fault(self) -> str | None:
         """Ask for the state of a stream: a broken context gives its error to every call."""

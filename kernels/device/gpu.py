@@ -20,6 +20,7 @@ from ...errors import EngineError
 from . import contract as protocol
 
 Free = Callable[[], object]
+SHARED_UNASKED = 48 << 10  # bytes of a block's dynamic memory that need no permission
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...arrays import DeviceArray
 from ...errors import EngineError
 from ...machine import available_memory_bytes
 from . import contract as protocol
@@ -251,6 +252,17 @@ class HostDevice:
 
     def load_module(self, code: bytes) -> protocol.Module:
         raise EngineError("the host device runs no device code")
+
+    def tensor_map(
+        self,
+        array: DeviceArray,
+        block: tuple[int, ...],
+        *,
+        row_stride: int,
+        swizzle: int,
+        element: int,
+    ) -> np.void:
+        raise EngineError("the host device has no tensor maps")
 
     def fault(self) -> str | None:
         return None

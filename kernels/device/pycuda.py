@@ -12,14 +12,24 @@ from typing import Any
 
 import numpy as np
 
-from ...arrays import Array
+from ...arrays import Array, DeviceArray
 from ...errors import EngineError
 from . import contract as protocol
 from .facts import driver_fault
-from .gpu import DeviceMemory, Free, GpuDevice, GpuStream, PinnedMemory, own, stream_handle
+from .gpu import (
+    SHARED_UNASKED,
+    DeviceMemory,
+    Free,
+    GpuDevice,
+    GpuStream,
+    PinnedMemory,
+    own,
+    stream_handle,
+)
 
 DRIVER = "pycuda.driver"
 INSTALL = "pip install 'edje-runtime[pycuda]' (it compiles: CUDA headers and a compiler needed)"
+NO_TENSOR_MAPS = "the pycuda device passes no tensor maps to kernels; the cuda_core device does"
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 
 
@@ -77,6 +87,8 @@ class PycudaKernel:
         shared_bytes: int,
         arguments: Sequence[np.generic],
     ) -> None:
+        if any(isinstance(argument, np.void) for argument in arguments):
+            raise EngineError(NO_TENSOR_MAPS)
         raw = own(stream, PycudaStream).raw
         self._raw(*arguments, grid=grid, block=block, shared=shared_bytes, stream=raw)
 
@@ -84,12 +96,17 @@ class PycudaKernel:
 class PycudaModule:
     """A loaded cubin."""
 
-    def __init__(self, raw: Any):
+    def __init__(self, driver: Any, raw: Any):
+        self._driver = driver
         self._raw = raw
 
-    def kernel(self, symbol: str) -> PycudaKernel:
+    def kernel(self, symbol: str, shared_bytes: int = 0) -> PycudaKernel:
         try:
-            return PycudaKernel(self._raw.get_function(symbol))
+            function = self._raw.get_function(symbol)
+            if shared_bytes > SHARED_UNASKED:
+                most = self._driver.function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES
+                function.set_attribute(most, shared_bytes)
+            return PycudaKernel(function)
         except Exception as error:
             raise EngineError(f"the module has no kernel {symbol}: {error}") from error
 
@@ -151,11 +168,22 @@ class PycudaDevice(GpuDevice):
     def load_module(self, code: bytes) -> PycudaModule:
         try:
             with self.current():
-                module = PycudaModule(self._driver.module_from_buffer(code))
+                module = PycudaModule(self._driver, self._driver.module_from_buffer(code))
         except Exception as error:
             raise EngineError(f"{self.name} cannot load this cubin: {error}") from error
         self._owned.append(module.forget)
         return module
+
+    def tensor_map(
+        self,
+        array: DeviceArray,
+        block: tuple[int, ...],
+        *,
+        row_stride: int,
+        swizzle: int,
+        element: int,
+    ) -> np.void:
+        raise EngineError(NO_TENSOR_MAPS)
 
     def fault(self) -> str | None:
         """Ask for the state of a stream: a broken context gives its error to every call."""

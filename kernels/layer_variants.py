@@ -1,0 +1,185 @@
+"""The variants that an encoder's layers and head run; `layers` launches them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .variant import ELEMENTS, POINTER_CAPABILITIES, TMA_CAPABILITIES, Parameter, Variant
+
+ACTIVATIONS = ("float16", "bfloat16")
+GELU_FORMS = {"none": 0, "exact": 1, "tanh": 2}
+
+
+class Tile(NamedTuple):
+    """What one program of a product takes at once, and how it is compiled."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    num_warps: int
+    num_stages: int
+
+
+TMA_TILES = {
+    "128x64x64": Tile(128, 64, 64, 4, 4),
+    "64x128x64": Tile(64, 128, 64, 4, 4),
+    "128x128x64": Tile(128, 128, 64, 8, 3),
+    "64x64x64": Tile(64, 64, 64, 4, 4),
+}
+POINTER_TILES = {
+    "128x64x64": Tile(128, 64, 64, 4, 3),
+    "64x128x64": Tile(64, 128, 64, 4, 3),
+    "64x64x64": Tile(64, 64, 64, 4, 3),
+}
+ATTENTION_HEADS = (32, 64)
+ATTENTION_KEYS = 64  # in a block; the rest of a pair's keys is one block of TAILS
+ATTENTION_TAILS = (16, 32, 64)
+# Queries that a program takes: of all slots, or of the CLS row alone. The latter has one tail
+# only: what it saves is less than what three more cubins weigh.
+ALL_QUERIES, ONE_QUERY = 64, 16
+NORM_COLUMNS = (128, 512, 1024)
+NORM_ROWS = 4
+SCORE_PAIRS = 16
+
+
+def product_name(dtype: str, gelu: str, tile: str) -> str:
+    """Return the name of the product that loads through pointers."""
+    return f"product_{dtype}_{gelu}_{tile}"
+
+
+def product_tma_name(dtype: str, gelu: str, tile: str) -> str:
+    """Return the name of the product whose tiles the copy engine fetches."""
+    return f"product_tma_{dtype}_{gelu}_{tile}"
+
+
+def attention_name(dtype: str, head: int, queries: int, tail: int) -> str:
+    """Return the name for heads of `head` values, `queries` at once, a last block of `tail`."""
+    return f"attention_{dtype}_{head}_q{queries}_t{tail}"
+
+
+def attention_blocks(num_queries: int, num_slots: int) -> tuple[int, int]:
+    """Return the queries of a program and the size of the last block of keys."""
+    if num_queries <= ONE_QUERY:
+        return ONE_QUERY, ATTENTION_KEYS
+    rest = num_slots % ATTENTION_KEYS or ATTENTION_KEYS
+    return ALL_QUERIES, min(tail for tail in ATTENTION_TAILS if tail >= rest)
+
+
+def add_norm_name(dtype: str, columns: int) -> str:
+    """Return the name for rows of at most `columns` values."""
+    return f"add_norm_{dtype}_{columns}"
+
+
+def score_name(dtype: str) -> str:
+    """Return the name for CLS rows of this dtype."""
+    return f"score_{dtype}"
+
+
+def layer_variants(dtype: str) -> Iterator[Variant]:
+    """Yield everything that an encoder's layers and head run on activations of this dtype."""
+    for gelu in GELU_FORMS:
+        yield from (_product(dtype, gelu, tile) for tile in POINTER_TILES)
+        yield from (_product_tma(dtype, gelu, tile) for tile in TMA_TILES)
+    for head in ATTENTION_HEADS:
+        yield from (_attention(dtype, head, ALL_QUERIES, tail) for tail in ATTENTION_TAILS)
+        yield _attention(dtype, head, ONE_QUERY, ATTENTION_KEYS)
+    yield from (_add_norm(dtype, columns) for columns in NORM_COLUMNS)
+    yield _score(dtype)
+
+
+def _product(dtype: str, gelu: str, tile: str) -> Variant:
+    address = f"*{ELEMENTS[dtype]}"
+    parameters = (
+        *(Parameter(name, address, 16) for name in ("x", "weight")),
+        Parameter("bias", "*fp32", 16),
+        Parameter("out", address, 16, written=True),
+        Parameter("control", "*i64"),
+        Parameter("rows_per_pair", "i32"),
+        *(Parameter(name, "i32", 16) for name in ("x_stride", "num_out", "num_in")),
+    )
+    shape = POINTER_TILES[tile]
+    return Variant(
+        product_name(dtype, gelu, tile),
+        "products",
+        "product",
+        parameters,
+        _product_constants(shape, gelu),
+        shape.num_warps,
+        shape.num_stages,
+        POINTER_CAPABILITIES,
+    )
+
+
+def _product_tma(dtype: str, gelu: str, tile: str) -> Variant:
+    shape, element = TMA_TILES[tile], ELEMENTS[dtype]
+    parameters = (
+        Parameter("x", f"tensordesc<{element}[{shape.rows},{shape.inputs}]>"),
+        Parameter("weight", f"tensordesc<{element}[{shape.outputs},{shape.inputs}]>"),
+        Parameter("bias", "*fp32", 16),
+        Parameter("out", f"tensordesc<{element}[{shape.rows},{shape.outputs}]>", written=True),
+        Parameter("control", "*i64"),
+        Parameter("rows_per_pair", "i32"),
+        *(Parameter(name, "i32", 16) for name in ("num_out", "num_in")),
+    )
+    return Variant(
+        product_tma_name(dtype, gelu, tile),
+        "products",
+        "product_tma",
+        parameters,
+        _product_constants(shape, gelu),
+        shape.num_warps,
+        shape.num_stages,
+        TMA_CAPABILITIES,
+    )
+
+
+def _product_constants(tile: Tile, gelu: str) -> dict[str, int | None]:
+    sizes = {"BLOCK_ROWS": tile.rows, "BLOCK_OUT": tile.outputs, "BLOCK_IN": tile.inputs}
+    return {**sizes, "GELU": GELU_FORMS[gelu]}
+
+
+def _attention(dtype: str, head: int, queries: int, tail: int) -> Variant:
+    address = f"*{ELEMENTS[dtype]}"
+    strides = ("query_stride", "query_pair_stride", "key_stride", "out_stride")
+    parameters = (
+        *(Parameter(name, address, 16) for name in ("queries", "keys", "values")),
+        Parameter("out", address, 16, written=True),
+        Parameter("lengths", "*i32"),
+        Parameter("control", "*i64"),
+        *(Parameter(name, "i32", 16) for name in strides),
+        *(Parameter(name, "i32") for name in ("num_queries", "num_slots")),
+        *(Parameter(name, "i32") for name in ("text_slots", "num_heads")),
+    )
+    sizes: dict[str, int | None] = {"HEAD": head, "BLOCK_Q": queries, "TAIL": tail}
+    name = attention_name(dtype, head, queries, tail)
+    return Variant(name, "attention", "attention", parameters, sizes, num_stages=2)
+
+
+def _add_norm(dtype: str, columns: int) -> Variant:
+    address = f"*{ELEMENTS[dtype]}"
+    parameters = (
+        *(Parameter(name, address, 16) for name in ("x", "residual")),
+        *(Parameter(name, "*fp32", 16) for name in ("weight", "bias")),
+        Parameter("out", address, 16, written=True),
+        Parameter("control", "*i64"),
+        Parameter("rows_per_pair", "i32"),
+        *(Parameter(name, "i32", 16) for name in ("residual_stride", "hidden", "width")),
+        Parameter("epsilon", "fp32"),
+    )
+    sizes: dict[str, int | None] = {"ROWS": NORM_ROWS, "COLUMNS": columns}
+    return Variant(add_norm_name(dtype, columns), "norms", "add_norm", parameters, sizes)
+
+
+def _score(dtype: str) -> Variant:
+    # What `control` points to is written, not `control`.
+    parameters = (
+        Parameter("cls", f"*{ELEMENTS[dtype]}", 16),
+        *(Parameter(f"pooler_{name}", "*fp32", 16) for name in ("weight", "bias")),
+        Parameter("classifier_weight", "*fp32", 16),
+        Parameter("classifier_bias", "*fp32"),
+        Parameter("control", "*i64"),
+        Parameter("width", "i32", 16),
+    )
+    sizes: dict[str, int | None] = {"PAIRS": SCORE_PAIRS, "BLOCK_OUT": 64, "BLOCK_IN": 32}
+    return Variant(score_name(dtype), "score", "score", parameters, sizes)
