@@ -30,11 +30,14 @@ class Parameter:
     Attributes:
         type: Triton's name: `*fp16` is an address, `i32`, `i64` and `fp32` are values.
         multiple_of: what the compiler took for granted that the address or value divides by.
+        written: whether the kernel writes what it points to. An `i64` that is written is an
+            address that the kernel passes on, to a later one that writes there.
     """
 
     name: str
     type: str
     multiple_of: int = 1
+    written: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +115,8 @@ def _copy(function: str, name: str, token_dtype: str, numbers: Parameter) -> Var
         Parameter("tokens", "*i32", 16),
         *([Parameter("scales", "*i16")] if has_scales else []),
         numbers,
-        Parameter("out_tokens", "*i32", 16),
-        *([Parameter("out_scales", "*i16")] if has_scales else []),
+        Parameter("out_tokens", "*i32", 16, written=True),
+        *([Parameter("out_scales", "*i16", written=True)] if has_scales else []),
         Parameter("num_records", "i64"),
         Parameter("record_vectors", "i32"),
         *([Parameter("num_scales", "i32")] if has_scales else []),
@@ -134,7 +137,7 @@ def _assemble(token_dtype: str, out_dtype: str, columns: int) -> Variant:
         Parameter("rows", "*i32"),
         *(Parameter(name, "*fp32", 16) for name in ("words", "positions")),
         *(Parameter(name, "*fp32", 16) for name in ("norm_weight", "norm_bias")),
-        Parameter("hidden_states", f"*{ELEMENTS[out_dtype]}", 16),
+        Parameter("hidden_states", f"*{ELEMENTS[out_dtype]}", 16, written=True),
         *(Parameter(name, "i32") for name in (*sizes, "max_positions", "sep_id")),
         Parameter("hidden", "i32", 16),
         Parameter("epsilon", "fp32"),
@@ -148,17 +151,22 @@ def _assemble(token_dtype: str, out_dtype: str, columns: int) -> Variant:
 
 def _top_k(size: int) -> tuple[Variant, Variant]:
     blocks, merge = top_k_names(size)
-    select = [Parameter("scores", "*fp32"), Parameter("keys", "*i64", 16)]
-    finish = [
-        *select,
-        Parameter("indices", "*i32"),
-        Parameter("values", "*fp32"),
+    scores = Parameter("scores", "*fp32")
+    select = (
+        scores,
+        Parameter("keys", "*i64", 16, written=True),
+        Parameter("num_scores", "i32"),
+    )
+    finish = (
+        scores,
+        Parameter("keys", "*i64", 16),
+        Parameter("indices", "*i32", written=True),
+        Parameter("values", "*fp32", written=True),
         Parameter("num_blocks", "i32"),
         Parameter("k", "i32"),
-    ]
-    select.append(Parameter("num_scores", "i32"))
+    )
     sizes: dict[str, int | None] = {"BLOCK": TOP_K_BLOCK, "K": size}
     return (
-        Variant(blocks, "top_k", "top_k_blocks", tuple(select), sizes, num_warps=16),
-        Variant(merge, "top_k", "top_k_merge", tuple(finish), {"K": size}, num_warps=4),
+        Variant(blocks, "top_k", "top_k_blocks", select, sizes, num_warps=16),
+        Variant(merge, "top_k", "top_k_merge", finish, {"K": size}, num_warps=4),
     )
