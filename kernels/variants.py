@@ -106,7 +106,7 @@ def _assemble(token_dtype: str, out_dtype: str, columns: int) -> Variant:
         Parameter("hidden_states", f"*{ELEMENTS[out_dtype]}", 16, written=True),
         Parameter("lengths", "*i32", written=True),
         Parameter("control", "*i64", written=True),
-        Parameter("scores", "i64"),
+        Parameter("scores", "i64", written=True),
         *(Parameter(name, "i32") for name in (*sizes, "max_positions", "sep_id")),
         *(Parameter(name, "i32", 16) for name in ("hidden", "width")),
         Parameter("epsilon", "fp32"),

@@ -6,7 +6,6 @@ races or layouts; writing beside an array fails. With a GPU, the same tests run 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,13 +21,14 @@ from edje.kernels.launch import KernelLibrary
 from edje.kernels.operations import Assemble, DeviceEmbeddings, TopK
 from edje.kernels.records import GatherTokens, ScatterTokens
 from edje.kernels.references import Embeddings
-from interpreted_kernels import InterpretedDevice, Run, interpreter
+from interpreted_kernels import Interpreter
+from recording_device import RecordingDevice
 
 a_few = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-class GpuKernels:
-    """Copies arrays to a device of `runtime/device` and, at `finish`, back to where they were."""
+class KernelsOn:
+    """Copies arrays to a device and, at `finish`, back to where they were."""
 
     def __init__(self, device: Any):
         """`device` stays the caller's, and current; its memory lives until it is closed."""
@@ -57,24 +57,17 @@ class GpuKernels:
         self._copies.clear()
 
 
-@pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    if sys.platform != "linux":
-        pytest.skip("Triton is made for Linux only")
-    with interpreter() as run:
-        yield run
-
-
-@pytest.fixture(scope="module", params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[Any]:
     """What runs kernels: `memory(array)`, `library`, `stream`, and `finish()` to see results."""
-    if request.param == "interpreter":
-        yield InterpretedDevice(request.getfixturevalue("run"))
-        return
-    gpu = CudaCoreDevice()
-    with gpu.current():
-        yield GpuKernels(gpu)
-    gpu.close()
+    if request.param == "gpu":
+        opened: Any = CudaCoreDevice()
+    else:
+        opened = RecordingDevice(None, kernels=request.getfixturevalue("interpreted"))
+    with opened.current():
+        yield KernelsOn(opened)
+    opened.close()
+    assert getattr(opened, "races", []) == []
 
 
 def tokens_of(
@@ -285,13 +278,15 @@ SPECIAL = [0.0, -0.0, float("nan"), float("inf"), float("-inf"), 1.5, -1.5, 3.0e
 
 @settings(a_few, max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), num_scores=st.integers(1, 300), data=st.data())
-def test_top_k_in_small_blocks(run: Run, seed: int, num_scores: int, data: st.DataObject) -> None:
+def test_top_k_in_small_blocks(
+    interpreted: Interpreter, seed: int, num_scores: int, data: st.DataObject
+) -> None:
     rng = np.random.default_rng(seed)
     array = rng.standard_normal(num_scores).astype(np.float32)
     some = rng.random(num_scores) < data.draw(st.sampled_from([0.0, 0.2, 1.0]))
     array[some] = rng.choice(np.array(SPECIAL, np.float32), some.sum())
     k = data.draw(st.integers(1, min(16, num_scores)))
-    num_blocks = -(-len(array) // 64)
+    run, num_blocks = interpreted.run, -(-len(array) // 64)
     select = {
         "scores": array,
         "keys": np.zeros((num_blocks, 16), np.int64),

@@ -16,7 +16,8 @@ from edje.errors import EngineError
 from edje.kernels.launch import KernelLibrary, LoadedKernel, choose_cubin
 from edje.kernels.manifest import CUBINS, read_manifest
 from edje.kernels.variants import all_variants
-from recording_loader import RecordingLoader
+from launches import Launch, NotedKernels
+from recording_device import RecordingDevice
 
 NAME = "gather_tokens_int8_by_int64"
 SIZES = {"i32": 4, "i64": 8, "fp32": 4}
@@ -32,9 +33,9 @@ VALUES = {
 }
 
 
-def load(name: str = NAME) -> tuple[RecordingLoader, LoadedKernel]:
-    loader = RecordingLoader()
-    return loader, KernelLibrary(loader, (9, 0)).kernel(name)
+def load(name: str = NAME) -> tuple[RecordingDevice, LoadedKernel]:
+    device = RecordingDevice(0, kernels=NotedKernels())
+    return device, KernelLibrary(device, (9, 0)).kernel(name)
 
 
 @pytest.mark.parametrize(
@@ -64,24 +65,19 @@ def test_a_gpu_without_kernels_is_named(capability: tuple[int, int]) -> None:
 
 
 def test_a_kernel_is_loaded_once_and_launched_as_the_manifest_says() -> None:
-    loader = RecordingLoader()
-    library = KernelLibrary(loader, (8, 9))
-    assert loader.loaded == []
+    device = RecordingDevice(0, kernels=NotedKernels())
+    library = KernelLibrary(device, (8, 9))
+    assert device.loaded == []
     kernel = library.kernel("top_k_merge_1024")
     assert library.kernel("top_k_merge_1024") is kernel
-    assert loader.loaded == [(CUBINS / "top_k_merge_1024.sm_89.cubin").read_bytes()]
+    assert device.loaded == [(CUBINS / "top_k_merge_1024.sm_89.cubin").read_bytes()]
     values = {"scores": 16, "keys": 32, "indices": 48, "values": 64, "num_blocks": 7, "k": 5}
-    kernel.launch("a stream", 3, **values)
-    (launch,) = loader.launches
-    arguments = launch.pop("arguments")
-    assert launch == {
-        "symbol": "top_k_merge",
-        "stream": "a stream",
-        "grid": (3, 1, 1),
-        "block": (128, 1, 1),
-        "shared_bytes": kernel.cubin.shared_bytes,
-    }
-    assert [int(value) for value in arguments] == [16, 32, 48, 64, 7, 5, 0, 0]
+    with device.current():
+        kernel.launch(stream := device.stream(), 3, **values)
+    arguments = tuple(map(np.uint64, (16, 32, 48, 64))) + tuple(map(np.int32, (7, 5)))
+    shared_bytes = kernel.cubin.shared_bytes
+    how = ((3, 1, 1), (128, 1, 1), shared_bytes, (*arguments, np.uint64(0), np.uint64(0)))
+    assert device.launches == [Launch("top_k_merge_1024", "top_k_merge", stream, *how)]
 
 
 @pytest.mark.parametrize("name", [variant.name for variant in all_variants()])
@@ -107,13 +103,13 @@ def test_wrong_names_are_named() -> None:
 
 
 def test_all_values_that_do_not_fit_are_named_at_once() -> None:
-    loader, kernel = load()
+    device, kernel = load()
     wrong = {"tokens": 8, "rows": 0, "num_records": 2**63, "record_vectors": 2**31}
     with pytest.raises(EngineError) as raised:
         kernel.launch(None, 1, **{**VALUES, **wrong})
     assert [fault.split(":")[0] for fault in raised.value.faults] == list(wrong)
     assert raised.value.faults[0] == "tokens: got 8, expected an address that 16 divides"
-    assert loader.launches == []
+    assert device.launches == []
 
 
 @given(st.integers(-(2**33), 2**33), st.sampled_from(["num_scales", "record_vectors"]))
@@ -136,7 +132,7 @@ def test_a_fraction_is_no_integer() -> None:
 
 def test_an_unknown_kernel_is_named() -> None:
     with pytest.raises(EngineError, match="'gather'"):
-        KernelLibrary(RecordingLoader(), (9, 0)).kernel("gather")
+        KernelLibrary(RecordingDevice(0), (9, 0)).kernel("gather")
 
 
 @pytest.mark.parametrize(("damage", "fault"), [(b"\0", "is damaged"), (None, "cannot be read")])
@@ -149,7 +145,7 @@ def test_a_damaged_or_missing_cubin_is_refused(
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-1] + damage + b"\0")
-    library = KernelLibrary(RecordingLoader(), (9, 0), folder=folder)
+    library = KernelLibrary(RecordingDevice(0), (9, 0), folder=folder)
     with pytest.raises(EngineError, match=fault):
         library.kernel(NAME)
 

@@ -473,11 +473,17 @@ class Copy:
             references.scatter_tokens(tokens, self.numbers, out, **more)
 
 
+def name_of(code: bytes) -> str | None:
+    """Return the name of the kernel that this cubin of ours holds; None for other code."""
+    digest = hashlib.sha256(code).hexdigest()
+    kernels = read_manifest().kernels.items()
+    return next((n for n, e in kernels if any(cubin.sha256 == digest for cubin in e.cubins)), None)
+
+
 def entry_of(code: bytes) -> KernelEntry | None:
     """Return the entry of the manifest that this cubin belongs to; None for other code."""
-    digest = hashlib.sha256(code).hexdigest()
-    entries = read_manifest().kernels.values()
-    return next((e for e in entries if any(cubin.sha256 == digest for cubin in e.cubins)), None)
+    name = name_of(code)
+    return None if name is None else read_manifest().kernels[name]
 
 
 def copy_of(entry: KernelEntry, num_programs: int, arguments: Sequence[np.generic]) -> Copy:
