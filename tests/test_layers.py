@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "engines": ENGINES,
     "engines.precision": ENGINES,
     "engines.tensorrt": ENGINES,
+    "engines.native": {*ENGINES, "engines.precision"},
     "engines.builder": {*ENGINES, "engines.precision"},
     "export": {GROUND},
     "runtime": ONLINE_PATH,

@@ -199,6 +199,11 @@ class Device(Protocol):
         """Major and minor of a GPU, which chooses its kernels; None where none run."""
         ...
 
+    @property
+    def num_processors(self) -> int:
+        """How many multiprocessors a GPU has; 0 where no kernels run."""
+        ...
+
     def current(self) -> AbstractContextManager[object]:
         """Return a `with` block in which this thread's calls go to this device."""
         ...

@@ -183,6 +183,7 @@ class CudaCoreDevice(GpuDevice):
         self.name = str(self._raw.name)
         major, minor = self._raw.compute_capability
         self.compute_capability = int(major), int(minor)
+        self.num_processors = int(self._raw.properties.multiprocessor_count)
 
     def sibling(self) -> CudaCoreDevice:
         return CudaCoreDevice(self._index)

@@ -86,10 +86,12 @@ class GpuDevice(ABC):
     Attributes:
         name: as the driver says it.
         compute_capability: major and minor.
+        num_processors: its multiprocessors.
     """
 
     name: str
     compute_capability: tuple[int, int]
+    num_processors: int
     shares_memory = False
     offers_graphs: bool
 

@@ -201,6 +201,7 @@ class HostDevice:
     name = "host"
     shares_memory = True
     compute_capability = None
+    num_processors = 0
     offers_graphs = True
 
     def __init__(self) -> None:

@@ -143,6 +143,7 @@ class PycudaDevice(GpuDevice):
             self.name = str(gpu.name())
             major, minor = gpu.compute_capability()
             self.compute_capability = int(major), int(minor)
+            self.num_processors = int(gpu.multiprocessor_count)
             self._set_up = self._driver.Stream(_NON_BLOCKING)
 
     def sibling(self) -> PycudaDevice:

@@ -29,6 +29,7 @@ from edje.kernels.manifest import KernelEntry, read_manifest
 
 GPU_NAME = "NVIDIA Stand-in 80GB"
 CUBIN = b"cubin of the stand-in"
+NUM_PROCESSORS = 4
 PRIMARY, FOREIGN = "primary context", "foreign context"
 
 
@@ -326,6 +327,7 @@ class FakeCoreDevice:
     def __init__(self, machine: Machine):
         self.machine = machine
         self.compute_capability = machine.capability
+        self.properties = SimpleNamespace(multiprocessor_count=NUM_PROCESSORS)
         self.context = SimpleNamespace(handle=PRIMARY)
 
     def set_current(self) -> None:
@@ -380,7 +382,9 @@ class FakePycudaContext:
 
     def get_device(self) -> Any:
         return SimpleNamespace(
-            name=lambda: GPU_NAME, compute_capability=lambda: self.machine.capability
+            name=lambda: GPU_NAME,
+            compute_capability=lambda: self.machine.capability,
+            multiprocessor_count=NUM_PROCESSORS,
         )
 
 

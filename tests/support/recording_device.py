@@ -273,6 +273,7 @@ class RecordingDevice:
     name = "recording"
     shares_memory = False
     compute_capability = (9, 0)
+    num_processors = 4
     offers_graphs = True
 
     def __init__(self, seed: int | None, *, kernels: Kernels | None = None):

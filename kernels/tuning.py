@@ -1,6 +1,6 @@
 """Which tile each product of a layer takes on which GPU: tables that `make tune` measures.
 
-A table is `<compute capability>.json`. Where no card has been measured, it says what its tiles
+A table is `tuning/<compute capability>.json`. Where no card has been measured, it says what its tiles
 were chosen by.
 """
 
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ...arguments import read_fields
-from ...errors import EngineError
+from ..arguments import read_fields
+from ..errors import EngineError
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "tuning"
 FORMAT_VERSION = 1
 
 
