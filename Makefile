@@ -22,7 +22,7 @@ DEMO_EXTRAS := cpu,build,export,index
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types sizes docs bench gpu kernels train clean
+.PHONY: help setup demo test check lint types sizes docs bench gpu tune kernels train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -65,6 +65,10 @@ bench: $(INSTALLED) ## measure store, pipeline and engines into .cache/perf (min
 gpu: $(if $(VENV),$(INSTALLED)) ## measure all that needs an NVIDIA GPU (9 minutes; GPU_ARGS=--help)
 	@mkdir -p .mypy && ln -sfn .. .mypy/edje
 	$(if $(VENV),$(BIN)/python,PYTHONPATH='$(CURDIR)/.mypy' $(PYTHON)) -m edje.perf.gpu_run $(GPU_ARGS)
+
+tune: $(if $(VENV),$(INSTALLED)) ## time the GPU kernels' tiles on the GPU at hand (90 s), into kernels/tuning
+	@mkdir -p .mypy && ln -sfn .. .mypy/edje
+	$(if $(VENV),$(BIN)/python,PYTHONPATH='$(CURDIR)/.mypy' $(PYTHON)) -m edje.perf.gpu_tune $(GPU_ARGS)
 
 kernels: $(INSTALLED) ## compile the GPU kernels for every architecture (no GPU, under a minute)
 	$(BIN)/python -m edje.kernels.build

@@ -1,6 +1,6 @@
 """Which tile each product of a layer takes on which GPU: tables that `make tune` measures.
 
-A table is `tuning/<compute capability>.json`. Where no card has been measured, it says what its tiles
+A table is `tuning/<compute capability>.json`. Where no card was measured, it says what its tiles
 were chosen by.
 """
 

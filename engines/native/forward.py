@@ -100,10 +100,12 @@ class Forward:
 
     def assemble(self, batch: Batch, scores: DeviceArray, stream: Stream) -> None:
         """Embed a batch of at most the plan's pairs, and note where its scores go."""
-        text = (batch.text_ids, batch.text_length, batch.query_of_pair, batch.visual_tokens)
         memory = self._memory
         self._assemble.enqueue(
-            *(cast(DeviceArray, array) for array in text),
+            cast(DeviceArray, batch.text_ids),
+            cast(DeviceArray, batch.text_length),
+            cast(DeviceArray, batch.query_of_pair),
+            cast(DeviceArray, batch.visual_tokens),
             memory.order[: len(batch)],
             memory.hidden,
             lengths=memory.lengths,
@@ -127,7 +129,8 @@ class Forward:
         """Run a whole layer over every slot."""
         memory, width = self._memory, self.plan.width
         self._product(QKV, self._linear(layer_path(layer, QKV)), memory.hidden, memory.qkv, rows)
-        queries, keys, values = (columns(memory.qkv, at * width, width) for at in range(3))
+        queries = columns(memory.qkv, 0, width)
+        keys, values = (columns(memory.qkv, at * width, width) for at in (1, 2))
         self._attend(bucket, (queries, keys, values), 3 * width, rows)
         self._finish(layer, memory.hidden, rows)
 
@@ -145,7 +148,11 @@ class Forward:
         self._finish(layer, memory.cls, cls, residual_stride=stride)
 
     def _attend(
-        self, bucket: int, qkv: tuple[DeviceArray, ...], key_stride: int, rows: Rows
+        self,
+        bucket: int,
+        qkv: tuple[DeviceArray, DeviceArray, DeviceArray],
+        key_stride: int,
+        rows: Rows,
     ) -> None:
         """Let each row of `rows` attend to every real slot of its pair: `context`."""
         memory = self._memory

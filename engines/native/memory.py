@@ -32,23 +32,24 @@ def upload(device: Device, arrays: Mapping[str, Array]) -> dict[str, DeviceArray
     Raises:
         EngineError: the device has too little memory.
     """
-    most = max(array.nbytes for array in arrays.values())
+    bytes_of = np.dtype(np.uint8)
+    held = {name: device.memory(array.nbytes, bytes_of) for name, array in arrays.items()}
     staging = device.sibling()
     try:
-        pinned = staging.pinned(most, np.dtype(np.uint8))
+        pinned = staging.pinned(max(array.nbytes for array in arrays.values()), bytes_of)
         stream, copied = staging.stream(), staging.event()
-        found = {}
         for name, array in arrays.items():
-            memory = device.memory(array.nbytes, np.dtype(np.uint8))
             pinned.view((array.nbytes,))[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            stream.upload(memory, pinned, array.nbytes)
+            stream.upload(held[name], pinned, array.nbytes)
             stream.record(copied)
             copied.synchronize()
-            held = cast(DeviceArray, memory.view((array.nbytes,)))
-            found[name] = DeviceArray(held.address, array.shape, array.dtype)
-        return found
     finally:
         staging.close()
+    views = {name: cast(DeviceArray, each.view((1,))) for name, each in held.items()}
+    return {
+        name: DeviceArray(views[name].address, array.shape, array.dtype)
+        for name, array in arrays.items()
+    }
 
 
 def columns(array: DeviceArray, first: int, width: int) -> DeviceArray:

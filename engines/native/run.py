@@ -7,6 +7,7 @@ batch of its size. What differs between batches, `assemble` writes into two word
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from threading import Lock
 from typing import cast
 
@@ -98,10 +99,8 @@ class _StreamRun:
         for bucket in plan.text_buckets:
             forward.enqueue(bucket, self._sizes[0], self._stream)
             for size in self._sizes:
-                self._graphs[bucket, size] = device.capture(
-                    lambda on, bucket=bucket, size=size: forward.enqueue(bucket, size, on),
-                    self._stream,
-                )
+                work = partial(forward.enqueue, bucket, size)
+                self._graphs[bucket, size] = device.capture(work, self._stream)
 
     def enqueue(self, batch: Batch, scores: DeviceArray) -> None:
         """Run one batch of at most `max_pairs` pairs; returns at once."""
