@@ -23,12 +23,15 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import xxhash
 
 from edje.kernels.variants import Variant
 from launches import DESCRIPTOR, VARIANTS, TensorMap, bind, block_of, pointed
 from shared_arena import Arena, Block, free_addresses, map_at
 
+# One thread: sums come in the same order, and tiles are too small to share.
+ENVIRONMENT = {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 NUMPY = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
 
 
@@ -140,14 +143,10 @@ class Interpreter:
     def _start(self) -> bool:
         """Start the process with the interpreter on; return whether the arena has a place there."""
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        before = os.environ.get("TRITON_INTERPRET")
-        os.environ["TRITON_INTERPRET"] = "1"
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in ENVIRONMENT.items():
+                patch.setenv(name, value)
             return self._pool.submit(_attach, self.arena.path, self.arena.address).result()
-        finally:
-            os.environ.pop("TRITON_INTERPRET")
-            if before is not None:
-                os.environ["TRITON_INTERPRET"] = before
 
 
 @contextmanager
