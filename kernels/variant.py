@@ -32,8 +32,7 @@ class Parameter:
         type: Triton's name: `*fp16` is an address, `i32`, `i64` and `fp32` are values,
             `tensordesc<fp16[128,64]>` is a tensor map of a 2-D array and its block.
         multiple_of: what the compiler took for granted that the address or value divides by.
-        written: whether the kernel writes what this points to. An `i64` that is written is an
-            address that the kernel passes on, to a later one that writes there.
+        written: whether the kernel writes what this points to.
     """
 
     name: str

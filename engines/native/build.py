@@ -13,13 +13,12 @@ from ...errors import EngineError
 from ...kernels.tuning import Tuning, read_tuning
 from ..contract import BuildJob
 from ..precision.graph import Graph
-from .plan import MOST_PAIRS_AT_ONCE, Plan
+from .plan import HEADS, MOST_PAIRS_AT_ONCE, Plan
 from .weights import ATTENTION_NORM, FFN_NORM, take_weights, write_weights
 
 if TYPE_CHECKING:
     import onnx
 
-HEAD_SIZES = (32, 64)
 MOST_HIDDEN = 1024
 _NORM = "LayerNormalization"
 
@@ -37,7 +36,7 @@ def build(job: BuildJob, capabilities: Sequence[str], element: str) -> Mapping[s
     """
     graph = Graph.read(job.graph)
     plan = make_plan(job, graph, capabilities, element)
-    write_weights(job.out, take_weights(graph, plan.num_layers, element))
+    write_weights(job.out, take_weights(graph, plan))
     plan.write(job.out)
     return {"compute_capabilities": list(capabilities)}
 
@@ -52,13 +51,15 @@ def make_plan(job: BuildJob, graph: Graph, capabilities: Sequence[str], element:
     nodes = {item.name: item for item in graph.nodes}
     tables: dict[str, Tuning] = {each: read_tuning(each) for each in capabilities}
     faults = []
-    if sizes.hidden // sizes.num_heads not in HEAD_SIZES:
+    if sizes.hidden // sizes.num_heads > HEADS[-1]:
         faults.append(
-            f"heads: {sizes.hidden // sizes.num_heads} values each, the kernels take "
-            f"{' or '.join(map(str, HEAD_SIZES))}"
+            f"heads: {sizes.hidden // sizes.num_heads} values each, the kernels take at most "
+            f"{HEADS[-1]}"
         )
-    if sizes.hidden > MOST_HIDDEN:
-        faults.append(f"hidden: {sizes.hidden}, the kernels take at most {MOST_HIDDEN}")
+    if sizes.hidden > MOST_HIDDEN or sizes.hidden % 16:
+        faults.append(
+            f"hidden: {sizes.hidden}, the kernels take multiples of 16 up to {MOST_HIDDEN}"
+        )
     activation = _activation(nodes)
     if activation is None:
         faults.append("activation: the kernels know GELU, by erf and by tanh, and no other")

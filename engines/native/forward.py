@@ -73,7 +73,7 @@ class Forward:
             (bucket, num_queries): Attention(
                 library,
                 dtype=plan.element,
-                head=plan.head_size,
+                head=plan.head,
                 num_heads=plan.num_heads,
                 text_slots=bucket,
                 num_slots=plan.num_slots(bucket),
@@ -127,7 +127,7 @@ class Forward:
 
     def _layer(self, layer: int, bucket: int, rows: Rows) -> None:
         """Run a whole layer over every slot."""
-        memory, width = self._memory, self.plan.width
+        memory, width = self._memory, self.plan.attention
         self._product(QKV, self._linear(layer_path(layer, QKV)), memory.hidden, memory.qkv, rows)
         queries = columns(memory.qkv, 0, width)
         keys, values = (columns(memory.qkv, at * width, width) for at in (1, 2))
@@ -136,11 +136,11 @@ class Forward:
 
     def _last_layer(self, layer: int, bucket: int, rows: Rows) -> None:
         """Run the last layer: keys and values of every slot, everything else for the CLS rows."""
-        memory, width = self._memory, self.plan.width
+        memory, width = self._memory, self.plan.attention
         weight, bias = self._linear(layer_path(layer, QKV))
         both = as_rows_of(memory.qkv, 2 * width)
         self._product(QKV, (weight[width:], bias[width:]), memory.hidden, both, rows)
-        cls, stride = rows._replace(rows_per_pair=1), rows.rows_per_pair * width
+        cls, stride = rows._replace(rows_per_pair=1), rows.rows_per_pair * self.plan.width
         query = weight[:width], bias[:width]
         self._product(QKV, query, memory.hidden, memory.queries, cls, x_stride=stride)
         keys, values = (columns(both, at * width, width) for at in range(2))

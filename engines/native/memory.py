@@ -69,15 +69,15 @@ def as_rows_of(array: DeviceArray, width: int) -> DeviceArray:
 class Activations:
     """What the kernels of one forward write and read, with room for the plan's largest batch.
 
-    R rows are the slots of all pairs, P pairs; W and I are the plan's `width` and `wide`.
+    R rows are the slots of all pairs, P pairs; W, A, I the plan's `width`, `attention`, `wide`.
 
     Attributes:
         hidden: [R, W]: the hidden states; every layer overwrites them.
-        qkv: [R, 3 W]: queries, keys and values.
-        context: [R, W]: what attention gives; its padded columns are 0 from the start.
+        qkv: [R, 3 A]: queries, keys and values.
+        context: [R, A]: what attention gives; its padded columns are 0 from the start.
         update: [R, W]: what is added to the hidden states next.
         wide: [R, I]: between the two products of the feed-forward.
-        queries, cls: [P, W]: of the last layer, which goes on with each pair's first row.
+        queries, cls: [P, A], [P, W]: of the last layer, which goes on with each pair's first row.
         lengths: int32 [P]: the text slots of each pair that are no padding.
         control: int64 [2]: where the scores go, and how many pairs there are.
         order: int32 [P]: 0, 1, ...: a batch's own tokens, as records by their numbers.
@@ -92,16 +92,16 @@ class Activations:
         pairs, element = plan.max_pairs, NUMPY_TYPES[plan.element]
         rows = pairs * plan.num_slots(plan.text_buckets[-1])
         known = {
-            "context": np.zeros((rows, plan.width), element),
+            "context": np.zeros((rows, plan.attention), element),
             "control": np.zeros(2, np.int64),
             "order": np.arange(pairs, dtype=np.int32),
         }
         held = upload(device, known)
         self.context, self.control, self.order = (held[name] for name in known)
         self.hidden = allocate(device, element, rows, plan.width)
-        self.qkv = allocate(device, element, rows, 3 * plan.width)
+        self.qkv = allocate(device, element, rows, 3 * plan.attention)
         self.update = allocate(device, element, rows, plan.width)
         self.wide = allocate(device, element, rows, plan.wide)
-        self.queries = allocate(device, element, pairs, plan.width)
+        self.queries = allocate(device, element, pairs, plan.attention)
         self.cls = allocate(device, element, pairs, plan.width)
         self.lengths = allocate(device, np.dtype(np.int32), pairs)

@@ -15,6 +15,8 @@ PLAN = "plan.json"
 FORMAT_VERSION = 1
 # Rows and columns of activations are padded to this, so that no tile of a product is cut.
 ALIGNMENT = 128
+# Columns of a head that the kernels know; smaller heads are padded to the next.
+HEADS = (32, 64)
 # The products of a layer, as `kernels/tuning` names them: each has one tile, whatever the batch.
 STEPS = (QKV, ATTENTION_OUTPUT, FFN1, FFN2)
 # More pairs go in parts: from here on the GPU is full, and activations of 128 slots take 1 GB.
@@ -80,9 +82,14 @@ class Plan:
         return padded(self.intermediate)
 
     @property
-    def head_size(self) -> int:
-        """Columns of one head."""
-        return self.hidden // self.num_heads
+    def head(self) -> int:
+        """Columns of one head, padding included."""
+        return next(size for size in HEADS if size >= self.hidden // self.num_heads)
+
+    @property
+    def attention(self) -> int:
+        """Columns of queries, of keys, of values and of what attention gives, padding included."""
+        return padded(self.num_heads * self.head)
 
     def num_slots(self, text_slots: int) -> int:
         """Return the slots of one pair: text, visual tokens, SEP."""

@@ -26,7 +26,7 @@ from ...bundle import (
     weight_name,
 )
 from ...errors import EngineError
-from .plan import padded
+from .plan import Plan
 
 if TYPE_CHECKING:
     from ..precision.graph import Graph
@@ -37,18 +37,18 @@ NORM, WORDS, POSITIONS = "embeddings/norm", "embeddings.words", "embeddings.posi
 POOLER, CLASSIFIER = "pooler", "classifier"
 
 
-def take_weights(graph: Graph, num_layers: int, element: str) -> dict[str, Array]:
+def take_weights(graph: Graph, plan: Plan) -> dict[str, Array]:
     """Return a graph's weights by the names that `forward` reads them.
 
-    Products [num_out, num_in] are of type `element` (bfloat16 as uint16), everything else is
-    float32. Rows and columns are padded, but for the embeddings.
+    Products [num_out, num_in] are of the plan's element type (bfloat16 as uint16), everything else
+    is float32. Rows and columns are padded, but for the embeddings.
 
     Raises:
         EngineError: weights that the bundle's graphs have are not there (all named).
     """
-    taken = _Weights(graph, element)
+    taken = _Weights(graph, plan)
     found = {**taken.embeddings(), **taken.head()}
-    for number in range(num_layers):
+    for number in range(plan.num_layers):
         for part, weight, bias in taken.layer(number):
             path = layer_path(number, part)
             found |= {weight_name(path): weight, weight_name(path, "bias"): bias}
@@ -87,8 +87,8 @@ def read_weights(folder: Path) -> dict[str, Array]:
 class _Weights:
     """Finds a graph's weights, whichever type a pass has given them, and pads them."""
 
-    def __init__(self, graph: Graph, element: str):
-        self._graph, self._element = graph, element
+    def __init__(self, graph: Graph, plan: Plan):
+        self._graph, self._plan, self._element = graph, plan, plan.element
         self.missing: list[str] = []
 
     def embeddings(self) -> dict[str, Array]:
@@ -105,7 +105,7 @@ class _Weights:
         """Return the pooler [width, width] and the classifier [width], float32, padded."""
         names = (*_both(POOLER), *_both(CLASSIFIER))
         pooler, pooler_bias, classifier, classifier_bias = map(self._float32, names)
-        width = padded(len(pooler_bias))
+        width = self._plan.width
         padded_arrays = (
             _in_zeros(pooler.T, width, width),
             _in_zeros(pooler_bias, width),
@@ -116,22 +116,35 @@ class _Weights:
 
     def layer(self, number: int) -> Iterator[tuple[str, Array, Float32]]:
         """Yield the parts of a layer that have weights: name, weight, bias."""
+        plan = self._plan
         maps = [self._linear(number, part) for part in (QUERY, KEY, VALUE)]
-        weight = np.concatenate([weight for weight, _ in maps])
-        yield QKV, self._typed(weight), np.concatenate([bias for _, bias in maps])
-        for part in (ATTENTION_OUTPUT, FFN1, FFN2):
+        weights = [_in_zeros(self._by_heads(w), plan.attention, plan.width) for w, _ in maps]
+        biases = [_in_zeros(self._by_heads(bias), plan.attention) for _, bias in maps]
+        yield QKV, self._typed(np.concatenate(weights)), np.concatenate(biases)
+        shapes = {
+            ATTENTION_OUTPUT: (plan.width, plan.attention),
+            FFN1: (plan.wide, plan.width),
+            FFN2: (plan.width, plan.wide),
+        }
+        for part, shape in shapes.items():
             weight, bias = self._linear(number, part)
-            yield part, self._typed(weight), bias
+            if part == ATTENTION_OUTPUT:
+                weight = self._by_heads(weight.T).T
+            yield part, self._typed(_in_zeros(weight, *shape)), _in_zeros(bias, shape[0])
         for part in (ATTENTION_NORM, FFN_NORM):
             norm_weight, norm_bias = map(self._float32, _both(layer_path(number, part)))
-            width = padded(len(norm_bias))
-            yield part, _in_zeros(norm_weight, width), _in_zeros(norm_bias, width)
+            yield part, _in_zeros(norm_weight, plan.width), _in_zeros(norm_bias, plan.width)
 
     def _linear(self, number: int, part: str) -> tuple[Float32, Float32]:
-        """Return a linear's weight [num_out, num_in] and bias [num_out], padded."""
+        """Return a linear's weight [num_out, num_in] and bias [num_out]."""
         weight, bias = map(self._float32, _both(layer_path(number, part)))
-        shape = tuple(map(padded, weight.T.shape))
-        return _in_zeros(weight.T, *shape), _in_zeros(bias, shape[0])
+        return weight.T, bias
+
+    def _by_heads(self, values: Float32) -> Float32:
+        """Return rows of heads [hidden, ...] with each head padded: [heads * head, ...]."""
+        heads, rest = self._plan.num_heads, values.shape[1:]
+        split = values.reshape(heads, -1, *rest)
+        return _in_zeros(split, heads, self._plan.head, *rest).reshape(-1, *rest)
 
     def _typed(self, values: Float32) -> Array:
         """Return float32 values, which are of the element type already, in its bits."""

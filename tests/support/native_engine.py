@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from edje.arrays import DeviceArray
+from edje.bundle import BundleManifest
 from edje.engines.contract import INPUTS, Batch
 from edje.engines.manifest import EngineManifest
 from edje.engines.native.plan import Plan
@@ -19,47 +19,61 @@ from edje.engines.native.weights import read_weights
 from recording_device import RecordingDevice
 
 
+def native_engine(folder: Path, device: RecordingDevice, **changed: Any) -> NativeEngine:
+    """Open an engine folder on a device; `changed` are fields of its plan."""
+    plan = replace(Plan.read(folder), **changed)
+    return NativeEngine(EngineManifest.read(folder), plan, read_weights(folder), device)
+
+
 @contextmanager
-def opened(
+def native_scorer(
     folder: Path, kernels: Any, *, capability: tuple[int, int] = (9, 0), **changed: Any
-) -> Iterator[tuple[NativeEngine, RecordingDevice]]:
-    """Open an engine folder on a new device; `changed` are fields of its plan."""
+) -> Iterator[HostScorer]:
+    """Open an engine folder on a device of its own, which does everything at once, in order."""
     device = RecordingDevice(None, kernels=kernels)
     device.compute_capability = capability
-    plan = replace(Plan.read(folder), **changed)
-    engine = NativeEngine(EngineManifest.read(folder), plan, read_weights(folder), device)
+    engine = native_engine(folder, device, **changed)
     with device.current():
-        yield engine, device
-    engine.close()
+        yield HostScorer(engine, device)
+        engine.close()
 
 
 class HostScorer:
-    """Scores batches of host arrays as the pipeline does, through memory made once."""
+    """Scores batches of host arrays; everything goes through one stream."""
 
-    def __init__(self, engine: NativeEngine, device: RecordingDevice, max_pairs: int = 64):
-        self._engine, self._device = engine, device
+    def __init__(self, engine: NativeEngine, device: RecordingDevice):
+        self.engine, self.device = engine, device
         self._stream, self._done = device.stream(), device.event()
-        self._scores = device.memory(max_pairs, np.dtype(np.float32))
-        self._found = device.pinned(max_pairs, np.dtype(np.float32))
 
-    def score(self, batch: Batch) -> np.ndarray:
-        """Return the scores of a batch: float32 [P]."""
-        names = (*INPUTS, "visual_scales")
-        held = {name: self._sent(getattr(batch, name)) for name in names}
-        scores = self._scores.view((len(batch),))
-        self._engine.enqueue(Batch(**held), scores, stream=self._stream)
-        self._stream.download(self._found, self._scores, len(batch))
+    def __call__(self, batch: Batch) -> np.ndarray:
+        """Return the scores: float32 [P]."""
+        held = {name: self._sent(getattr(batch, name)) for name in (*INPUTS, "visual_scales")}
+        found = self.device.pinned(len(batch), np.dtype(np.float32))
+        scores = self.device.mirror(found)
+        self.engine.enqueue(Batch(**held), scores.view((len(batch),)), stream=self._stream)
+        self._stream.download(found, scores, len(batch))
         self._stream.record(self._done)
         self._done.synchronize()
-        assert not self._device.races, self._device.races
-        return self._found.view((len(batch),)).copy()
+        assert not self.device.races, self.device.races
+        return found.view((len(batch),)).copy()
 
     def _sent(self, array: np.ndarray | None) -> Any:
         if array is None:
             return None
-        pinned = self._device.pinned(array.size, array.dtype)
-        target = self._device.mirror(pinned)
+        pinned = self.device.pinned(array.size, array.dtype)
+        target = self.device.mirror(pinned)
         pinned.view(array.shape)[...] = array
         self._stream.upload(target, pinned, array.size)
-        view = target.view(array.shape)
-        return view
+        return target.view(array.shape)
+
+
+def random_batch(bundle: BundleManifest, bucket: int, num_pairs: int, seed: int) -> Batch:
+    """Return pairs of up to three queries of any length that the bucket takes."""
+    rng, sizes = np.random.default_rng(seed), bundle.sizes
+    num_queries = int(rng.integers(1, 4))
+    lengths = rng.integers(2, bucket + 1, num_queries).astype(np.int32)
+    ids = rng.integers(1, sizes.vocab_size, (num_queries, bucket)).astype(np.int32)
+    ids[np.arange(bucket) >= lengths[:, None]] = 0
+    shape = num_pairs, sizes.num_tokens, sizes.hidden
+    tokens = rng.standard_normal(shape, np.float32).astype(np.float16)
+    return Batch(ids, lengths, rng.integers(0, num_queries, num_pairs).astype(np.int32), tokens)

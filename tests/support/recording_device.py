@@ -142,7 +142,11 @@ class RecordingStream:
     clock: Clock = field(default_factory=dict)
     error: BaseException | None = None
     is_captured: bool = False
-    handle: int = 0
+
+    @property
+    def handle(self) -> int:
+        """Another one for every stream, as engines tell them apart by it."""
+        return self.place + 1
 
     def submit(
         self,
