@@ -38,7 +38,7 @@ def build(job: BuildJob, capabilities: Sequence[str], element: str) -> Mapping[s
     plan = make_plan(job, graph, capabilities, element)
     write_weights(job.out, take_weights(graph, plan))
     plan.write(job.out)
-    return {"compute_capabilities": list(capabilities)}
+    return {"compute_capabilities": list(capabilities), "tuning": dict(plan.tuning)}
 
 
 def make_plan(job: BuildJob, graph: Graph, capabilities: Sequence[str], element: str) -> Plan:

@@ -256,6 +256,7 @@ class RecordingGraph:
         self._device.fail_if_asked("launch")
         for work, known in self._captured:
             stream.submit(self._failing(work), **known)
+        self._device.num_graph_launches += 1
         self._launched = Access(stream.place, stream.clock[stream.place], "a launch")
 
     def close(self) -> None:
@@ -303,6 +304,7 @@ class RecordingDevice:
         self.lose_after: int | None = None  # operations
         self.failures: dict[str, int] = {}
         self.num_run = 0
+        self.num_graph_launches = 0
         self.closed = False
 
     @contextmanager
