@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +18,8 @@ from pretended_gpu import GPU_NAME, Machine, pretend_gpu
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    yield pretend_gpu(monkeypatch)
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return pretend_gpu(monkeypatch)
 
 
 def test_without_a_gpu_it_builds_and_says_why_it_does_not_run(native_folder: Any) -> None:
@@ -28,7 +27,7 @@ def test_without_a_gpu_it_builds_and_says_why_it_does_not_run(native_folder: Any
     reason = backend.why_not("fp16")
     assert reason is not None
     assert "NVIDIA" in reason
-    with pytest.raises(EngineError, match="cannot run here: native fp16: .*NVIDIA"):
+    with pytest.raises(EngineError, match=r"cannot run here: native fp16: .*NVIDIA"):
         open_engine(native_folder())
 
 
@@ -63,7 +62,7 @@ def test_options_of_other_backends_and_unknown_gpus_are_refused() -> None:
     with pytest.raises(EngineError, match="no optimization_level") as raised:
         require_builder("native", "fp16", BuildOptions(optimization_level=3))
     assert "--optimization-level" in str(raised.value.hint)
-    with pytest.raises(EngineError, match="no kernels for 7.5, only for 8.0"):
+    with pytest.raises(EngineError, match=r"no kernels for 7\.5, only for 8\.0"):
         require_builder("native", "fp16", BuildOptions(compute_capabilities=("7.5",)))
     with pytest.raises(EngineError, match="has no precision 'fp32', expected fp16 or bf16"):
         require_builder("native", "fp32", BuildOptions())
