@@ -14,6 +14,7 @@ from ...kernels.tuning import Tuning, read_tuning
 from ..contract import BuildJob
 from ..precision.graph import Graph
 from .plan import HEADS, MOST_PAIRS_AT_ONCE, Plan
+from .report import write_report
 from .weights import ATTENTION_NORM, FFN_NORM, take_weights, write_weights
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def build(job: BuildJob, capabilities: Sequence[str], element: str) -> Mapping[s
     plan = make_plan(job, graph, capabilities, element)
     write_weights(job.out, take_weights(graph, plan))
     plan.write(job.out)
-    return {"compute_capabilities": list(capabilities), "tuning": dict(plan.tuning)}
+    report = write_report(job.out, plan) if job.options.report else {}
+    return {"compute_capabilities": list(capabilities), "tuning": dict(plan.tuning), **report}
 
 
 def make_plan(job: BuildJob, graph: Graph, capabilities: Sequence[str], element: str) -> Plan:

@@ -45,6 +45,16 @@ def test_it_is_built_for_the_gpus_that_are_asked_for(tiny_bundle: Path, tmp_path
     assert "--compute-capability 9.0 --compute-capability 8.6" in command
 
 
+def test_the_report_says_what_each_kernel_takes(tiny_bundle: Path, tmp_path: Path) -> None:
+    options = EngineOptions(backend_options=BuildOptions(report=True))
+    build_engine(tiny_bundle, tmp_path / "e", backend="native", precision="fp16", options=options)
+    report = json.loads((tmp_path / "e" / "report.json").read_text())
+    assert report["kernels"].keys() == set(tuned_capabilities())
+    for rows in report["kernels"].values():
+        assert {row["step"] for row in rows} >= STEPS
+        assert all(row["spill_bytes"] == 0 < row["registers"] for row in rows)
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_padding_is_zero_and_weights_are_the_graphs(
     native_folder: Any, tiny_bundle: Path, precision: str

@@ -1,0 +1,81 @@
+"""`report.json`: the kernels that a native engine launches, with what each takes of a GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...bundle import FFN1, QKV
+from ...kernels.launch import choose_cubin
+from ...kernels.layer_variants import (
+    NORM_COLUMNS,
+    add_norm_name,
+    attention_blocks,
+    attention_name,
+    product_name,
+    product_tma_name,
+    score_name,
+)
+from ...kernels.manifest import read_manifest
+from ...kernels.tuning import read_tuning
+from ...kernels.variant import TMA_CAPABILITIES
+from ...kernels.variants import ASSEMBLE_COLUMNS, assemble_name
+from .plan import Plan
+
+REPORT = "report.json"
+
+
+def write_report(folder: Path, plan: Plan) -> Mapping[str, Any]:
+    """Write `report.json` into `folder`; return the manifest's entry for it."""
+    values = {
+        "tuning": {each: read_tuning(each).table.conditions for each in plan.tiles},
+        "kernels": {
+            each: [_described(each, *used) for used in _kernels(plan, each)] for each in plan.tiles
+        },
+    }
+    (folder / REPORT).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    return {"report": REPORT}
+
+
+def _kernels(plan: Plan, capability: str) -> Iterator[tuple[str, str, int, float | None]]:
+    """Yield step, kernel, launches a forward and measured microseconds on one architecture."""
+    element, whole = plan.element, plan.num_layers - 1
+    columns = min(size for size in ASSEMBLE_COLUMNS if size >= plan.width)
+    yield "assemble", assemble_name(plan.token_dtype, element, columns), 1, None
+    name_of = product_tma_name if capability in TMA_CAPABILITIES else product_name
+    measured = read_tuning(capability).table.measured_us.get(element, {})
+    for step, tile in plan.tiles[capability].items():
+        name = name_of(element, plan.activation if step == FFN1 else "none", tile)
+        times = plan.num_layers + (step == QKV)  # the last layer asks for its CLS rows apart
+        yield step, name, times, measured.get(step, {}).get(tile)
+    for bucket in plan.text_buckets:
+        num_slots = plan.num_slots(bucket)
+        blocks = attention_blocks(num_slots, num_slots)
+        step = f"attention, {bucket} text slots"
+        yield step, attention_name(element, plan.head, *blocks), whole, None
+    blocks = attention_blocks(1, num_slots)
+    yield "attention, CLS rows", attention_name(element, plan.head, *blocks), 1, None
+    columns = min(size for size in NORM_COLUMNS if size >= plan.width)
+    yield "add and norm", add_norm_name(element, columns), 2 * plan.num_layers, None
+    yield "score", score_name(element), 1, None
+
+
+def _described(
+    capability: str, step: str, name: str, launches: int, us: float | None
+) -> dict[str, Any]:
+    """Return one row of the report."""
+    major, _, minor = capability.partition(".")
+    entry = read_manifest().kernels[name]
+    cubin = choose_cubin(entry, (int(major), int(minor)))
+    return {
+        "step": step,
+        "kernel": name,
+        "launches": launches,
+        "warps": entry.num_warps,
+        "registers": cubin.registers,
+        "shared_bytes": cubin.shared_bytes,
+        "spill_bytes": cubin.spill_bytes,
+        "measured_us": us,
+    }
