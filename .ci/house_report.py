@@ -32,9 +32,9 @@ from private_names import private_accesses  # noqa: E402
 # what was measured: lower it with every change that lowers the measure.
 LIMITS: dict[str, tuple[float, float]] = {
     "source files": (183, 140),
-    "source lines": (34_640, 25_000),
+    "source lines": (34_650, 25_000),
     "product lines (without perf and demo)": (28_330, 20_500),
-    "test lines": (29_160, 19_000),
+    "test lines": (29_190, 19_000),
     "largest folder, % of lines": (25, 25),
     "files under Reranker": (36, 36),
     "longest import chain": (17, 16),

@@ -34,15 +34,16 @@ from .onnxruntime_cuda_run import PROVIDER, OrtCudaEngine
 MODEL = JOINT_ENCODER
 COMPUTE_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 LEAST_CAPABILITY = {"fp32": "7.5", "bf16": "8.0", "fp16": "7.5"}
-# Source: ONNX Runtime, docs/OperatorKernels.md: its CUDA kernels quantise and dequantise int8 and
-# float8, and no matrix product of theirs takes the pair of them.
+# Source: ONNX Runtime's docs/OperatorKernels.md and qdq_selector_action_transformer.cc: its CUDA
+# kernels quantise and dequantise int8 and float8, but only the CPU fuses that with a product.
 NO_8_BITS = (
     "ONNX Runtime's CUDA provider has no 8-bit products for such a graph: it would turn every "
     "value back and multiply in float16, slower than fp16; build fp16 or bf16"
 )
 IN_PLACE = (
-    "pip uninstall onnxruntime, then pip install 'edje-runtime[gpu-onnxruntime]' (both come as "
-    "the package onnxruntime, so one environment holds either the extra cpu or this one)"
+    "pip uninstall onnxruntime onnxruntime-gpu, then pip install "
+    "'edje-runtime[gpu-onnxruntime]' (both come as the package onnxruntime, so one environment "
+    "holds either the extra cpu or this one)"
 )
 CUDA_LIBRARIES = ("libcudart", "libcublas", "libcublasLt")
 ASSIGNMENTS = "get_provider_graph_assignment_info"

@@ -21,11 +21,11 @@ import numpy as np
 import onnxruntime as ort
 
 from ..arrays import DeviceArray, Float32
-from ..bundle import TEXT_SLOTS, node_name
+from ..bundle import TEXT_SLOTS, VISUAL_SCALES, node_name
 from ..errors import EngineError
 from ..kernels.device.contract import Stream
 from ..kernels.device.measuring import GpuArrays, gpu_arrays
-from .contract import INPUTS, OUTPUT, VISUAL_SCALES, Batch, Engine
+from .contract import INPUTS, OUTPUT, Batch, Engine
 from .manifest import EngineManifest
 
 PROVIDER = "CUDAExecutionProvider"
@@ -41,8 +41,8 @@ class OrtCudaEngine(Engine):
     """Runs on the caller's stream; every stream has a session of its own, with its own weights.
 
     A session is made when it first sees a stream: warm every stream up before measuring. Two
-    threads may enqueue at once on two streams, never on one. Close it before the streams it ran
-    on: its end enqueues once more on each. An engine that nobody closed ends with the process.
+    threads may enqueue at once on two streams, never on one. Its end enqueues once more on each,
+    and comes with the process where nobody closed it.
     """
 
     on_device = True
@@ -206,5 +206,5 @@ def _one_pair(manifest: EngineManifest, gpu: GpuArrays) -> tuple[Batch, DeviceAr
     }
     if manifest.token_dtype == "int8":
         arrays[VISUAL_SCALES] = np.zeros((1, sizes.num_tokens), np.float16)
-    batch = Batch(**{name: gpu.upload(array) for name, array in arrays.items()})
-    return batch, gpu.result((1,), "float32")
+    on_gpu: dict[str, Any] = {name: gpu.upload(array) for name, array in arrays.items()}
+    return Batch(**on_gpu), gpu.result((1,), "float32")

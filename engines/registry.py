@@ -62,6 +62,7 @@ class BackendStatus:
         return tuple(name for name, reason in self.builds.items() if reason is None)
 
 
+# In the order of tables and of what `auto` tries. A new backend is one line here.
 REGISTRY: Mapping[str, BackendEntry] = {
     "openvino": BackendEntry(".openvino", "openvino", "cpu", ("fp32", "bf16", "int8")),
     "onnxruntime": BackendEntry(".onnxruntime", "onnxruntime", "cpu", ("fp32", "int8")),

@@ -28,7 +28,7 @@ from .build import build_one, check_files
 from .options import EngineRequest
 
 NUM_ROUNDS = 5
-BATCH_PAIRS = 64  # on a CPU; a GPU is timed with batches as large as the profile has
+BATCH_PAIRS, GPU_BATCH_PAIRS = 64, 1024  # at most: 64 pairs would leave a GPU half idle
 GPU_FORWARDS = 4  # enqueued one after the other, as requests do
 NOTHING_TO_CALIBRATE = "needs real pairs to calibrate with, none were given"
 
@@ -185,8 +185,8 @@ def _turn(engine: Engine, sample: RankingSample) -> Iterator[_Turn]:
 def _batch(sample: RankingSample, engine: Engine) -> Batch:
     """Return pairs of one query as `engine` reads them, some twice where it has too few."""
     manifest = engine.manifest
-    most = manifest.profile.max_pairs
-    num_pairs = most if engine.on_device else min(BATCH_PAIRS, most)
+    most = GPU_BATCH_PAIRS if engine.on_device else BATCH_PAIRS
+    num_pairs = min(most, manifest.profile.max_pairs)
     candidates = np.resize(np.arange(len(sample.tokens)), num_pairs)
     longer = replace(sample, tokens=sample.tokens[candidates])
     text = manifest.bundle.text

@@ -22,6 +22,7 @@ from edje.engines.manifest import EngineManifest
 from edje.engines.registry import load_backend, open_engine, probe_backends, require_builder
 from edje.errors import EngineError
 from edje.runtime.cli.app import main
+from edje.runtime.reranker import Reranker
 from pretended_gpu import GPU_NAME, pretend_gpu
 from pretended_onnxruntime import PROVIDER, make_onnxruntime
 
@@ -132,7 +133,10 @@ def test_a_machine_without_a_driver_is_told_so_first(monkeypatch):
 @pytest.mark.parametrize(
     ("library", "reason"),
     [
-        ({"providers": ["CPUExecutionProvider"]}, "pip uninstall onnxruntime, then pip install"),
+        (
+            {"providers": ["CPUExecutionProvider"]},
+            "pip uninstall onnxruntime onnxruntime-gpu, then",
+        ),
         ({"cuda_version": "99.0"}, "needs libcudart.so.99, libcublas.so.99, libcublasLt.so.99"),
     ],
 )
@@ -289,6 +293,18 @@ def test_auto_times_it_on_the_gpu_and_says_why_not_the_rest(
     assert all(t["not_tried"] for (name, _), t in trials.items() if name == "tensorrt-rtx")
     lines = dict(trial_lines(manifest.build_options["auto"]))
     assert next(iter(lines)) == f"{NAME} {manifest.precision}"
+    assert "abort" not in done(machine)
+
+
+def test_a_reranker_ranks_as_on_the_cpu(backend, machine, as_built, tiny_engine, tiny_store):
+    with Reranker.open(tiny_engine, store=tiny_store) as reranker:
+        expected = reranker.rank("a red kite", top_k=12)
+    with Reranker.open(as_built(), store=tiny_store) as reranker:
+        found = reranker.rank("a red kite", top_k=12)
+    assert found.engine.backend == NAME
+    assert [hit.id for hit in found.hits] == [hit.id for hit in expected.hits]
+    for ours, theirs in zip(found.hits, expected.hits, strict=True):
+        assert ours.score == pytest.approx(theirs.score, abs=1e-4)
     assert "abort" not in done(machine)
 
 

@@ -84,6 +84,9 @@ def test_without_the_passes_only_exported_graphs_build(monkeypatch):
     assert status.usable == ("fp32", "bf16", "int8")
     assert status.buildable == ("fp32", "bf16")
     assert status.builds["int8"] == "needs onnx, ml_dtypes: pip install 'edje-runtime[build]'"
+    monkeypatch.setattr(load_backend("onnxruntime-cuda"), "why_not", lambda precision: "no GPU")
+    (status,) = probe_backends(["onnxruntime-cuda"])  # its float32 graph is read, to be emulated
+    assert status.builds["fp32"] == "needs onnx, ml_dtypes: pip install 'edje-runtime[build]'"
 
 
 def test_nothing_installed(monkeypatch):
