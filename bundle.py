@@ -34,6 +34,7 @@ INPUTS = ("text_ids", "text_length", "query_of_pair", "visual_tokens")
 VISUAL_TOKENS, VISUAL_SCALES = "visual_tokens", "visual_scales"
 OUTPUT = "scores"
 WORD_EMBEDDINGS = "embeddings/word"
+TEXT_SLOTS = "text/slots"  # numbers of the text slots, made from the length of `text_ids`
 # The parts of a layer. Six are linears: matrix products with weights, to be quantised.
 QUERY, KEY, VALUE, ATTENTION_OUTPUT = "query", "key", "value", "attention_output"
 FFN1, FFN2 = "ffn1", "ffn2"

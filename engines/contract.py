@@ -224,7 +224,10 @@ class Engine(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free what the engine holds. Calling it twice is allowed."""
+        """Free what the engine holds. Calling it twice is allowed.
+
+        The streams it ran on are still there: libraries may have work to finish on them.
+        """
 
 
 class HostEngine(Engine):

@@ -5,10 +5,11 @@ The reference is the bundle's own graph in ONNX Runtime.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from .agreement import Agreement, rank_agreement, recall
 from .contract import INPUTS, Batch, Engine, Progress, raise_faults, value_faults
 from .manifest import Profile
 from .samples import RandomSamples, Samples, int8_batch, sample_batches
+
+if TYPE_CHECKING:
+    from ..kernels.device.measuring import GpuArrays
 
 Scorer = Callable[[Batch], Float32]
 
@@ -276,6 +280,18 @@ def score_host_batch(engine: Engine, batch: Batch) -> Float32:
     Raises:
         EngineError: a batch that does not fit, or CUDA fails.
     """
+    with batch_on_gpu(engine, batch) as (gpu, there, scores):
+        engine.enqueue(there, scores, stream=gpu.stream)
+        return gpu.download(cast(Any, scores))[0]
+
+
+@contextmanager
+def batch_on_gpu(engine: Engine, batch: Batch) -> Iterator[tuple[GpuArrays, Batch, Float32]]:
+    """Yield the GPU's arrays, a copy of a host batch among them, and where its scores go.
+
+    Raises:
+        EngineError: values that the engine cannot take, or CUDA fails.
+    """
     from ..kernels.device.measuring import gpu_arrays
 
     raise_faults(value_faults(batch, engine.manifest))
@@ -285,6 +301,4 @@ def score_host_batch(engine: Engine, batch: Batch) -> Float32:
             name: None if array is None else gpu.upload(np.ascontiguousarray(array))
             for name, array in host.items()
         }
-        scores = gpu.result((len(batch),), "float32")
-        engine.enqueue(Batch(**arrays), cast(Float32, scores), stream=gpu.stream)
-        return gpu.download(scores)[0]
+        yield gpu, Batch(**arrays), cast(Float32, gpu.result((len(batch),), "float32"))

@@ -44,7 +44,8 @@ class EngineManifest:
         backend: command-line name of the backend, with `backend_version` of its library.
         precision: one of `PRECISIONS`: what the matrix products run in.
         device: what the engine was built for. `kind` is `cpu` (with `architecture`, `model` and
-            `features`, the instruction sets that this precision's kernels may use) or `cuda`.
+            `features`, the instruction sets that this precision's kernels may use) or `cuda` (with
+            the compute capabilities that it serves, or the GPU that it was built on).
         bundle: the manifest of the bundle it was built from.
         bundle_path: where that bundle lay, for the rebuild command.
         onnx_sha256: hash of the bundle's `joint_encoder.onnx`.

@@ -62,12 +62,16 @@ class BackendStatus:
         return tuple(name for name, reason in self.builds.items() if reason is None)
 
 
+# In the order of tables and of what `auto` tries. A new backend is one line here.
 REGISTRY: Mapping[str, BackendEntry] = {
     "openvino": BackendEntry(".openvino", "openvino", "cpu", ("fp32", "bf16", "int8")),
     "onnxruntime": BackendEntry(".onnxruntime", "onnxruntime", "cpu", ("fp32", "int8")),
     "native": BackendEntry(".native.backend", "cuda.core", "gpu", ("fp16", "bf16")),
     "tensorrt": BackendEntry(".tensorrt.backend", "tensorrt", "tensorrt", PRECISIONS),
     "tensorrt-rtx": BackendEntry(".tensorrt.rtx", "tensorrt_rtx", "rtx", PRECISIONS),
+    "onnxruntime-cuda": BackendEntry(
+        ".onnxruntime_cuda", "onnxruntime", "gpu-onnxruntime", PRECISIONS
+    ),
 }
 
 
@@ -158,8 +162,9 @@ def _why_not_build(backend: Backend, precision: str) -> str | None:
     reason = backend.why_not_build(precision, BuildOptions())
     if reason is not None:
         return reason
-    if precision not in QUANTIZED and backend.compute_type(precision) == "float32":
-        return None  # from the graph as it was exported
+    is_exported = precision not in QUANTIZED and backend.compute_type(precision) == "float32"
+    if is_exported and backend.why_not(precision) is None:
+        return None  # else the graph is read to be emulated
     missing = [name for name in ("onnx", "ml_dtypes") if find_spec(name) is None]
     return f"needs {', '.join(missing)}: pip install 'edje-runtime[build]'" if missing else None
 

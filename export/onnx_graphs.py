@@ -14,6 +14,7 @@ from ..bundle import (
     KEY,
     OUTPUT,
     QUERY,
+    TEXT_SLOTS,
     VALUE,
     VISUAL_TOKENS,
     WORD_EMBEDDINGS,
@@ -161,10 +162,10 @@ def joint_encoder_graph(model: JointEncoder) -> onnx.ModelProto:
 
 def _slot_numbers(graph: GraphBuilder) -> str:
     """Add int32 [T]: 0, 1, ... T-1."""
-    shape = graph.op("Shape", "text/slots", "text_ids", start=1, end=2)
-    stop = graph.op("Squeeze", "text/slots", shape, int64(0))
-    stop = graph.op("Cast", "text/slots", stop, to=INT32)
-    return graph.op("Range", "text/slots", scalar(0, "int32"), stop, scalar(1, "int32"))
+    shape = graph.op("Shape", TEXT_SLOTS, "text_ids", start=1, end=2)
+    stop = graph.op("Squeeze", TEXT_SLOTS, shape, int64(0))
+    stop = graph.op("Cast", TEXT_SLOTS, stop, to=INT32)
+    return graph.op("Range", TEXT_SLOTS, scalar(0, "int32"), stop, scalar(1, "int32"))
 
 
 def _sequence(graph: GraphBuilder, model: JointEncoder, order: str, lengths: str) -> str:

@@ -1,7 +1,7 @@
-"""Two rivals behind the engine contract, so that they are measured bare and in our pipeline alike.
+"""torch.compile behind the engine contract, measured bare and in our pipeline like our backends.
 
-They are for measuring: queries must fill their text bucket, and the first batch of every shape
-compiles or captures.
+It is for measuring: queries must fill their text bucket, and the first batch of every shape
+compiles and captures.
 """
 
 from __future__ import annotations
@@ -9,28 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from ..arrays import DeviceArray, Float32
-from ..bundle import JOINT_ENCODER, BundleManifest
+from ..bundle import BundleManifest
 from ..engines.builder.cache import cached_engine
 from ..engines.builder.options import EngineOptions
-from ..engines.contract import INPUTS, OUTPUT, Batch, Engine
+from ..engines.contract import INPUTS, Batch, Engine
 from ..engines.manifest import EngineManifest, Profile
-from ..engines.precision.prepare import DEFAULT_LIMITS, Recipe, prepare_graph
 from ..engines.registry import open_engine, require_backend
 from ..engines.samples import RandomSamples
-from ..errors import EngineError
 from ..kernels.device.contract import Stream
 from ..kernels.device.facts import current_gpu
-from ..kernels.device.measuring import GpuArrays, gpu_arrays
 from .random_model import CACHE, source_hash
-
-CUDA_PROVIDER = "CUDAExecutionProvider"
-WAITING_RUNS = 64  # what the others leave in pinned memory is a few kB a run
 
 
 class TorchEngine(Engine):
@@ -89,89 +82,6 @@ class TorchEngine(Engine):
         self._graphs.clear()
 
 
-class OrtCudaEngine(Engine):
-    """ONNX Runtime's CUDA provider on the caller's stream; a session a stream.
-
-    A run that does not wait for the GPU leaves its pinned host buffers with the session until a
-    run that waits. A session that is freed while it has some hands them to a callback in the
-    stream, together with the last hold on their allocator: it ends in the callback, where CUDA
-    permits no call (cudaFreeHost: error 800), and the process with SIGABRT (1.31.1). So every
-    WAITING_RUNS-th run waits, and one more before the end.
-    """
-
-    on_device = True
-
-    def __init__(self, bundle: Path, precision: str, profile: Profile):
-        """Prepare the graph.
-
-        Raises:
-            EngineError: this onnxruntime has no CUDA provider.
-        """
-        import onnxruntime
-
-        if hasattr(onnxruntime, "preload_dlls"):
-            onnxruntime.preload_dlls()  # CUDA and cuDNN of the Python packages, where they are
-        if CUDA_PROVIDER not in onnxruntime.get_available_providers():
-            raise EngineError(
-                f"onnxruntime {onnxruntime.__version__} here has no {CUDA_PROVIDER}",
-                hint="pip install onnxruntime-gpu instead of onnxruntime",
-            )
-        manifest = manifest_of(bundle, "ONNX Runtime", onnxruntime.__version__, precision, profile)
-        super().__init__(manifest)
-        self._ort = onnxruntime
-        self._graph = _typed_graph(bundle, precision, profile)
-        self._sessions: dict[int, Any] = {}
-        self._waiting, self._running_on = onnxruntime.RunOptions(), onnxruntime.RunOptions()
-        self._running_on.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self._num_runs = 0
-
-    def _enqueue(self, batch: Batch, scores: Float32, stream: Stream) -> None:
-        session = self._sessions.get(stream.handle)
-        if session is None:
-            session = self._sessions[stream.handle] = self._open(stream.handle)
-        self._num_runs += 1
-        waits = self._num_runs % WAITING_RUNS == 0
-        self._run(session, batch, scores, self._waiting if waits else self._running_on)
-
-    def _run(self, session: Any, batch: Batch, scores: Any, options: Any) -> None:
-        binding = session.io_binding()
-        for name in INPUTS:
-            _bind(binding.bind_input, name, getattr(batch, name))
-        _bind(binding.bind_output, OUTPUT, scores)
-        session.run_with_iobinding(binding, options)
-
-    def _open(self, handle: int) -> Any:
-        options = {"device_id": "0", "user_compute_stream": str(handle)}
-        session = self._ort.InferenceSession(self._graph, providers=[(CUDA_PROVIDER, options)])
-        if session.get_providers()[0] != CUDA_PROVIDER:
-            raise EngineError(f"onnxruntime runs on {session.get_providers()[0]}, not on the GPU")
-        return session
-
-    def why_not_capture(self, stream: Stream, bucket: int) -> str | None:
-        return "ONNX Runtime frees host buffers by a callback in the stream, which a graph repeats"
-
-    def close(self) -> None:
-        """Let every session free its buffers in a run that waits, then free the sessions."""
-        if self._sessions:
-            with gpu_arrays() as gpu:  # its end waits for the GPU, callbacks included
-                batch, scores = self._one_pair(gpu)
-                for session in self._sessions.values():
-                    self._run(session, batch, scores, self._waiting)
-        self._sessions.clear()
-
-    def _one_pair(self, gpu: GpuArrays) -> tuple[Batch, DeviceArray]:
-        """Return a batch of one pair on the GPU, and where its score goes."""
-        sizes, bucket = self.manifest.bundle.sizes, min(self.manifest.profile.text_buckets)
-        host = Batch(
-            np.zeros((1, bucket), np.int32),
-            np.full(1, bucket, np.int32),
-            np.zeros(1, np.int32),
-            np.zeros((1, sizes.num_tokens, sizes.hidden), np.float16),
-        )
-        arrays: dict[str, Any] = {name: gpu.upload(getattr(host, name)) for name in INPUTS}
-        return Batch(**arrays), gpu.result((1,), "float32")
-
-
 def built_engine(
     bundle: Path, backend: str, precision: str, profile: Profile, tell: Callable[[str], None]
 ) -> Engine:
@@ -213,22 +123,6 @@ def manifest_of(
         build_seconds=0.0,
         fidelity={},
     )
-
-
-def _typed_graph(bundle: Path, precision: str, profile: Profile) -> bytes:
-    """Return the joint encoder's graph in `precision`."""
-    source = bundle / JOINT_ENCODER
-    if precision == "fp32":
-        return source.read_bytes()
-    recipe = Recipe(precision, "float16", "float16", None, DEFAULT_LIMITS)
-    with TemporaryDirectory() as scratch:
-        graph = Path(scratch) / JOINT_ENCODER
-        prepare_graph(source, graph, recipe, BundleManifest.read(bundle), profile)
-        return graph.read_bytes()
-
-
-def _bind(bind: Callable[..., None], name: str, array: Any) -> None:
-    bind(name, "cuda", 0, array.dtype.type, list(array.shape), array.address)
 
 
 class _Exposed:

@@ -31,7 +31,7 @@ from . import gpu_contest as contest
 from .bench_end_to_end import Settings
 from .gpu_ceilings import measure_ceilings
 from .gpu_contest import BATCH_SIZES, NUM_WORDPIECES, Pairs, make_pairs, measure_engine, profile_of
-from .gpu_engines import OrtCudaEngine, TorchEngine, built_engine
+from .gpu_engines import TorchEngine, built_engine
 from .gpu_rank import measure_rank
 from .gpu_steps import Report
 from .harness import ROOT
@@ -236,15 +236,6 @@ def _measure_opened(name: str, open_engine: Callable[[Path], Engine], report: Re
         engine.close()
 
 
-def _onnxruntime(precision: str) -> Callable[[Report], None]:
-    profile = profile_of(NUM_WORDPIECES, BATCH_SIZES)
-    return partial(
-        _measure_opened,
-        f"ONNX Runtime CUDA {precision}",
-        lambda folder: OrtCudaEngine(folder, precision, profile),
-    )
-
-
 def _backend(backend: str, precision: str) -> Callable[[Report], None]:
     profile = profile_of(NUM_WORDPIECES, BATCH_SIZES)
     return partial(
@@ -298,8 +289,8 @@ STEPS = (
     Step("eager", "PyTorch eager fp16, the official way", 75, measure_official),
     Step("rank", "Reranker.rank of 25,000 images, and what can be fed", 120, measure_rank),
     Step("compiled", "torch.compile + SDPA + CUDA graphs, fp16", 190, measure_compiled),
-    Step("onnxruntime-fp16", "ONNX Runtime CUDA fp16", 70, _onnxruntime("fp16")),
-    Step("onnxruntime-fp32", "ONNX Runtime CUDA fp32", 70, _onnxruntime("fp32")),
+    Step("onnxruntime-fp16", "ONNX Runtime CUDA fp16", 70, _backend("onnxruntime-cuda", "fp16")),
+    Step("onnxruntime-fp32", "ONNX Runtime CUDA fp32", 70, _backend("onnxruntime-cuda", "fp32")),
     Step("tensorrt-fp16", "TensorRT fp16", 120, _backend("tensorrt", "fp16")),
     Step("tensorrt-int8", "TensorRT int8", 120, _backend("tensorrt", "int8")),
     Step("tensorrt-fp8", "TensorRT fp8", 120, _backend("tensorrt", "fp8")),

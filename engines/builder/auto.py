@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from ...bundle import IMAGE_ENCODER, BundleManifest
 from ...errors import EngineError
 from ...files import publish_folder, refuse_existing, sha256_of
 from ..contract import Batch, Engine, Progress
-from ..fidelity import Fidelity, engine_scorer
+from ..fidelity import Fidelity, batch_on_gpu, engine_scorer
 from ..manifest import MANIFEST, QUANTIZED, EngineManifest
 from ..precision.prepare import GraphCache
 from ..registry import by_reason, open_engine, probe_backends
@@ -28,7 +28,8 @@ from .build import build_one, check_files
 from .options import EngineRequest
 
 NUM_ROUNDS = 5
-BATCH_PAIRS = 64
+BATCH_PAIRS, GPU_BATCH_PAIRS = 64, 1024  # at most: 64 pairs would leave a GPU half idle
+GPU_FORWARDS = 4  # enqueued one after the other, as requests do
 NOTHING_TO_CALIBRATE = "needs real pairs to calibrate with, none were given"
 
 
@@ -37,7 +38,8 @@ class Trial:
     """What came of one backend and precision.
 
     Attributes:
-        pairs_per_s: of the fastest of `NUM_ROUNDS` forwards; None where it was not timed.
+        pairs_per_s: of the fastest of `NUM_ROUNDS`: a forward on a CPU, or `GPU_FORWARDS` on a
+            GPU that has the pairs already; None where it was not timed.
         kendall_tau, top_1: agreement with float32; None where it was not measured.
         refused: why it was not taken, but for being slower; None where it could have been.
         not_tried: why it was not even built; None where it was.
@@ -61,10 +63,10 @@ def build_fastest(
 ) -> EngineManifest:
     """Build `out` with the fastest faithful backend and precision that this machine has.
 
-    Everything that runs here is built in a scratch folder, those that hold the limits are timed
-    interleaved on one batch, and the fastest becomes `out`; `build_options["auto"]` of its
-    manifest says what was tried and measured, and why the rest was not. int8 and fp8 are only
-    tried with real pairs.
+    Everything that runs here, on CPU and GPU, is built in a scratch folder, those that hold the
+    limits are timed interleaved on one query's pairs, and the fastest becomes `out`;
+    `build_options["auto"]` of its manifest says what was tried and measured, and why the rest was
+    not. int8 and fp8 are only tried with real pairs.
 
     Args:
         request: what is asked for; its backend and precision are chosen here.
@@ -138,31 +140,53 @@ def _try(
 
 
 def _timed(folders: Mapping[Path, Trial], sample: RankingSample) -> dict[Path, Trial]:
-    """Time the engines that were not refused, one forward each in turns."""
+    """Time the engines that were not refused, in turns."""
     good = [f for f, t in folders.items() if t.refused is None and t.not_tried is None]
     best = dict.fromkeys(good, math.inf)
     with ExitStack() as stack:
         engines = {folder: stack.enter_context(closing(open_engine(folder))) for folder in good}
-        batches = {folder: _batch(sample, engine) for folder, engine in engines.items()}
-        score = {
-            folder: partial(engine_scorer(engine), batches[folder])
-            for folder, engine in engines.items()
-        }
+        turns = {f: stack.enter_context(_turn(engine, sample)) for f, engine in engines.items()}
         for _ in range(1 + NUM_ROUNDS):  # the first also warms up
             for folder in good:
                 began = perf_counter()
-                score[folder]()
+                turns[folder].run()
                 best[folder] = min(best[folder], perf_counter() - began)
-    rates = {folder: round(len(batches[folder]) / seconds, 1) for folder, seconds in best.items()}
+    rates = {f: round(turns[f].num_pairs / seconds, 1) for f, seconds in best.items()}
     return {
         folder: replace(trial, pairs_per_s=rates.get(folder)) for folder, trial in folders.items()
     }
 
 
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """What is timed at once: `run` scores `num_pairs` pairs and waits until they have scores."""
+
+    run: Callable[[], object]
+    num_pairs: int
+
+
+@contextmanager
+def _turn(engine: Engine, sample: RankingSample) -> Iterator[_Turn]:
+    """Yield an engine's turn; its pairs lie where it runs."""
+    batch = _batch(sample, engine)
+    if not engine.on_device:
+        yield _Turn(partial(engine_scorer(engine), batch), len(batch))
+        return
+    with batch_on_gpu(engine, batch) as (gpu, there, scores):
+
+        def run() -> None:
+            for _ in range(GPU_FORWARDS):
+                engine.enqueue(there, scores, stream=gpu.stream)
+            gpu.synchronize()
+
+        yield _Turn(run, GPU_FORWARDS * len(batch))
+
+
 def _batch(sample: RankingSample, engine: Engine) -> Batch:
     """Return pairs of one query as `engine` reads them, some twice where it has too few."""
     manifest = engine.manifest
-    num_pairs = min(BATCH_PAIRS, manifest.profile.max_pairs)
+    most = GPU_BATCH_PAIRS if engine.on_device else BATCH_PAIRS
+    num_pairs = min(most, manifest.profile.max_pairs)
     candidates = np.resize(np.arange(len(sample.tokens)), num_pairs)
     longer = replace(sample, tokens=sample.tokens[candidates])
     text = manifest.bundle.text
@@ -207,10 +231,11 @@ def _publish(
 def trial_lines(trials: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """Yield what `--backend auto` made of each backend and precision of a manifest's `auto`.
 
-    Those that were not tried come last, one line for all that share a backend and a reason.
+    The fastest comes first. Those that were not tried come last, one line for all that share a
+    backend and a reason.
     """
     skipped: dict[str, list[tuple[str, str | None]]] = {}
-    for trial in trials:
+    for trial in sorted(trials, key=lambda trial: -(trial["pairs_per_s"] or 0)):
         backend, precision, agrees = trial["backend"], trial["precision"], trial["kendall_tau"]
         skipped.setdefault(backend, []).append((precision, trial["not_tried"]))
         if trial["not_tried"] is None:

@@ -184,6 +184,7 @@ def _build(arguments: BuildArguments) -> None:
     Example:
       edje build bundle --calibration-store photos.store --calibration-queries q.txt --out engine
       edje build bundle --backend tensorrt-rtx --precision fp16 --out engine
+      edje build bundle --backend onnxruntime-cuda --precision fp16 --out engine
     """
     from ...engines.builder.build import build_engine
     from ...show import progress_steps

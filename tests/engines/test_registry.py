@@ -13,7 +13,8 @@ from edje.errors import EngineError
 
 
 def test_names_are_those_of_the_manifest():
-    assert set(REGISTRY) == {"openvino", "onnxruntime", "tensorrt", "tensorrt-rtx"}
+    gpus = {"tensorrt", "tensorrt-rtx", "onnxruntime-cuda"}
+    assert set(REGISTRY) == {"openvino", "onnxruntime", *gpus}
     assert {p for entry in REGISTRY.values() for p in entry.precisions} <= set(PRECISIONS)
 
 
@@ -83,6 +84,9 @@ def test_without_the_passes_only_exported_graphs_build(monkeypatch):
     assert status.usable == ("fp32", "bf16", "int8")
     assert status.buildable == ("fp32", "bf16")
     assert status.builds["int8"] == "needs onnx, ml_dtypes: pip install 'edje-runtime[build]'"
+    monkeypatch.setattr(load_backend("onnxruntime-cuda"), "why_not", lambda precision: "no GPU")
+    (status,) = probe_backends(["onnxruntime-cuda"])  # its float32 graph is read, to be emulated
+    assert status.builds["fp32"] == "needs onnx, ml_dtypes: pip install 'edje-runtime[build]'"
 
 
 def test_nothing_installed(monkeypatch):
@@ -90,7 +94,8 @@ def test_nothing_installed(monkeypatch):
     names = [name for names in trt_library.IMPORT_NAMES.values() for name in names]
     for library in ("openvino", "onnxruntime", *names):
         monkeypatch.setitem(sys.modules, library, None)
-    for module in ("openvino", "onnxruntime", "tensorrt.backend", "tensorrt.rtx"):
+    modules = ("openvino", "onnxruntime", "onnxruntime_cuda", "tensorrt.backend", "tensorrt.rtx")
+    for module in modules:
         monkeypatch.delitem(sys.modules, f"edje.engines.{module}", raising=False)
     with pytest.raises(EngineError) as caught:
         load_backend("cuda")

@@ -295,8 +295,8 @@ def test_a_real_engine_scores_by_graphs_as_without_while_sizes_take_turns(
         expected = plain.run(request).scores
         np.testing.assert_allclose(graphs.run(request).scores, expected, atol=2e-3)
     report = graphs.graphs
-    device.close()
     engine.close()
+    device.close()
     if backend == "tensorrt" or report.captured:
         assert (report.captured, report.dropped) == (3 * 3, 0)
         assert report.launched == 50 - 2 * report.captured
