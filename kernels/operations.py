@@ -22,6 +22,7 @@ from .launch import (
     bounds_faults,
     choice_faults,
     raise_faults,
+    rows_faults,
     scales_faults,
 )
 from .variants import (
@@ -56,6 +57,7 @@ class Assemble:
         *,
         token_dtype: str,
         out_dtype: str,
+        width: int,
     ):
         """Load the kernel.
 
@@ -63,15 +65,17 @@ class Assemble:
             embeddings: must live as long as this object is used.
             token_dtype: `float16`, or `int8` with scales.
             out_dtype: `float16` or `bfloat16`; sums are float32 either way.
+            width: values of a row of hidden states, a multiple of 16: H, and zeros after them.
 
         Raises:
             EngineError: tables or dtypes that no kernel takes (all faults at once).
         """
         hidden = embeddings.words.shape[-1]
-        raise_faults("assemble", _table_faults(embeddings, token_dtype, out_dtype))
-        columns = min(size for size in ASSEMBLE_COLUMNS if size >= hidden)
+        raise_faults("assemble", _table_faults(embeddings, token_dtype, out_dtype, width))
+        columns = min(size for size in ASSEMBLE_COLUMNS if size >= width)
         self._kernel = library.kernel(assemble_name(token_dtype, out_dtype, columns))
-        self._token_dtype, self._out_dtype, self._hidden = token_dtype, out_dtype, hidden
+        self._token_dtype, self._out_dtype = token_dtype, out_dtype
+        self._hidden, self._width = hidden, width
         self._slots_per_program = int(self._kernel.constants["SLOTS"] or 1)
         tables = ("words", "positions", "norm_weight", "norm_bias")
         self._constants: dict[str, float] = {
@@ -80,6 +84,7 @@ class Assemble:
             "max_positions": embeddings.positions.shape[1],
             "sep_id": embeddings.sep_id,
             "hidden": hidden,
+            "width": width,
             "epsilon": embeddings.epsilon,
         }
 
@@ -92,10 +97,15 @@ class Assemble:
         rows: DeviceArray,
         hidden_states: DeviceArray,
         *,
+        lengths: DeviceArray,
+        control: DeviceArray,
+        scores: DeviceArray,
         stream: Stream,
         scales: DeviceArray | None = None,
     ) -> None:
-        """Write the hidden states of P pairs in the order of `stream`; returns at once.
+        """Write the hidden states of P pairs, and what later steps ask of the batch.
+
+        Returns at once; the work is in the order of `stream`.
 
         The arrays belong to the caller and must live, unchanged, until the stream has passed.
 
@@ -104,15 +114,19 @@ class Assemble:
             records: [R, m, H] of the token dtype, on 16 bytes: a store in device memory, or a
                 batch's own tokens.
             rows: int32 [P], the record of each pair: 0, 1, ... for a batch's own tokens.
-            hidden_states: [P, T + m + 1, H] of the output dtype, on 16 bytes, written; bfloat16
-                may be called uint16.
+            hidden_states: [at least P * (T + m + 1), width] of the output dtype, on 16 bytes,
+                written; bfloat16 may be called uint16.
+            lengths: int32 [at least P], written: the text length of each pair.
+            control: int64 [2], written: the address of `scores`, and P.
+            scores: float32 [at least P]: where `Score` writes.
             scales: float16 [R, m], with int8 tokens and only with them.
 
         Raises:
             EngineError: arrays that do not fit (all faults at once).
         """
         batch = (text_ids, text_length, query_of_pair)
-        raise_faults("assemble", self._faults(batch, records, rows, hidden_states, scales))
+        results = (hidden_states, lengths, control, scores)
+        raise_faults("assemble", self._faults(batch, records, rows, results, scales))
         (num_queries, text_slots), num_pairs = text_ids.shape, query_of_pair.shape[0]
         num_slots = num_pairs * (text_slots + records.shape[1] + 1)
         self._kernel.launch(
@@ -124,6 +138,9 @@ class Assemble:
             tokens=records.address,
             rows=rows.address,
             hidden_states=hidden_states.address,
+            lengths=lengths.address,
+            control=control.address,
+            scores=scores.address,
             num_pairs=num_pairs,
             num_queries=num_queries,
             text_slots=text_slots,
@@ -138,7 +155,7 @@ class Assemble:
         batch: tuple[DeviceArray, DeviceArray, DeviceArray],
         records: DeviceArray,
         rows: DeviceArray,
-        hidden_states: DeviceArray,
+        results: tuple[DeviceArray, DeviceArray, DeviceArray, DeviceArray],
         scales: DeviceArray | None,
     ) -> Iterator[str]:
         ids, length, query_of_pair = batch
@@ -155,9 +172,12 @@ class Assemble:
         yield from array_faults("records", records, self._token_dtype, shape)
         yield from array_faults("rows", rows, "int32", (num_pairs,))
         yield from scales_faults("scales", scales, self._token_dtype == "int8", shape[:2])
-        out_dtype = "uint16" if hidden_states.dtype == np.uint16 else self._out_dtype
-        shape = (num_pairs, num_slots, self._hidden)
-        yield from array_faults("hidden_states", hidden_states, out_dtype, shape)
+        hidden_states, lengths, control, scores = results
+        least = num_pairs * num_slots
+        yield from rows_faults("hidden_states", hidden_states, self._out_dtype, least, self._width)
+        yield from array_faults("control", control, "int64", (2,))
+        for name, array, dtype in (("lengths", lengths, "int32"), ("scores", scores, "float32")):
+            yield from array_faults(name, array, dtype, (max(num_pairs, *array.shape),))
         if not 0 < num_pairs * num_slots < 2**31 - 8:
             yield f"pairs: got {num_pairs} of {num_slots} slots, expected 1 to 2^31 slots together"
 
@@ -240,7 +260,9 @@ class TopK:
             )
 
 
-def _table_faults(tables: DeviceEmbeddings, token_dtype: str, out_dtype: str) -> Iterator[str]:
+def _table_faults(
+    tables: DeviceEmbeddings, token_dtype: str, out_dtype: str, width: int
+) -> Iterator[str]:
     """Yield one sentence for every table or dtype that no kernel takes."""
     yield from choice_faults("token_dtype", token_dtype, ("float16", "int8"))
     yield from choice_faults("out_dtype", out_dtype, ("float16", "bfloat16"))
@@ -252,3 +274,6 @@ def _table_faults(tables: DeviceEmbeddings, token_dtype: str, out_dtype: str) ->
     yield from array_faults("norm_bias", tables.norm_bias, "float32", (hidden,))
     if hidden % 16 or not 16 <= hidden <= ASSEMBLE_COLUMNS[-1]:
         yield f"hidden: got {hidden}, expected a multiple of 16 up to {ASSEMBLE_COLUMNS[-1]}"
+    if width % 16 or not hidden <= width <= ASSEMBLE_COLUMNS[-1]:
+        most = ASSEMBLE_COLUMNS[-1]
+        yield f"width: got {width}, expected a multiple of 16 from {hidden} to {most}"

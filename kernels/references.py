@@ -1,4 +1,7 @@
-"""What each kernel computes, in NumPy: the specification that tests compare them with."""
+"""What each kernel computes, in NumPy: the specification that tests compare them with.
+
+Those of an encoder's layers are in `layer_references`.
+"""
 
 from __future__ import annotations
 

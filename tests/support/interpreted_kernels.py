@@ -126,7 +126,7 @@ class InterpretedDevice:
         device: InterpretedDevice
         name: str
 
-        def kernel(self, symbol: str) -> InterpretedDevice._Module:
+        def kernel(self, symbol: str, shared_bytes: int = 0) -> InterpretedDevice._Module:
             assert symbol == VARIANTS[self.name].function
             return self
 

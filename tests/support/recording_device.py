@@ -455,7 +455,7 @@ class RecordingModule:
     device: RecordingDevice
     entry: KernelEntry
 
-    def kernel(self, symbol: str) -> RecordingModule:
+    def kernel(self, symbol: str, shared_bytes: int = 0) -> RecordingModule:
         assert symbol == self.entry.symbol
         return self
 

@@ -27,7 +27,7 @@ class RecordingLoader:
         loader: RecordingLoader
         symbol: str = ""
 
-        def kernel(self, symbol: str) -> RecordingLoader._Module:
+        def kernel(self, symbol: str, shared_bytes: int = 0) -> RecordingLoader._Module:
             return RecordingLoader._Module(self.loader, symbol)
 
         def launch(self, stream: object, *, arguments: Sequence[np.generic], **launch: Any) -> None:
