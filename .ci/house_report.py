@@ -45,7 +45,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "rank of one batch: depth": (12, 12),
     "store read of one batch: files": (4, 4),
     "store read of one batch: calls": (35, 35),
-    "pretended GPUs": (3, 2),
+    "pretended GPUs": (2, 2),
     "accesses of tests to private names": (4, 0),
     "lines of a file": (400, 350),
     "lines of a function": (60, 60),

@@ -115,7 +115,8 @@ def _assemble(token_dtype: str, out_dtype: str, columns: int) -> Variant:
     if not has_scales:
         constants["scales"] = None
     name = assemble_name(token_dtype, out_dtype, columns)
-    return Variant(name, "assemble", "assemble", tuple(parameters), constants)
+    num_warps = 4 if columns == ASSEMBLE_COLUMNS[0] else 8  # with 4, long rows spill
+    return Variant(name, "assemble", "assemble", tuple(parameters), constants, num_warps)
 
 
 def _top_k(size: int) -> tuple[Variant, Variant]:

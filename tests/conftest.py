@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ import pytest
 import edje  # noqa: F401  (first of all: it switches the libraries' telemetry off)
 
 if TYPE_CHECKING:
+    from interpreted_kernels import Interpreter
     from official_checkpoint import CheckpointFolders
 
 NUM_IMAGES = 12  # of `tiny_store`
@@ -37,6 +40,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         is_gpu_missing = driver_fault() is not None or find_spec("cuda") is not None
         is_required = os.environ.get("EDJE_REQUIRE_GPU") == "1"
         (pytest.fail if is_required and is_gpu_missing else pytest.skip)(reason)
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Interpreter]:
+    """What runs our kernels' sources on the CPU: by itself, or for a `RecordingDevice`."""
+    if sys.platform != "linux":
+        pytest.skip("Triton is made for Linux only")
+    from interpreted_kernels import interpreter
+
+    with interpreter() as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

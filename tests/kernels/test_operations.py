@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,31 +11,33 @@ import pytest
 from edje.arrays import DeviceArray
 from edje.errors import EngineError
 from edje.kernels.launch import KernelLibrary
-from edje.kernels.manifest import CUBINS, read_manifest
+from edje.kernels.manifest import CUBINS
 from edje.kernels.operations import Assemble, DeviceEmbeddings, TopK
 from edje.kernels.records import GatherTokens, ScatterTokens
-from edje.kernels.variants import COMPUTE_CAPABILITIES
-from recording_loader import RecordingLoader, fake_memory
+from edje.kernels.variant import COMPUTE_CAPABILITIES
+from launches import Launch, NotedKernels, fake_memory
+from recording_device import RecordingDevice
 
 RECORDS = fake_memory(1 << 20, (1000, 64, 384), "int8")
 SCALES = fake_memory(2 << 20, (1000, 64), "float16")
 
 
 @pytest.fixture
-def loader() -> RecordingLoader:
-    return RecordingLoader()
+def device() -> Iterator[RecordingDevice]:
+    opened = RecordingDevice(0, kernels=NotedKernels())
+    with opened.current():
+        yield opened
 
 
 @pytest.fixture
-def library(loader: RecordingLoader) -> KernelLibrary:
-    return KernelLibrary(loader, (9, 0))
+def library(device: RecordingDevice) -> KernelLibrary:
+    return KernelLibrary(device, (9, 0))
 
 
-def passed(launch: dict[str, Any], kernel: str) -> dict[str, float]:
-    """Return the arguments of a recorded launch by name."""
-    parameters = read_manifest().kernels[kernel].parameters
-    values = [value.item() for value in launch["arguments"]]
-    return dict(zip([item.name for item in parameters], values, strict=True))
+def passed(launch: Launch, kernel: str) -> dict[str, float]:
+    """Return the arguments of a recorded launch of this kernel by name."""
+    assert launch.name == kernel
+    return launch.values
 
 
 def gather_arrays(**changes: DeviceArray | None) -> dict[str, Any]:
@@ -49,12 +52,12 @@ def gather_arrays(**changes: DeviceArray | None) -> dict[str, Any]:
 
 
 def test_gather_launches_one_program_for_8_kb(
-    loader: RecordingLoader, library: KernelLibrary
+    device: RecordingDevice, library: KernelLibrary
 ) -> None:
-    gather = GatherTokens(library, token_dtype="int8")
-    gather.enqueue(**gather_arrays(), stream="copies")
-    (launch,) = loader.launches
-    assert (launch["grid"], launch["stream"]) == ((32 * 3, 1, 1), "copies")  # 24,576 bytes each
+    gather, stream = GatherTokens(library, token_dtype="int8"), device.stream()
+    gather.enqueue(**gather_arrays(), stream=stream)
+    (launch,) = device.launches
+    assert (launch.grid, launch.stream) == ((32 * 3, 1, 1), stream)  # 24,576 bytes each
     values = passed(launch, "gather_tokens_int8_by_int64")
     assert values["num_records"] == 1000
     assert values["record_vectors"] * 16 == 64 * 384
@@ -63,16 +66,16 @@ def test_gather_launches_one_program_for_8_kb(
     assert [values[name] for name in ("scales", "out_scales")] == [2 << 20, 4 << 20]
 
 
-def test_gather_of_float16_has_no_scales(loader: RecordingLoader, library: KernelLibrary) -> None:
+def test_gather_of_float16_has_no_scales(device: RecordingDevice, library: KernelLibrary) -> None:
     gather = GatherTokens(library, token_dtype="float16", row_dtype="int32")
     gather.enqueue(
         fake_memory(1 << 20, (5, 64, 384), "float16"),
         fake_memory(64, (2,), "int32"),
         fake_memory(2 << 20, (2, 64, 384), "float16"),
-        stream=None,
+        stream=device.stream(),
     )
-    (launch,) = loader.launches
-    assert launch["grid"] == (2 * 6, 1, 1)
+    (launch,) = device.launches
+    assert launch.grid == (2 * 6, 1, 1)
     assert "scales" not in passed(launch, "gather_tokens_float16_by_int32")
 
 
@@ -89,12 +92,12 @@ def test_gather_of_float16_has_no_scales(loader: RecordingLoader, library: Kerne
     ],
 )
 def test_gather_refuses_what_does_not_fit(
-    loader: RecordingLoader, library: KernelLibrary, changes: dict[str, Any], fault: str
+    device: RecordingDevice, library: KernelLibrary, changes: dict[str, Any], fault: str
 ) -> None:
     gather = GatherTokens(library, token_dtype="int8")
     with pytest.raises(EngineError, match=fault):
         gather.enqueue(**gather_arrays(**changes), stream=None)
-    assert loader.launches == []
+    assert device.launches == []
 
 
 def test_gather_names_all_faults_at_once(library: KernelLibrary) -> None:
@@ -131,13 +134,13 @@ def scatter_arrays(**changes: DeviceArray | None) -> dict[str, Any]:
 
 
 def test_scatter_launches_one_program_for_8_kb(
-    loader: RecordingLoader, library: KernelLibrary
+    device: RecordingDevice, library: KernelLibrary
 ) -> None:
-    scatter = ScatterTokens(library, token_dtype="int8")
-    scatter.enqueue(**scatter_arrays(), stream="copies")
-    (launch,) = loader.launches
-    assert (launch["symbol"], launch["stream"]) == ("scatter_tokens", "copies")
-    assert launch["grid"] == (32 * 3, 1, 1)  # 24,576 bytes each
+    scatter, stream = ScatterTokens(library, token_dtype="int8"), device.stream()
+    scatter.enqueue(**scatter_arrays(), stream=stream)
+    (launch,) = device.launches
+    assert (launch.symbol, launch.stream) == ("scatter_tokens", stream)
+    assert launch.grid == (32 * 3, 1, 1)  # 24,576 bytes each
     values = passed(launch, "scatter_tokens_int8_by_int64")
     assert values["num_records"] == 1000  # the pool's: places past it are skipped
     assert values["record_vectors"] * 16 == 64 * 384
@@ -146,16 +149,16 @@ def test_scatter_launches_one_program_for_8_kb(
     assert [values[name] for name in ("scales", "out_scales")] == [4 << 20, 2 << 20]
 
 
-def test_scatter_of_float16_has_no_scales(loader: RecordingLoader, library: KernelLibrary) -> None:
+def test_scatter_of_float16_has_no_scales(device: RecordingDevice, library: KernelLibrary) -> None:
     scatter = ScatterTokens(library, token_dtype="float16", place_dtype="int32")
     scatter.enqueue(
         fake_memory(2 << 20, (2, 64, 384), "float16"),
         fake_memory(64, (2,), "int32"),
         fake_memory(1 << 20, (5, 64, 384), "float16"),
-        stream=None,
+        stream=device.stream(),
     )
-    (launch,) = loader.launches
-    assert launch["grid"] == (2 * 6, 1, 1)
+    (launch,) = device.launches
+    assert launch.grid == (2 * 6, 1, 1)
     values = passed(launch, "scatter_tokens_float16_by_int32")
     assert values["num_records"] == 5
     assert "scales" not in values
@@ -174,27 +177,27 @@ def test_scatter_of_float16_has_no_scales(loader: RecordingLoader, library: Kern
     ],
 )
 def test_scatter_refuses_what_does_not_fit(
-    loader: RecordingLoader, library: KernelLibrary, changes: dict[str, Any], fault: str
+    device: RecordingDevice, library: KernelLibrary, changes: dict[str, Any], fault: str
 ) -> None:
     scatter = ScatterTokens(library, token_dtype="int8")
     with pytest.raises(EngineError, match=fault):
         scatter.enqueue(**scatter_arrays(**changes), stream=None)
-    assert loader.launches == []
+    assert device.launches == []
 
 
 @pytest.mark.parametrize("capability", COMPUTE_CAPABILITIES)
 @pytest.mark.parametrize("token_dtype", ["float16", "int8"])
 @pytest.mark.parametrize("row_dtype", ["int32", "int64"])
 def test_records_of_every_dtype_are_copied_on_every_gpu(
-    loader: RecordingLoader, capability: str, token_dtype: str, row_dtype: str
+    device: RecordingDevice, capability: str, token_dtype: str, row_dtype: str
 ) -> None:
     major, _, minor = capability.partition(".")
-    library = KernelLibrary(loader, (int(major), int(minor)))
+    library = KernelLibrary(device, (int(major), int(minor)))
     GatherTokens(library, token_dtype=token_dtype, row_dtype=row_dtype)
     ScatterTokens(library, token_dtype=token_dtype, place_dtype=row_dtype)
     end = f"_tokens_{token_dtype}_by_{row_dtype}.sm_{capability.replace('.', '')}.cubin"
     expected = [(CUBINS / f"{kernel}{end}").read_bytes() for kernel in ("gather", "scatter")]
-    assert loader.loaded == expected
+    assert device.loaded == expected
 
 
 def embeddings(**changes: Any) -> DeviceEmbeddings:
@@ -216,43 +219,48 @@ def batch_arrays(**changes: DeviceArray | None) -> dict[str, Any]:
         "query_of_pair": fake_memory(512, (10,), "int32"),
         "records": RECORDS,
         "rows": fake_memory(1024, (10,), "int32"),
-        "hidden_states": fake_memory(2048, (10, 81, 384), "float16"),
+        "hidden_states": fake_memory(2048, (896, 384), "float16"),
+        "lengths": fake_memory(4096, (12,), "int32"),
+        "control": fake_memory(8192, (2,), "int64"),
+        "scores": fake_memory(1 << 40, (10,), "float32"),
         "scales": SCALES,
     }
     return {**arrays, **changes}
 
 
+def make_assemble(library: KernelLibrary) -> Assemble:
+    tables = embeddings()
+    return Assemble(library, tables, token_dtype="int8", out_dtype="float16", width=384)
+
+
 def test_assemble_launches_a_program_for_four_slots(
-    loader: RecordingLoader, library: KernelLibrary
+    device: RecordingDevice, library: KernelLibrary
 ) -> None:
-    assemble = Assemble(library, embeddings(), token_dtype="int8", out_dtype="float16")
-    assemble.enqueue(**batch_arrays(), stream="compute")
-    (launch,) = loader.launches
-    assert launch["grid"] == (203, 1, 1)  # 810 slots
+    assemble = make_assemble(library)
+    assemble.enqueue(**batch_arrays(), stream=device.stream())
+    (launch,) = device.launches
+    assert launch.grid == (203, 1, 1)  # 810 slots
     values = passed(launch, "assemble_int8_to_float16_512")
     sizes = ("num_pairs", "num_queries", "text_slots", "num_tokens", "num_records", "vocab_size")
     assert [values[name] for name in sizes] == [10, 2, 16, 64, 1000, 30522]
     rest = ("max_positions", "sep_id", "hidden", "words", "scales", "rows", "hidden_states")
     assert [values[name] for name in rest] == [512, 102, 384, 1 << 20, 2 << 20, 1024, 2048]
     assert values["epsilon"] == np.float32(1e-12)
+    rest = ("width", "lengths", "control", "scores")
+    assert [values[name] for name in rest] == [384, 4096, 8192, 1 << 40]
 
 
 def test_assemble_takes_the_smallest_kernel_that_holds_a_row(
-    loader: RecordingLoader, library: KernelLibrary
+    device: RecordingDevice, library: KernelLibrary
 ) -> None:
-    wide = embeddings(
-        words=fake_memory(16, (99, 768), "float32"),
-        positions=fake_memory(16, (2, 512, 768), "float32"),
-        norm_weight=fake_memory(16, (768,), "float32"),
-        norm_bias=fake_memory(16, (768,), "float32"),
-    )
-    Assemble(library, wide, token_dtype="float16", out_dtype="bfloat16")
-    Assemble(library, embeddings(), token_dtype="float16", out_dtype="bfloat16")
+    for width in (640, 512):
+        dtypes = {"token_dtype": "float16", "out_dtype": "bfloat16"}
+        Assemble(library, embeddings(), **dtypes, width=width)
     files = [
         library.kernel(f"assemble_float16_to_bfloat16_{columns}").cubin.sha256
         for columns in (1024, 512)
     ]
-    assert len(loader.loaded) == len(set(files)) == 2
+    assert len(device.loaded) == len(set(files)) == 2
 
 
 def test_tables_that_do_not_fit_are_named_at_once(library: KernelLibrary) -> None:
@@ -262,9 +270,9 @@ def test_tables_that_do_not_fit_are_named_at_once(library: KernelLibrary) -> Non
         norm_bias=fake_memory(16, (1032,), "float16"),
     )
     with pytest.raises(EngineError) as raised:
-        Assemble(library, wrong, token_dtype="int4", out_dtype="float32")
+        Assemble(library, wrong, token_dtype="int4", out_dtype="float32", width=1024)
     names = [fault.split(":")[0] for fault in raised.value.faults]
-    assert names == ["token_dtype", "out_dtype", "positions", "norm_bias", "hidden"]
+    assert names == ["token_dtype", "out_dtype", "positions", "norm_bias", "hidden", "width"]
 
 
 @pytest.mark.parametrize(
@@ -273,19 +281,22 @@ def test_tables_that_do_not_fit_are_named_at_once(library: KernelLibrary) -> Non
         ({"text_length": fake_memory(256, (3,), "int32")}, r"text_length: got int32 \[3\]"),
         ({"rows": fake_memory(256, (10,), "int64")}, "rows: got int64"),
         ({"scales": None}, "scales: got none"),
-        ({"hidden_states": fake_memory(16, (10, 80, 384), "float16")}, r"hidden_states: got"),
-        ({"hidden_states": fake_memory(16, (10, 81, 384), "float32")}, r"expected float16"),
+        ({"hidden_states": fake_memory(16, (809, 384), "float16")}, r"hidden_states: got"),
+        ({"hidden_states": fake_memory(16, (810, 384), "float32")}, r"expected float16"),
+        ({"lengths": fake_memory(16, (9,), "int32")}, r"lengths: got int32 \[9\]"),
+        ({"control": fake_memory(16, (2,), "int32")}, "control: got int32"),
+        ({"scores": fake_memory(16, (9,), "float32")}, r"scores: got float32 \[9\], .* \[10\]"),
         ({"text_ids": fake_memory(16, (16,), "int32")}, r"expected \[Q, T\]"),
         ({"query_of_pair": fake_memory(16, (0,), "int32")}, "pairs: got 0 of 81 slots"),
     ],
 )
 def test_assemble_refuses_what_does_not_fit(
-    loader: RecordingLoader, library: KernelLibrary, changes: dict[str, Any], fault: str
+    device: RecordingDevice, library: KernelLibrary, changes: dict[str, Any], fault: str
 ) -> None:
-    assemble = Assemble(library, embeddings(), token_dtype="int8", out_dtype="float16")
+    assemble = make_assemble(library)
     with pytest.raises(EngineError, match=fault):
         assemble.enqueue(**batch_arrays(**changes), stream=None)
-    assert loader.launches == []
+    assert device.launches == []
 
 
 def top_k_arrays(num_scores: int, k: int, num_keys: int) -> dict[str, DeviceArray]:
@@ -302,19 +313,19 @@ def top_k_arrays(num_scores: int, k: int, num_keys: int) -> dict[str, DeviceArra
     [(1, 1, 128, 1), (128, 2048, 128, 1), (129, 2049, 1024, 2), (1024, 65_536, 1024, 32)],
 )
 def test_top_k_sorts_blocks_then_merges_them(
-    loader: RecordingLoader,
+    device: RecordingDevice,
     library: KernelLibrary,
     max_k: int,
     num_scores: int,
     size: int,
     num_blocks: int,
 ) -> None:
-    top_k = TopK(library, max_k=max_k)
+    top_k, stream = TopK(library, max_k=max_k), device.stream()
     assert top_k.num_keys(num_scores) == num_blocks * size
-    top_k.enqueue(**top_k_arrays(num_scores, max_k, num_blocks * size), stream="results")
-    blocks, merge = loader.launches
-    assert (blocks["grid"], merge["grid"]) == ((num_blocks, 1, 1), (1, 1, 1))
-    assert blocks["stream"] == merge["stream"] == "results"
+    top_k.enqueue(**top_k_arrays(num_scores, max_k, num_blocks * size), stream=stream)
+    blocks, merge = device.launches
+    assert (blocks.grid, merge.grid) == ((num_blocks, 1, 1), (1, 1, 1))
+    assert blocks.stream == merge.stream == stream
     assert passed(blocks, f"top_k_blocks_{size}")["num_scores"] == num_scores
     values = passed(merge, f"top_k_merge_{size}")
     assert (values["num_blocks"], values["k"]) == (num_blocks, max_k)
@@ -331,7 +342,7 @@ def test_top_k_sorts_blocks_then_merges_them(
     ],
 )
 def test_top_k_refuses_what_does_not_fit(
-    loader: RecordingLoader,
+    device: RecordingDevice,
     library: KernelLibrary,
     num_scores: int,
     k: int,
@@ -340,7 +351,7 @@ def test_top_k_refuses_what_does_not_fit(
 ) -> None:
     with pytest.raises(EngineError, match=fault):
         TopK(library, max_k=100).enqueue(**top_k_arrays(num_scores, k, num_keys), stream=None)
-    assert loader.launches == []
+    assert device.launches == []
 
 
 @pytest.mark.parametrize("max_k", [0, 1025])

@@ -1,153 +1,251 @@
-"""Run Triton kernels on the CPU, in a process of their own.
+"""Run Triton kernels on the CPU, in a process of their own that shares memory with the tests.
 
 Triton reads `TRITON_INTERPRET` when it is imported, and whoever imports it in the tests' own
-process would decide for all: so `interpreter()` starts a process that has it set.
+process would decide for all: so `interpreter()` starts a process that has it set. Arrays lie in an
+arena that both have at the same addresses, and only a launch's numbers travel.
+
+A launch fails where an address points to no array, where a kernel wrote beside an array, or into
+one that it does not say it writes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+import xxhash
 
-from edje.arrays import DeviceArray
-from edje.kernels.launch import KernelLibrary
-from edje.kernels.manifest import read_manifest
-from edje.kernels.variants import all_variants
+from edje.kernels.variant import Variant
+from interpreted_bfloat16 import repair_bfloat16
+from launches import DESCRIPTOR, VARIANTS, TensorMap, bind, block_of, pointed
+from shared_arena import Arena, Block, free_addresses, map_at
 
-VARIANTS = {variant.name: variant for variant in all_variants()}
-TYPES = {"*i8": np.int8, "*i16": np.int16, "*i32": np.int32, "*i64": np.int64}
-TYPES |= {"*fp16": np.float16, "*bf16": np.uint16, "*fp32": np.float32}
-Run = Callable[..., dict[str, np.ndarray]]
-# Bytes before and after every array that a kernel must leave as they are.
-MARGIN, MARK = 1 << 18, 0xA5
+NUMPY = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
+
+
+class Interpreter:
+    """Runs one launch at a time, in the order of the calls; any thread may call."""
+
+    by_address = True
+
+    def __init__(self) -> None:
+        """Start the process, at the first place for the arena that both have free."""
+        for address in free_addresses():
+            try:
+                self.arena = Arena(address)
+            except OSError:
+                continue
+            if self._start():
+                return
+            self.close()
+        raise MemoryError("no address is free in both processes")
+
+    def close(self) -> None:
+        """End the process; arrays stay as long as anybody has them."""
+        self._pool.shutdown()
+        self.arena.close()
+
+    def memory(self, num_elements: int, dtype: Any, name: str = "an array") -> np.ndarray:
+        """Return new memory that kernels reach, its values undefined."""
+        return self.arena.array(num_elements, dtype, name)
+
+    def copy_of(self, array: np.ndarray, name: str = "an array") -> np.ndarray:
+        """Return a copy that kernels reach."""
+        held = self.memory(array.size, array.dtype, name).reshape(array.shape)
+        held[...] = array
+        return held
+
+    def launch(
+        self,
+        kernel: str | Variant,
+        grid: tuple[int, ...],
+        arguments: Sequence[np.generic],
+        **constants: int,
+    ) -> None:
+        """Run a kernel; returns when it has run.
+
+        Args:
+            kernel: a variant, or the name of one.
+            grid: programs in x, or in x, y, z.
+            arguments: what a real launch passes: addresses, numbers, maps of pretended devices.
+            constants: those that shall differ from the variant's.
+        """
+        variant = kernel if isinstance(kernel, Variant) else VARIANTS[kernel]
+        self._run(variant, grid, bind(variant, arguments), constants)
+
+    def work(
+        self, name: str, grid: tuple[int, ...], arguments: Sequence[np.generic]
+    ) -> Callable[[], None]:
+        """Return what runs a launch."""
+        return partial(self.launch, name, grid, arguments)
+
+    def run(
+        self, kernel: str | Variant, num_programs: int, values: Mapping[str, Any], **constants: int
+    ) -> dict[str, np.ndarray]:
+        """Run a kernel on copies of arrays and return these by name, as the kernel left them.
+
+        Args:
+            kernel, constants: as `launch` takes them.
+            values: every parameter by name: arrays (bfloat16 as uint16; 2-D for descriptors) and
+                numbers.
+        """
+        variant = kernel if isinstance(kernel, Variant) else VARIANTS[kernel]
+        types = {parameter.name: parameter.type for parameter in variant.parameters}
+        assert values.keys() == types.keys(), f"{variant.name} takes {list(types)}"
+        arrays = {
+            name: self.copy_of(value, name)
+            for name, value in values.items()
+            if isinstance(value, np.ndarray)
+        }
+        passed = {name: _pointer(types[name], array) for name, array in arrays.items()}
+        self._run(variant, (num_programs,), {**values, **passed}, constants)
+        return arrays
+
+    def _run(
+        self, variant: Variant, grid: tuple[int, ...], values: Mapping[str, Any], constants: Any
+    ) -> None:
+        read = self._only_read(variant, values)
+        before = list(map(_hash, read))
+        try:
+            self._pool.submit(_interpret, variant, grid, values, constants).result()
+        except BrokenProcessPool:
+            assert self._start(), "the interpreter cannot be started again"
+            raise AssertionError(f"{variant.name} touched memory that is nobody's") from None
+        damaged = self.arena.written_beside()
+        assert not damaged, f"{variant.name} wrote beside {', '.join(damaged)}"
+        changed = [
+            block.name for block, old in zip(read, before, strict=True) if _hash(block) != old
+        ]
+        assert not changed, f"{variant.name} wrote to {', '.join(changed)}, which it only reads"
+
+    def _only_read(self, variant: Variant, values: Mapping[str, Any]) -> list[Block]:
+        """Return the arrays that the kernel says it leaves as they are."""
+        read, written = set(), set()
+        for parameter, address in pointed(variant, values):
+            block = self.arena.block_at(address)
+            told = f"{variant.name}: {parameter.name} points to no array: {address:#x}"
+            assert block is not None, told
+            (written if parameter.written else read).add(block)
+        return list(read - written)
+
+    def _start(self) -> bool:
+        """Start the process with the interpreter on; return whether the arena has a place there."""
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        before = os.environ.get("TRITON_INTERPRET")
+        os.environ["TRITON_INTERPRET"] = "1"
+        try:
+            return self._pool.submit(_attach, self.arena.path, self.arena.address).result()
+        finally:
+            os.environ.pop("TRITON_INTERPRET")
+            if before is not None:
+                os.environ["TRITON_INTERPRET"] = before
 
 
 @contextmanager
-def interpreter() -> Iterator[Run]:
-    """Yield `run(variant's name, number of programs, arguments, **other constants)`.
-
-    It returns the arrays among the arguments as the kernel left them.
-    """
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
+def interpreter() -> Iterator[Interpreter]:
+    """Yield what runs kernels; Linux only."""
+    started = Interpreter()
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            yield lambda *values, **constants: pool.submit(_run, *values, **constants).result()
+        yield started
     finally:
-        os.environ.pop("TRITON_INTERPRET")
-        if before is not None:
-            os.environ["TRITON_INTERPRET"] = before
+        started.close()
 
 
-def _run(
-    name: str, num_programs: int, arguments: Mapping[str, Any], **constants: int
-) -> dict[str, np.ndarray]:
-    """Run one launch; bfloat16 arrays travel as uint16. No array may be written beside."""
-    import torch
+def _hash(block: Block) -> bytes:
+    return xxhash.xxh3_64_digest(block.content())
 
-    variant = VARIANTS[name]
+
+def _attach(path: str, address: int) -> bool:
+    """Map the arena into this process; return whether its place is free."""
+    file = os.open(path, os.O_RDWR)
+    try:
+        map_at(file, address)
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+    _patch_language_once()
+    repair_bfloat16()
+    return True
+
+
+def _patch_language_once() -> None:
+    """Let Triton's language stay as the interpreter needs it, in this process.
+
+    Triton puts it back after a launch, and patches anew whenever a kernel calls a function: half a
+    millisecond each time, most of what small programs take.
+    """
+    from triton.runtime import interpreter as triton_interpreter
+
+    patch, patched = triton_interpreter._patch_lang, set()
+
+    def patch_once(function: Any) -> Any:
+        if id(function.__globals__) not in patched:
+            patch(function)
+            patched.add(id(function.__globals__))
+        return triton_interpreter._LangPatchScope()
+
+    triton_interpreter._patch_lang = patch_once
+
+
+def _pointer(type_name: str, array: np.ndarray) -> int | TensorMap:
+    """Return what a launch says of an array."""
+    address = array.ctypes.data
+    if not type_name.startswith(DESCRIPTOR):
+        return address
+    rows, columns = array.shape
+    size = array.itemsize
+    return TensorMap(address, (rows, columns), (columns, 1), block_of(type_name), size, 0, 0)
+
+
+def _interpret(
+    variant: Variant, grid: tuple[int, ...], values: Mapping[str, Any], constants: Any
+) -> None:
+    """Run one launch in the other process."""
+    function = getattr(_module(variant.source), variant.function)
     types = {parameter.name: parameter.type for parameter in variant.parameters}
-    assert arguments.keys() == types.keys(), f"{name} takes {list(types)}"
-    given = {key: value for key, value in arguments.items() if isinstance(value, np.ndarray)}
-    memory = {key: _with_margins(array) for key, array in given.items()}
-    arrays = {key: _inside(memory[key], array) for key, array in given.items()}
-    tensors = {
-        key: torch.from_numpy(array).view(torch.bfloat16)
-        if types[key] == "*bf16"
-        else torch.from_numpy(array)
-        for key, array in arrays.items()
-    }
-    function = getattr(import_module(f"edje.kernels.{variant.source}"), variant.function)
+    given = {name: _value(types[name], value) for name, value in values.items()}
     # NumPy warns of lanes that are masked out (0 / 0, inf - inf): no faults of the kernel.
     with np.errstate(all="ignore"):
-        function[(num_programs,)](**{**arguments, **tensors, **variant.constants, **constants})
-    for key, held in memory.items():
-        margins = held[:MARGIN], held[-MARGIN:]
-        assert all((margin == MARK).all() for margin in margins), f"{name} wrote beside {key}"
-    return arrays
+        function[grid](**{**variant.constants, **given, **constants})
 
 
-def _with_margins(array: np.ndarray) -> np.ndarray:
-    """Return a copy of the array's bytes between two margins."""
-    memory = np.full(array.nbytes + 2 * MARGIN, MARK, np.uint8)
-    _inside(memory, array)[...] = array
-    return memory
+def _module(source: str) -> ModuleType:
+    """Import a source of the package, or of the tests' own."""
+    ours = f"edje.kernels.{source}"
+    return import_module(source if find_spec(ours) is None else ours)
 
 
-def _inside(memory: np.ndarray, array: np.ndarray) -> np.ndarray:
-    return memory[MARGIN:-MARGIN].view(array.dtype).reshape(array.shape)
+def _value(type_name: str, value: Any) -> Any:
+    """Return an argument as the interpreter has it, of the type that the kernel is compiled for."""
+    from triton import language as tl
+
+    if not isinstance(value, TensorMap):
+        return _scalar(type_name, value)
+    from triton.runtime.interpreter import interpreter_semantic
+
+    element = type_name.removeprefix(DESCRIPTOR).partition("[")[0]
+    return interpreter_semantic.make_tensor_descriptor(
+        _scalar(f"*{element}", value.address),
+        [_scalar("i32", size) for size in value.shape],
+        [_scalar("i64", value.strides[0]), tl.constexpr(1)],
+        [tl.constexpr(size) for size in value.block],
+    )
 
 
-@dataclass
-class InterpretedDevice:
-    """A loader whose kernels run in the interpreter, on host arrays that it was shown.
+def _scalar(type_name: str, value: float) -> Any:
+    from triton import language as tl
+    from triton.runtime.interpreter import TensorHandle
 
-    It is given the cubins, and runs the source that the manifest says they were made from.
-    """
-
-    run: Run
-    stream: None = None
-    arrays: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
-
-    def memory(self, array: np.ndarray) -> DeviceArray:
-        """Return an array as device memory, on 16 bytes as NumPy gives it."""
-        assert array.flags.c_contiguous
-        self.arrays[array.ctypes.data] = array
-        return DeviceArray(array.ctypes.data, array.shape, array.dtype)
-
-    @property
-    def library(self) -> KernelLibrary:
-        return KernelLibrary(self, (9, 0))
-
-    def finish(self) -> None:
-        """Forget the arrays: launches have run when they return."""
-        self.arrays.clear()
-
-    def load_module(self, code: bytes) -> InterpretedDevice._Module:
-        sha256 = hashlib.sha256(code).hexdigest()
-        (name,) = (
-            name
-            for name, entry in read_manifest().kernels.items()
-            if sha256 in {cubin.sha256 for cubin in entry.cubins}
-        )
-        return InterpretedDevice._Module(self, name)
-
-    @dataclass(frozen=True)
-    class _Module:
-        device: InterpretedDevice
-        name: str
-
-        def kernel(self, symbol: str, shared_bytes: int = 0) -> InterpretedDevice._Module:
-            assert symbol == VARIANTS[self.name].function
-            return self
-
-        def launch(
-            self,
-            stream: object,
-            *,
-            grid: tuple[int, int, int],
-            block: tuple[int, int, int],
-            shared_bytes: int,
-            arguments: Sequence[np.generic],
-        ) -> None:
-            parameters = VARIANTS[self.name].parameters
-            assert [int(value) for value in arguments[len(parameters) :]] == [0, 0]
-            values: dict[str, Any] = {}
-            for parameter, scalar in zip(parameters, arguments, strict=False):
-                dtype = TYPES.get(parameter.type)
-                values[parameter.name] = (
-                    scalar.item()
-                    if dtype is None
-                    else self.device.arrays[int(scalar)].reshape(-1).view(dtype)
-                )
-            for name, result in self.device.run(self.name, grid[0], values).items():
-                values[name][...] = result
+    kind = tl.str_to_ty(type_name, None)
+    return tl.tensor(TensorHandle(np.array([value], NUMPY.get(type_name, np.uint64)), kind), kind)

@@ -10,6 +10,9 @@ after the last conflicting one is written into `races`, however the scheduler ha
 A graph's launch submits what was captured again, with the same buffers, so both see into graphs.
 What clocks cannot see, poison shows: memory starts as NaN (or the least integer), the target of a
 pending download is poisoned, and the source of a pending copy must not change.
+
+Gathers and scatters run by their references. With `kernels=` an interpreter, every kernel of ours
+runs, as it is written; engines then see device memory by its address only.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
@@ -25,10 +28,11 @@ from typing import Any
 
 import numpy as np
 
+from edje.arrays import DeviceArray
 from edje.errors import EngineError
 from edje.kernels.device.contract import DeviceUsage
-from edje.kernels.manifest import KernelEntry
-from pretended_gpu import copy_of, entry_of
+from launches import VARIANTS, CopyingKernels, Kernels, Launch, tensor_map
+from pretended_gpu import name_of
 from toy_engine import ToyEngine
 
 HOST = -1
@@ -36,8 +40,11 @@ Clock = dict[int, int]
 
 
 def poison(array: np.ndarray) -> None:
-    """Fill with what no sound result holds."""
-    array[...] = np.nan if array.dtype.kind == "f" else np.iinfo(array.dtype).min
+    """Fill with what no sound result holds: the least integer, else NaN (bfloat16 as uint16)."""
+    if array.dtype.kind == "i":
+        array[...] = np.iinfo(array.dtype).min
+    else:
+        array[...] = np.frombuffer(b"\xff" * array.itemsize, array.dtype)[0]
 
 
 def join(clock: Clock, other: Clock) -> None:
@@ -68,15 +75,20 @@ class DeviceView(np.ndarray):
 class RecordingBuffer:
     """Pinned or device memory; remembers the last write and the reads since."""
 
-    def __init__(self, name: str, num_elements: int, dtype: np.dtype[Any]):
-        self.name = name
-        self.memory = np.empty(num_elements, dtype)
+    def __init__(self, name: str, memory: np.ndarray, *, by_address: bool = False):
+        self.name, self.memory, self._by_address = name, memory, by_address
         poison(self.memory)
         self.written: Access | None = None
         self.read: list[Access] = []
 
-    def view(self, shape: tuple[int, ...]) -> np.ndarray:
-        return self.memory[: math.prod(shape)].reshape(shape).view(DeviceView)
+    def view(self, shape: tuple[int, ...]) -> Any:
+        if self._by_address:
+            assert math.prod(shape) <= self.memory.size, f"{shape} of {self.memory.size}"
+            return DeviceArray(self.memory.ctypes.data, shape, self.memory.dtype)
+        return self.elements(math.prod(shape)).reshape(shape).view(DeviceView)
+
+    def elements(self, count: int) -> np.ndarray:
+        return self.memory[:count]
 
     def holds(self, address: int) -> bool:
         return 0 <= address - self.memory.ctypes.data < self.memory.nbytes
@@ -154,22 +166,22 @@ class RecordingStream:
 
     def upload(self, target: RecordingBuffer, source: RecordingBuffer, num_elements: int) -> None:
         self.device.fail_if_asked("upload")
-        sent = source.view((num_elements,)).tobytes()
+        sent = source.elements(num_elements).tobytes()
 
         def copy() -> None:
-            if source.view((num_elements,)).tobytes() != sent:
+            if source.elements(num_elements).tobytes() != sent:
                 self.device.races.append(f"{source.name} changed while its upload was pending")
-            target.view((num_elements,))[:] = source.view((num_elements,))
+            target.elements(num_elements)[:] = source.elements(num_elements)
             self.device.fail_if_asked("uploading")
 
         self.submit(copy, what=f"upload of {source.name}", reads=[source], writes=[target])
 
     def download(self, target: RecordingBuffer, source: RecordingBuffer, num_elements: int) -> None:
         self.device.fail_if_asked("download")
-        poison(target.view((num_elements,)))
+        poison(target.elements(num_elements))
 
         def copy() -> None:
-            target.view((num_elements,))[:] = source.view((num_elements,))
+            target.elements(num_elements)[:] = source.elements(num_elements)
             self.device.fail_if_asked("downloading")
 
         self.submit(copy, what=f"download of {source.name}", reads=[source], writes=[target])
@@ -263,8 +275,17 @@ class RecordingDevice:
     compute_capability = (9, 0)
     offers_graphs = True
 
-    def __init__(self, seed: int):
-        self._random = Random(seed)
+    def __init__(self, seed: int | None, *, kernels: Kernels | None = None):
+        """Open a device.
+
+        Args:
+            seed: of the order; None runs everything at once, in the order of the calls.
+            kernels: what runs launches.
+        """
+        self._random = None if seed is None else Random(seed)
+        self._kernels = kernels or CopyingKernels()
+        self.loaded: list[bytes] = []
+        self.launches: list[Launch] = []
         self._lock = threading.RLock()
         self._thread = threading.local()
         self._streams: list[RecordingStream] = []
@@ -293,13 +314,28 @@ class RecordingDevice:
         return getattr(self._thread, "depth", 0)
 
     def pinned(self, num_elements: int, dtype: np.dtype[Any]) -> RecordingBuffer:
-        return self._buffer(f"pinned {len(self._buffers)}", num_elements, dtype)
+        return self._buffer(f"pinned {len(self._buffers)}", num_elements, dtype, False)
 
     def mirror(self, pinned: RecordingBuffer) -> RecordingBuffer:
-        return self._buffer(f"mirror of {pinned.name}", pinned.memory.size, pinned.memory.dtype)
+        size, dtype = pinned.memory.size, pinned.memory.dtype
+        return self._buffer(f"mirror of {pinned.name}", size, dtype, self._kernels.by_address)
 
     def memory(self, num_elements: int, dtype: np.dtype[Any]) -> RecordingBuffer:
-        return self._buffer(f"memory {len(self._buffers)}", num_elements, dtype)
+        name = f"memory {len(self._buffers)}"
+        return self._buffer(name, num_elements, dtype, self._kernels.by_address)
+
+    def tensor_map(
+        self,
+        array: Any,
+        block: tuple[int, ...],
+        *,
+        swizzle: int = 0,
+        element: int = 0,
+        row_stride: int | None = None,
+    ) -> np.void:
+        """Return `launches.tensor_map` of it."""
+        more = {"swizzle": swizzle, "element": element, "row_stride": row_stride}
+        return tensor_map(array, block, **more)
 
     def free_bytes(self) -> int:
         return 1 << 20
@@ -332,9 +368,10 @@ class RecordingDevice:
         return RecordingGraph(self, capturing.captured)
 
     def load_module(self, code: bytes) -> RecordingModule:
-        entry = entry_of(code)
-        assert entry is not None, "not one of our cubins"
-        return RecordingModule(self, entry)
+        name = name_of(code)
+        assert name is not None, "not one of our cubins"
+        self.loaded.append(code)
+        return RecordingModule(self, name)
 
     def fault(self) -> str | None:
         return self.lost
@@ -361,12 +398,33 @@ class RecordingDevice:
         """Whether a capture is open."""
         return any(stream.is_captured for stream in self._streams)
 
-    def buffers_of(self, *arrays: np.ndarray | None) -> list[RecordingBuffer]:
+    def buffers_of(self, *arrays: Any) -> list[RecordingBuffer]:
         """Return the buffers that these views lie in."""
-        wanted = [array.ctypes.data for array in arrays if array is not None]
+        given = (array for array in arrays if array is not None)
+        return self.buffers_at(
+            array.address if isinstance(array, DeviceArray) else array.ctypes.data
+            for array in given
+        )
+
+    def buffers_at(self, addresses: Iterable[int]) -> list[RecordingBuffer]:
+        """Return the buffers that these addresses lie in."""
+        wanted = list(addresses)
         return [buffer for buffer in self._buffers if any(map(buffer.holds, wanted))]
 
-    def touch(self, *arrays: np.ndarray | None, writes: bool) -> None:
+    def work_of(self, launch: Launch) -> Callable[[], None]:
+        """Return what runs a launch; what it may not do is noted where races are."""
+        work = self._kernels.work(launch.name, launch.grid, launch.arguments)
+
+        def run() -> None:
+            try:
+                work()
+            except AssertionError as wrong:
+                self.races.append(str(wrong))
+                raise
+
+        return run
+
+    def touch(self, *arrays: Any, writes: bool) -> None:
         """Say that the host reads (or writes as well) these views now."""
         with self._lock:
             touched = self.buffers_of(*arrays)
@@ -396,8 +454,12 @@ class RecordingDevice:
             raise RuntimeError(self.lost)
         with self._lock:
             yield
-            for _ in range(self._random.choice((0, 0, 1, 3))):
-                self._run_one()
+            if self._random is None:
+                while self._run_one():
+                    pass
+            else:
+                for _ in range(self._random.choice((0, 0, 1, 3))):
+                    self._run_one()
 
     def drive_until(self, mark: Mark | None) -> None:
         """Run in random order until `mark` is passed; raise what it carries."""
@@ -417,8 +479,11 @@ class RecordingDevice:
             if self.failures[what] == 0:
                 raise RuntimeError(f"{what} broke")
 
-    def _buffer(self, name: str, num_elements: int, dtype: np.dtype[Any]) -> RecordingBuffer:
-        self._buffers.append(RecordingBuffer(name, num_elements, dtype))
+    def _buffer(
+        self, name: str, num_elements: int, dtype: np.dtype[Any], by_address: bool
+    ) -> RecordingBuffer:
+        memory = self._kernels.memory(num_elements, dtype, name)
+        self._buffers.append(RecordingBuffer(name, memory, by_address=by_address))
         return self._buffers[-1]
 
     def _run_one(self) -> bool:
@@ -428,7 +493,7 @@ class RecordingDevice:
         if not ready:
             return False
         self.num_run += 1
-        self._random.choice(ready).run_head()
+        (ready[0] if self._random is None else self._random.choice(ready)).run_head()
         return True
 
 
@@ -450,26 +515,27 @@ class RecordingSibling:
 
 @dataclass(frozen=True)
 class RecordingModule:
-    """A cubin of a copying kernel, and the kernel."""
+    """A cubin of a kernel of ours, and the kernel."""
 
     device: RecordingDevice
-    entry: KernelEntry
+    name: str
 
     def kernel(self, symbol: str, shared_bytes: int = 0) -> RecordingModule:
-        assert symbol == self.entry.symbol
+        assert symbol == VARIANTS[self.name].function
         return self
 
     def launch(
-        self, stream: RecordingStream, *, grid: tuple[int, int, int], arguments: Any, **_: Any
+        self, stream: RecordingStream, *, arguments: Sequence[np.generic], **how: Any
     ) -> None:
         self.device.fail_if_asked("launch")
-        copy = copy_of(self.entry, grid[0], arguments)
-        buffers = self.device.buffers_of
+        symbol = VARIANTS[self.name].function
+        launch = Launch(self.name, symbol, stream, arguments=tuple(arguments), **how)
+        self.device.launches.append(launch)
         stream.submit(
-            copy.run,
-            what=self.entry.symbol,
-            reads=buffers(copy.numbers, *copy.source),
-            writes=buffers(*copy.target),
+            self.device.work_of(launch),
+            what=symbol,
+            reads=self.device.buffers_at(launch.addresses(written=False)),
+            writes=self.device.buffers_at(launch.addresses(written=True)),
         )
 
 
