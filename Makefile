@@ -66,7 +66,7 @@ gpu: $(if $(VENV),$(INSTALLED)) ## measure all that needs an NVIDIA GPU (9 minut
 	@mkdir -p .mypy && ln -sfn .. .mypy/edje
 	$(if $(VENV),$(BIN)/python,PYTHONPATH='$(CURDIR)/.mypy' $(PYTHON)) -m edje.perf.gpu_run $(GPU_ARGS)
 
-kernels: $(INSTALLED) ## compile the GPU kernels for every architecture (no GPU, under a minute)
+kernels: $(INSTALLED) ## compile the GPU kernels for every architecture (no GPU, minutes)
 	$(BIN)/python -m edje.kernels.build
 
 train: $(INSTALLED) ## train the demo's model again (hours on two cores, resumable)

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import xxhash
 
 from edje.kernels.variant import Variant
@@ -30,6 +31,8 @@ from interpreted_bfloat16 import repair_bfloat16
 from launches import DESCRIPTOR, VARIANTS, TensorMap, bind, block_of, pointed
 from shared_arena import Arena, Block, free_addresses, map_at
 
+# One thread: sums come in the same order, and tiles are too small to share.
+ENVIRONMENT = {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 NUMPY = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
 
 
@@ -141,14 +144,10 @@ class Interpreter:
     def _start(self) -> bool:
         """Start the process with the interpreter on; return whether the arena has a place there."""
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        before = os.environ.get("TRITON_INTERPRET")
-        os.environ["TRITON_INTERPRET"] = "1"
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in ENVIRONMENT.items():
+                patch.setenv(name, value)
             return self._pool.submit(_attach, self.arena.path, self.arena.address).result()
-        finally:
-            os.environ.pop("TRITON_INTERPRET")
-            if before is not None:
-                os.environ["TRITON_INTERPRET"] = before
 
 
 @contextmanager
@@ -174,28 +173,28 @@ def _attach(path: str, address: int) -> bool:
         return False
     finally:
         os.close(file)
-    _patch_language_once()
+    _patch_the_language_once()
     repair_bfloat16()
     return True
 
 
-def _patch_language_once() -> None:
-    """Let Triton's language stay as the interpreter needs it, in this process.
+def _patch_the_language_once() -> None:
+    """Let a kernel's calls of a function be plain ones, from the second on.
 
-    Triton puts it back after a launch, and patches anew whenever a kernel calls a function: half a
-    millisecond each time, most of what small programs take.
+    Triton makes its language the interpreter's at every call: half a millisecond each, most of
+    what small programs take. It is so by then, and stays so for the modules that calls change.
     """
-    from triton.runtime import interpreter as triton_interpreter
+    from triton.runtime.interpreter import InterpretedFunction
 
-    patch, patched = triton_interpreter._patch_lang, set()
+    first_call, called = InterpretedFunction.__call__, set()
 
-    def patch_once(function: Any) -> Any:
-        if id(function.__globals__) not in patched:
-            patch(function)
-            patched.add(id(function.__globals__))
-        return triton_interpreter._LangPatchScope()
+    def call(function: Any, *arguments: Any, **named: Any) -> Any:
+        if function in called:
+            return function.rewrite()(*arguments, **named)
+        called.add(function)
+        return first_call(function, *arguments, **named)
 
-    triton_interpreter._patch_lang = patch_once
+    InterpretedFunction.__call__ = call
 
 
 def _pointer(type_name: str, array: np.ndarray) -> int | TensorMap:
