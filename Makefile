@@ -70,7 +70,7 @@ tune: $(if $(VENV),$(INSTALLED)) ## time the GPU kernels' tiles on the GPU at ha
 	@mkdir -p .mypy && ln -sfn .. .mypy/edje
 	$(if $(VENV),$(BIN)/python,PYTHONPATH='$(CURDIR)/.mypy' $(PYTHON)) -m edje.perf.gpu_tune $(GPU_ARGS)
 
-kernels: $(INSTALLED) ## compile the GPU kernels for every architecture (no GPU, under a minute)
+kernels: $(INSTALLED) ## compile the GPU kernels for every architecture (no GPU, minutes)
 	$(BIN)/python -m edje.kernels.build
 
 train: $(INSTALLED) ## train the demo's model again (hours on two cores, resumable)

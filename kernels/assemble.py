@@ -44,19 +44,16 @@ def assemble(
 ) -> None:
     """Embed `SLOTS` slots of the batch's P * (T + m + 1), `COLUMNS` >= `width` >= H values each.
 
-    An index outside its table makes the slot NaN; nothing outside the tables is read. Columns from
-    H to `width` are 0.
+    An index outside its table makes the slot NaN; nothing outside the tables is read.
     """
-    if tl.program_id(0) == 0:
-        tl.store(control, scores)
-        tl.store(control + 1, num_pairs.to(tl.int64))
+    _hand_over(control, scores, num_pairs)
     num_slots = text_slots + num_tokens + 1
     line = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     pair = line // num_slots
     slot = line % num_slots
     is_real = pair < num_pairs
     query = tl.load(query_of_pair + pair, mask=is_real, other=-1)
-    is_known = (query >= 0) & (query < num_queries)
+    is_known = _is_inside(query, num_queries)
     length = tl.load(text_length + query, mask=is_known, other=0)
     tl.store(lengths + pair, length, mask=is_real & (slot == 0))
     token = slot - text_slots
@@ -64,12 +61,9 @@ def assemble(
     is_visual = (token >= 0) & (token < num_tokens)
     word = tl.load(text_ids + query * text_slots + slot, mask=is_known & is_text, other=sep_id)
     row = tl.load(rows + pair, mask=is_real & is_visual, other=-1)
-    is_held = (row >= 0) & (row < num_records)
-    is_word = (word >= 0) & (word < vocab_size)
     position = tl.where(is_text, slot, length + token)
-    is_known = is_known & (position >= 0) & (position < max_positions)
-    is_known = is_known & tl.where(is_visual, is_held, is_word)
-
+    is_held = tl.where(is_visual, _is_inside(row, num_records), _is_inside(word, vocab_size))
+    is_known = is_known & _is_inside(position, max_positions) & is_held
     columns = tl.arange(0, COLUMNS)
     place = tl.where(is_text, 0, 1) * max_positions + position
     x = _table_rows(positions, place, is_known, columns, hidden)
@@ -78,10 +72,34 @@ def assemble(
     x += _visual(tokens, scales, stored, is_known & is_visual, columns, hidden)
     x = _layer_norm(x, norm_weight, norm_bias, columns, hidden, epsilon)
     x = tl.where(is_known[:, None], x, float("nan"))
+    _store_rows(hidden_states, x, line, is_real, columns, hidden, width)
+
+
+@triton.jit
+def _hand_over(control: tl.tensor, scores: tl.tensor, num_pairs: tl.tensor) -> None:
+    if tl.program_id(0) == 0:
+        tl.store(control, scores)
+        tl.store(control + 1, num_pairs.to(tl.int64))
+
+
+@triton.jit
+def _is_inside(index: tl.tensor, size: tl.tensor) -> tl.tensor:
+    return (index >= 0) & (index < size)
+
+
+@triton.jit
+def _store_rows(
+    out: tl.tensor,
+    x: tl.tensor,
+    row: tl.tensor,
+    is_real: tl.tensor,
+    columns: tl.tensor,
+    hidden: tl.tensor,
+    width: tl.tensor,
+) -> None:
     x = tl.where((columns < hidden)[None, :], x, 0.0)
-    out = hidden_states + _cells(line, columns, width)
     mask = is_real[:, None] & (columns < width)[None, :]
-    tl.store(out, x.to(hidden_states.dtype.element_ty), mask=mask)
+    tl.store(out + _cells(row, columns, width), x.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit

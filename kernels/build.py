@@ -150,7 +150,7 @@ def compile_variant(variant: Variant, capability: str) -> Compiled:
     """
     sm = capability.replace(".", "")
     with tempfile.TemporaryDirectory() as folder:
-        compiled = _to_ptx(variant, int(sm), folder)
+        compiled = to_ptx(variant, int(sm), folder)
         check_parameters(variant, compiled.asm["ptx"])
         is_exact, code, log = assemble_ptx(compiled.asm["ptx"], sm, Path(folder))
     metadata = compiled.metadata
@@ -169,7 +169,7 @@ def compile_variant(variant: Variant, capability: str) -> Compiled:
     return Compiled(metadata.name, code, record)
 
 
-def _to_ptx(variant: Variant, sm: int, cache: str) -> Any:
+def to_ptx(variant: Variant, sm: int, cache: str) -> Any:
     """Let Triton compile; every time anew, without the numbers of source lines."""
     import triton
     from triton.backends.compiler import GPUTarget

@@ -28,23 +28,31 @@ def raise_faults(operation: str, faults: Iterator[str]) -> None:
 def array_faults(
     name: str, array: DeviceArray, dtype: str, shape: tuple[int, ...]
 ) -> Iterator[str]:
-    # A dtype's name takes microseconds to make; bfloat16 is no dtype of NumPy's own.
-    known = DTYPES.get(dtype)
-    same = array.dtype == known if known is not None else array.dtype.name == dtype
-    if not same or array.shape != shape:
+    if not _has_dtype(array, dtype) or array.shape != shape:
         yield f"{name}: got {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}"
 
 
 def rows_faults(
     name: str, array: DeviceArray, dtype: str, num_rows: int, columns: int
 ) -> Iterator[str]:
-    """Yield what is wrong with rows of 16-bit values; bfloat16 may be called uint16."""
-    alike = (dtype, "uint16") if dtype == "bfloat16" else (dtype,)
+    """Yield what is wrong with rows, of which there may be more than are used."""
     shape = array.shape
-    is_big_enough = len(shape) == 2 and shape[0] >= num_rows and shape[1] == columns
-    if array.dtype.name not in alike or not is_big_enough:
+    if (
+        len(shape) != 2
+        or shape[0] < num_rows
+        or shape[1] != columns
+        or not _has_dtype(array, dtype)
+    ):
         expected = f"{dtype} [at least {num_rows}, {columns}]"
         yield f"{name}: got {array.dtype} {list(shape)}, expected {expected}"
+
+
+def _has_dtype(array: DeviceArray, dtype: str) -> bool:
+    """Compare dtypes; bfloat16, no dtype of NumPy's own, may be called uint16."""
+    known = DTYPES.get(dtype)  # a dtype's name takes microseconds to make
+    if known is not None:
+        return array.dtype == known
+    return array.dtype == DTYPES["uint16"] or array.dtype.name == dtype
 
 
 def stride_faults(name: str, stride: int, row: int) -> Iterator[str]:
@@ -132,6 +140,7 @@ class LoadedKernel:
         faults = [
             fault
             for item in self._parameters
+            if item.name in self._maps or not _fits(item, values[item.name])
             for fault in _value_faults(item, values[item.name], self._maps.get(item.name))
         ]
         if faults:
@@ -245,7 +254,7 @@ def _read(path: Path, cubin: Cubin) -> bytes:
 def _value_faults(parameter: Parameter, value: Value, form: TensorMap | None) -> Iterator[str]:
     if form is not None:
         yield from _map_faults(form, value)
-    elif not _fits(parameter, value):
+    else:
         yield f"{parameter.name}: got {value}, expected {_domain(parameter)}"
 
 

@@ -107,7 +107,7 @@ class Product:
         """Write the first rows of `out`, `rows_per_pair` for each pair; returns at once.
 
         Args:
-            x: [at least the rows, I] of the dtype, on 16 bytes.
+            x: [at least the rows, I] of the dtype, on 16 bytes; all its rows must be memory.
             weight: [O, I] of the dtype, on 16 bytes; O and I are multiples of 128.
             bias: float32 [O], on 16 bytes.
             out: [at least the rows, O], on 16 bytes, written; rows after those of the batch may be

@@ -103,11 +103,9 @@ class Assemble:
         stream: Stream,
         scales: DeviceArray | None = None,
     ) -> None:
-        """Write the hidden states of P pairs, and what later steps ask of the batch.
+        """Write P pairs' hidden states, and what later steps ask of the batch; returns at once.
 
-        Returns at once; the work is in the order of `stream`.
-
-        The arrays belong to the caller and must live, unchanged, until the stream has passed.
+        The arrays are the caller's and must live, unchanged, until the stream has passed.
 
         Args:
             text_ids, text_length, query_of_pair: int32 [Q, T], [Q], [P], as in a batch.

@@ -106,7 +106,7 @@ def _assemble(token_dtype: str, out_dtype: str, columns: int) -> Variant:
         Parameter("hidden_states", f"*{ELEMENTS[out_dtype]}", 16, written=True),
         Parameter("lengths", "*i32", written=True),
         Parameter("control", "*i64", written=True),
-        Parameter("scores", "i64", written=True),
+        Parameter("scores", "i64"),
         *(Parameter(name, "i32") for name in (*sizes, "max_positions", "sep_id")),
         *(Parameter(name, "i32", 16) for name in ("hidden", "width")),
         Parameter("epsilon", "fp32"),
@@ -115,7 +115,8 @@ def _assemble(token_dtype: str, out_dtype: str, columns: int) -> Variant:
     if not has_scales:
         constants["scales"] = None
     name = assemble_name(token_dtype, out_dtype, columns)
-    return Variant(name, "assemble", "assemble", tuple(parameters), constants)
+    num_warps = 4 if columns == ASSEMBLE_COLUMNS[0] else 8  # with 4, long rows spill
+    return Variant(name, "assemble", "assemble", tuple(parameters), constants, num_warps)
 
 
 def _top_k(size: int) -> tuple[Variant, Variant]:

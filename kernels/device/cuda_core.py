@@ -111,7 +111,7 @@ class CoreKernel:
     def __init__(self, driver: Any, function: Any, owner: Any):
         self._driver, self._function = driver, function
         self._owner = owner  # unloads the code when it is forgotten
-        self._blocks: dict[tuple[np.dtype[Any], ...], ArgumentBlock] = {}
+        self._blocks: dict[tuple[type[np.generic], ...], ArgumentBlock] = {}
         self._lock = threading.Lock()
 
     def launch(
@@ -124,11 +124,12 @@ class CoreKernel:
         arguments: Sequence[np.generic],
     ) -> None:
         handle = own(stream, CoreStream).handle
-        types = tuple(argument.dtype for argument in arguments)
+        types = tuple(map(type, arguments))
         with self._lock:  # the driver copies what is packed before it returns
             packed = self._blocks.get(types)
             if packed is None:
-                packed = self._blocks[types] = ArgumentBlock(types)
+                layout = [argument.dtype for argument in arguments]
+                packed = self._blocks[types] = ArgumentBlock(layout)
             packed.write(arguments)
             launch = (*grid, *block, shared_bytes, handle, packed.address, 0)
             call(self._driver, "cuLaunchKernel", self._function, *launch)
@@ -256,7 +257,8 @@ class CudaCoreDevice(GpuDevice):
         except Exception as error:
             shown = f"{array.dtype} {list(array.shape)}, rows {row_stride} apart"
             raise EngineError(f"{self.name} takes no tensor map of {shown}: {error}") from error
-        return np.void(ctypes.string_at(encoded.getPtr(), TENSOR_MAP_BYTES))
+        result: np.void = np.void(ctypes.string_at(encoded.getPtr(), TENSOR_MAP_BYTES))
+        return result
 
     def fault(self) -> str | None:
         """Ask for the state of a stream: a broken context gives its error to every call."""

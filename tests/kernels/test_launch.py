@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +16,14 @@ from hypothesis import strategies as st
 from edje.errors import EngineError
 from edje.kernels.launch import KernelLibrary, LoadedKernel, choose_cubin
 from edje.kernels.manifest import CUBINS, read_manifest
+from edje.kernels.variant import Variant
 from edje.kernels.variants import all_variants
-from launches import Launch, NotedKernels
+from launches import VARIANTS, Launch, NotedKernels, bind, fake_memory
 from recording_device import RecordingDevice
 
 NAME = "gather_tokens_int8_by_int64"
-SIZES = {"i32": 4, "i64": 8, "fp32": 4}
+MAPPED = "product_tma_float16_exact_128x64x64"
+SIZES = {"i32": 4, "i64": 8, "fp32": 4, "map": 128}
 VALUES = {
     "tokens": 0x7F0000000010,
     "scales": 0x7F0000001002,
@@ -54,8 +57,23 @@ def load(name: str = NAME) -> tuple[RecordingDevice, LoadedKernel]:
 def test_the_cubin_is_the_latest_that_runs_on_the_gpu(
     capability: tuple[int, int], chosen: str
 ) -> None:
-    for entry in read_manifest().kernels.values():
-        assert choose_cubin(entry, capability).compute_capability == chosen
+    cubin = choose_cubin(read_manifest().kernels[NAME], capability)
+    assert cubin.compute_capability == chosen
+
+
+def test_a_cubin_for_one_very_chip_runs_on_no_other() -> None:
+    entry = read_manifest().kernels[MAPPED]
+    exact = {cubin.compute_capability: cubin.exact for cubin in entry.cubins}
+    assert exact == {"9.0": True, "10.0": True, "12.0": False}
+    assert choose_cubin(entry, (9, 0)).compute_capability == "9.0"
+    assert choose_cubin(entry, (12, 1)).compute_capability == "12.0"
+    with pytest.raises(EngineError, match=r"compute capability 10\.3, only for 9\.0, 10\.0"):
+        choose_cubin(entry, (10, 3))
+    capabilities = [(8, 9), (9, 0), (10, 0), (10, 3), (12, 1)]
+    device = RecordingDevice(0, kernels=NotedKernels())
+    runs = [KernelLibrary(device, capability).has(MAPPED) for capability in capabilities]
+    assert runs == [False, True, True, False, True]
+    assert not KernelLibrary(device, (9, 0)).has("product")
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (11, 0), (13, 0)])
@@ -80,18 +98,51 @@ def test_a_kernel_is_loaded_once_and_launched_as_the_manifest_says() -> None:
     assert device.launches == [Launch("top_k_merge_1024", "top_k_merge", stream, *how)]
 
 
-@pytest.mark.parametrize("name", [variant.name for variant in all_variants()])
-def test_the_arguments_have_the_sizes_of_the_parameters(name: str) -> None:
-    _, kernel = load(name)
-    parameters = read_manifest().kernels[name].parameters
-    values = {item.name: 16 * place for place, item in enumerate(parameters[:-2], 1)}
+@pytest.mark.parametrize("variant", all_variants(), ids=lambda variant: variant.name)
+def test_the_arguments_have_the_sizes_of_the_parameters(variant: Variant) -> None:
+    device = RecordingDevice(0, kernels=NotedKernels())
+    major, _, minor = variant.capabilities[-1].partition(".")
+    kernel = KernelLibrary(device, (int(major), int(minor))).kernel(variant.name)
+    entry = read_manifest().kernels[variant.name]
+    values: dict[str, Any] = {
+        item.name: fake_memory(16 * place, (256, 256), "float16")
+        if item.type.startswith("tensordesc")
+        else 16 * place
+        for place, item in enumerate(variant.parameters, 1)
+    }
     arguments = kernel.arguments(**dict(reversed(values.items())))
-    assert [item.nbytes for item in arguments] == [SIZES.get(p.type, 8) for p in parameters]
-    assert [float(item) for item in arguments] == [*values.values(), 0, 0]
-    for argument, parameter in zip(arguments, parameters, strict=True):
-        is_address = parameter.type.startswith("*")
-        assert isinstance(argument, np.uint64) == is_address
-        assert isinstance(argument, np.float32) == (parameter.type == "fp32")
+    types = entry.passed_types()
+    assert [item.nbytes for item in arguments] == [SIZES.get(kind, 8) for kind in types]
+    for argument, kind in zip(arguments, types, strict=True):
+        assert isinstance(argument, np.uint64) == kind.startswith("*")
+        assert isinstance(argument, np.float32) == (kind == "fp32")
+    bound = bind(variant, arguments)
+    for name, value in values.items():
+        found = bound[name]
+        assert found == value if isinstance(value, int) else found.address == value.address
+
+
+def test_an_array_of_rows_becomes_a_map_its_shape_and_strides() -> None:
+    device, kernel = load(MAPPED)
+    rows = fake_memory(64, (300, 384), "float16")
+    values: dict[str, Any] = {"weight": rows, "out": rows, "x": (rows, 80 * 384), "bias": 16}
+    sizes = {"control": 8, "rows_per_pair": 1, "num_out": 384, "num_in": 384}
+    bound = bind(VARIANTS[MAPPED], kernel.arguments(**values, **sizes))
+    assert (bound["x"].shape, bound["x"].strides) == ((300, 384), (80 * 384, 1))
+    assert (bound["x"].block, bound["weight"].block) == ((128, 64), (64, 64))
+    assert (bound["weight"].strides, bound["out"].block) == ((384, 1), (128, 64))
+    assert bound["x"].swizzle == 3  # 128 bytes
+    assert bound["x"].element == 6  # float16
+    wrong: dict[str, Any] = {
+        "x": (rows, 100 * 384 + 4),
+        "weight": fake_memory(64, (300, 384), "float32"),
+        "out": 64,
+        "bias": rows,
+    }
+    with pytest.raises(EngineError) as raised:
+        kernel.arguments(**{**values, **sizes, **wrong})
+    assert [fault.split(":")[0] for fault in raised.value.faults] == ["x", "weight", "bias", "out"]
+    assert device.launches == []
 
 
 def test_wrong_names_are_named() -> None:

@@ -14,7 +14,7 @@ from edje.kernels.launch import KernelLibrary
 from edje.kernels.manifest import CUBINS
 from edje.kernels.operations import Assemble, DeviceEmbeddings, TopK
 from edje.kernels.records import GatherTokens, ScatterTokens
-from edje.kernels.variants import COMPUTE_CAPABILITIES
+from edje.kernels.variant import COMPUTE_CAPABILITIES
 from launches import Launch, NotedKernels, fake_memory
 from recording_device import RecordingDevice
 
@@ -219,16 +219,24 @@ def batch_arrays(**changes: DeviceArray | None) -> dict[str, Any]:
         "query_of_pair": fake_memory(512, (10,), "int32"),
         "records": RECORDS,
         "rows": fake_memory(1024, (10,), "int32"),
-        "hidden_states": fake_memory(2048, (10, 81, 384), "float16"),
+        "hidden_states": fake_memory(2048, (896, 384), "float16"),
+        "lengths": fake_memory(4096, (12,), "int32"),
+        "control": fake_memory(8192, (2,), "int64"),
+        "scores": fake_memory(1 << 40, (10,), "float32"),
         "scales": SCALES,
     }
     return {**arrays, **changes}
 
 
+def make_assemble(library: KernelLibrary) -> Assemble:
+    tables = embeddings()
+    return Assemble(library, tables, token_dtype="int8", out_dtype="float16", width=384)
+
+
 def test_assemble_launches_a_program_for_four_slots(
     device: RecordingDevice, library: KernelLibrary
 ) -> None:
-    assemble = Assemble(library, embeddings(), token_dtype="int8", out_dtype="float16")
+    assemble = make_assemble(library)
     assemble.enqueue(**batch_arrays(), stream=device.stream())
     (launch,) = device.launches
     assert launch.grid == (203, 1, 1)  # 810 slots
@@ -238,19 +246,16 @@ def test_assemble_launches_a_program_for_four_slots(
     rest = ("max_positions", "sep_id", "hidden", "words", "scales", "rows", "hidden_states")
     assert [values[name] for name in rest] == [512, 102, 384, 1 << 20, 2 << 20, 1024, 2048]
     assert values["epsilon"] == np.float32(1e-12)
+    rest = ("width", "lengths", "control", "scores")
+    assert [values[name] for name in rest] == [384, 4096, 8192, 1 << 40]
 
 
 def test_assemble_takes_the_smallest_kernel_that_holds_a_row(
     device: RecordingDevice, library: KernelLibrary
 ) -> None:
-    wide = embeddings(
-        words=fake_memory(16, (99, 768), "float32"),
-        positions=fake_memory(16, (2, 512, 768), "float32"),
-        norm_weight=fake_memory(16, (768,), "float32"),
-        norm_bias=fake_memory(16, (768,), "float32"),
-    )
-    Assemble(library, wide, token_dtype="float16", out_dtype="bfloat16")
-    Assemble(library, embeddings(), token_dtype="float16", out_dtype="bfloat16")
+    for width in (640, 512):
+        dtypes = {"token_dtype": "float16", "out_dtype": "bfloat16"}
+        Assemble(library, embeddings(), **dtypes, width=width)
     files = [
         library.kernel(f"assemble_float16_to_bfloat16_{columns}").cubin.sha256
         for columns in (1024, 512)
@@ -265,9 +270,9 @@ def test_tables_that_do_not_fit_are_named_at_once(library: KernelLibrary) -> Non
         norm_bias=fake_memory(16, (1032,), "float16"),
     )
     with pytest.raises(EngineError) as raised:
-        Assemble(library, wrong, token_dtype="int4", out_dtype="float32")
+        Assemble(library, wrong, token_dtype="int4", out_dtype="float32", width=1024)
     names = [fault.split(":")[0] for fault in raised.value.faults]
-    assert names == ["token_dtype", "out_dtype", "positions", "norm_bias", "hidden"]
+    assert names == ["token_dtype", "out_dtype", "positions", "norm_bias", "hidden", "width"]
 
 
 @pytest.mark.parametrize(
@@ -276,8 +281,11 @@ def test_tables_that_do_not_fit_are_named_at_once(library: KernelLibrary) -> Non
         ({"text_length": fake_memory(256, (3,), "int32")}, r"text_length: got int32 \[3\]"),
         ({"rows": fake_memory(256, (10,), "int64")}, "rows: got int64"),
         ({"scales": None}, "scales: got none"),
-        ({"hidden_states": fake_memory(16, (10, 80, 384), "float16")}, r"hidden_states: got"),
-        ({"hidden_states": fake_memory(16, (10, 81, 384), "float32")}, r"expected float16"),
+        ({"hidden_states": fake_memory(16, (809, 384), "float16")}, r"hidden_states: got"),
+        ({"hidden_states": fake_memory(16, (810, 384), "float32")}, r"expected float16"),
+        ({"lengths": fake_memory(16, (9,), "int32")}, r"lengths: got int32 \[9\]"),
+        ({"control": fake_memory(16, (2,), "int32")}, "control: got int32"),
+        ({"scores": fake_memory(16, (9,), "float32")}, r"scores: got float32 \[9\], .* \[10\]"),
         ({"text_ids": fake_memory(16, (16,), "int32")}, r"expected \[Q, T\]"),
         ({"query_of_pair": fake_memory(16, (0,), "int32")}, "pairs: got 0 of 81 slots"),
     ],
@@ -285,7 +293,7 @@ def test_tables_that_do_not_fit_are_named_at_once(library: KernelLibrary) -> Non
 def test_assemble_refuses_what_does_not_fit(
     device: RecordingDevice, library: KernelLibrary, changes: dict[str, Any], fault: str
 ) -> None:
-    assemble = Assemble(library, embeddings(), token_dtype="int8", out_dtype="float16")
+    assemble = make_assemble(library)
     with pytest.raises(EngineError, match=fault):
         assemble.enqueue(**batch_arrays(**changes), stream=None)
     assert device.launches == []

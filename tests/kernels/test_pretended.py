@@ -11,7 +11,7 @@ import pytest
 from edje.arrays import DeviceArray
 from edje.kernels.launch import KernelLibrary
 from edje.kernels.records import GatherTokens
-from edje.kernels.variants import Parameter, Variant
+from edje.kernels.variant import Parameter, Variant
 from interpreted_kernels import Interpreter
 from launches import VARIANTS
 from recording_device import RecordingDevice, RecordingModule, RecordingStream

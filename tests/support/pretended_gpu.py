@@ -30,6 +30,9 @@ from edje.kernels.manifest import KernelEntry, read_manifest
 GPU_NAME = "NVIDIA Stand-in 80GB"
 CUBIN = b"cubin of the stand-in"
 NUM_PROCESSORS = 4
+COPIES = ("gather_tokens", "scatter_tokens")
+CUBIN_TYPES = ("*i8", "i32")  # what its kernel takes
+SCALARS = {"i32": "int32", "i64": "int64", "fp32": "float32", "map": "V128"}
 PRIMARY, FOREIGN = "primary context", "foreign context"
 
 
@@ -226,10 +229,35 @@ class FakeKernel:
 
     def __init__(self, machine: Machine, entry: KernelEntry | None):
         self.machine, self.entry = machine, entry
+        self.most_shared = 48 << 10
+
+    @property
+    def handle(self) -> FakeKernel:
+        return self
+
+    def allow_shared(self, num_bytes: int) -> None:
+        self.machine.call("allow shared", num_bytes)
+        self.most_shared = num_bytes
+
+    def set_attribute(self, attribute: int, value: int) -> None:
+        assert attribute == MAX_SHARED
+        self.allow_shared(value)
+
+    def unpacked(self, address: int) -> tuple[np.generic, ...]:
+        """Read what lies at the addresses of `kernelParams`, as the driver does."""
+        types = CUBIN_TYPES if self.entry is None else self.entry.passed_types()
+        pointers = (ctypes.c_uint64 * len(types)).from_address(address)
+        dtypes = [np.dtype(SCALARS.get(kind, "uint64")) for kind in types]
+        return tuple(
+            np.frombuffer(ctypes.string_at(pointer, dtype.itemsize), dtype)[0]
+            for pointer, dtype in zip(pointers, dtypes, strict=True)
+        )
 
     def __call__(self, *arguments: Any, **how: Any) -> None:
+        if how["shared"] > self.most_shared:
+            raise Refused("invalid argument")
         self.machine.call("launch", (how["grid"], how["block"], how["shared"], arguments))
-        if self.entry is not None:
+        if self.entry is not None and self.entry.symbol in COPIES:
             copy_of(self.entry, how["grid"][0], arguments).run()
 
 
@@ -245,6 +273,76 @@ def load_cubin(machine: Machine, code: bytes) -> Any:
         return FakeKernel(machine, entry)
 
     return SimpleNamespace(get_kernel=find, get_function=find)
+
+
+class FakeTensorMap:
+    """A CUtensorMap: what it was made of, as 64-bit numbers in its 128 bytes."""
+
+    def __init__(self, numbers: Sequence[int]):
+        self.memory = (ctypes.c_uint64 * 16)(*numbers)
+
+    def getPtr(self) -> int:
+        return ctypes.addressof(self.memory)
+
+
+def encode_tiled(
+    element: int,
+    rank: int,
+    address: int,
+    sizes: list[int],
+    strides: list[int],
+    block: list[int],
+    steps: list[int],
+    interleave: int,
+    swizzle: int,
+    promotion: int,
+    fill: int,
+) -> FakeTensorMap:
+    """Refuse what the driver refuses of 16-bit elements; note the rest."""
+    counts = [len(sizes), len(strides) + 1, len(block), len(steps)]
+    aligned = address % 16 == 0 and all(stride % 16 == 0 for stride in strides)
+    spans = {1: 32, 2: 64, 3: 128}
+    narrow = 2 * block[0] <= spans.get(swizzle, 512) and max(block) <= 256
+    if counts != [rank] * 4 or not aligned or not narrow or min(sizes) < 1:
+        raise Refused("invalid argument")
+    assert (steps, interleave, promotion, fill) == ([1] * rank, 0, 2, 0)
+    return FakeTensorMap([address, *sizes, *strides, *block, swizzle, element])
+
+
+MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+def add_kernels(machine: Machine, module: Any) -> None:
+    """Add what the driver has for kernels to its stand-in."""
+
+    def function_of(kernel: FakeKernel) -> FakeKernel:
+        machine.call("function")
+        return kernel
+
+    def set_attribute(function: FakeKernel, attribute: int, value: int) -> None:
+        function.set_attribute(attribute, value)
+
+    def launch(function: FakeKernel, *how: Any) -> None:
+        *sizes, shared, _stream, parameters, _extra = how
+        grid, block = tuple(sizes[:3]), tuple(sizes[3:])
+        function(*function.unpacked(parameters), grid=grid, block=block, shared=shared)
+
+    functions = {
+        "cuKernelGetFunction": function_of,
+        "cuFuncSetAttribute": set_attribute,
+        "cuLaunchKernel": launch,
+        "cuTensorMapEncodeTiled": encode_tiled,
+    }
+    for name, work in functions.items():
+        setattr(module, name, _guarded(machine, work))
+    module.CUfunction_attribute = SimpleNamespace(
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=MAX_SHARED
+    )
+    for name in ("cuuint64_t", "cuuint32_t", "CUtensorMapDataType", "CUtensorMapSwizzle"):
+        setattr(module, name, int)
+    module.CUtensorMapInterleave = SimpleNamespace(CU_TENSOR_MAP_INTERLEAVE_NONE=0)
+    module.CUtensorMapL2promotion = SimpleNamespace(CU_TENSOR_MAP_L2_PROMOTION_L2_128B=2)
+    module.CUtensorMapFloatOOBfill = SimpleNamespace(CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE=0)
 
 
 def make_driver(machine: Machine) -> ModuleType:
@@ -293,6 +391,7 @@ def make_driver(machine: Machine) -> ModuleType:
     }
     for name, work in functions.items():
         setattr(module, name, _guarded(machine, work))
+    add_kernels(machine, module)
     module.cuStreamQuery = lambda handle: (700 if machine.broken else 0,)
     module.cuGetErrorString = lambda error: (0, (machine.broken or machine.refused).encode())
     module.CU_MEMHOSTALLOC_PORTABLE = 1
@@ -350,14 +449,8 @@ def make_core(machine: Machine, version: str = "1.2.2") -> ModuleType:
     module: Any = ModuleType("cuda.core")
     module.__version__ = version
     module.Device = lambda index: FakeCoreDevice(machine)
-    module.StreamOptions = module.EventOptions = module.LaunchConfig = SimpleNamespace
-
+    module.StreamOptions = module.EventOptions = SimpleNamespace
     module.ObjectCode = SimpleNamespace(from_cubin=lambda code: load_cubin(machine, code))
-
-    def launch(stream: Any, config: Any, kernel: FakeKernel, *arguments: Any) -> None:
-        kernel(*arguments, grid=config.grid, block=config.block, shared=config.shmem_size)
-
-    module.launch = launch
     return module
 
 
@@ -425,6 +518,7 @@ def make_pycuda(machine: Machine) -> ModuleType:
 
     module.Device, module.Stream, module.Event = Device, Stream, Event
     module.event_flags = SimpleNamespace(BLOCKING_SYNC=1)
+    module.function_attribute = SimpleNamespace(MAX_DYNAMIC_SHARED_SIZE_BYTES=MAX_SHARED)
     module.pagelocked_empty = pagelocked_empty
     module.mem_alloc = lambda num_bytes: FakeBuffer(machine, "device", num_bytes)
     module.memcpy_htod_async, module.memcpy_dtoh_async = copy_in, copy_out

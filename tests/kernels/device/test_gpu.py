@@ -17,6 +17,7 @@ from edje.kernels.device import facts
 from edje.kernels.device.contract import DeviceUsage
 from edje.kernels.device.cuda_core import CudaCoreDevice
 from edje.kernels.device.pycuda import PycudaDevice
+from edje.kernels.launch import KernelLibrary
 from edje.runtime.pipeline import Pipeline, Request
 from edje.runtime.text import TokenizedQueries
 from on_addresses import OnAddresses
@@ -223,6 +224,64 @@ def test_modules_are_loaded_and_their_kernels_launched(device, machine):
         module.kernel("gather")
     with pytest.raises(EngineError, match="cannot load this cubin: no kernel image"):
         device.load_module(b"for another GPU")
+
+
+def test_shared_memory_past_48_kb_is_asked_for_at_set_up(device, machine):
+    with device.current():
+        stream, arguments = device.stream(), [np.uint64(4096), np.int32(7)]
+        how = {"grid": (1, 1, 1), "block": (32, 1, 1), "arguments": arguments}
+        module = device.load_module(CUBIN)
+        with pytest.raises(Exception, match="invalid argument"):
+            module.kernel("gather_tokens", 48 << 10).launch(stream, shared_bytes=49_153, **how)
+        assert machine.named("allow shared") == []
+        module.kernel("gather_tokens", 99 << 10).launch(stream, shared_bytes=99 << 10, **how)
+    assert machine.named("allow shared") == [99 << 10]
+
+
+MAPPED = {"row_stride": 80 * 384, "swizzle": 3, "element": 6}
+
+
+def test_a_tensor_map_says_rows_and_columns_from_the_innermost(core):
+    array = DeviceArray(0x7000, (256, 384), np.dtype(np.float16))
+    encoded = core.tensor_map(array, (128, 64), **MAPPED)
+    assert (type(encoded), encoded.nbytes) == (np.void, 128)
+    numbers = np.frombuffer(encoded.tobytes(), np.uint64).tolist()
+    row_bytes = 80 * 384 * 2
+    assert numbers[:8] == [0x7000, 384, 256, row_bytes, 64, 128, 3, 6]
+    with pytest.raises(EngineError, match=r"no tensor map of float16 \[256, 384\], rows 30720"):
+        core.tensor_map(DeviceArray(0x7001, (256, 384), array.dtype), (128, 64), **MAPPED)
+
+
+def test_pycuda_passes_no_tensor_maps(machine):
+    device = PycudaDevice()
+    array = DeviceArray(0x7000, (256, 384), np.dtype(np.float16))
+    with pytest.raises(EngineError, match="the pycuda device passes no tensor maps"):
+        device.tensor_map(array, (128, 64), **MAPPED)
+    with device.current(), pytest.raises(EngineError, match="passes no tensor maps"):
+        device.load_module(CUBIN).kernel("gather_tokens").launch(
+            device.stream(),
+            grid=(1, 1, 1),
+            block=(32, 1, 1),
+            shared_bytes=0,
+            arguments=[np.void(bytes(128))],
+        )
+    device.close()
+
+
+def test_a_compiled_kernel_gets_its_maps_among_its_arguments(core, machine):
+    with core.current():
+        library = KernelLibrary(core, core.compute_capability)
+        kernel = library.kernel("product_tma_float16_none_128x64x64")
+        rows = DeviceArray(0x7000, (256, 384), np.dtype(np.float16))
+        sizes = {"control": 64, "rows_per_pair": 80, "num_out": 384, "num_in": 384}
+        kernel.launch(core.stream(), 5, x=(rows, 768), weight=rows, bias=32, out=rows, **sizes)
+    ((grid, block, shared_bytes, arguments),) = machine.named("launch")
+    assert (grid, block) == ((5, 1, 1), (128, 1, 1))
+    assert machine.named("allow shared") == [shared_bytes]
+    maps, rest = arguments[:1], [int(each) for each in arguments[1:5]]
+    assert (rest, len(arguments)) == ([256, 384, 768, 1], 22)
+    assert np.frombuffer(maps[0].tobytes(), np.uint64)[3] == 768 * 2
+    assert [int(each) for each in arguments[16:]] == [64, 80, 384, 384, 0, 0]
 
 
 class Foreign:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edje.arrays import DeviceArray
 from edje.errors import EngineError
 from edje.kernels.device.contract import DeviceUsage
 from edje.kernels.device.host import HostDevice, HostEvent, InlineStream
@@ -167,6 +168,9 @@ def test_usage_counts_what_was_made_until_it_is_closed():
 def test_the_host_runs_no_device_code(device):
     with pytest.raises(EngineError, match="no device code"):
         device.load_module(b"cubin")
+    array = DeviceArray(16, (8, 64), np.dtype(np.float16))
+    with pytest.raises(EngineError, match="no tensor maps"):
+        device.tensor_map(array, (8, 64), row_stride=64, swizzle=3, element=6)
     assert device.fault() is None
 
 

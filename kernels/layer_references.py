@@ -1,0 +1,96 @@
+"""What the kernels of an encoder's layers and head compute, in NumPy and float64.
+
+They round nothing: a kernel's sums are float32, and its results and probabilities are rounded to
+the type of its rows. Padding is not their matter: their arrays have what counts only.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ..arrays import Array, Float64, Int32
+
+
+def product(x: Array, weight: Array, bias: Array, gelu: str) -> Float64:
+    """Return `gelu(x @ weight.T + bias)`, [R, O].
+
+    Args:
+        x: [R, I].
+        weight: [O, I].
+        bias: [O].
+        gelu: `none`, `exact` or `tanh`.
+    """
+    result: Float64 = x.astype(np.float64) @ weight.astype(np.float64).T + bias
+    if gelu == "exact":
+        result *= (1 + _erf(result / math.sqrt(2))) / 2
+    elif gelu == "tanh":
+        inner = math.sqrt(2 / math.pi) * (result + 0.044715 * result**3)
+        result *= (1 + np.tanh(inner)) / 2
+    return result
+
+
+def attention(
+    queries: Array, keys: Array, values: Array, lengths: Int32, *, text_slots: int, num_heads: int
+) -> Float64:
+    """Return each query's mix of its pair's values, [P, Q, heads * head].
+
+    Key j of a pair counts where `j < lengths[pair]` or `j >= text_slots`; the others may hold
+    anything.
+
+    Args:
+        queries: [P, Q, heads * head], scaled already by 1 / sqrt(head).
+        keys, values: [P, S, heads * head].
+        lengths: int32 [P].
+        text_slots: at a pair's begin.
+    """
+    result = np.zeros(queries.shape)
+    places, head = np.arange(keys.shape[1]), queries.shape[2] // num_heads
+    for pair, length in enumerate(lengths):
+        real = np.flatnonzero((places < length) | (places >= text_slots))
+        for start in range(0, queries.shape[2], head):
+            part = slice(start, start + head)
+            scores = queries[pair, :, part].astype(np.float64) @ keys[pair, real, part].T
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            weights /= weights.sum(axis=1, keepdims=True)
+            result[pair, :, part] = weights @ values[pair, real, part]
+    return result
+
+
+def add_norm(x: Array, residual: Array, weight: Array, bias: Array, epsilon: float) -> Float64:
+    """Return the LayerNorm of `x + residual`, [R, H].
+
+    Args:
+        x, residual: [R, H].
+        weight, bias: [H].
+        epsilon: added to the variance.
+    """
+    total = x.astype(np.float64) + residual
+    total -= total.mean(axis=-1, keepdims=True)
+    variance = np.mean(total * total, axis=-1, keepdims=True)
+    result: Float64 = total / np.sqrt(variance + epsilon) * weight + bias
+    return result
+
+
+def score(
+    cls: Array,
+    pooler_weight: Array,
+    pooler_bias: Array,
+    classifier_weight: Array,
+    classifier_bias: Array,
+) -> Float64:
+    """Return `tanh(cls @ pooler_weight.T + pooler_bias) @ classifier_weight + bias`, [P].
+
+    Args:
+        cls: [P, H].
+        pooler_weight: [H, H], outputs first.
+        pooler_bias, classifier_weight: [H].
+        classifier_bias: [1].
+    """
+    pooled = np.tanh(cls.astype(np.float64) @ pooler_weight.astype(np.float64).T + pooler_bias)
+    result: Float64 = pooled @ classifier_weight + classifier_bias
+    return result
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
