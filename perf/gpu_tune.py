@@ -28,7 +28,7 @@ from ..arrays import Array, DeviceArray
 from ..bundle import ATTENTION_OUTPUT, FFN1, FFN2, QKV
 from ..engines.native.memory import NUMPY_TYPES, upload
 from ..errors import EdjeError
-from ..kernels import references
+from ..kernels import layer_references
 from ..kernels.device import open_gpu
 from ..kernels.device.contract import Device, Graph, Stream
 from ..kernels.device.facts import current_gpu, current_index, gpu_fault
@@ -163,7 +163,7 @@ def tiles_of(library: KernelLibrary, element: str, gelu: str) -> list[str]:
 def _compare(tile: str, out: Array, host: Mapping[str, Array], element: str, gelu: str) -> None:
     """Compare some of a tile's rows, the last one among them, with the reference."""
     some = np.linspace(0, len(out) - 1, ROWS_COMPARED).astype(int)
-    expected = references.product(
+    expected = layer_references.product(
         _widened(host["x0"][some], element), _widened(host["weight"], element), host["bias"], gelu
     )
     found = _widened(out[some], element)

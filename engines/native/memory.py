@@ -91,7 +91,7 @@ class Activations:
         """
         pairs, element = plan.max_pairs, NUMPY_TYPES[plan.element]
         rows = pairs * plan.num_slots(plan.text_buckets[-1])
-        known = {
+        known: dict[str, Array] = {
             "context": np.zeros((rows, plan.attention), element),
             "control": np.zeros(2, np.int64),
             "order": np.arange(pairs, dtype=np.int32),
