@@ -27,7 +27,7 @@ import pytest
 import xxhash
 
 from edje.kernels.variant import Variant
-from interpreted_bfloat16 import repair_bfloat16
+from interpreted_numbers import repair_numbers
 from launches import DESCRIPTOR, VARIANTS, TensorMap, bind, block_of, pointed
 from shared_arena import Arena, Block, free_addresses, map_at
 
@@ -174,7 +174,7 @@ def _attach(path: str, address: int) -> bool:
     finally:
         os.close(file)
     _patch_the_language_once()
-    repair_bfloat16()
+    repair_numbers()
     return True
 
 

@@ -68,20 +68,19 @@ def test_a_batch_is_one_assemble_and_one_graph(
         assert not device.races, device.races
 
 
-@pytest.mark.parametrize("resident", [False, True])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "resident"), [(0, False), (1, False), (2, True)])
 def test_any_order_of_a_gpus_work_gives_the_same_scores(
     native_folder: Any, tiny_store: Path, interpreted: Any, seed: int, resident: bool
 ) -> None:
     folder = native_folder()
-    requests = [([9, 20], 0), ([15], 1), ([23, 3], 2)]
+    requests = [([9, 20], 0), ([15], 1), ([3], 2)]
 
     def scores_on(device: RecordingDevice, num_threads: int) -> list[bytes]:
         with pipeline_on(device, folder, tiny_store, resident=resident) as (pipeline, rows):
 
             def score(asked: tuple[list[int], int]) -> bytes:
                 lengths, number = asked
-                request = request_of(rows[number : number + 7], lengths, number)
+                request = request_of(rows[number : number + 5], lengths, number)
                 return pipeline.run(request).scores.tobytes()
 
             with ThreadPoolExecutor(num_threads) as threads:

@@ -57,7 +57,7 @@ def test_official_pairs_are_ranked_as_the_official_code_ranks_them(
     pairs = [(0, image) for image in range(8)]
     with native_scorer(native_folder(), interpreted, max_pairs=8) as score:
         found = score(official_pairs.batch(pairs, 63))
-    np.testing.assert_allclose(found, official_pairs.expected(pairs), atol=2e-3)
+    np.testing.assert_allclose(found, official_pairs.expected(pairs), atol=3e-3)
     assert kendall_tau(found, official_pairs.expected(pairs)) == 1
 
 
