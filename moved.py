@@ -27,6 +27,13 @@ MOVED = {
     "runtime.device.pycuda": "kernels.device.pycuda",
     "runtime.doctor": "runtime.cli.doctor",
     "runtime.indexing.image_encoder": "engines.image",
+    "runtime.store.batches": "runtime.store.records",
+    "runtime.store.compact": "runtime.store.writer",
+    "runtime.store.folder": "runtime.store.disk",
+    "runtime.store.pins": "runtime.store.disk",
+    "runtime.store.shard_header": "runtime.store.shard",
+    "runtime.store.structure": "runtime.store.verify",
+    "runtime.store.threads": "arrays",
     "runtime.verify": "engines.verify",
 }
 

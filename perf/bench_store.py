@@ -37,9 +37,9 @@ import numpy as np
 from ..arrays import Array, Int64
 from ..errors import EdjeError
 from ..runtime.store import TokenStore
-from ..runtime.store.catalog import Catalog, Change, RecordBatch, Segment
+from ..runtime.store.catalog import Catalog, Change, Segment
 from ..runtime.store.format import ROW_BITS
-from ..runtime.store.records import Records, digests_of
+from ..runtime.store.records import RecordBatch, Records, digests_of
 from .harness import (
     ROOT,
     Timing,

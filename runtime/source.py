@@ -6,12 +6,11 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from ..arrays import Array, Float16, Int64
+from ..arrays import Array, CopyThreads, Float16, Int64
 from ..engines.contract import Engine
 from ..errors import StoreError
 from ..tokens import dequantize_tokens
 from .store import BadRecord, TokenStore
-from .store.threads import CopyThreads
 
 
 class TokenSource(Protocol):

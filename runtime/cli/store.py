@@ -112,7 +112,7 @@ def compact(
     """
     from ...notes import note
     from ..store import TokenStore
-    from ..store.folder import disk_bytes
+    from ..store.disk import disk_bytes
 
     before = disk_bytes(store)
     with TokenStore.open(store, mode="a") as opened:

@@ -18,10 +18,8 @@ import xxhash
 
 from ...arrays import Int64, UInt64
 from ...errors import RequestError, StoreError
-from .catalog import RecordBatch
 from .format import ROW_BITS, ROW_MASK, is_id
-from .read import BadRecord, ReadPlan
-from .records import Records
+from .records import BadRecord, ReadPlan, RecordBatch, Records
 
 # Records appended since the last merge are found through a dict; past this they are merged.
 MAX_FRESH = 1 << 16

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ...arrays import Int64, UInt8
+from ...arrays import CopyThreads, Int64, UInt8
 from ...errors import StoreError
 from ...machine import available_memory_bytes
 from .format import StoreLayout
 from .open_files import CACHED
-from .read import ReadPlan, SegmentReader, address
-from .threads import CopyThreads
+from .read import SegmentReader, address
+from .records import ReadPlan
 
 NOT_HELD = "it is not among the records that were loaded into memory"
 
@@ -63,10 +63,7 @@ class ResidentRecords:
         *,
         verify: bool = True,
     ) -> dict[int, str]:
-        """Copy records into the caller's buffers; see `SegmentReader.gather`.
-
-        `verify` changes nothing: every record was verified when it was loaded.
-        """
+        """As `SegmentReader.gather`; `verify` changes nothing, since `load` has verified all."""
         held, held_scales, locations = self._tokens, self._scales, self._locations
         places = np.searchsorted(locations, plan.locations)
         known, bad = locations[places] == plan.locations, dict[int, str]()
@@ -116,10 +113,8 @@ def _huge_memory(num_bytes: int, more: int) -> memoryview:
     try:
         memory = mmap.mmap(-1, num_bytes + more, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, MemoryError) as error:
-        raise StoreError(
-            f"the memory does not suffice to hold the store's {num_bytes} bytes of records",
-            hint=CACHED,
-        ) from error
+        what = f"the memory does not suffice to hold the store's {num_bytes} bytes of records"
+        raise StoreError(what, hint=CACHED) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)

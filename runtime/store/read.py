@@ -10,20 +10,17 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import xxhash
 
-from ...arrays import Int64, UInt8, UInt64
+from ...arrays import CopyThreads, Int64, UInt8, copying_threads
 from .format import PAGE_BYTES, ROW_BITS, ROW_MASK, StoreLayout
 from .open_files import SegmentFiles
-from .threads import CopyThreads, copying_threads
-
-Access = Literal["cached", "direct"]
+from .records import ReadPlan
 
 # Stays in a core's second-level cache until it is hashed.
 CHUNK_BYTES = 1536 << 10
@@ -40,45 +37,8 @@ MASK = np.array(ROW_MASK)
 MISFIT = "its bytes do not fit its checksum"
 
 
-@dataclass(frozen=True, slots=True)
-class BadRecord:
-    """A record that could not be read whole. `position` is its place in the requested rows."""
-
-    position: int
-    id: str
-    segment: int
-    row: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"id {self.id!r} (segment {self.segment}, row {self.row}): {self.reason}"
-
-
-class ReadPlan(NamedTuple):
-    """What to read, sorted by location, each [N]: where to, from where, and what it must hash to.
-
-    `positions` int64: rows of the caller's buffer; `locations` int64; `seeds`, `checksums` uint64.
-    """
-
-    positions: Int64
-    locations: Int64
-    seeds: UInt64
-    checksums: UInt64
-
-
 class SegmentReader:
-    """Reads records of one store; safe to use from several threads, and in a forked child.
-
-    Args:
-        folder: the store's.
-        layout: the store's.
-        key_of: returns the key that a segment's header page must hold, None for no segment.
-        access: `"cached"` reads through the system's page cache; `"direct"` past it (O_DIRECT),
-            for a store much larger than memory.
-
-    Raises:
-        StoreError: this system has no O_DIRECT.
-    """
+    """Reads records of one store; safe to use from several threads, and in a forked child."""
 
     def __init__(
         self,
@@ -86,8 +46,18 @@ class SegmentReader:
         layout: StoreLayout,
         *,
         key_of: Callable[[int], int | None],
-        access: Access = "cached",
+        access: Literal["cached", "direct"] = "cached",
     ):
+        """Open no file yet.
+
+        Args:
+            key_of: returns the key that a segment's header page must hold, None for no segment.
+            access: `"cached"` reads through the system's page cache; `"direct"` past it (O_DIRECT),
+                for a store much larger than memory.
+
+        Raises:
+            StoreError: this system has no O_DIRECT.
+        """
         self._layout = layout
         self._record_bytes, self._stride = layout.record_bytes, layout.stride
         self._scale_bytes, self._group = layout.scale_bytes, layout.group_records

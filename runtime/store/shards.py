@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,27 @@ from typing import Any
 import xxhash
 
 from ...arguments import Arguments, Progress, StrPath, path_of
-from ...arrays import Int64
+from ...arrays import Array, Float16, Int64
 from ...errors import RequestError, StoreError
 from ...files import is_free, publish_folder
-from .batches import BatchBuffers, nonfinite_records
 from .format import DEFAULT_SEGMENT_BYTES, StoreLayout
-from .shard import ShardReader, ShardWriter
-from .shard_header import FORMAT, FORMAT_VERSION, ShardError, ShardHeader, read_header
+from .records import nonfinite_records
+from .shard import (
+    FORMAT,
+    FORMAT_VERSION,
+    ShardError,
+    ShardHeader,
+    ShardReader,
+    ShardWriter,
+    read_header,
+)
 from .store import TokenStore
 
 INDEX_JSON = "index.json"
 MAX_INDEX_BYTES = 64 << 20  # a line of 400 bytes for every GiB: 160 TB of tokens
 DEFAULT_SHARD_BYTES = 1 << 30
 MAX_FAULTS = 20
+MAX_BATCH_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,15 +164,12 @@ def _write_shard(
     store: TokenStore, path: Path, ids: list[str], rows: Int64, progress: Progress
 ) -> dict[str, Any]:
     """Write one shard; return its entry of the index."""
-    buffers = BatchBuffers(store.layout, len(ids))
     try:
         with ShardWriter(path, store.layout, ids) as shard:
-            for start in range(0, len(rows), buffers.size):
-                batch = rows[start : start + buffers.size]
-                tokens, scales = buffers.views(len(batch))
-                store.read(batch, tokens, scales)
+            for part, tokens, scales in _batches(store.layout, len(rows)):
+                store.read(rows[part], tokens, scales)
                 shard.write(tokens, scales)
-                progress(start + len(batch), len(rows))
+                progress(part.stop, len(rows))
             hashes = shard.hashes()
     except OSError as error:
         raise StoreError(f"cannot write {path.name}: {error.strerror}") from error
@@ -183,18 +188,16 @@ def _add_shard(
 
     Those that are not finite are named in `left_out`, or added where that is None.
     """
-    added = 0
-    buffers = BatchBuffers(_layout_of(header, store.fingerprint_encoder), header.num_records)
+    added, layout = 0, _layout_of(header, store.fingerprint_encoder)
     with ShardReader(header) as shard:
         if hashes is not None:
             shard.verify(hashes)
         ids = shard.ids()
-        for start in range(0, len(ids), buffers.size):
-            batch = ids[start : start + buffers.size]
+        for part, tokens, scales in _batches(layout, len(ids)):
+            batch = ids[part]
             missing = [place for place, image_id in enumerate(batch) if image_id not in store]
             if missing:
-                tokens, scales = buffers.views(len(batch))
-                shard.read(start, tokens, scales)
+                shard.read(part.start, tokens, scales)
                 if left_out is not None:
                     odd = set(nonfinite_records(tokens, scales).tolist())
                     names = [batch[place] for place in missing if place in odd]
@@ -204,8 +207,17 @@ def _add_shard(
                 new = [batch[place] for place in missing]
                 store.append(new, tokens[missing], kept, allow_nonfinite=left_out is None)
             added += len(missing)
-            progress(start + len(batch), len(ids))
+            progress(part.stop, len(ids))
     return added
+
+
+def _batches(layout: StoreLayout, count: int) -> Iterator[tuple[slice, Array, Float16 | None]]:
+    """Yield parts of `count` records with memory for each, 32 MiB that the next one overwrites."""
+    size = max(1, min(count, MAX_BATCH_BYTES // (layout.record_bytes + layout.scale_bytes)))
+    tokens, scales = layout.buffers(size)
+    for start in range(0, count, size):
+        num = min(size, count - start)
+        yield slice(start, start + num), tokens[:num], None if scales is None else scales[:num]
 
 
 def _read_source(source: Path) -> tuple[list[ShardHeader], dict[str, dict[str, str]]]:

@@ -13,19 +13,25 @@ from ...arrays import Float16
 from ...errors import StoreError
 from ...files import Closing
 from .catalog import Catalog, CatalogState
+from .disk import (
+    Lock,
+    StoreStat,
+    create_folder,
+    disk_bytes,
+    lock_reader,
+    stat_of,
+    waiting_bytes,
+)
 from .format import DEFAULT_SEGMENT_BYTES, StoreLayout
 from .ids import RecordIndex
 from .memory import Reader, ResidentRecords
-from .pins import Pin
 from .read import SegmentReader
 from .reading import ReadableStore, Tokens
 
 if TYPE_CHECKING:  # the writer's half of the store waits until it is asked for
-    from .compact import CompactReport
-    from .folder import StoreStat
     from .incoming import CommitReport
     from .verify import VerifyReport
-    from .writer import StoreWriter
+    from .writer import CompactReport, StoreWriter
 
 Access = Literal["cached", "direct", "resident"]
 
@@ -42,11 +48,11 @@ class TokenStore(ReadableStore, Closing):
         self.layout = layout
         self.access: Access = access
         self._mutex = RLock()
-        self._pin = Pin(None)
+        self._lock = Lock()
         self._writer = _writer_of(path, layout) if writable else None
         try:
             if self._writer is None:
-                self._pin = Pin.take(path)
+                self._lock = lock_reader(path)
             self._load()
         except BaseException:
             self.close()
@@ -78,8 +84,6 @@ class TokenStore(ReadableStore, Closing):
             StoreError: `path` holds something or cannot be written; sizes that no store can have
                 (all of them).
         """
-        from .folder import create_folder
-
         folder = path_of("path", path)
         sizes = (num_tokens, hidden, segment_bytes)
         num_tokens, hidden, segment_bytes = (int(n) if is_whole(n) else n for n in sizes)
@@ -145,7 +149,7 @@ class TokenStore(ReadableStore, Closing):
             StoreError: opened for reading; ids twice, present or no ids; wrong dtype or shape;
                 tokens that are not finite (all named); the disk is full. Then nothing was added.
         """
-        from .batches import NewRecords
+        from .records import NewRecords
 
         new = NewRecords.take(ids, tokens, scales, allow_nonfinite)
         with self._mutex:
@@ -164,7 +168,7 @@ class TokenStore(ReadableStore, Closing):
         Raises:
             As `append`; StoreError: ids that the store does not hold.
         """
-        from .batches import NewRecords
+        from .records import NewRecords
 
         new = NewRecords.take(ids, tokens, scales, allow_nonfinite)
         with self._mutex:
@@ -216,8 +220,7 @@ class TokenStore(ReadableStore, Closing):
             RequestError: arguments of another kind (all of them), or a share that is none.
             StoreError: opened for reading; no room for one segment more; then nothing is lost.
         """
-        from .compact import CompactReport, move_records
-        from .folder import disk_bytes, waiting_bytes
+        from .writer import CompactReport, move_records
 
         given = Arguments("compact")
         expected = "0 or more, less than 1"
@@ -286,13 +289,11 @@ class TokenStore(ReadableStore, Closing):
 
     def stat(self) -> StoreStat:
         """Return what the store holds and what it takes on disk."""
-        from .folder import stat_of
-
         self._check_open()
         state = self._state
         if self._writer is not None and self._writer.is_open:
-            with self._mutex, self._writer.catalog.snapshot() as state:
-                pass
+            with self._mutex:
+                state = self._writer.catalog.state()
         return stat_of(self.path, self.layout, state, self._faults)
 
     def close(self) -> None:
@@ -303,14 +304,14 @@ class TokenStore(ReadableStore, Closing):
                 self._writer.close()
             if self._reader is not None:
                 self._reader.close()
-            self._pin.close()
+            self._lock.close()
 
     def _load(self) -> None:
         """Read the catalog: a reader once, a writer again after it has moved records."""
         catalog = self._writer.catalog if self._writer else Catalog.open(self.path, writable=False)
         try:
             with catalog.snapshot() as state:
-                self._pin.keep(state.generation)
+                self._lock.keep(state.generation)
                 counts = {segment: info.num_rows for segment, info in state.segments.items()}
                 batches = (
                     batch

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edje.errors import EdjeError, RequestError, StoreError
 from edje.runtime.store import SegmentWriter, StoreLayout, TokenStore, incoming_name
-from edje.runtime.store.batches import nonfinite_records
+from edje.runtime.store.records import nonfinite_records
 from edje.runtime.store.shards import export_store, import_store
 
 SIZES = {"num_tokens": 2, "hidden": 4, "fingerprint_encoder": "sha256:tower"}

@@ -19,7 +19,7 @@ from edje.errors import StoreError
 from edje.runtime.store import TokenStore, disk
 from edje.runtime.store.catalog import Catalog
 from edje.runtime.store.format import StoreLayout
-from edje.runtime.store.records import read_footer
+from edje.runtime.store.segment import read_footer
 from edje.runtime.store.tables import TABLES
 from edje.runtime.store.verify import VerifyReport, verify_store
 

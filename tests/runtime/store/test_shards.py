@@ -21,8 +21,7 @@ from edje.errors import EdjeError, RequestError, StoreError
 from edje.runtime.store import TokenStore
 from edje.runtime.store import shards as exchange_module
 from edje.runtime.store.format import StoreLayout
-from edje.runtime.store.shard import ShardReader, ShardWriter
-from edje.runtime.store.shard_header import ShardError, read_header
+from edje.runtime.store.shard import ShardError, ShardReader, ShardWriter, read_header
 from edje.runtime.store.shards import export_store, import_store
 from edje.tokens import quantize_tokens
 
