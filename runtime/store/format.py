@@ -132,16 +132,15 @@ class StoreLayout:
 
     def faults(self) -> list[str]:
         """Return one sentence for every value that no store can have."""
-        kinds: dict[str, type] = {"num_tokens": int, "hidden": int, "segment_bytes": int}
-        kinds |= {"dtype": str, "fingerprint_encoder": str, "created_by": str}
+        kinds: dict[str, type] = dict.fromkeys(("num_tokens", "hidden", "segment_bytes"), int)
+        kinds |= dict.fromkeys(("dtype", "fingerprint_encoder", "created_by"), str)
         found = [
             f"{name}: got {value!r}, expected {kind.__name__}"
             for name, kind in kinds.items()
             if type(value := getattr(self, name)) is not kind
         ]
-        return found or [*self._size_faults(), *self._text_faults()]
-
-    def _size_faults(self) -> list[str]:
+        if found:
+            return found
         limits = {"num_tokens": MAX_RECORD_BYTES, "hidden": MAX_RECORD_BYTES}
         limits["segment_bytes"] = MAX_SEGMENT_BYTES
         found = [
@@ -149,14 +148,10 @@ class StoreLayout:
             for name, most in limits.items()
             if not 1 <= getattr(self, name) <= most
         ]
-        if not found and self.dtype in DTYPES and self.record_bytes > MAX_RECORD_BYTES:
-            found.append(f"record: {self.record_bytes} bytes, expected at most {MAX_RECORD_BYTES}")
-        return found
-
-    def _text_faults(self) -> list[str]:
-        found = []
         if self.dtype not in DTYPES:
             found.append(f"dtype: got {self.dtype!r}, expected one of {list(DTYPES)}")
+        elif not found and self.record_bytes > MAX_RECORD_BYTES:
+            found.append(f"record: {self.record_bytes} bytes, expected at most {MAX_RECORD_BYTES}")
         text = self.fingerprint_encoder
         if not is_id(text) or len(text.encode()) > MAX_FINGERPRINT_BYTES:
             limit = f"1 to {MAX_FINGERPRINT_BYTES} bytes of UTF-8"

@@ -79,10 +79,12 @@ class _Table:
         """Return the places of a segment's rows; none if it has none."""
         return self._rows.get(segment, slice(0, 0))
 
-    def kill(self, locations: Int64) -> None:
-        """Mark records as deleted."""
+    def kill(self, locations: Int64) -> int:
+        """Mark records as deleted; return how many of them are here."""
         places = self.places(locations)
-        self.live[places[places >= 0]] = False
+        places = places[places >= 0]
+        self.live[places] = False
+        return len(places)
 
     def places(self, locations: Int64) -> Int64:
         """Return int64 [N] places of row handles; -1 for what was never given out."""
@@ -214,7 +216,9 @@ class RecordIndex:
                 self._fresh_rows.update((i, at) for at, i in pairs if at not in gone)
                 self._num_rows[batch.segment] = batch.stop_row
             self._fresh += batches
-            self._kill(dead)  # last: who looks an id up meanwhile finds the old one or the new
+            # Last: who looks an id up meanwhile finds the old one or the new.
+            self._num_dead += self._table.kill(dead)
+            self._dead.append(dead)
         if len(self._fresh_rows) > MAX_FRESH:
             self._merged()
 
@@ -223,7 +227,8 @@ class RecordIndex:
         with self._lock:
             for image_id in ids:
                 self._fresh_rows.pop(image_id, None)
-            self._kill(locations)
+            self._num_dead += self._table.kill(locations)
+            self._dead.append(locations)
 
     def rows(self, ids: Sequence[str]) -> tuple[Int64, list[str]]:
         """Return int64 [N] row handles, and the ids that are unknown."""
@@ -292,12 +297,6 @@ class RecordIndex:
         with self._lock:
             table, fresh_rows = self._table, self._fresh_rows
         return image_id in fresh_rows or table.holds(xxhash.xxh3_128_intdigest(image_id.encode()))
-
-    def _kill(self, locations: Int64) -> None:
-        places = self._table.places(locations)
-        self._table.live[places[places >= 0]] = False
-        self._num_dead += int(np.count_nonzero(places >= 0))
-        self._dead.append(locations)
 
     def _merged(self) -> _Table:
         """Return the table with everything that was added since the last call."""

@@ -43,7 +43,12 @@ class SegmentFiles:
         direct: bool = False,
     ):
         self._folder, self._layout, self._key_of = folder / SEGMENTS, layout, key_of
-        self._flags = os.O_RDONLY | os.O_CLOEXEC | (_direct_flag(folder) if direct else 0)
+        self._flags = os.O_RDONLY | os.O_CLOEXEC
+        if direct and not hasattr(os, "O_DIRECT"):
+            what = f"cannot read the store {folder} past the page cache"
+            raise StoreError(f"{what}: this system has no O_DIRECT", hint=CACHED)
+        if direct:
+            self._flags |= os.O_DIRECT
         self._open: OrderedDict[int, _Descriptor] = OrderedDict()  # the oldest first
         self._is_closed = False
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -129,13 +134,3 @@ class SegmentFiles:
                     ) from error
             self._open.clear()
         raise AssertionError("the last attempt returns or raises")
-
-
-def _direct_flag(folder: Path) -> int:
-    flag = getattr(os, "O_DIRECT", 0)
-    if not flag:
-        raise StoreError(
-            f"cannot read the store {folder} past the page cache: this system has no O_DIRECT",
-            hint=CACHED,
-        )
-    return int(flag)

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import xxhash
 
-from ...arrays import CopyThreads, Int64, UInt8, copying_threads
+from ...arrays import CopyThreads, Int64, copying_threads
 from .format import PAGE_BYTES, ROW_BITS, ROW_MASK, StoreLayout
 from .open_files import SegmentFiles
 from .records import ReadPlan
@@ -75,7 +75,7 @@ class SegmentReader:
         size = DIRECT_CHUNK_BYTES if self._direct else CHUNK_BYTES
         # A chunk's files are all in use at once, however many segments it touches.
         self._chunk = max(1, min(size // self._stride, self._files.most_open // 8))
-        self._own = threading.local()  # `memory`: aligned, for what is read past the page cache
+        self._own = threading.local()  # `room`: aligned, for what is read past the page cache
         self._num_cached = 0  # batches in a row that prefetching found in the page cache
 
     def gather(
@@ -89,13 +89,11 @@ class SegmentReader:
         """Read every record of `plan` into the caller's buffers.
 
         Args:
-            plan: which records, and where to.
             tokens: bytes [N * record_bytes], writable; with `"direct"` best at a page's start.
             scales: bytes [N * scale_bytes] (int8), or None when they are not wanted.
-            verify: compare each record with its checksum.
 
         Returns:
-            The reason of each bad record by its place in the plan, in no certain order. Its bytes
+            Why each bad record is bad, by its place in the plan, in no certain order. Its bytes
             and scales are zero, so that nothing damaged leaves this function.
 
         Raises:
@@ -182,11 +180,8 @@ class SegmentReader:
         self, files: list[int], views: list[memoryview], offsets: Int64, starts: Int64 | None
     ) -> bool:
         """As `_read_runs`, through aligned memory where the caller's is not: O_DIRECT wants it."""
-        stride = self._stride
-        if (
-            stride == self._record_bytes
-            and address(np.frombuffer(views[0], np.uint8)) % PAGE_BYTES == 0
-        ):
+        stride, address = self._stride, np.frombuffer(views[0], np.uint8).ctypes.data
+        if stride == self._record_bytes and address % PAGE_BYTES == 0:
             return _read_runs(files, views, offsets, starts)
         room: memoryview = getattr(self._own, "room", memoryview(b""))
         if len(room) < len(views) * stride:
@@ -262,11 +257,6 @@ class SegmentReader:
         for files in (self._files, self._cached):
             files.close()
         self._threads.close()
-
-
-def address(array: UInt8) -> int:
-    """Return where an array begins in memory."""
-    return int(array.__array_interface__["data"][0])
 
 
 def _views(buffer: memoryview, positions: Int64, size: int) -> list[memoryview]:

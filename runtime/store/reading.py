@@ -201,31 +201,19 @@ class ReadableStore:
     @property
     def _index(self) -> RecordIndex:
         """What the store holds, as long as it is open."""
-        self._check_open()
+        self._open_reader()
         return self._records
 
     def _open_reader(self) -> Reader:
-        reader = self._reader
-        if reader is None or self._closed:
-            raise self._closed_error()
-        return reader
-
-    def _check_open(self) -> None:
-        """Refuse what a closed store cannot do."""
-        if self._closed:
-            raise self._closed_error()
-
-    def _closed_error(self) -> StoreError:
-        hint = "open it again with TokenStore.open"
-        return StoreError(f"the store {self.path} is closed", hint=hint)
+        """Return what reads the records, as long as the store is open."""
+        if self._reader is None or self._closed:
+            hint = "open it again with TokenStore.open"
+            raise StoreError(f"the store {self.path} is closed", hint=hint)
+        return self._reader
 
 
 def _rows_of(rows: Int64 | Iterable[int]) -> Int64:
-    """Return row handles of any iterable as int64 [N]; an array of them is not copied.
-
-    Raises:
-        RequestError: no row handles.
-    """
+    """Return row handles of any iterable as int64 [N]; an array of them is not copied."""
     if not isinstance(rows, np.ndarray):
         given = Arguments("rows")
         found = given.items("rows", rows, "int64 [N], from `TokenStore.rows`")
@@ -240,11 +228,7 @@ def _rows_of(rows: Int64 | Iterable[int]) -> Int64:
 
 
 def _check_buffers(layout: StoreLayout, count: int, out: object, scales: object) -> None:
-    """Check what `count` records are to be read into.
-
-    Raises:
-        RequestError: another dtype, shape or kind of array (all faults named).
-    """
+    """Refuse arrays of a dtype, shape or kind that `count` records cannot be read into."""
     is_int8, shape = layout.dtype == "int8", (count, layout.num_tokens, layout.hidden)
     fits = _fits(out, np.int8 if is_int8 else np.float16, shape)
     if fits and (_fits(scales, np.float16, shape[:2]) if is_int8 else scales is None):

@@ -190,11 +190,12 @@ class Appender(Closing):
 
     Attributes:
         mark: where the next record goes; its `segment` is None where the next one begins anew.
+        keys: of every segment, by its number.
     """
 
     def __init__(self, folder: Path, layout: StoreLayout, state: CatalogState):
         self._folder, self._layout = folder / SEGMENTS, layout
-        self._keys = {segment: info.key for segment, info in state.segments.items()}
+        self.keys = {segment: info.key for segment, info in state.segments.items()}
         room = {
             segment: info.num_rows
             for segment, info in state.segments.items()
@@ -243,7 +244,7 @@ class Appender(Closing):
     def segments_of(self, batches: Sequence[RecordBatch]) -> dict[int, Segment]:
         """Return the segments that `batches` were written to, as they are with them."""
         return {
-            batch.segment: Segment(batch.stop_row, False, self._keys[batch.segment])
+            batch.segment: Segment(batch.stop_row, False, self.keys[batch.segment])
             for batch in batches
         }
 
@@ -271,11 +272,11 @@ class Appender(Closing):
             self.close()
             path = self._folder / segment_name(following)
             self._file = SegmentFile.create(path, self._layout)
-            self._keys[following] = self._file.key
+            self.keys[following] = self._file.key
             self.mark, segment = Mark(following, 0, following + 1), following
         elif self._file is None:
             path = self._folder / segment_name(segment)
-            self._file = SegmentFile.open(path, self._layout, self._keys[segment])
+            self._file = SegmentFile.open(path, self._layout, self.keys[segment])
         return self._file, segment
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -231,11 +231,9 @@ def _read_source(source: Path) -> tuple[list[ShardHeader], dict[str, dict[str, s
     entries = _read_index(folder / INDEX_JSON)
     faults = []
     if entries is not None and source.is_dir():
-        here = {path.name for path in paths}
-        faults += [
-            f"{name}: missing, {INDEX_JSON} lists it" for name in sorted(entries.keys() - here)
-        ]
-        faults += [f"{name}: not in {INDEX_JSON}" for name in sorted(here - entries.keys())]
+        here, known = {path.name for path in paths}, entries.keys()
+        faults += [f"{name}: missing, {INDEX_JSON} lists it" for name in sorted(known - here)]
+        faults += [f"{name}: not in {INDEX_JSON}" for name in sorted(here - known)]
     elif not paths:
         faults.append("it holds no .safetensors files")
     headers = []
@@ -328,27 +326,8 @@ def _layout_of(header: ShardHeader, fingerprint: str) -> StoreLayout:
 
 def _open_target(path: Path, source: StoreLayout, dtype: str | None) -> TokenStore:
     """Open the store to append to, or make it; refuse one that cannot take the records."""
-    wanted = dtype or source.dtype
-    if is_free(path):
-        _check_dtypes(source, wanted)
-        return TokenStore.create(
-            path,
-            num_tokens=source.num_tokens,
-            hidden=source.hidden,
-            dtype=wanted,
-            fingerprint_encoder=source.fingerprint_encoder,
-        )
-    store = TokenStore.open(path, mode="a")
-    try:
-        _check_target(store, source, dtype)
-    except BaseException:
-        store.close()
-        raise
-    return store
-
-
-def _check_target(store: TokenStore, source: StoreLayout, dtype: str | None) -> None:
-    layout = store.layout
+    is_new = is_free(path)
+    layout = replace(source, dtype=dtype or source.dtype) if is_new else StoreLayout.read(path)
     faults = [
         f"{name}: the store has {getattr(layout, name)}, the shards have {getattr(source, name)}"
         for name in ("fingerprint_encoder", "num_tokens", "hidden")
@@ -358,19 +337,24 @@ def _check_target(store: TokenStore, source: StoreLayout, dtype: str | None) -> 
         faults.append(f"dtype: the store has {layout.dtype}, asked for was {dtype}")
     if faults:
         raise StoreError(
-            f"the store {store.path} cannot take these shards",
+            f"the store {path} cannot take these shards",
             faults=faults,
             hint="import into a new store: tokens of two encoders do not compare",
         )
-    _check_dtypes(source, layout.dtype)
-
-
-def _check_dtypes(source: StoreLayout, dtype: str) -> None:
-    if source.dtype == "int8" and dtype == "float16":
+    if source.dtype == "int8" and layout.dtype == "float16":
         raise StoreError(
             "int8 tokens cannot go into a float16 store: it would look exact and not be",
             hint="import into an int8 store; every engine reads one",
         )
+    if not is_new:
+        return TokenStore.open(path, mode="a")
+    return TokenStore.create(
+        path,
+        num_tokens=layout.num_tokens,
+        hidden=layout.hidden,
+        dtype=layout.dtype,
+        fingerprint_encoder=layout.fingerprint_encoder,
+    )
 
 
 def _from(progress: Progress | None, first: int, total: int) -> Progress:

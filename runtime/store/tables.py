@@ -84,7 +84,7 @@ class CheckedTables:
     def rows(self, table: str, where: str = "TRUE") -> list[Row]:
         """Return the rows of a table without their checks, from both copies if one is damaged."""
         try:
-            rows = self._select(table, where)
+            rows = list(self._select(table, where, "ASC"))
         except DAMAGE as error:
             self.note(f"table {table}: {error}")
             return self.merged_rows(table, where)
@@ -107,15 +107,14 @@ class CheckedTables:
         """Yield the rows in front of a page that SQLite cannot read, and those behind it."""
         for direction in ("ASC", "DESC"):
             try:
-                yield from self.connection.execute(
-                    f"SELECT * FROM {table} WHERE {where} ORDER BY 1 {direction}"
-                )
+                yield from self._select(table, where, direction)
                 return
             except DAMAGE as error:
                 self.note(f"table {table}: {error}")
 
-    def _select(self, table: str, where: str) -> list[Row]:
-        return self.connection.execute(f"SELECT * FROM {table} WHERE {where} ORDER BY 1").fetchall()
+    def _select(self, table: str, where: str, direction: str) -> Iterator[Row]:
+        query = f"SELECT * FROM {table} WHERE {where} ORDER BY 1 {direction}"
+        return self.connection.execute(query)
 
     def insert(self, table: str, rows: Sequence[Row]) -> None:
         """Add rows, each with its check."""

@@ -121,8 +121,7 @@ def verify_store(
         repaired = structure.mend() if repair else []
         # What stays wrong after mending needs a person.
         left = inspect(folder).faults if repaired else structure.faults
-    checked = _Records(structure, repair, progress)
-    checked.run()
+    checked = _check_records(structure, repair, progress)
     # Without a repair, the records of a missing file were tried to be read as well.
     damaged = {(record.segment, record.row): record for record in checked.damaged}
     damaged |= {(record.segment, record.row): record for record in structure.damaged}
@@ -145,36 +144,39 @@ def verify_store(
     )
 
 
-class _Records:
-    """The pass over all live records."""
+@dataclass(slots=True)
+class _Checked:
+    """What a pass over all live records found, and how many are left after it."""
 
-    def __init__(self, structure: Structure, repair: bool, progress: Progress | None):
-        self._structure, self._repair, self._progress = structure, repair, progress
-        self.num_checked = self.num_left = 0
-        self.damaged: list[BadRecord] = []
-        self.dropped: list[BadRecord] = []
-        self.faults: list[str] = []
+    num_checked: int = 0
+    num_left: int = 0
+    damaged: list[BadRecord] = field(default_factory=list)
+    dropped: list[BadRecord] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
 
-    def run(self) -> None:
-        """Read every record; with `repair`, take the damaged ones out."""
-        try:
-            store = TokenStore.open(self._structure.folder, mode="a" if self._repair else "r")
-        except StoreError as error:
-            if self._repair:
-                raise
-            self.faults.append(f"no record could be checked: {error.message}")
-            return
-        with store:
-            for batch in store.iterate(max(1, BATCH_BYTES // _bytes_of(store.layout)), bad="mark"):
-                self.num_checked += len(batch.ids)
-                self.damaged += batch.bad
-                if self._progress is not None:
-                    self._progress(self.num_checked, len(store))
-            if self._repair:  # nothing of a file that is only out of reach
-                unreachable = self._structure.out_of_reach
-                self.dropped = [each for each in self.damaged if each.segment not in unreachable]
-                store.delete([record.id for record in self.dropped])
-            self.num_left = len(store)
+
+def _check_records(structure: Structure, repair: bool, progress: Progress | None) -> _Checked:
+    """Read every record; with `repair`, take the damaged ones out."""
+    checked = _Checked()
+    try:
+        store = TokenStore.open(structure.folder, mode="a" if repair else "r")
+    except StoreError as error:
+        if repair:
+            raise
+        checked.faults.append(f"no record could be checked: {error.message}")
+        return checked
+    with store:
+        for batch in store.iterate(max(1, BATCH_BYTES // _bytes_of(store.layout)), bad="mark"):
+            checked.num_checked += len(batch.ids)
+            checked.damaged += batch.bad
+            if progress is not None:
+                progress(checked.num_checked, len(store))
+        if repair:  # nothing of a file that is only out of reach
+            unreachable = structure.out_of_reach
+            checked.dropped = [each for each in checked.damaged if each.segment not in unreachable]
+            store.delete([record.id for record in checked.dropped])
+        checked.num_left = len(store)
+    return checked
 
 
 def _bytes_of(layout: StoreLayout) -> int:

@@ -27,7 +27,13 @@ class StoreWriter(Closing):
 
     After a commit of which nobody knows whether it reached the disk it closes itself: opening the
     store again reads the truth.
+
+    Attributes:
+        appender: where new records go, once it was started.
+        is_open: whether it can still write.
     """
+
+    appender: Appender
 
     def __init__(self, folder: Path, layout: StoreLayout):
         """Become the writer of the store at `folder`; `close` ends it.
@@ -42,34 +48,13 @@ class StoreWriter(Closing):
         except BaseException:
             self._lock.close()
             raise
-        self._appender: Appender | None = None
-        self.keys: dict[int, int] = {}
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it can still write."""
-        return self._appender is not None
-
-    @property
-    def appender(self) -> Appender:
-        """Where new records go.
-
-        Raises:
-            StoreError: the writer has closed itself.
-        """
-        if self._appender is None:
-            raise StoreError(
-                f"the store {self.folder} is not open for writing",
-                hint='open it (again) with TokenStore.open(path, mode="a")',
-            )
-        return self._appender
+        self.is_open = False
 
     def start(self, state: CatalogState) -> None:
         """Begin to write behind `state`; finish what a writer before could not."""
-        if self._appender is not None:
-            self._appender.close()
-        self._appender = Appender(self.folder, self.layout, state)
-        self.keys = {segment: info.key for segment, info in state.segments.items()}
+        if self.is_open:
+            self.appender.close()
+        self.appender, self.is_open = Appender(self.folder, self.layout, state), True
         self.seal_full(state)
         self._collect(state)
 
@@ -100,7 +85,7 @@ class StoreWriter(Closing):
         except BaseException:
             self.close()
             raise
-        self.keys.update((segment, info.key) for segment, info in change.segments.items())
+        self.appender.keys.update((segment, info.key) for segment, info in change.segments.items())
 
     def seal_full(self, state: CatalogState | None = None) -> None:
         """Seal the full segments. What fails is tried again later: no record depends on it."""
@@ -127,9 +112,9 @@ class StoreWriter(Closing):
 
     def close(self) -> None:
         """Release everything. Calling it twice is allowed."""
-        if self._appender is not None:
-            self._appender.close()
-        self._appender = None
+        if self.is_open:
+            self.appender.close()
+        self.is_open = False
         self.catalog.close()
         self._lock.close()
 
@@ -173,11 +158,7 @@ class StoreWriter(Closing):
         *,
         present: bool,
     ) -> Int64:
-        """Return the rows of `ids`, which must all be there, or must all be new (`present`).
-
-        Raises:
-            StoreError: what is wrong with them, after the `faults` of what belongs to them.
-        """
+        """Return the rows of `ids`, which must all be `present`, or all be new; name all faults."""
         wrong, rows = no_ids(ids), np.empty(0, np.int64)
         faults += wrong
         if not wrong:

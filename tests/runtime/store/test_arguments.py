@@ -272,6 +272,8 @@ def test_a_closed_store_refuses_everything(store: TokenStore, mode: Any) -> None
         (lambda store: TokenStore.open(b"s"), "path is b's', expected a path"),
         (lambda store: TokenStore.open(store.path, mode=1), "mode is 1"),
         (lambda store: TokenStore.open(store.path, mode="w", access=0), "access is 0"),
+        (lambda store: TokenStore.open(store.path, access="mapped"), "access is 'mapped'"),
+        (lambda store: TokenStore.open(store.path, mode="a", access="resident"), 'mode "r"'),
         (lambda store: TokenStore.create(3, **SIZES), "path is 3, expected a path"),
         (lambda store: TokenStore.create(store.path / "x", **{**SIZES, "hidden": "4"}), "hidden"),
         (lambda store: TokenStore.create(store.path / "x", **{**SIZES, "hidden": True}), "hidden"),

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edje.errors import StoreError
-from edje.runtime.store import memory as resident
 from edje.runtime.store import read as reading
 from edje.runtime.store.memory import NOT_HELD, ResidentRecords
 from edje.runtime.store.read import SegmentReader
-from record_files import ROWS, SEGMENTS, SHAPES, RecordFiles, key_of, write_files
+from record_files import ROWS, SEGMENTS, SHAPES, RecordFiles, write_files
+from store_bytes import flip, open_files
 
 COUNT = ROWS * SEGMENTS
 PAGE = 4096
@@ -91,15 +91,6 @@ def check_others(files: RecordFiles, source: SegmentReader, bad: dict[int, str])
     if files.layout.scale_bytes:
         assert np.array_equal(scales[good], files.scales[good])
         assert not scales[~good].any()
-
-
-def flip(path: Path, at: int) -> None:
-    """Flip one bit of byte `at`."""
-    with path.open("r+b") as file:
-        file.seek(at)
-        value = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([value ^ 4]))
 
 
 def direct_reader(files: RecordFiles) -> SegmentReader:
@@ -206,20 +197,6 @@ def test_a_file_that_shrinks_while_open_gives_reasons(files: RecordFiles, access
     source.close()
 
 
-def test_files_that_cannot_be_used_spare_the_others(files: RecordFiles) -> None:
-    source = files.reader()
-    os.rename(files.path(0), files.path(1))
-    name = "its file 000001.tokens cannot be used: it is another segment's file"
-    _, _, bad = read(files, source, [0, ROWS, 2 * ROWS])
-    assert bad[0] == "its file 000000.tokens cannot be opened (No such file or directory)"
-    assert bad[ROWS].startswith(name)
-    assert set(bad) == {0, ROWS}
-    files.path(1).write_bytes(b"short")
-    _, _, bad = read(files, source, [ROWS])
-    assert bad[ROWS].endswith("its header page ends after 5 of 4096 bytes")
-    source.close()
-
-
 def test_a_segment_that_the_catalog_does_not_know_is_not_opened(files: RecordFiles) -> None:
     source = SegmentReader(files.folder, files.layout, key_of=lambda _: None)
     assert read(files, source, [0])[2] == {0: "the catalog knows no segment 0"}
@@ -287,22 +264,9 @@ def test_who_kept_a_retired_reader_still_reads_and_leaves_no_file_open(files: Re
     source = files.reader()
     check_others(files, source, {})
     source.retire()
-    assert open_segments(files) == []
+    assert open_files(files.folder) == []
     check_others(files, source, {})
-    assert open_segments(files) == []
-
-
-def open_segments(files: RecordFiles) -> list[str]:
-    """Paths of the segment files that this process holds open."""
-    found = []
-    for link in Path("/proc/self/fd").iterdir():
-        try:
-            target = os.readlink(link)
-        except FileNotFoundError:  # the descriptor of this very listing
-            continue
-        if target.startswith(str(files.folder)):
-            found.append(target)
-    return found
+    assert open_files(files.folder) == []
 
 
 def test_no_more_files_stay_open_than_allowed_and_none_after_close(
@@ -312,10 +276,10 @@ def test_no_more_files_stay_open_than_allowed_and_none_after_close(
     source = files.reader()
     for _ in range(3):
         check_others(files, source, {})
-        assert len(open_segments(files)) <= 2
+        assert len(open_files(files.folder)) <= 2
     source.close()
     source.close()
-    assert open_segments(files) == []
+    assert open_files(files.folder) == []
     with pytest.raises(StoreError, match="is closed"):
         read(files, source, [0])
 
@@ -327,20 +291,13 @@ def few_descriptors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str], Non
 
     def limit(most: int, folder: str) -> None:
         def limited(path: object, flags: int, *more: int) -> int:
-            held = [os.readlink(f"/proc/self/fd/{fd}") for fd in descriptors_of_process()]
-            if str(path).startswith(folder) and sum(h.startswith(folder) for h in held) >= most:
+            if str(path).startswith(folder) and len(open_files(Path(folder))) >= most:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             return real(path, flags, *more)  # type: ignore[arg-type]
 
         monkeypatch.setattr(os, "open", limited)
 
     return limit
-
-
-def descriptors_of_process() -> Iterator[int]:
-    for name in os.listdir("/proc/self/fd"):
-        if os.path.islink(f"/proc/self/fd/{name}"):
-            yield int(name)
 
 
 def test_too_many_open_files_close_idle_ones_first(
@@ -414,7 +371,7 @@ def test_a_forked_child_reads_with_files_and_threads_of_its_own(
         try:
             check_others(files, source, {})
             source.close()
-            os._exit(0 if open_segments(files) == [] else 2)
+            os._exit(0 if open_files(files.folder) == [] else 2)
         finally:
             os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
@@ -467,15 +424,12 @@ def test_resident_records_remember_what_was_damaged(files: RecordFiles) -> None:
     assert not tokens[1:5].any()
     if files.layout.scale_bytes:
         assert np.array_equal(scales[[0, 5]], files.scales[[7, 150]])
-    assert held.num_bytes == len(held_only) * (files.layout.record_bytes + files.layout.scale_bytes)
-    assert 0 <= held.huge_page_bytes <= held.num_bytes
     held.close()
 
 
 def test_resident_records_of_an_empty_store(files: RecordFiles) -> None:
     source = files.reader()
     held = ResidentRecords.load(source, files.plan(np.array([], np.int64)), files.layout)
-    assert held.num_bytes == 0
     assert read(files, held, [1])[2] == {1: NOT_HELD}
     source.close()
 
@@ -490,31 +444,3 @@ def test_resident_records_too_large_for_the_memory_are_named(
     with pytest.raises(StoreError, match="the memory does not suffice") as caught:
         ResidentRecords(files.layout, np.arange(10))
     assert caught.value.hint == 'open the store with access="cached"'
-
-
-def test_no_more_is_held_than_the_container_may_take(
-    files: RecordFiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The system would promise the memory, and end the process when it is filled."""
-    need = 10 * (files.layout.record_bytes + files.layout.scale_bytes)
-    monkeypatch.setattr(resident, "available_memory_bytes", lambda: need - 1)
-    with pytest.raises(StoreError, match=f"{need:,} bytes .* has {need - 1:,} bytes left"):
-        ResidentRecords(files.layout, np.arange(10))
-    monkeypatch.setattr(resident, "available_memory_bytes", lambda: need)
-    ResidentRecords(files.layout, np.arange(10)).close()
-
-
-def test_a_file_that_stays_open_is_not_checked_again(files: RecordFiles) -> None:
-    asked: list[int] = []
-
-    def asking(segment: int) -> int | None:
-        asked.append(segment)
-        return key_of(segment)
-
-    source = SegmentReader(files.folder, files.layout, key_of=asking)
-    check_others(files, source, {})
-    assert set(asked) == {0, 1, 2}
-    num_asked = len(asked)  # two threads may have opened one file at once
-    check_others(files, source, {})
-    assert len(asked) == num_asked
-    source.close()

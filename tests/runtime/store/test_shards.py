@@ -24,6 +24,7 @@ from edje.runtime.store.format import StoreLayout
 from edje.runtime.store.shard import ShardError, ShardReader, ShardWriter, read_header
 from edje.runtime.store.shards import export_store, import_store
 from edje.tokens import quantize_tokens
+from store_bytes import flip
 
 ENCODER = "sha256:tower"
 SIZES = {"num_tokens": 4, "hidden": 6, "fingerprint_encoder": ENCODER}
@@ -227,14 +228,6 @@ def test_shards_that_disagree_are_refused_together(tmp_path: Path) -> None:
         "a.safetensors: float16 [4",
         "b.safetensors: float16 [4",
     ]
-
-
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        value = file.read(1)[0] ^ 1
-        file.seek(offset)
-        file.write(bytes([value]))
 
 
 @pytest.mark.parametrize("tensor", ["id_ends", "visual_tokens", "ids"])
