@@ -14,8 +14,8 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,15 @@ from .catalog import Catalog, CatalogState, sqlite_errors
 from .format import INCOMING, LOCK, READERS, SEGMENTS, STORE_JSON, StoreLayout, segment_name
 
 truncate, link, rename = os.truncate, os.link, os.replace
+
+
+@contextmanager
+def closed_after(descriptor: int) -> Iterator[int]:
+    """Close a descriptor when the block ends."""
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def create(path: Path) -> int:
@@ -153,12 +162,9 @@ def is_read_before(folder: Path, generation: int) -> bool:
     """
     if generation <= 0:
         return False
-    descriptor = open_lock(folder / READERS)
-    try:
+    with closed_after(open_lock(folder / READERS)) as descriptor:
         wanted = _range_lock(fcntl.F_WRLCK, 0, generation)
         found = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, wanted)
-    finally:
-        os.close(descriptor)
     return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import compress, pairwise
 from threading import Lock
 from typing import NamedTuple
 
@@ -264,8 +264,13 @@ class RecordIndex:
 
     def ids(self) -> list[str]:
         """Return the ids of the live records in the order these lie in the store."""
-        table = self._merged()
-        return [name for entry in table.ids for name in _live_ids(table, entry)]
+        table, names = self._merged(), list[str]()
+        for entry in table.ids:
+            live = table.live[table.places(np.arange(entry.num_rows) + entry.location)]
+            if live.any():
+                found = _unpacked(table, entry)
+                names += found if live.all() else compress(found, live.tolist())
+        return names
 
     def ids_of(self, rows: Int64) -> list[str]:
         """Return the ids of row handles int64 [N], unpacking no more than these need."""
@@ -331,11 +336,3 @@ def _unpacked(table: _Table, entry: _Ids) -> list[str]:
     except StoreError:
         places = table.places(np.arange(entry.num_rows) + entry.location)
         return [f"(id with digest ...{low:016x})" for low in table.lows[places].tolist()]
-
-
-def _live_ids(table: _Table, entry: _Ids) -> list[str]:
-    live = table.live[table.places(np.arange(entry.num_rows) + entry.location)]
-    if not live.any():
-        return []
-    names = _unpacked(table, entry)
-    return names if live.all() else [names[at] for at in np.flatnonzero(live).tolist()]

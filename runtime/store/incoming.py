@@ -209,16 +209,12 @@ def _link(source: Path, target: Path) -> None:
     try:
         disk.link(source, target)
     except OSError:
-        descriptor = disk.create(target)
-        try:
-            with source.open("rb") as file:
-                offset = 0
-                while content := file.read(1 << 24):
-                    disk.write(descriptor, [content], offset)
-                    offset += len(content)
+        with disk.closed_after(disk.create(target)) as descriptor, source.open("rb") as file:
+            offset = 0
+            while content := file.read(1 << 24):
+                disk.write(descriptor, [content], offset)
+                offset += len(content)
             disk.sync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _checked(path: Path, layout: StoreLayout) -> tuple[int, Records]:

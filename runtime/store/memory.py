@@ -54,7 +54,7 @@ class ResidentRecords:
         self,
         plan: ReadPlan,
         tokens: memoryview,
-        scales: memoryview | None = None,
+        scales: memoryview | None,
         *,
         verify: bool = True,
     ) -> dict[int, str]:

@@ -82,7 +82,7 @@ class SegmentReader:
         self,
         plan: ReadPlan,
         tokens: memoryview,
-        scales: memoryview | None = None,
+        scales: memoryview | None,
         *,
         verify: bool = True,
     ) -> dict[int, str]:
@@ -90,7 +90,7 @@ class SegmentReader:
 
         Args:
             tokens: bytes [N * record_bytes], writable; with `"direct"` best at a page's start.
-            scales: bytes [N * scale_bytes] (int8), or None when they are not wanted.
+            scales: bytes [N * scale_bytes]; None for float16.
 
         Returns:
             Why each bad record is bad, by its place in the plan, in no certain order. Its bytes
@@ -101,11 +101,6 @@ class SegmentReader:
         """
         bad: dict[int, str] = {}
         num_records = len(plan.locations)
-        if not self._scale_bytes:
-            scales = None
-        elif scales is None:  # without them nothing can be verified
-            room = len(tokens) // self._record_bytes * self._scale_bytes
-            scales = memoryview(bytearray(room))
 
         def read(part: slice) -> None:
             some = (plan.positions[part], plan.locations[part], plan.seeds[part])
@@ -180,7 +175,8 @@ class SegmentReader:
         self, files: list[int], views: list[memoryview], offsets: Int64, starts: Int64 | None
     ) -> bool:
         """As `_read_runs`, through aligned memory where the caller's is not: O_DIRECT wants it."""
-        stride, address = self._stride, np.frombuffer(views[0], np.uint8).ctypes.data
+        stride, first = self._stride, np.frombuffer(views[0], np.uint8)
+        address: int = first.__array_interface__["data"][0]
         if stride == self._record_bytes and address % PAGE_BYTES == 0:
             return _read_runs(files, views, offsets, starts)
         room: memoryview = getattr(self._own, "room", memoryview(b""))

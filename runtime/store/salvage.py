@@ -6,7 +6,6 @@ segment in its footer, the sizes and the encoder in every header page.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -169,15 +168,10 @@ def keep_newest(contents: Contents) -> int:
 def footer_of(path: Path, layout: StoreLayout, key: int | None = None) -> tuple[int, Records] | str:
     """Return what the footer of a segment file says, or why it says nothing."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        return f"cannot be opened ({error.strerror})"
-    try:
-        return read_footer(descriptor, layout, key)
+        with path.open("rb", buffering=0) as file:
+            return read_footer(file.fileno(), layout, key)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    finally:
-        os.close(descriptor)
 
 
 def _read_catalog(path: Path) -> Contents:
@@ -368,11 +362,8 @@ def _copy_over(source: sqlite3.Connection, path: Path) -> bool:
 
 def _put_in_place(folder: Path) -> None:
     """Rename the rebuilt catalog to where one was that SQLite cannot open; keep that one aside."""
-    descriptor = disk.open_write(folder / REBUILT)
-    try:
+    with disk.closed_after(disk.open_write(folder / REBUILT)) as descriptor:
         disk.sync(descriptor)
-    finally:
-        os.close(descriptor)
     path, aside = folder / CATALOG, folder / DAMAGED
     if path.exists():  # it stays where it is until the new one takes its place
         disk.unlink(aside)

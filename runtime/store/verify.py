@@ -336,25 +336,19 @@ def _fill_gaps(
 
 def _write_at(path: Path, content: bytes, offset: int) -> None:
     """Write a header page (at 0) or a footer, which ends its file."""
-    descriptor = disk.open_write(path)
-    try:
+    with disk.closed_after(disk.open_write(path)) as descriptor:
         disk.write(descriptor, [content], offset)
         if offset:
             disk.truncate(path, offset + len(content))
         disk.sync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_json(folder: Path, layout: StoreLayout) -> None:
     """Replace `store.json`, whole or not at all."""
     path = folder / f"{STORE_JSON}.new"
-    descriptor = disk.create(path)
-    try:
+    with disk.closed_after(disk.create(path)) as descriptor:
         disk.write(descriptor, [layout.to_bytes()], 0)
         disk.sync(descriptor)
-    finally:
-        os.close(descriptor)
     disk.rename(path, folder / STORE_JSON)
     disk.sync_folder(folder)
 

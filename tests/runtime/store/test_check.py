@@ -199,13 +199,6 @@ def test_damaged_records_are_taken_out_and_named(store_path: Path) -> None:
     assert len(served(store_path)) == 7
 
 
-def test_a_damaged_scale_is_found(tmp_path: Path) -> None:
-    with TokenStore.create(tmp_path / "s", dtype="int8", **SIZES) as store:
-        store.append(IDS, tokens_of(9))
-    flip(segment(tmp_path / "s", 1), PAGE + 8)  # the first scale of the second record
-    assert verify_store(tmp_path / "s").bad == (IDS[1],)
-
-
 def test_a_deleted_records_bytes_may_be_anything(store_path: Path) -> None:
     flip(segment(store_path, 2), first_record(store_path))
     assert verify_store(store_path).is_clean
