@@ -15,8 +15,8 @@ from ..errors import RequestError, StoreError
 from ..kernels.device import NAMES, open_device
 from ..kernels.device.contract import Device
 from .pipeline import NUM_SLOTS, Pipeline
-from .residency import Place, ResidencyOptions, decide
-from .results import MARGIN, Residency
+from .residency import Place, Residency, ResidencyOptions, decide
+from .results import MARGIN
 from .source import tokens_for
 from .store import TokenStore
 from .streams import Streams

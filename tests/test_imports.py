@@ -33,8 +33,6 @@ def test_import_edje_loads_only_the_standard_library():
     assert roots - set(sys.stdlib_module_names) == {"edje"}
     assert sorted(name for name in after if name.startswith("edje.")) == [
         "edje.lazy",
-        "edje.moved",
-        "edje.telemetry",
     ]
 
 

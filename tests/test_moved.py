@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from edje.moved import MOVED
+from edje.lazy import MOVED
 
 # TensorRT-RTX may be missing; its module cannot be imported then, under no name.
 NAMES = [name for name in MOVED if "tensorrt" not in name and "pycuda" not in name]
@@ -15,12 +15,12 @@ NAMES = [name for name in MOVED if "tensorrt" not in name and "pycuda" not in na
 
 def test_old_names_give_the_moved_modules_with_a_warning() -> None:
     program = f"""
-import importlib, sys, warnings
+import importlib, sys, warnings, edje.lazy
 for old in {NAMES!r}:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         module = importlib.import_module(f"edje.{{old}}")
-    new = sys.modules["edje." + __import__("edje.moved", fromlist=["MOVED"]).MOVED[old]]
+    new = sys.modules["edje." + edje.lazy.MOVED[old]]
     assert module is new and module.__spec__.name == new.__name__, old
     assert any("now" in str(each.message) for each in caught), old
 from edje.runtime.doctor import examine

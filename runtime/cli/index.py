@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ...arguments import Progress
+from ...arguments import Progress, read_ids
 from ...errors import RequestError
+from ...show import note, progress_bar
 from .options import Json, refuse, require, verb_of, write_facts
 
 if TYPE_CHECKING:
@@ -22,69 +23,6 @@ if TYPE_CHECKING:
 
 EXIT_SKIPPED = 1
 MAX_NOTES = 20  # skipped images that the terminal names; `skipped.jsonl` names all
-
-Model = Annotated[
-    Path, typer.Argument(help="Bundle, or engine with image encoder; bundle for --features.")
-]
-Images = Annotated[
-    list[str] | None,
-    typer.Argument(help="Folder, list file of `id<TAB>path` lines, or tars ('{000..099}.tar')."),
-]
-Store = Annotated[
-    Path, typer.Option("--store", "--into", help="Token store, made if there is none.")
-]
-FeaturesPath = Annotated[
-    Path | None,
-    typer.Option(help="Patch features in place of images: .npy, .safetensors, or a folder."),
-]
-Ids = Annotated[
-    Path | None, typer.Option(help="Ids of a --features .npy, one a line; default: ids.txt.")
-]
-Only = Annotated[
-    str | None,
-    typer.Option("--only", "--from", help="Index only the ids listed here, one a line; - stdin."),
-]
-Dtype = Annotated[
-    str | None, typer.Option(help="Of a new store: float16 (default), or int8: half the size.")
-]
-DeviceName = Annotated[
-    str, typer.Option(help="cpu, cuda, or auto: CUDA where ONNX Runtime runs on it.")
-]
-Workers = Annotated[
-    int | None, typer.Option(help="Decoder processes; default: the usable cores but one.")
-]
-BatchSize = Annotated[int, typer.Option(help="Images a forward.")]
-Ray = Annotated[
-    str | None,
-    typer.Option(
-        metavar="[ADDRESS]",
-        help="Spread the work over a Ray cluster: HOST:PORT, auto, local, or as Ray finds it.",
-    ),
-]
-NumWorkers = Annotated[
-    int | None, typer.Option(help="With --ray, workers; default: one a machine, or one a GPU.")
-]
-ImagesPerTask = Annotated[
-    int | None, typer.Option(help="With --ray, images done again if a worker dies; default: 2048.")
-]
-FollowLinks = Annotated[
-    bool, typer.Option("--follow-links", help="Go into links to folders too; never round in rings.")
-]
-MaxPixels = Annotated[
-    int | None,
-    typer.Option(help="Skip images of more pixels; 0: no limit; default: Pillow's 89,478,485."),
-]
-Plugin = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="MODULE[:FUNCTION]",
-        help="Load one that registers image formats in Pillow: pillow_heif.HeifImagePlugin.",
-    ),
-]
-Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 if anything was skipped.")]
-MaxSkipped = Annotated[
-    int | None, typer.Option(help="Exit with 1 if more than so many were skipped.")
-]
 
 
 _ADDRESS = re.compile(r"auto|local|ray://.*|\[?[\w.:-]+\]?:\d+")
@@ -106,24 +44,76 @@ class IndexCommand(TyperCommand):
 class IndexArguments:
     """The words of `edje index`: each field is an argument or an option of the command line."""
 
-    model: Model
-    store: Store
-    images: Images = None
-    features: FeaturesPath = None
-    ids: Ids = None
-    only: Only = None
-    dtype: Dtype = None
-    device: DeviceName = "auto"
-    workers: Workers = None
-    batch_size: BatchSize = 32
-    ray: Ray = None
-    num_workers: NumWorkers = None
-    images_per_task: ImagesPerTask = None
-    follow_links: FollowLinks = False
-    max_pixels: MaxPixels = None
-    plugin: Plugin = None
-    strict: Strict = False
-    max_skipped: MaxSkipped = None
+    model: Annotated[
+        Path, typer.Argument(help="Bundle, or engine with image encoder; bundle for --features.")
+    ]
+    store: Annotated[
+        Path, typer.Option("--store", "--into", help="Token store, made if there is none.")
+    ]
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Folder, list file of `id<TAB>path` lines, or tars ('{000..099}.tar')."
+        ),
+    ] = None
+    features: Annotated[
+        Path | None,
+        typer.Option(help="Patch features in place of images: .npy, .safetensors, or a folder."),
+    ] = None
+    ids: Annotated[
+        Path | None, typer.Option(help="Ids of a --features .npy, one a line; default: ids.txt.")
+    ] = None
+    only: Annotated[
+        str | None,
+        typer.Option(
+            "--only", "--from", help="Index only the ids listed here, one a line; - stdin."
+        ),
+    ] = None
+    dtype: Annotated[
+        str | None, typer.Option(help="Of a new store: float16 (default), or int8: half the size.")
+    ] = None
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, or auto: CUDA where ONNX Runtime runs on it.")
+    ] = "auto"
+    workers: Annotated[
+        int | None, typer.Option(help="Decoder processes; default: the usable cores but one.")
+    ] = None
+    batch_size: Annotated[int, typer.Option(help="Images a forward.")] = 32
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            help="Spread the work over a Ray cluster: HOST:PORT, auto, local, or as Ray finds it.",
+        ),
+    ] = None
+    num_workers: Annotated[
+        int | None, typer.Option(help="With --ray, workers; default: one a machine, or one a GPU.")
+    ] = None
+    images_per_task: Annotated[
+        int | None,
+        typer.Option(help="With --ray, images done again if a worker dies; default: 2048."),
+    ] = None
+    follow_links: Annotated[
+        bool,
+        typer.Option("--follow-links", help="Go into links to folders too; never round in rings."),
+    ] = False
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(help="Skip images of more pixels; 0: no limit; default: Pillow's 89,478,485."),
+    ] = None
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE[:FUNCTION]",
+            help="Load one that registers image formats in Pillow: pillow_heif.HeifImagePlugin.",
+        ),
+    ] = None
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 if anything was skipped.")
+    ] = False
+    max_skipped: Annotated[
+        int | None, typer.Option(help="Exit with 1 if more than so many were skipped.")
+    ] = None
     as_json: Json = False
 
     def check(self) -> None:
@@ -209,8 +199,7 @@ def _index(arguments: IndexArguments) -> None:
       edje index bundle photos --into new.store --from ids-to-redo.txt
       edje index bundle photos --store photos.store --ray head:6379
     """
-    from ..id_list import read_ids
-    from ..indexing.pillow_settings import pillow_set
+    from ..indexing.images import pillow_set
 
     arguments.check()
     only = None if arguments.only is None else set(read_ids(arguments.only))
@@ -242,8 +231,7 @@ def _exit_unless_enough(report: IndexReport, store: Path, allowed: int | None) -
     Only now, when all that can be indexed is: a job that stopped at the first skips too many would
     stop there every night, and the good images behind them would never come in.
     """
-    from ...notes import note
-    from ..indexing.skipped import SKIPPED
+    from ..indexing.flow import SKIPPED
 
     skipped, where = report.num_skipped, f"{store / SKIPPED} says why"
     if skipped and not report.indexed and not report.already_present:
@@ -255,8 +243,7 @@ def _exit_unless_enough(report: IndexReport, store: Path, allowed: int | None) -
 
 
 def _note_skipped(report: IndexReport, store: Path) -> None:
-    from ...notes import note
-    from ..indexing.skipped import SKIPPED
+    from ..indexing.flow import SKIPPED
 
     for skipped in report.skipped[:MAX_NOTES]:
         note(f"{skipped.id!r} was skipped: {skipped.reason}")
@@ -266,8 +253,6 @@ def _note_skipped(report: IndexReport, store: Path) -> None:
 
 
 def _note_links(num_links: int, followed: bool) -> None:
-    from ...notes import note
-
     if num_links and followed:
         note(f"{num_links:,} links to folders lead back to one above and were not followed")
     elif num_links:
@@ -279,8 +264,6 @@ def _watched(
     description: str,
 ) -> Iterator[tuple[Progress, Callable[[SkippedImage], None]]]:
     """Yield `progress` and `on_skip`, shown as a bar with images/s, ETA and skips on stderr."""
-    from ...show import progress_bar
-
     num_skipped = 0
 
     def on_skip(_: SkippedImage) -> None:

@@ -41,9 +41,8 @@ from .flow import (
     groups,
     read_ahead,
 )
-from .names import name_of, place_of
-from .pillow_settings import PillowSettings
-from .sources import ImageFile, SkippedImage
+from .images import PillowSettings
+from .sources import ImageFile, SkippedImage, name_of, place_of
 
 PLAN = "plan.jsonl"
 RUN_PREFIX = "run-"

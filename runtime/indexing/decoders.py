@@ -20,8 +20,7 @@ from ...bundle import ImageSpec
 from ...errors import EdjeError, RequestError
 from ...files import Closing
 from ...machine import usable_cores
-from .images import Unreadable, decode_entry, import_pillow
-from .pillow_settings import PillowSettings
+from .images import PillowSettings, Unreadable, decode_entry, import_pillow
 from .sources import ImageFile
 
 Decoded = UInt8 | Unreadable

@@ -13,11 +13,20 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from ...arguments import read_ids
 from ...bundle import ModelSizes
 from ...errors import RequestError, named
-from ..id_list import read_ids
-from .names import name_of, place_of, text_of
-from .sources import FolderWalk, SkippedImage, Unlisted, Wanted, id_hash, repeated
+from .sources import (
+    FolderWalk,
+    SkippedImage,
+    Unlisted,
+    Wanted,
+    id_hash,
+    name_of,
+    place_of,
+    repeated,
+    text_of,
+)
 
 Features = npt.NDArray[np.floating]
 Read = Callable[[], Features]

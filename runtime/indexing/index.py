@@ -23,13 +23,13 @@ from .flow import (
     DEFAULT_BATCH_SIZE,
     OnSkip,
     Run,
+    SkippedLog,
     decoded_batches,
     feature_batches,
     groups,
     index_batches,
 )
 from .images import import_pillow
-from .skipped import SkippedLog
 from .sources import Paths, SkippedImage, Source, open_source
 
 DEFAULT_DTYPE = "float16"

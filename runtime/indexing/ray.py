@@ -23,9 +23,8 @@ from .cluster import (
     write_plan,
 )
 from .flow import DEFAULT_BATCH_SIZE, Run, groups
-from .images import import_pillow
+from .images import PillowSettings, import_pillow
 from .index import IndexOptions, IndexReport, run_index
-from .pillow_settings import PillowSettings
 from .ray_connect import connect
 from .sources import Paths, open_source
 

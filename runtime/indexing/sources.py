@@ -19,9 +19,25 @@ import xxhash
 from ...arrays import UInt64
 from ...errors import RequestError, named
 from ...files import LOST_AND_FOUND, is_mount
-from .names import name_of, place_of, text_of
 
 Identity = tuple[int, int]
+
+
+# Ids are UTF-8 in every locale; in one of Latin-1 or plain ASCII Python decodes the bytes of a
+# file's name otherwise.
+def text_of(name: str | os.PathLike[str]) -> str:
+    """Return a name as Python has it as UTF-8 text; a byte that is none is a lone surrogate."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def name_of(text: str) -> str:
+    """Return UTF-8 text as the name by which Python opens the file."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
+def place_of(path: str | os.PathLike[str]) -> str:
+    """Return the absolute path as UTF-8 text, as `source` says it."""
+    return text_of(os.path.abspath(path))
 
 
 class Unlisted(NamedTuple):

@@ -15,9 +15,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from ...errors import RequestError, named
-from .names import place_of, text_of
-from .pillow_settings import registered_extensions
-from .sources import ImageFile, SkippedImage, Wanted, id_hash
+from .images import registered_extensions
+from .sources import ImageFile, SkippedImage, Wanted, id_hash, place_of, text_of
 
 # Members with other endings (captions, labels, metadata) belong to a sample, but are no images.
 IMAGE_SUFFIXES = frozenset(

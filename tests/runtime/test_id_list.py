@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from edje.arguments import listed, read_ids
 from edje.errors import RequestError
-from edje.runtime.id_list import listed, read_ids
 
 BOM = b"\xef\xbb\xbf"
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edje.runtime.indexing.skipped import read_skipped
+from edje.runtime.indexing.flow import read_skipped
 from edje.runtime.store import TokenStore
 from mean_bundle import HIDDEN, NUM_TOKENS, make_bundle
 

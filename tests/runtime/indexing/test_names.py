@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edje.runtime.indexing.names import name_of, text_of
-from edje.runtime.indexing.skipped import read_skipped
+from edje.runtime.indexing.flow import read_skipped
+from edje.runtime.indexing.sources import name_of, text_of
 from edje.runtime.store import TokenStore
 from mean_bundle import FEATURE_DIM, make_bundle
 

@@ -18,9 +18,9 @@ import toy_format
 from edje.engines.image import ImageEncoder
 from edje.errors import EngineError, RequestError
 from edje.runtime.cli.app import main
+from edje.runtime.indexing.flow import read_skipped
 from edje.runtime.indexing.index import IndexOptions, index_images
 from edje.runtime.indexing.ray import RayOptions, WorkerPool, index_on_ray, size_pool
-from edje.runtime.indexing.skipped import read_skipped
 from edje.runtime.store import TokenStore
 from mean_bundle import HIDDEN, NUM_TOKENS, make_bundle
 

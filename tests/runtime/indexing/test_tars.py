@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from edje.engines.image import ImageEncoder, pixels_from_rgb
+from edje.runtime.indexing.flow import SkippedLog, read_skipped
 from edje.runtime.indexing.images import rgb_from_image
 from edje.runtime.indexing.index import index_images
-from edje.runtime.indexing.skipped import SkippedLog, read_skipped
 from edje.runtime.indexing.sources import SkippedImage
 from edje.runtime.store import TokenStore
 from mean_bundle import HIDDEN, NUM_TOKENS, make_bundle, scale_of

@@ -14,10 +14,9 @@ from edje.engines.contract import Engine
 from edje.errors import EngineError, RequestError, StoppedError, StoreError
 from edje.kernels.device import open_device
 from edje.kernels.device.host import HostDevice
-from edje.runtime.measure import Stages, choose, speeds_of
 from edje.runtime.opening import RunOptions
 from edje.runtime.reranker import Reranker
-from edje.runtime.residency import ResidencyOptions
+from edje.runtime.residency import ResidencyOptions, Stages, choose, speeds_of
 from edje.runtime.store import TokenStore
 from recording_device import RecordingDevice, WatchedEngine
 from toy_engine import FINGERPRINT, HIDDEN, NUM_TOKENS, ToyEngine, toy_manifest, toy_tokenizer
@@ -210,7 +209,7 @@ def test_a_store_open_for_changes_is_never_loaded(tmp_path, store_path):
 
 def test_auto_loads_the_store_where_that_is_faster(tiny_engine, tiny_store, monkeypatch):
     speeds = {"disk": 100.0, "host": 200.0}
-    monkeypatch.setattr("edje.runtime.measure.Trial.measure", lambda self, here: (speeds, {}))
+    monkeypatch.setattr("edje.runtime.residency.Trial.measure", lambda self: (speeds, {}))
     with Reranker.open(tiny_engine, store=tiny_store, residency="auto") as reranker:
         assert reranker.residency.place == "host"
         assert len(reranker.rank("red")) == 12
