@@ -106,9 +106,8 @@ class DecoderPool(Closing):
         try:
             return self._idle.get_nowait()
         except Empty:
-            decoder = _Decoder(self._spec, self._settings)
-        self._decoders.append(decoder)
-        return decoder
+            self._decoders.append(decoder := _Decoder(self._spec, self._settings))
+            return decoder
 
 
 class _Decoder:

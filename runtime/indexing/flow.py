@@ -51,10 +51,8 @@ class Batch:
     """What one forward takes, and what gave no input on the way.
 
     Attributes:
-        ids: of the inputs.
-        sources: where each comes from.
+        ids, sources: of the inputs.
         inputs: RGB uint8 [n, R, R, 3] or features [n, N, D], host; None where n is 0.
-        skipped: with the reasons.
     """
 
     ids: list[str]
@@ -165,8 +163,7 @@ SKIPPED = "skipped.jsonl"
 class SkippedLog(Closing):
     """Lines `{"id", "reason", "source"}`, appended as a run goes and put in order at its end.
 
-    A kill leaves the lines of that run behind those of earlier ones; the next run tries the
-    images again and replaces what it finds out.
+    A kill leaves the lines of that run behind those of earlier ones; the next run replaces them.
     """
 
     def __init__(self, store: Path):
@@ -176,14 +173,12 @@ class SkippedLog(Closing):
         self._file = self._path.open("a+b")
         self._mend_tail()
         self._start = self._file.tell()
-        self.count = 0
 
     def add(self, skipped: SkippedImage) -> None:
         """Append one line."""
         line = json.dumps(skipped.as_text()._asdict(), ensure_ascii=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
-        self.count += 1
 
     def finish(self, is_stale: Callable[[SkippedImage], bool]) -> None:
         """Rewrite the file: the lines of this run, and the older ones that are not stale.
@@ -326,11 +321,7 @@ class Run:
 
 
 def index_batches(run: Run, encode: Encode, batches: Iterator[Batch]) -> None:
-    """Encode every batch and have a thread append it; what `run` has counted is durable.
-
-    Args:
-        encode: inputs -> tokens.
-    """
+    """Encode every batch and have a thread append it; what `run` has counted is durable."""
     appends: deque[tuple[Future[None], int, list[SkippedImage]]] = deque()
 
     def append(ids: list[str], tokens: Float16 | None) -> None:

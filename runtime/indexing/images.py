@@ -51,10 +51,9 @@ _MARKS = (
     (b"PK\3\4", "is a zip archive, no image"),
     (b"\x1f\x8b", "is a gzip archive, no image"),
     (b"\x1a\x45\xdf\xa3", "is a video (Matroska or WebM), no image"),
-    (b"\xff\x0a", "JPEG XL is read where an opener is registered (as --plugin pillow_jxl does)"),
-    (
-        b"\0\0\0\x0cJXL ",
-        "JPEG XL is read where an opener is registered (as --plugin pillow_jxl does)",
+    *(
+        (mark, "JPEG XL is read where an opener is registered (as --plugin pillow_jxl does)")
+        for mark in (b"\xff\x0a", b"\0\0\0\x0cJXL ")
     ),
 )
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
@@ -151,8 +150,6 @@ def decode_image(path: Path, spec: ImageSpec) -> Float32 | Unreadable:
 def decode_entry(entry: ImageFile, spec: ImageSpec) -> UInt8 | Unreadable:
     """Return the image as RGB uint8 [R, R, 3], the caller's, or why there is none.
 
-    `decode_image` in its first step, for the files of folders and the members of tars.
-
     Raises:
         RequestError: Pillow is not installed.
     """
@@ -192,10 +189,8 @@ def _file_fault(entry: ImageFile) -> str | None:
 
 def _head_of(entry: ImageFile) -> bytes:
     opened = entry.open()
-    if isinstance(opened, Path):
-        with opened.open("rb") as file:
-            return file.read(HEAD_BYTES)
-    return opened.read(HEAD_BYTES)
+    with opened.open("rb") if isinstance(opened, Path) else opened as file:
+        return file.read(HEAD_BYTES)
 
 
 def _rgb(image_module: Any, opened: Path | BinaryIO, spec: ImageSpec) -> UInt8 | Unreadable:
@@ -222,11 +217,7 @@ def rgb_from_image(image: Image, spec: ImageSpec) -> UInt8:
 
 
 def import_pillow() -> Any:
-    """Return the module `PIL.Image`.
-
-    Raises:
-        RequestError: Pillow is not installed.
-    """
+    """Return the module `PIL.Image`; a RequestError says that it is not installed."""
     try:
         from PIL import Image as image_module
     except ImportError as error:
