@@ -18,7 +18,6 @@ from .options import Json, Overwrite, refuse, verb_of
 if TYPE_CHECKING:
     from ...engines.builder.options import EngineOptions
     from ...engines.contract import BuildOptions
-    from ...engines.fidelity import FidelityLimits
     from ...engines.samples import Samples
 
 AUTO = "auto"
@@ -88,21 +87,22 @@ class BuildArguments:
     as_json: Json = False
 
     def engine_options(self) -> EngineOptions:
-        """Return what the engine shall be.
-
-        Raises:
-            RequestError: options that contradict each other, or are no numbers.
-            EngineError: values that no backend can take.
-        """
+        """Return what the engine shall be; refuse options that cannot be meant."""
         from ...engines.builder.options import EngineOptions
+        from ...engines.fidelity import FidelityLimits
+        from ...engines.precision.prepare import DEFAULT_LIMITS
 
         backend_options = self._backend_options()
         self._check(backend_options)
+        tau, change = self.min_kendall_tau, self.max_top1_change
         return EngineOptions(
             max_pairs=self.max_pairs,
             text_buckets=_whole_numbers(self.text_buckets, "--text-buckets"),
             token_dtype=self.tokens,
-            limits=self._limits(),
+            limits=FidelityLimits(
+                DEFAULT_LIMITS.min_kendall_tau if tau is None else tau,
+                DEFAULT_LIMITS.max_top1_change if change is None else change,
+            ),
             image_encoder=self.image_encoder,
             backend_options=backend_options,
         )
@@ -137,17 +137,6 @@ class BuildArguments:
         if self.calibration_random and self.calibration_store is not None:
             faults.append("--calibration-random: there is a --calibration-store already")
         refuse(faults)
-
-    def _limits(self) -> FidelityLimits:
-        """Return the defaults with what the user set."""
-        from ...engines.fidelity import FidelityLimits
-        from ...engines.precision.prepare import DEFAULT_LIMITS
-
-        tau, change = self.min_kendall_tau, self.max_top1_change
-        return FidelityLimits(
-            DEFAULT_LIMITS.min_kendall_tau if tau is None else tau,
-            DEFAULT_LIMITS.max_top1_change if change is None else change,
-        )
 
     def _backend_options(self) -> BuildOptions:
         from ...engines.contract import BuildOptions
@@ -184,18 +173,14 @@ def _build(arguments: BuildArguments) -> None:
             overwrite=arguments.overwrite,
             progress=progress,
         )
-    _show(arguments.out, manifest, arguments.as_json)
+    if arguments.as_json:
+        print_json({"engine": str(arguments.out), **manifest.to_json()})
+    else:
+        print_facts("built", {"engine": arguments.out, **_facts(manifest)})
+        print_fidelity("fidelity", manifest.fidelity)
 
 
 build = verb_of(BuildArguments, _build)
-
-
-def _show(out: Path, manifest: EngineManifest, as_json: bool) -> None:
-    if as_json:
-        print_json({"engine": str(out), **manifest.to_json()})
-    else:
-        print_facts("built", {"engine": out, **_facts(manifest)})
-        print_fidelity("fidelity", manifest.fidelity)
 
 
 def _facts(manifest: EngineManifest) -> Mapping[str, Any]:

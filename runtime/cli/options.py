@@ -47,11 +47,7 @@ def verb_of(words: Callable[..., Words], run: Callable[[Words], None]) -> Callab
 
 
 def require(extra: str, *modules: str) -> None:
-    """Refuse a verb whose optional libraries are not installed; looks without importing them.
-
-    Raises:
-        EdjeError: some are missing (all named), with the command that installs them.
-    """
+    """Refuse a verb whose optional libraries are not installed, without importing them."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise EdjeError(
@@ -67,11 +63,7 @@ def refuse(faults: list[str]) -> None:
 
 
 def as_text(argument: str, option: str) -> str:
-    """Return an argument that the locale could not decode (`LC_ALL=C`) as the UTF-8 that it is.
-
-    Raises:
-        RequestError: it is not UTF-8 either.
-    """
+    """Return an argument that the locale could not decode (`LC_ALL=C`) as the UTF-8 that it is."""
     try:
         argument.encode("utf-8")
     except UnicodeEncodeError:

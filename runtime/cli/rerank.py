@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
@@ -63,11 +63,7 @@ class RerankArguments:
     as_json: Json = False
 
     def check(self) -> None:
-        """Refuse what cannot be meant, in the words of the command line, before anything loads.
-
-        Raises:
-            RequestError: all faults at once.
-        """
+        """Refuse what cannot be meant, in the words of the command line, before anything loads."""
         from ..residency import Place
         from ..results import MARGIN, Missing
 
@@ -151,27 +147,18 @@ def _rerank(arguments: RerankArguments) -> None:
         warm = perf_counter()
         result, stop = arguments.rank(reranker, query, ids)
     seconds = {"open_s": opened - began, "warm_up_s": warm - opened}
-    told = {"query": query, "stopped": stop is not None}
-    _show(arguments, told, result, seconds, asdict(reranker.residency))
+    if arguments.as_json:
+        told = {"query": query, "stopped": stop is not None, **result.to_json(), **seconds}
+        print_json({**told, "residency": asdict(reranker.residency)})
+    else:
+        if arguments.residency is not None:
+            place = reranker.residency
+            note(f"tokens are read from {place.place}: {place.reason}")
+        print_ranking(result, **seconds)
     _exit_unless_scored(result, stop, arguments)
 
 
 rerank = verb_of(RerankArguments, _rerank)
-
-
-def _show(
-    arguments: RerankArguments,
-    told: dict[str, Any],
-    result: RankResult,
-    seconds: dict[str, float],
-    place: dict[str, Any],
-) -> None:
-    if arguments.as_json:
-        print_json({**told, **result.to_json(), **seconds, "residency": place})
-        return
-    if arguments.residency is not None:
-        note(f"tokens are read from {place['place']}: {place['reason']}")
-    print_ranking(result, **seconds)
 
 
 def _exit_unless_scored(

@@ -160,7 +160,8 @@ class SegmentEncoder(Closing):
             while num_batches == most:
                 num_batches = 0
                 with SegmentWriter(Path(folder) / incoming_name(task), self._layout) as writer:
-                    for num_batches, batch in enumerate(islice(batches, most), 1):
+                    for batch in islice(batches, most):
+                        num_batches += 1
                         ids, tokens, bad = encode_batch(self.encoder.encode_rgb, batch)
                         skipped += bad
                         if tokens is not None and ids:

@@ -115,14 +115,12 @@ def index_images(
         workers: decoder processes; default: the usable cores but one.
         dtype: `float16` or `int8`, of a new store (default: float16); one that exists must agree.
         only: index just these ids.
-        progress: called with (done, total) after every batch. The total is an estimate while a
-            tar is being read.
+        progress: called with (done, total) after every batch; of a tar, the total is estimated.
         on_skip: called with every entry that gives no record.
         follow_links: go into links to folders too; where one leads back up, the walk ends.
 
     Returns:
-        The report; files that are no readable image, or whose tokens are not finite, are in
-        `skipped` with the reason.
+        The report; what is no readable image, or has no finite tokens, is in `skipped`.
 
     Raises:
         RequestError: nothing to index, a faulty list file (all lines named), ids of `only` that
@@ -132,10 +130,7 @@ def index_images(
     given = Arguments("index_images")
     options = IndexOptions(dtype, only, progress, on_skip, follow_links).taken(given)
     batch_size, folder = _common(given, encoder, ImageEncoder, batch_size, store)
-    paths = [images] if isinstance(images, str | os.PathLike) else None
-    paths = given.items("images", images, "a path, or several") if paths is None else paths
-    for path in paths:
-        given.path("images", path, "a path, or several")
+    paths = _paths(given, images)
     if workers is not None:
         workers = given.whole("workers", workers, "at least 1, or None")
     given.check()
@@ -199,6 +194,16 @@ def _common(
         given.refuse("encoder", encoder, f"an open {kind.__name__}")
     size = given.whole("batch_size", batch_size, "at least 1")
     return size, given.path("store", store, "the folder of a token store")
+
+
+def _paths(given: Arguments, images: Paths) -> list[Any]:
+    """Return one path, or several, as they were given; what is none is noted."""
+    expected = "a path, or several"
+    lone = isinstance(images, str | os.PathLike)
+    paths = [images] if lone else given.items("images", images, expected)
+    for path in paths:
+        given.path("images", path, expected)
+    return paths
 
 
 def run_index(

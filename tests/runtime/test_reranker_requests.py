@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from edje.errors import RequestError
 from edje.runtime.reranker import Reranker
 from edje.runtime.residency import ResidencyOptions
 from edje.runtime.store import TokenStore
-from toy_engine import FINGERPRINT, HIDDEN, NUM_TOKENS, ToyEngine, toy_manifest, toy_tokenizer
+from toy_engine import ToyEngine, toy_manifest, toy_store, toy_tokenizer
 
 NUM_IMAGES = 40
 IDS = [f"img-{number}" for number in range(NUM_IMAGES)]
@@ -22,13 +23,8 @@ IDS = [f"img-{number}" for number in range(NUM_IMAGES)]
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TokenStore]:
     """Image `img-i` scores i % 7, and what the query adds."""
-    path = tmp_path_factory.mktemp("requests") / "store"
-    sizes = {"num_tokens": NUM_TOKENS, "hidden": HIDDEN, "fingerprint_encoder": FINGERPRINT}
-    tokens = np.empty((NUM_IMAGES, NUM_TOKENS, HIDDEN), np.float16)
-    tokens[:] = (np.arange(NUM_IMAGES) % 7)[:, None, None]
-    with TokenStore.create(path, **sizes) as written:
-        written.append(IDS, tokens)
-    with TokenStore.open(path) as opened:
+    values = np.arange(NUM_IMAGES) % 7
+    with toy_store(tmp_path_factory.mktemp("requests") / "store", values) as opened:
         yield opened
 
 
@@ -97,6 +93,8 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
     "a number": ({"candidates": 3}, "candidates is 3"),
     "bytes as query": ({"query": b"red"}, "query is b'red'"),
     "no query": ({"query": None}, "query is None"),
+    "an empty query": ({"query": ""}, "is empty"),
+    "no hits": ({"top_k": 0}, "top_k is 0"),
     "queries": ({"query": ["red"]}, "query is an object of type list"),
     "top_k as text": ({"top_k": "3"}, "top_k is '3'"),
     "top_k as float": ({"top_k": 2.0}, "top_k is 2.0"),
@@ -131,9 +129,12 @@ def test_numbers_of_numpy_are_numbers(reranker: Reranker) -> None:
     assert len(reranker.rank("red", IDS, np.int32(3), timeout_s=np.float32(60))) == 3
 
 
-@pytest.mark.parametrize("pairs", [{"red": "img-0"}, "ab", [{"red": 1, "img-0": 2}], ["ab"], 3])
+NO_PAIRS = [{"red": "img-0"}, "ab", [{"red": 1, "img-0": 2}], ["ab"], ["ab", "cde"], 3, [3]]
+
+
+@pytest.mark.parametrize("pairs", [*NO_PAIRS, [("", "img-0")]])
 def test_pairs_that_are_none_are_refused(reranker: Reranker, pairs: Any) -> None:
-    with pytest.raises(RequestError, match="pairs"):
+    with pytest.raises(RequestError, match="pairs" if pairs in NO_PAIRS else "is empty"):
         reranker.predict(pairs)
 
 
@@ -238,16 +239,13 @@ def test_a_cascade_that_is_stopped_shows_the_fast_ranking_under_its_name(
 
 
 def test_faults_met_before_the_stop_are_errors_of_the_partial_ranking(tmp_path: Any) -> None:
-    sizes = {"num_tokens": NUM_TOKENS, "hidden": HIDDEN, "fingerprint_encoder": FINGERPRINT}
-    tokens = np.ones((20, NUM_TOKENS, HIDDEN), np.float16)
-    tokens[2] = np.nan
-    with TokenStore.create(tmp_path / "odd", **sizes) as odd:
-        odd.append(IDS[:20], tokens, allow_nonfinite=True)
-        with (
-            Reranker(ToyEngine(), toy_tokenizer(tmp_path), odd) as reranker,
-            pytest.raises(StoppedError) as caught,
-        ):
-            reranker.rank("red", IDS[:20], cancelled=after(2))
+    values = [math.nan if number == 2 else 1 for number in range(20)]
+    with (
+        toy_store(tmp_path / "odd", values) as odd,
+        Reranker(ToyEngine(), toy_tokenizer(tmp_path), odd) as reranker,
+        pytest.raises(StoppedError) as caught,
+    ):
+        reranker.rank("red", IDS[:20], cancelled=after(2))
     known = caught.value.partial
     assert [fault.id for fault in known.errors] == ["img-2"]
     assert known.num_scored == len(known.hits) < 19

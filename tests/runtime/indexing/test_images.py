@@ -14,18 +14,11 @@ from PIL import Image
 from edje.bundle import ImageSpec
 from edje.errors import RequestError
 from edje.runtime.indexing.images import Unreadable, decode_image
+from image_files import noise
 
 SPEC = ImageSpec(24, 2, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 BICUBIC = ImageSpec(17, 3, 1 / 255, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
 MODES = ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "YCbCr"]
-
-
-def random_image(mode: str, width: int, height: int) -> Image.Image:
-    """Return noise in any of Pillow's modes."""
-    noise = np.random.default_rng(width).integers(0, 256, (height, width, 4), dtype=np.uint8)
-    if mode == "I;16":
-        return Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
-    return Image.fromarray(noise, "RGBA").convert(mode)
 
 
 def official(image: Image.Image, spec: ImageSpec) -> np.ndarray:
@@ -50,7 +43,7 @@ def test_pixels_equal_those_of_transformers(
     tmp_path: Path, mode: str, size: tuple[int, int], spec: ImageSpec
 ) -> None:
     path = tmp_path / ("image.tif" if mode in ("CMYK", "YCbCr") else "image.png")
-    random_image(mode, *size).save(path)
+    noise(mode, *size).save(path)
     got = decode_image(path, spec)
     assert not isinstance(got, Unreadable)
     assert got.dtype == np.float32
@@ -81,7 +74,7 @@ def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
 def test_unreadable_files_give_a_reason(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "empty.png").touch()
-    random_image("RGB", 90, 90).save(tmp_path / "whole.png")
+    noise("RGB", 90, 90).save(tmp_path / "whole.png")
     content = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
     (tmp_path / "folder.png").mkdir()

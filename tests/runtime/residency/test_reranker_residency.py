@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edje.engines.contract import Engine
-from edje.errors import EngineError, RequestError, StoppedError, StoreError
+from edje.errors import EngineError, RequestError, StoreError
 from edje.kernels.device import open_device
 from edje.kernels.device.host import HostDevice
 from edje.runtime.opening import RunOptions
@@ -19,7 +19,7 @@ from edje.runtime.reranker import Reranker
 from edje.runtime.residency import ResidencyOptions, Stages, choose, speeds_of
 from edje.runtime.store import TokenStore
 from recording_device import RecordingDevice, WatchedEngine
-from toy_engine import FINGERPRINT, HIDDEN, NUM_TOKENS, ToyEngine, toy_manifest, toy_tokenizer
+from toy_engine import HIDDEN, NUM_TOKENS, ToyEngine, toy_manifest, toy_store, toy_tokenizer
 
 NUM_IMAGES = 40
 RECORD_BYTES = NUM_TOKENS * HIDDEN * 2
@@ -28,11 +28,8 @@ IDS = [f"img-{number}" for number in range(NUM_IMAGES)]
 
 @pytest.fixture(params=["float16", "int8"])
 def store_path(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    sizes = {"num_tokens": NUM_TOKENS, "hidden": HIDDEN, "fingerprint_encoder": FINGERPRINT}
-    with TokenStore.create(tmp_path / "store", dtype=request.param, **sizes) as store:
-        values = np.arange(NUM_IMAGES, dtype=np.float16) * 7 % 23
-        shape = (NUM_IMAGES, NUM_TOKENS, HIDDEN)
-        store.append(IDS, np.broadcast_to(values[:, None, None], shape).copy())
+    values = np.arange(NUM_IMAGES) * 7 % 23
+    toy_store(tmp_path / "store", values, dtype=request.param).close()
     return tmp_path / "store"
 
 
@@ -302,17 +299,6 @@ def test_a_callers_device_stays_open(tiny_engine, tiny_store):
         assert len(reranker.rank("red")) == 12
         assert device.usage().num_streams == 1
     device.close()
-
-
-def test_a_request_whose_time_is_up_stops(tmp_path, store):
-    with Reranker(ToyEngine(), toy_tokenizer(tmp_path), store) as reranker:
-        with pytest.raises(StoppedError, match="deadline passed"):
-            reranker.rank("red", IDS, timeout_s=0)
-        with pytest.raises(StoppedError, match="cancelled"):
-            reranker.predict([("red", "img-1")], cancelled=lambda: True)
-        with pytest.raises(RequestError, match="timeout_s is -1"):
-            reranker.rank("red", IDS, timeout_s=-1)
-        assert len(reranker.rank("red", IDS, timeout_s=60)) == NUM_IMAGES
 
 
 def test_after_a_warm_up_every_bucket_has_run(tmp_path, store):
