@@ -281,14 +281,6 @@ def test_links_to_folders_of_features_are_followed_too(
     assert ids_of(tmp_path / "s") == ["a", "linked/b"]
 
 
-def test_a_list_with_a_byte_order_mark_selects_what_it_names(
-    tmp_path: Path, bundle: Path, photos: Path
-) -> None:
-    (tmp_path / "only.txt").write_bytes(b"\xef\xbb\xbf04.png\r\n11.png\r\n")
-    assert index(bundle, photos, tmp_path / "s", "--only", str(tmp_path / "only.txt")) == 0
-    assert ids_of(tmp_path / "s") == ["04.png", "11.png"]
-
-
 def test_nobody_at_the_address_of_ray_is_one_sentence(
     tmp_path: Path, bundle: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
