@@ -234,15 +234,13 @@ def decode_text(content: bytes, name: str) -> str:
 
 
 def _wide_encoding(content: bytes) -> str:
-    """Return iconv's name of the encoding of text with NULs: by its mark, or by where NULs are.
-
-    Letters of most lists are ASCII, whose other bytes are NUL: the first 3 of 4 in UTF-32BE, the
-    last 3 in UTF-32LE, the first of 2 in UTF-16BE, the last in UTF-16LE.
-    """
+    """Return iconv's name of the encoding of text with NULs: by its mark, or by where NULs are."""
     if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "UTF-16"
+    # Letters of most lists are ASCII, whose other bytes are NUL: the first 3 of 4 in UTF-32BE, the
+    # last 3 in UTF-32LE, the first of 2 in UTF-16BE, the last in UTF-16LE.
     nul = [content[place::4].count(0) for place in range(4)]
     order = "BE" if nul[0] > nul[3] else "LE"
     # UTF-32 has no character above U+10FFFF: its highest byte is NUL always, the next nearly so.

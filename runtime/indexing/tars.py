@@ -276,10 +276,7 @@ class _LateDamage(Exception):
 
 
 def _members(tar: tarfile.TarFile, size: int | None) -> Iterator[tarfile.TarInfo]:
-    """Yield every member that is there whole; raise where the tar does not end as it should.
-
-    `size` is the file's, where it is not compressed.
-    """
+    """Yield every whole member; raise where the tar, of `size` bytes, ends as it should not."""
     end = 0
     file = tar.fileobj
     if file is None:
@@ -308,11 +305,7 @@ def _end_of(member: tarfile.TarInfo) -> int:
 
 
 def _read_to_end(tar: tarfile.TarFile) -> None:
-    """Read what follows the mark of a tar's end: zeros, and the checksum of its compression.
-
-    Raises:
-        _LateDamage: there is more, or the checksum says that what was read is not what was packed.
-    """
+    """Read what follows the mark of a tar's end: zeros, and the checksum of its compression."""
     file = tar.fileobj
     try:
         while file is not None and (block := file.read(END_BYTES)):
