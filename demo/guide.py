@@ -31,7 +31,7 @@ from ..machine import cpu_model, usable_cores
 from ..runtime.indexing.index import index_images
 from ..runtime.reranker import Reranker
 from ..runtime.store import TokenStore
-from ..show import Screen, print_facts, progress_bar, progress_steps
+from ..show import make_screen, print_facts, progress_bar, progress_steps
 from . import evaluation as calibration
 from . import scenes
 from . import tiny_model as weights
@@ -208,7 +208,7 @@ def _rerank(
 
 def print_table(result: DemoResult, out: Path) -> None:
     """Print the demo's one table, what was tried, and where to go on."""
-    screen, recalls = Screen(), result.recalls()
+    screen, recalls = make_screen(), result.recalls()
     screen.print(
         f"{len(result.queries):,} queries, {result.num_candidates} candidates each; "
         "R@k: the right image is among the first k"
