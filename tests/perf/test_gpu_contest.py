@@ -96,8 +96,8 @@ def test_a_point_that_fails_is_a_row_and_the_rest_goes_on(tiny_bundle, pairs, tm
         return [{"via": "bare", "pairs_per_s": 1.0, "fault": None}]
 
     report = Report(tmp_path / "report", 60)
-    manifest = BundleManifest.read(tiny_bundle)
-    contest.measure_points(report, {"engine": "e"}, manifest, pairs, (8, 4), measure)
+    sizes = BundleManifest.read(tiny_bundle).sizes
+    contest.measure_points(report, {"engine": "e"}, sizes, pairs, (8, 4), measure)
     found = [(row["batch"], row["wordpieces"], row["fault"]) for row in report.values["rows"]]
     fault = "MemoryError: no 8"
     assert found == [(8, 3, fault), (8, 13, fault), (4, 3, None), (4, 13, None)]
@@ -105,8 +105,8 @@ def test_a_point_that_fails_is_a_row_and_the_rest_goes_on(tiny_bundle, pairs, tm
 
 def test_points_are_left_out_when_the_time_is_up(tiny_bundle, pairs, tmp_path):
     report = Report(tmp_path / "report", -1)
-    manifest = BundleManifest.read(tiny_bundle)
-    contest.measure_points(report, {}, manifest, pairs, (8,), lambda *_: pytest.fail("started"))
+    sizes = BundleManifest.read(tiny_bundle).sizes
+    contest.measure_points(report, {}, sizes, pairs, (8,), lambda *_: pytest.fail("started"))
     assert [point["wordpieces"] for point in report.values["left_out"]] == [3, 13]
 
 
