@@ -61,27 +61,17 @@ class Query:
 
 
 def measure_demo(
-    demo: Path,
-    num_queries: int | None,
-    precise: Path | None,
-    fast: Path | None,
-    scratch: Path,
-    progress: Progress,
+    demo: Path, num_queries: int | None, scratch: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Rank with both engines (built into `scratch` where none are given), compare, count.
+    """Build both engines into `scratch`, rank with them, compare, count.
 
     Raises:
         EdjeError: the demo was not written by `edje demo`, or an engine cannot be built.
     """
     queries = test_queries(demo, num_queries, progress)
-    if precise is None:
-        precise = scratch / "precise"
-        build_engine(
-            demo / "bundle", precise, backend="openvino", precision="fp32", progress=progress
-        )
-    if fast is None:
-        fast = scratch / "fast"
-        build_fast(demo, {query.text for query in queries}, fast, progress)
+    precise, fast = scratch / "precise", scratch / "fast"
+    build_engine(demo / "bundle", precise, backend="openvino", precision="fp32", progress=progress)
+    build_fast(demo, {query.text for query in queries}, fast, progress)
     return measure(queries, demo / "scenes.store", precise, fast, progress)
 
 
@@ -254,10 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line("cascade", __doc__)
     parser.add_argument("demo", type=Path, help="folder that `edje demo --out` has written")
     parser.add_argument("--queries", type=int, default=None, help="only so many test queries")
-    parser.add_argument("--precise", type=Path, help="engine folder; default: float32, built")
-    parser.add_argument("--fast", type=Path, help="engine folder; default: int8, built")
     options = parser.parse_args(arguments)
-    given = options.demo, options.queries, options.precise, options.fast
+    given = options.demo, options.queries
     return run_benchmark(options, lambda *more: measure_demo(*given, *more), summary)
 
 

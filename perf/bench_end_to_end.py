@@ -16,7 +16,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,21 +64,14 @@ Scorer = Callable[[], Float32]
 
 FLOAT32_TOLERANCE = 1e-3
 BF16_TOLERANCE = 0.2  # random weights, scores of a few units; see `fidelity` for the mean
+NUM_CANDIDATES, NUM_WORDPIECES = 512, 13
 LARGE_BATCH = 256
 EXPECTED_SHARE, EXPECTED_SPEEDUP = 0.95, 1.8
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What is measured: one query of `num_wordpieces` over `num_candidates`, in `num_rounds`."""
-
-    num_candidates: int
-    num_wordpieces: int
-    num_rounds: int
-    num_threads: int | None
-
-
-def measure(settings: Settings, scratch: Path, progress: Progress) -> dict[str, Any]:
+def measure(
+    num_rounds: int, num_threads: int | None, scratch: Path, progress: Progress
+) -> dict[str, Any]:
     """Measure; return conditions, timings, ratios and the largest score differences.
 
     Raises:
@@ -91,18 +83,18 @@ def measure(settings: Settings, scratch: Path, progress: Progress) -> dict[str, 
     onnxruntime = engine_of(bundle, "onnxruntime", "fp32", progress)
     why_no_bf16 = load_backend("openvino").why_not("bf16")
     fast = openvino if why_no_bf16 else engine_of(bundle, "openvino", "bf16", progress)
-    pairs = make_pairs(openvino, settings)
+    pairs, options = make_pairs(openvino, NUM_CANDIDATES), OpenOptions(num_threads)
     progress("comparing Reranker.rank with the bare OpenVINO library")
-    overhead = compare_with_bare(openvino, pairs, scratch / "tokens.store", settings)
+    overhead = compare_with_bare(openvino, pairs, scratch / "tokens.store", num_rounds, options)
     progress("comparing OpenVINO with ONNX Runtime")
-    engines = compare_engines([fast, onnxruntime], pairs, settings)
+    engines = compare_engines([fast, onnxruntime], pairs, num_rounds, options)
     return {
         "conditions": conditions(
             model=DESCRIPTION,
-            candidates=settings.num_candidates,
-            wordpieces=settings.num_wordpieces,
-            rounds=settings.num_rounds,
-            threads=settings.num_threads or "all",
+            candidates=NUM_CANDIDATES,
+            wordpieces=NUM_WORDPIECES,
+            rounds=num_rounds,
+            threads=num_threads or "all",
         ),
         "rank_against_bare_openvino": overhead,
         "openvino_against_onnxruntime": {**engines, "why_no_bf16": why_no_bf16},
@@ -121,29 +113,30 @@ def engine_of(bundle: Path, backend: str, precision: str, progress: Progress) ->
     )
 
 
-def make_pairs(engine: Path, settings: Settings) -> Pairs:
+def make_pairs(engine: Path, num_candidates: int) -> Pairs:
     """Return one query, padded to its bucket, with random candidates.
 
     Raises:
         EdjeError: the engine's tokenizer splits the query otherwise.
     """
     manifest = EngineManifest.read(engine)
-    ids = query_ids(engine, manifest.bundle.text, query_of(settings.num_wordpieces))
+    ids = query_ids(engine, manifest.bundle.text, query_of(NUM_WORDPIECES))
     length = ids.shape[1]
-    if length != settings.num_wordpieces + 2:
-        raise EdjeError(f"the query has {length - 2} wordpieces, not {settings.num_wordpieces}")
+    if length != NUM_WORDPIECES + 2:
+        raise EdjeError(f"the query has {length - 2} wordpieces, not {NUM_WORDPIECES}")
     bucket = min(bucket for bucket in manifest.profile.text_buckets if bucket >= length)
     padded = np.zeros((1, bucket), np.int32)
     padded[:, :length] = ids
-    tokens = random_tokens(settings.num_candidates, manifest.bundle.sizes)
-    return Pairs(settings.num_wordpieces, padded, tokens)
+    return Pairs(NUM_WORDPIECES, padded, random_tokens(num_candidates, manifest.bundle.sizes))
 
 
-def compare_with_bare(engine: Path, pairs: Pairs, store: Path, settings: Settings) -> Any:
+def compare_with_bare(
+    engine: Path, pairs: Pairs, store: Path, num_rounds: int, options: OpenOptions
+) -> dict[str, Any]:
     """Time `Reranker.rank` over a new store and the bare library at several batch sizes."""
     encoder = EngineManifest.read(engine).bundle.fingerprint_encoder
     write_store(store, pairs.tokens, encoder=encoder).close()
-    query, threads = query_of(settings.num_wordpieces), settings.num_threads
+    query, threads = query_of(NUM_WORDPIECES), options.num_threads
     ids = [image_id(number) for number in range(len(pairs.tokens))]
     with Reranker.open(engine, store=store, num_threads=threads) as reranker:
         one_stream = bare_openvino(engine, threads, 1)
@@ -160,7 +153,7 @@ def compare_with_bare(engine: Path, pairs: Pairs, store: Path, settings: Setting
                 for size in sorted({pairs_per_forward(threads), LARGE_BATCH})
             },
         }
-        result, (ranked, *loops) = compare(contestants, FLOAT32_TOLERANCE, settings)
+        result, (ranked, *loops) = compare(contestants, FLOAT32_TOLERANCE, len(ids), num_rounds)
     best = max(loops, key=lambda timing: timing.pairs_per_s)
     return {
         **result,
@@ -170,13 +163,12 @@ def compare_with_bare(engine: Path, pairs: Pairs, store: Path, settings: Setting
     }
 
 
-def compare_engines(folders: Sequence[Path], pairs: Pairs, settings: Settings) -> dict[str, Any]:
+def compare_engines(
+    folders: Sequence[Path], pairs: Pairs, num_rounds: int, options: OpenOptions
+) -> dict[str, Any]:
     """Time two engines through the contract, the faster one first, in turns."""
     with ExitStack() as stack:
-        engines = [
-            stack.enter_context(closing(open_engine(folder, OpenOptions(settings.num_threads))))
-            for folder in folders
-        ]
+        engines = [stack.enter_context(closing(open_engine(folder, options))) for folder in folders]
         manifests = [engine.manifest for engine in engines]
         size = min(manifest.profile.max_pairs for manifest in manifests)
         contestants = {
@@ -185,17 +177,17 @@ def compare_engines(folders: Sequence[Path], pairs: Pairs, settings: Settings) -
         }
         low = any(manifest.precision != "fp32" for manifest in manifests)
         tolerance = BF16_TOLERANCE if low else FLOAT32_TOLERANCE
-        result, (first, second) = compare(contestants, tolerance, settings)
+        result, (first, second) = compare(contestants, tolerance, len(pairs.tokens), num_rounds)
     expected = EXPECTED_SPEEDUP if low else None
     return {**result, "speedup": round(speedup(first, second), 4), "expected_speedup": expected}
 
 
 def compare(
-    contestants: Mapping[str, Scorer], tolerance: float, settings: Settings
+    contestants: Mapping[str, Scorer], tolerance: float, num_pairs: int, num_rounds: int
 ) -> tuple[dict[str, Any], list[Timing]]:
     """Check everybody's scores, which also warms them up; time them in turns."""
     difference = check_agreement(contestants, tolerance)
-    timings = interleave(contestants, pairs=settings.num_candidates, num_rounds=settings.num_rounds)
+    timings = interleave(contestants, pairs=num_pairs, num_rounds=num_rounds)
     result = {"timings": timings_json(timings), "max_abs_diff": difference}
     return result, list(timings.values())
 
@@ -303,13 +295,11 @@ def summary(result: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark, print a table, write `end_to_end.json`."""
     parser = command_line("end_to_end", __doc__)
-    parser.add_argument("--candidates", type=int, default=512)
-    parser.add_argument("--wordpieces", type=int, default=13)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--threads", type=int, help="of every engine; default: a thread a core")
     options = parser.parse_args(arguments)
-    settings = Settings(options.candidates, options.wordpieces, options.rounds, options.threads)
-    return run_benchmark(options, lambda *given: measure(settings, *given), summary)
+    given = options.rounds, options.threads
+    return run_benchmark(options, lambda *more: measure(*given, *more), summary)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ TOKENS = {
     "int8, float16 tokens": ("int8", "float16", "float16"),
     "int8, int8 tokens": ("int8", "int8", "int8"),
 }
-NUM_RECORDS, GATHERED = 2048, 256
+BACKEND = "openvino"
+NUM_RECORDS, GATHERED, NUM_ROUNDS = 2048, 256, 30
 AS_STORED, DEQUANTISED = "int8, as stored", "int8, dequantised"
 
 Rows = dict[str, dict[str, Any]]
@@ -141,18 +142,17 @@ def open_scorers(
 
 
 def measure_tokens(
-    demo: Path, num_queries: int | None, backend: str, num_rounds: int, scratch: Path,
-    progress: Progress,
-) -> dict[str, Any]:  # fmt: skip
+    demo: Path, num_queries: int | None, scratch: Path, progress: Progress
+) -> dict[str, Any]:
     """Measure what int8 tokens do to the ranking, and what reading them costs."""
-    gather = measure_gathers(scratch, num_rounds)
+    gather = measure_gathers(scratch)
     lines = (demo / "queries.jsonl").read_text(encoding="utf-8").splitlines()[:num_queries]
     queries = [json.loads(line) for line in lines]
-    rows = measure_ranking(demo, queries, backend, scratch, progress)
+    rows = measure_ranking(demo, queries, scratch, progress)
     where = conditions(
         queries=len(queries),
         candidates=len(queries[0]["candidates"]),
-        backend=backend,
+        backend=BACKEND,
         max_loss_of_r1_points=MAX_LOSS_TO_TOKENS,
     )
     broken = [name for name, row in rows.items() if loses_too_much(name, row)]
@@ -160,11 +160,7 @@ def measure_tokens(
 
 
 def measure_ranking(
-    demo: Path,
-    queries: Sequence[Mapping[str, Any]],
-    backend: str,
-    scratch: Path,
-    progress: Progress,
+    demo: Path, queries: Sequence[Mapping[str, Any]], scratch: Path, progress: Progress
 ) -> Rows:
     """Rank every query in every way of `TOKENS`; return agreement with the first, and recall."""
     stores = {"float16": demo / "scenes.store", "int8": scratch / "int8.store"}
@@ -178,7 +174,7 @@ def measure_ranking(
                 build_engine(
                     demo / "bundle",
                     engine,
-                    backend=backend,
+                    backend=BACKEND,
                     precision=precision,
                     calibration=pairs if precision == "int8" else None,
                     options=EngineOptions(token_dtype=taken),
@@ -236,7 +232,7 @@ def loses_too_much(name: str, row: Mapping[str, Any]) -> bool:
     return bool(TOKENS[name][0] == "fp32" and row["loss_of_r1_points"] > MAX_LOSS_TO_TOKENS)
 
 
-def measure_gathers(scratch: Path, num_rounds: int) -> dict[str, Any]:
+def measure_gathers(scratch: Path) -> dict[str, Any]:
     """Gather random full-size records of both stores; return times and bytes an image.
 
     Raises:
@@ -262,7 +258,7 @@ def measure_gathers(scratch: Path, num_rounds: int) -> dict[str, Any]:
         }
         for way in ways.values():
             way()
-        timings = interleave(ways, pairs=GATHERED, num_rounds=num_rounds)
+        timings = interleave(ways, pairs=GATHERED, num_rounds=NUM_ROUNDS)
         bytes_an_image = {
             dtype: round(store.stat().total_bytes / NUM_RECORDS, 1)
             for dtype, store in stores.items()
@@ -306,19 +302,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("demo", type=Path, help="folder written by `edje demo`")
     parser.add_argument("--queries", type=int, help="use no more; default: all")
     parser.add_argument("--tokens", action="store_true", help="int8 tokens, not precisions")
-    parser.add_argument("--backend", default="openvino", help="of the engines with --tokens")
-    parser.add_argument("--rounds", type=int, default=30, help="rounds of gathers with --tokens")
     options = parser.parse_args(arguments)
     if options.tokens and options.name == "fidelity":
         options.name = "int8_tokens"
-
-    def measure(scratch: Path, progress: Progress) -> dict[str, Any]:
-        demo, num_queries = options.demo, options.queries
-        if not options.tokens:
-            return measure_precisions(demo, num_queries, scratch, progress)
-        return measure_tokens(demo, num_queries, options.backend, options.rounds, scratch, progress)
-
-    return run_benchmark(options, measure, summary)
+    measure = measure_tokens if options.tokens else measure_precisions
+    given = options.demo, options.queries
+    return run_benchmark(options, lambda *more: measure(*given, *more), summary)
 
 
 if __name__ == "__main__":

@@ -145,36 +145,40 @@ def _check(runs: dict[str, Callable[[], Float32]]) -> None:
 
 def _plain_loop(engine: FirstValue) -> Callable[[Request], Float32]:
     """Return a loop over ready arrays: what any caller of the engine would have to do."""
-    source, stream = OneValue(), InlineStream()
-    tokens = np.zeros((MAX_PAIRS, NUM_TOKENS, HIDDEN), np.float16)
-    queries = _queries()
-    text_ids = np.ascontiguousarray(queries.text_ids[:, :BUCKET])
+    source, stream, queries = OneValue(), InlineStream(), _queries()
     first = np.zeros(MAX_PAIRS, np.int32)
 
-    def run(request: Request) -> Float32:
-        scores = np.empty(len(request.rows), np.float32)
-        for start in range(0, len(scores), MAX_PAIRS):
-            rows = request.rows[start : start + MAX_PAIRS]
-            source.read(rows, tokens[: len(rows)])
-            batch = Batch(text_ids, queries.text_length, first[: len(rows)], tokens[: len(rows)])
-            engine.enqueue(batch, scores[start : start + MAX_PAIRS], stream=stream)
-        return scores
+    def score(rows: Int64, tokens: Float16, scores: Float32) -> None:
+        source.read(rows, tokens)
+        batch = Batch(queries.text_ids, queries.text_length, first[: len(rows)], tokens)
+        engine.enqueue(batch, scores, stream=stream)
 
-    return run
+    return _in_batches(score, num_buffers=1)
 
 
 def _reading(store: TokenStore) -> Callable[[Request], Float32]:
     """Return the store's own gather of a request, into as many buffers as the pipeline has."""
+
+    def score(rows: Int64, tokens: Float16, scores: Float32) -> None:
+        store.read(rows, tokens, bad="mark")
+        scores[:] = tokens[:, 0, 0]
+
+    return _in_batches(score, num_buffers=NUM_SLOTS)
+
+
+def _in_batches(
+    score: Callable[[Int64, Float16, Float32], None], num_buffers: int
+) -> Callable[[Request], Float32]:
+    """Return what scores a request batch by batch, the buffers of tokens taking turns."""
     shape = (MAX_PAIRS, NUM_TOKENS, HIDDEN)
-    buffers = [np.zeros(shape, np.float16) for _ in range(NUM_SLOTS)]
+    buffers = [np.zeros(shape, np.float16) for _ in range(num_buffers)]
 
     def run(request: Request) -> Float32:
         scores = np.empty(len(request.rows), np.float32)
-        for start in range(0, len(scores), MAX_PAIRS):
+        for number, start in enumerate(range(0, len(scores), MAX_PAIRS)):
             rows = request.rows[start : start + MAX_PAIRS]
-            tokens = buffers[start // MAX_PAIRS % NUM_SLOTS]
-            store.read(rows, tokens[: len(rows)], bad="mark")
-            scores[start : start + MAX_PAIRS] = tokens[: len(rows), 0, 0]
+            tokens = buffers[number % num_buffers][: len(rows)]
+            score(rows, tokens, scores[start : start + MAX_PAIRS])
         return scores
 
     return run

@@ -20,7 +20,7 @@ from ..engines.agreement import kendall_tau
 from ..engines.contract import OpenOptions
 from ..engines.registry import load_backend, open_engine
 from ..errors import EdjeError
-from .bench_end_to_end import Scorer, Settings, engine_of, engine_scorer, make_pairs
+from .bench_end_to_end import Scorer, engine_of, engine_scorer, make_pairs
 from .harness import (
     Progress,
     command_line,
@@ -43,9 +43,7 @@ FLOAT32_TOLERANCE = 1e-4
 LEAST_CORRELATION = 0.95  # of the other precisions' scores; seen for int8: 0.99
 
 
-def measure(
-    num_wordpieces: int, num_rounds: int, num_threads: int | None, progress: Progress
-) -> dict[str, Any]:
+def measure(num_rounds: int, num_threads: int | None, progress: Progress) -> dict[str, Any]:
     """Measure; return conditions, and timings, ratios and agreement for every batch size.
 
     Raises:
@@ -61,8 +59,7 @@ def measure(
             folders[name] = engine_of(bundle, backend, precision, progress)
         else:
             left_out[name] = reason
-    asked = Settings(max(BATCH_SIZES), num_wordpieces, num_rounds, num_threads)
-    pairs = make_pairs(folders[FLOAT32], asked)
+    pairs = make_pairs(folders[FLOAT32], max(BATCH_SIZES))
     official = official_scorer(num_threads)
     with ExitStack() as stack:
         engines = {
@@ -79,7 +76,7 @@ def measure(
     return {
         "conditions": conditions(
             model=DESCRIPTION,
-            wordpieces=num_wordpieces,
+            wordpieces=pairs.num_wordpieces,
             text_slots=pairs.text_ids.shape[1],
             threads=num_threads or "all",
         ),
@@ -150,11 +147,10 @@ def summary(result: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark, print its tables, write `precisions.json`."""
     parser = command_line("precisions", __doc__)
-    parser.add_argument("--wordpieces", type=int, default=13)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--threads", type=int, help="of every engine; default: a thread a core")
     options = parser.parse_args(arguments)
-    given = options.wordpieces, options.rounds, options.threads
+    given = options.rounds, options.threads
     return run_benchmark(options, lambda scratch, progress: measure(*given, progress), summary)
 
 

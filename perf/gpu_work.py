@@ -207,7 +207,7 @@ def measure_cpu(report: Report) -> None:
     Raises:
         EdjeError: contestants disagree on the scores.
     """
-    report.put(cpu=bench_precisions.measure(NUM_WORDPIECES[0], CPU_ROUNDS, None, _tell))
+    report.put(cpu=bench_precisions.measure(CPU_ROUNDS, None, _tell))
 
 
 def _measure_opened(name: str, open_engine: Callable[[Path], Engine], report: Report) -> None:

@@ -188,41 +188,39 @@ def _values(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
 
 def _tensor_shapes() -> dict[str, tuple[int, ...]]:
     """Return the official names and shapes of the tensors that the export reads."""
-    bert = "language_model.bert."
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{bert}embeddings.word_embeddings.weight": (NUM_WORDS + 1, HIDDEN),
-        f"{bert}embeddings.position_embeddings.weight": (NUM_POSITIONS, HIDDEN),
-        f"{bert}embeddings.token_type_embeddings.weight": (2, HIDDEN),
-        **_norm(f"{bert}embeddings.LayerNorm", HIDDEN),
-        "vision_projection.query": (1, NUM_TOKENS, FEATURE_DIM),
-        "vision_projection.attention.in_proj_weight": (3 * FEATURE_DIM, FEATURE_DIM),
-        "vision_projection.attention.in_proj_bias": (3 * FEATURE_DIM,),
-        **_norm("vision_projection.layernorm", FEATURE_DIM),
-        **_linear("vision_projection.mlp.fc1", ADAPTER_INTERMEDIATE, FEATURE_DIM),
-        **_linear("vision_projection.mlp.fc2", FEATURE_DIM, ADAPTER_INTERMEDIATE),
-        **_linear("vision_projection.projection", HIDDEN, FEATURE_DIM),
-        **_linear("classification_head.0.dense", HIDDEN, HIDDEN),
-        **_linear("classification_head.1", 1, HIDDEN),
+    bert, adapter, head = "language_model.bert.", "vision_projection.", "classification_head."
+    embeddings = f"{bert}embeddings."
+    norms = {f"{embeddings}LayerNorm": HIDDEN, f"{adapter}layernorm": FEATURE_DIM}
+    linears = {
+        f"{adapter}mlp.fc1": (ADAPTER_INTERMEDIATE, FEATURE_DIM),
+        f"{adapter}mlp.fc2": (FEATURE_DIM, ADAPTER_INTERMEDIATE),
+        f"{adapter}projection": (HIDDEN, FEATURE_DIM),
+        f"{head}0.dense": (HIDDEN, HIDDEN),
+        f"{head}1": (1, HIDDEN),
     }
     for name in ("key", "value", "attention.out_proj"):
-        shapes |= _linear(f"vision_projection.{name}", FEATURE_DIM, FEATURE_DIM)
+        linears[adapter + name] = (FEATURE_DIM, FEATURE_DIM)
     for index in range(NUM_LAYERS):
         layer = f"{bert}encoder.layer.{index}."
         for name in ("self.query", "self.key", "self.value", "output.dense"):
-            shapes |= _linear(f"{layer}attention.{name}", HIDDEN, HIDDEN)
-        shapes |= _norm(f"{layer}attention.output.LayerNorm", HIDDEN)
-        shapes |= _linear(f"{layer}intermediate.dense", INTERMEDIATE, HIDDEN)
-        shapes |= _linear(f"{layer}output.dense", HIDDEN, INTERMEDIATE)
-        shapes |= _norm(f"{layer}output.LayerNorm", HIDDEN)
+            linears[f"{layer}attention.{name}"] = (HIDDEN, HIDDEN)
+        linears[f"{layer}intermediate.dense"] = (INTERMEDIATE, HIDDEN)
+        linears[f"{layer}output.dense"] = (HIDDEN, INTERMEDIATE)
+        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+            norms[layer + name] = HIDDEN
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{embeddings}word_embeddings.weight": (NUM_WORDS + 1, HIDDEN),
+        f"{embeddings}position_embeddings.weight": (NUM_POSITIONS, HIDDEN),
+        f"{embeddings}token_type_embeddings.weight": (2, HIDDEN),
+        f"{adapter}query": (1, NUM_TOKENS, FEATURE_DIM),
+        f"{adapter}attention.in_proj_weight": (3 * FEATURE_DIM, FEATURE_DIM),
+        f"{adapter}attention.in_proj_bias": (3 * FEATURE_DIM,),
+    }
+    for name, shape in linears.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    for name, width in norms.items():
+        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
     return shapes
-
-
-def _linear(name: str, out: int, into: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
-
-
-def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
 def source_hash(folder: str) -> str:

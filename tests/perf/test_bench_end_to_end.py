@@ -9,7 +9,6 @@ from edje.engines.builder.build import build_engine
 from edje.errors import EdjeError
 from edje.perf import bench_end_to_end as bench
 
-SETTINGS = bench.Settings(num_candidates=40, num_wordpieces=7, num_rounds=2, num_threads=1)
 NAMES = [
     "Reranker.rank",
     "bare OpenVINO, a stream a core, batches of 16",
@@ -25,9 +24,10 @@ def test_both_comparisons_are_measured_and_said(small_model, tmp_path, monkeypat
             build_engine(bundle, folder, backend=backend, precision="fp32")
         return folder
 
+    for name, value in (("NUM_CANDIDATES", 40), ("NUM_WORDPIECES", 7), ("engine_of", build)):
+        monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(bench, "full_size_bundle", lambda: small_model)
-    monkeypatch.setattr(bench, "engine_of", build)
-    result = json.loads(json.dumps(bench.measure(SETTINGS, tmp_path, print)))
+    result = json.loads(json.dumps(bench.measure(2, 1, tmp_path, print)))
     overhead = result["rank_against_bare_openvino"]
     assert [timing["name"] for timing in overhead["timings"]] == NAMES
     assert overhead["best_bare"] in NAMES[1:]
@@ -45,13 +45,14 @@ def test_both_comparisons_are_measured_and_said(small_model, tmp_path, monkeypat
     assert "candidates 40, wordpieces 7" in text
 
 
-def test_the_query_has_the_wordpieces_that_were_asked_for(small_model, tmp_path):
+def test_the_query_has_the_wordpieces_that_it_shall_have(small_model, tmp_path, monkeypatch):
     build_engine(small_model, tmp_path / "engine", backend="onnxruntime", precision="fp32")
-    pairs = bench.make_pairs(tmp_path / "engine", bench.Settings(5, 2, 1, None))
-    assert np.count_nonzero(pairs.text_ids) == 4
-    assert [(len(b), b.text_length.tolist()) for b in pairs.batches(3)] == [(3, [4]), (2, [4])]
+    pairs = bench.make_pairs(tmp_path / "engine", 5)
+    assert np.count_nonzero(pairs.text_ids) == bench.NUM_WORDPIECES + 2
+    assert [(len(b), b.text_length.tolist()) for b in pairs.batches(3)] == [(3, [15]), (2, [15])]
+    monkeypatch.setattr(bench, "NUM_WORDPIECES", 62)
     with pytest.raises(EdjeError, match="the query has 61 wordpieces, not 62"):
-        bench.make_pairs(tmp_path / "engine", bench.Settings(5, 62, 1, None))
+        bench.make_pairs(tmp_path / "engine", 5)
 
 
 def test_contestants_that_disagree_stop_the_benchmark():

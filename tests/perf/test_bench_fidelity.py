@@ -37,10 +37,11 @@ def demo(tiny_bundle, tmp_path_factory):
 
 @needs_int8
 def test_every_way_to_read_int8_tokens_ranks_the_queries(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "full_size", lambda: replace(full_size(), num_tokens=4, hidden=8))
-    monkeypatch.setattr(bench, "NUM_RECORDS", 40)
-    monkeypatch.setattr(bench, "GATHERED", 16)
-    result = bench.measure_tokens(demo, None, "onnxruntime", 2, tmp_path, print)
+    small = replace(full_size(), num_tokens=4, hidden=8)
+    monkeypatch.setattr(bench, "full_size", lambda: small)
+    for name, value in (("BACKEND", "onnxruntime"), ("NUM_RECORDS", 40), ("GATHERED", 16)):
+        monkeypatch.setattr(bench, name, value)
+    result = bench.measure_tokens(demo, None, tmp_path, print)
     rows, gather = result["rows"], result["gather"]
     assert list(rows) == list(bench.TOKENS)
     assert rows[bench.FLOAT16_TOKENS]["max_abs_diff"] == 0
