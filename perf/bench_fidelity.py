@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import read_text
 from ..arrays import Array, Float32
 from ..bundle import JOINT_ENCODER, BundleManifest
 from ..engines.agreement import rank_agreement, recall
@@ -145,10 +146,10 @@ def measure_tokens(
     demo: Path, num_queries: int | None, scratch: Path, progress: Progress
 ) -> dict[str, Any]:
     """Measure what int8 tokens do to the ranking, and what reading them costs."""
-    gather = measure_gathers(scratch)
-    lines = (demo / "queries.jsonl").read_text(encoding="utf-8").splitlines()[:num_queries]
+    lines = read_text(demo / "queries.jsonl").splitlines()[:num_queries]
     queries = [json.loads(line) for line in lines]
     rows = measure_ranking(demo, queries, scratch, progress)
+    gather = measure_gathers(scratch)
     where = conditions(
         queries=len(queries),
         candidates=len(queries[0]["candidates"]),

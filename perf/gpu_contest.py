@@ -220,7 +220,8 @@ def measure_point(engine: Engine, pairs: Pairs, size: int) -> list[dict[str, Any
         made = compare(contestants, rows, pairs)
     bare_speed = made[0]["pairs_per_s"]
     for row in made[1:]:
-        row["stages_ms"] = stages_ms(last[row["via"]], num_batches)
+        took = last[row["via"]]
+        row["stages_ms"] = {name: round(getattr(took, name) / num_batches, 4) for name in STAGES}
         both = row["pairs_per_s"] and bare_speed
         row["share_of_bare"] = round(row["pairs_per_s"] / bare_speed, 4) if both else None
     return made
@@ -246,11 +247,7 @@ def make_pipelines(
 
 
 def through_pipeline(
-    pipeline: Pipeline,
-    pairs: Pairs,
-    rows: Int64,
-    name: str,
-    last: dict[str, Scored],
+    pipeline: Pipeline, pairs: Pairs, rows: Int64, name: str, last: dict[str, Scored]
 ) -> Scores:
     """Return a run of all `rows`, shuffled, giving scores in their order; `last` gets its times."""
     length = np.array([pairs.text_ids.shape[1]], np.int32)
@@ -267,22 +264,16 @@ def through_pipeline(
     return run
 
 
-def stages_ms(scored: Scored, num_batches: int) -> dict[str, float]:
-    """Return the mean time of each stage of a batch."""
-    return {name: round(getattr(scored, name) / num_batches, 4) for name in STAGES}
-
-
 def bare_scores(
     engine: Engine, pairs: Pairs, size: int, num_batches: int, gpu: GpuArrays
 ) -> Scores:
     """Return a run over batches that lie on the GPU, the scores fetched at its end."""
-    batches: list[Batch] = []
+    batches = []
     for index in range(NUM_RESIDENT):
         batch = pairs.batch(index * size, size)
-        arrays: dict[str, Any] = {
-            name: gpu.upload(np.ascontiguousarray(getattr(batch, name))) for name in INPUTS
-        }
-        batches.append(Batch(**arrays))
+        arrays = {name: np.ascontiguousarray(getattr(batch, name)) for name in INPUTS}
+        on_gpu: dict[str, Any] = {name: gpu.upload(array) for name, array in arrays.items()}
+        batches.append(Batch(**on_gpu))
     results = [gpu.result((size,), "float32") for _ in batches]
     outs = [cast(Float32, result) for result in results]
 
