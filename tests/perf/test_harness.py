@@ -53,9 +53,6 @@ def test_minima_medians_and_ratio(clock):
 def test_everybody_runs_once_a_round_and_starts_in_turn(clock):
     interleave({name: clock.runs(name, 1, 1, 1) for name in "abc"}, pairs=1, num_rounds=3)
     assert clock.log == "abcbcacab"
-
-
-def test_no_rounds():
     with pytest.raises(EdjeError, match="num_rounds is 0"):
         interleave({"a": lambda: None}, pairs=1, num_rounds=0)
 
