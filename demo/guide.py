@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import platform
@@ -105,31 +104,16 @@ def _fresh_folder(out: Path) -> Path:
 
 
 def _render(result: DemoResult, folder: Path, count: int) -> dict[str, str]:
-    """Write the test pool's pictures; return the caption of each file, in query order."""
-    folder.mkdir()
-    groups = scenes.groups(scenes.SEEDS["test"])
-    pool = itertools.islice(itertools.chain.from_iterable(groups), count)
-    captions = {}
     with result.step("render scenes") as detail, progress_bar("Rendering scenes") as advance:
-        for number, scene in enumerate(pool):
-            name = f"scene-{number:04}.png"
-            scenes.render(scene).save(folder / name)
-            captions[name] = scene.caption
-            advance(number + 1, count)
+        captions = scenes.draw_pool(scenes.SEEDS["test"], count, folder, advance)
         detail.append(f"{count:,} pictures of 288 x 288, no caption true of two")
     return captions
 
 
 def _export(result: DemoResult, out: Path) -> None:
     with result.step("export") as detail, progress_steps("Exporting") as progress:
-        paths = weights.write_checkpoint(out / "checkpoint")
-        export_bundle(
-            paths.checkpoint,
-            paths.language_model,
-            out / "bundle",
-            vision_model=paths.vision_model,
-            progress=progress,
-        )
+        checkpoint, language, vision = weights.write_checkpoint(out / "checkpoint")
+        export_bundle(checkpoint, language, out / "bundle", vision_model=vision, progress=progress)
         parity = json.loads((out / "bundle" / PARITY).read_text())
         difference = parity[JOINT_ENCODER]["max_abs_difference"]
         detail.append(f"scores of the graph within {difference:.0e} of PyTorch's")
@@ -177,7 +161,7 @@ def _index(result: DemoResult, out: Path) -> None:
 def _retrieve(
     result: DemoResult, out: Path, pool: dict[str, str], stage: FirstStage
 ) -> npt.NDArray[np.int64]:
-    """Candidates of every query by the first stage, best first: int64 [Q, k]."""
+    """Return every query's candidates by the first stage, best first: int64 [Q, k]."""
     with result.step("first stage") as detail:
         images = [out / "images" / name for name in pool]
         order = stage.candidates(images, list(pool.values()), out / "bundle")
@@ -186,10 +170,7 @@ def _retrieve(
 
 
 def _rerank(
-    result: DemoResult,
-    out: Path,
-    pool: dict[str, str],
-    order: npt.NDArray[np.int64],
+    result: DemoResult, out: Path, pool: dict[str, str], order: npt.NDArray[np.int64]
 ) -> None:
     names = list(pool)
     with Reranker.open(out / "engine", store=out / "scenes.store") as reranker:
