@@ -149,14 +149,16 @@ class SegmentReader:
             room = len(tokens) // self._record_bytes * self._scale_bytes
             scales = memoryview(bytearray(room))
 
-        def read(part: slice, in_turns: bool = False) -> None:
+        num_bytes = num_records * self._stride
+        in_turns = num_bytes >= self._bytes_in_turns and is_offered()
+
+        def read(part: slice) -> None:
             some = (plan.positions[part], plan.locations[part], plan.seeds[part])
             chunk = ReadPlan(*some, plan.checksums[part])
             self._read(chunk, part.start, tokens, scales, verify, bad, in_turns)
 
-        num_bytes = num_records * self._stride
-        if num_bytes >= self._bytes_in_turns and is_offered():
-            self._take_turns(num_records, partial(read, in_turns=True))
+        if in_turns:
+            self._take_turns(num_records, read)
         elif 0 < num_records <= self._chunk and not self._direct:
             self._read(plan, 0, tokens, scales, verify, bad)
         elif num_bytes < 2 * self._threads.bytes_a_thread:
@@ -216,13 +218,14 @@ class SegmentReader:
         """Read the tokens (and scales) of `plan` into `views`; return why some cannot be."""
         locations, count = plan.locations, len(plan.locations)
         first, last = locations.item(0), locations.item(-1)
-        segments = [first >> ROW_BITS] * count
-        if first >> ROW_BITS != last >> ROW_BITS:
-            segments = (locations >> ROW_BITS).tolist()
+        is_one_file = first >> ROW_BITS == last >> ROW_BITS
+        segments = [first >> ROW_BITS] if is_one_file else (locations >> ROW_BITS).tolist()
         is_dense = last - first < 2 * count and self._stride == self._record_bytes
         starts = self._run_starts(locations) if is_dense else None
         rows: Int64 = locations & MASK
         files, offsets = self._files.of(segments), [self._offsets(rows)]
+        if is_one_file:
+            files, segments = files * count, segments * count
         read = self._read_direct if self._direct else _read_runs
         if in_turns and (starts is None or len(starts) * LONG_RUN > count):
             read = partial(_read_at_once, plan.positions)

@@ -87,22 +87,23 @@ class _Queue:
 
     def read(self, files: Sequence[int], addresses: Int64, num_bytes: int, offsets: Int64) -> bool:
         """As `read_places`, `MOST_READS` at most."""
-        iocbs, (pointers, events) = self._iocbs[: len(files)], self._at
+        iocbs, results = self._iocbs[: len(files)], self._events["result"]
+        pointers, events = self._at
         iocbs["file"], iocbs["address"], iocbs["offset"] = files, addresses, offsets
         iocbs["size"] = num_bytes
         try:
-            pending = max(0, self._submit(self._context, len(files), pointers))
-            are_whole = pending == len(files)
+            pending: int = max(0, self._submit(self._context, len(files), pointers))
+            are_whole: bool = pending == len(files)
             while pending:
                 done = self._getevents(self._context, pending, pending, events, None)
                 if done > 0:
                     pending -= done
-                    are_whole &= bool((self._events["result"][:done] == num_bytes).all())
+                    are_whole &= bool((results[:done] == num_bytes).all())
                 elif ctypes.get_errno() != EINTR:
                     raise OSError(ctypes.get_errno(), "io_getevents")
         except BaseException:  # nobody may write into the caller's memory after this
-            self._destroy(self._context)  # waits
             self.is_open = False
+            self._destroy(self._context)  # waits
             raise
         return are_whole
 
