@@ -13,7 +13,8 @@ from ...errors import StoreError
 from ...machine import available_memory_bytes
 from .format import StoreLayout
 from .open_files import CACHED
-from .read import ReadPlan, SegmentReader, address
+from .read import ReadPlan, SegmentReader
+from .scattered import address
 from .threads import CopyThreads
 
 NOT_HELD = "it is not among the records that were loaded into memory"

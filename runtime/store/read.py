@@ -2,7 +2,7 @@
 
 A chunk of records is read, then hashed while its bytes are in the core's cache: by the calling
 thread, and where it pays by others beside it. Where one call of the system reads a whole chunk
-(`scattered.py`), two threads take turns: one reads without the GIL while the other hashes with it.
+(`scattered.py`), threads take turns: one hashes with the GIL while the others read without it.
 """
 
 from __future__ import annotations
@@ -21,21 +21,19 @@ from typing import Literal, NamedTuple
 import numpy as np
 import xxhash
 
-from ...arrays import Int64, UInt8, UInt64
+from ...arrays import Int64, UInt64
 from .format import PAGE_BYTES, ROW_BITS, ROW_MASK, StoreLayout
 from .open_files import SegmentFiles
-from .scattered import MOST_READS, is_offered, read_places
+from .scattered import MOST_READS, address, is_offered, read_places
 from .threads import CopyThreads, copying_threads
 
 Access = Literal["cached", "direct"]
 
 # Stays in a core's second-level cache until it is hashed.
 CHUNK_BYTES = 1536 << 10
-# From here on two threads take turns.
-BYTES_IN_TURNS = 3 << 20
-# Without turns: who hashes holds the GIL, and whoever reads wants it after every record. Below this
-# a second thread is no help.
-BYTES_A_THREAD, MOST_READING = 8 << 20, 4
+# One thread more for every so many, where they take turns. Elsewhere whoever reads wants the GIL
+# after every record, while another hashes: a second thread is of little help.
+BYTES_IN_TURNS, BYTES_A_THREAD, MOST_READING = 1536 << 10, 8 << 20, 4
 # So many records that follow one another in a file are read as well by one `preadv`.
 LONG_RUN = 4
 # Past the page cache threads wait for the disk, not for each other: it should have much to do.
@@ -110,8 +108,7 @@ class SegmentReader:
             self._threads = CopyThreads(MOST_DIRECT, DIRECT_BYTES_A_THREAD)
         else:
             self._threads = CopyThreads(min(MOST_READING, copying_threads()), BYTES_A_THREAD)
-        can_share = not self._direct and self._threads.most > 1
-        self._bytes_in_turns = BYTES_IN_TURNS if can_share else sys.maxsize
+        self._bytes_in_turns = sys.maxsize if self._direct else BYTES_IN_TURNS
         size = DIRECT_CHUNK_BYTES if self._direct else CHUNK_BYTES
         # A chunk's files are all in use at once, however many segments it touches.
         self._chunk = max(1, min(size // self._stride, self._files.most_open // 8))
@@ -150,7 +147,8 @@ class SegmentReader:
             scales = memoryview(bytearray(room))
 
         num_bytes = num_records * self._stride
-        in_turns = num_bytes >= self._bytes_in_turns and is_offered()
+        num_threads = min(self._threads.most, num_bytes // self._bytes_in_turns)
+        in_turns = num_threads > 1 and is_offered()
 
         def read(part: slice) -> None:
             some = (plan.positions[part], plan.locations[part], plan.seeds[part])
@@ -158,7 +156,7 @@ class SegmentReader:
             self._read(chunk, part.start, tokens, scales, verify, bad, in_turns)
 
         if in_turns:
-            self._take_turns(num_records, read)
+            self._take_turns(num_records, num_threads, read)
         elif 0 < num_records <= self._chunk and not self._direct:
             self._read(plan, 0, tokens, scales, verify, bad)
         elif num_bytes < 2 * self._threads.bytes_a_thread:
@@ -168,12 +166,13 @@ class SegmentReader:
             self._threads.share(num_records, num_bytes, read, self._chunk)
         return bad
 
-    def _take_turns(self, num_records: int, read: Callable[[slice], None]) -> None:
-        """Let two threads read and hash, as many chunks each."""
-        most = min(self._chunk, MOST_READS)
-        num_chunks = 2 * -(-num_records // (2 * most))
-        size = -(-num_records // num_chunks)
-        # Half of one comes first: with equal ones both would want to hash at the same time.
+    def _take_turns(
+        self, num_records: int, num_threads: int, read: Callable[[slice], None]
+    ) -> None:
+        """Let threads read and hash, as many chunks each."""
+        rounds = -(-num_records // (min(self._chunk, MOST_READS) * num_threads))
+        size = -(-num_records // (rounds * num_threads))
+        # Half of one comes first: with equal ones all would want to hash at the same time.
         edges = [0, *range(-(-size // 2), num_records, size), num_records]
         parts = iter([*map(slice, edges, edges[1:])])
 
@@ -181,7 +180,7 @@ class SegmentReader:
             for part in parts:
                 read(part)
 
-        self._threads.run(work, 2)
+        self._threads.run(work, num_threads)
 
     def _read(
         self,
@@ -330,11 +329,6 @@ class SegmentReader:
         for files in (self._files, self._cached):
             files.close()
         self._threads.close()
-
-
-def address(array: UInt8) -> int:
-    """Return where an array begins in memory."""
-    return int(array.__array_interface__["data"][0])
 
 
 def _views(buffer: memoryview, positions: Int64, size: int) -> list[memoryview]:

@@ -25,15 +25,10 @@ MOST_READS, MOST_QUEUES = 128, 16
 GENERIC = (0, 1, 4, 2)
 NUMBERS = {"x86_64": (206, 207, 208, 209), "aarch64": GENERIC, "riscv64": GENERIC}
 # linux/aio_abi.h: a struct iocb, whose other fields are 0 when it reads, and an io_event.
-IOCB = np.dtype(
-    {
-        "names": ["file", "address", "size", "offset"],
-        "formats": [np.int32, np.int64, np.int64, np.int64],
-        "offsets": [20, 24, 32, 40],
-        "itemsize": 64,
-    }
-)
-EVENT = np.dtype({"names": ["result"], "formats": [np.int64], "offsets": [16], "itemsize": 32})
+IOCB = np.dtype("V20, i4, i8, i8, i8, V16")
+IOCB.names = ("before", "file", "address", "size", "offset", "behind")
+EVENT = np.dtype("V16, i8, V8")
+EVENT.names = ("before", "result", "behind")
 
 
 def read_places(files: Sequence[int], addresses: Int64, num_bytes: int, offsets: Int64) -> bool:
@@ -67,6 +62,11 @@ def is_offered() -> bool:
     return read_places((), nothing, 0, nothing)
 
 
+def address(array: Array) -> int:
+    """Return where an array begins in memory."""
+    return int(array.__array_interface__["data"][0])
+
+
 class _Queue:
     """A queue of the kernel's, for one thread at a time.
 
@@ -77,9 +77,9 @@ class _Queue:
     def __init__(self) -> None:
         setup, self._destroy, self._getevents, self._submit = _calls()
         self._iocbs, self._events = np.zeros(MOST_READS, IOCB), np.zeros(MOST_READS, EVENT)
-        first = _address(self._iocbs)
+        first = address(self._iocbs)
         self._pointers = np.arange(first, first + self._iocbs.nbytes, IOCB.itemsize)
-        self._at = (_address(self._pointers), _address(self._events))
+        self._at = (address(self._pointers), address(self._events))
         context = ctypes.c_ulong(0)
         if setup(MOST_READS, ctypes.addressof(context)) < 0:
             raise OSError(ctypes.get_errno(), "io_setup")
@@ -119,22 +119,15 @@ def _calls() -> tuple[Any, ...]:
     if numbers is None or sys.platform != "linux" or sys.maxsize < 1 << 32:
         raise OSError(ENOSYS, "io_setup")
     number, pointer, queue = ctypes.c_long, ctypes.c_void_p, ctypes.c_ulong
-    types: tuple[tuple[Any, ...], ...] = (
-        (ctypes.c_uint, pointer),
-        (queue,),
-        (queue, number, number, pointer, pointer),
-        (queue, number, pointer),
-    )
+    setup, destroy = (ctypes.c_uint, pointer), (queue,)
+    getevents, submit = (queue, number, number, pointer, pointer), (queue, number, pointer)
+    types: tuple[tuple[Any, ...], ...] = (setup, destroy, getevents, submit)
     libc, calls = ctypes.CDLL(None, use_errno=True), []
     for which, arguments in zip(numbers, types, strict=True):
         call = libc["syscall"]  # a new object each time, with types of its own
         call.argtypes, call.restype = (number, *arguments), number
         calls.append(partial(call, which))
     return tuple(calls)
-
-
-def _address(array: Array) -> int:
-    return int(array.__array_interface__["data"][0])
 
 
 _idle: list[_Queue | None] = []

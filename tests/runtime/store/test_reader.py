@@ -40,11 +40,11 @@ def files(request: pytest.FixtureRequest, tmp_path: Path) -> RecordFiles:
     return write_files(tmp_path / "store", request.param)
 
 
-@pytest.fixture(params=["one thread", "three threads", "two in turns"], autouse=True)
+@pytest.fixture(params=["one thread", "three threads", "three in turns"], autouse=True)
 def many_small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks for a handful of records, read by the caller alone or by others beside it."""
-    num_threads = {"one thread": 1, "three threads": 3, "two in turns": 2}[request.param]
-    in_turns = request.param == "two in turns"
+    num_threads = 1 if request.param == "one thread" else 3
+    in_turns = request.param == "three in turns"
     if in_turns and not is_offered():
         pytest.skip("this system reads one place after the other")
     monkeypatch.setattr(reading, "BYTES_IN_TURNS", PAGE if in_turns else 1 << 40)
