@@ -363,7 +363,7 @@ def _read_at_once(
 ) -> bool:
     """As `_read_runs`, in one call of the system. `positions`: where `views` lie in one buffer."""
     size, first = len(views[0]), address(np.frombuffer(views[0], np.uint8))
-    addresses = (positions - positions[0]) * size + first
+    addresses = positions * size + (first - positions.item(0) * size)
     return read_places(files, addresses, size, offsets) or _read_runs(files, views, offsets, starts)
 
 

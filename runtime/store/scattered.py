@@ -75,7 +75,7 @@ class _Queue:
     """
 
     def __init__(self) -> None:
-        setup, self._destroy, self._getevents, self._submit = _calls()
+        setup, self._destroy, self._getevents, self._submit, self._peek = _calls()
         self._iocbs, self._events = np.zeros(MOST_READS, IOCB), np.zeros(MOST_READS, EVENT)
         first = address(self._iocbs)
         self._pointers = np.arange(first, first + self._iocbs.nbytes, IOCB.itemsize)
@@ -94,12 +94,14 @@ class _Queue:
         try:
             pending: int = max(0, self._submit(self._context, len(files), pointers))
             are_whole: bool = pending == len(files)
+            get, least = self._peek, 0  # keeps the GIL: as nearly always, everything is there
             while pending:
-                done = self._getevents(self._context, pending, pending, events, None)
+                done = get(self._context, least, pending, events, None)
+                get, least = self._getevents, 1
                 if done > 0:
                     pending -= done
                     are_whole &= bool((results[:done] == num_bytes).all())
-                elif ctypes.get_errno() != EINTR:
+                elif done < 0 and ctypes.get_errno() != EINTR:
                     raise OSError(ctypes.get_errno(), "io_getevents")
         except BaseException:  # nobody may write into the caller's memory after this
             self.is_open = False
@@ -110,7 +112,7 @@ class _Queue:
 
 @cache
 def _calls() -> tuple[Any, ...]:
-    """Return io_setup, io_destroy, io_getevents and io_submit, which let go of the GIL.
+    """Return io_setup, io_destroy, io_getevents, io_submit, and io_getevents that keeps the GIL.
 
     Raises:
         OSError: nobody knows them here.
@@ -122,11 +124,11 @@ def _calls() -> tuple[Any, ...]:
     setup, destroy = (ctypes.c_uint, pointer), (queue,)
     getevents, submit = (queue, number, number, pointer, pointer), (queue, number, pointer)
     types: tuple[tuple[Any, ...], ...] = (setup, destroy, getevents, submit)
-    libc, calls = ctypes.CDLL(None, use_errno=True), []
-    for which, arguments in zip(numbers, types, strict=True):
-        call = libc["syscall"]  # a new object each time, with types of its own
-        call.argtypes, call.restype = (number, *arguments), number
-        calls.append(partial(call, which))
+    calls = []
+    for library, at in (*((ctypes.CDLL, at) for at in range(4)), (ctypes.PyDLL, 2)):
+        call = library(None, use_errno=True)["syscall"]
+        call.argtypes, call.restype = (number, *types[at]), number
+        calls.append(partial(call, numbers[at]))
     return tuple(calls)
 
 
