@@ -47,7 +47,7 @@ def many_small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     in_turns = request.param == "three in turns"
     if in_turns and not is_offered():
         pytest.skip("this system reads one place after the other")
-    monkeypatch.setattr(reading, "BYTES_IN_TURNS", PAGE if in_turns else 1 << 40)
+    monkeypatch.setattr(reading, "BYTES_IN_TURNS", 4 * PAGE if in_turns else 1 << 40)
     monkeypatch.setattr(reading, "CHUNK_BYTES", 5 * PAGE)
     monkeypatch.setattr(reading, "DIRECT_CHUNK_BYTES", 7 * PAGE)
     for name in ("BYTES_A_THREAD", "DIRECT_BYTES_A_THREAD"):

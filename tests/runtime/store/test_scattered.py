@@ -164,7 +164,7 @@ from edje.runtime.store import read, scattered
 sys.path.insert(0, {support!r})
 from record_files import write_files
 {setup}
-read.BYTES_IN_TURNS, read.CHUNK_BYTES = 4096, 20 << 10
+read.BYTES_IN_TURNS = 20 << 10
 read.copying_threads = lambda: 2
 files = write_files(Path({folder!r}), {shape!r})
 source, records = files.reader(), np.random.default_rng(0).permutation(200)
