@@ -29,11 +29,10 @@ from .threads import CopyThreads, copying_threads
 
 Access = Literal["cached", "direct"]
 
-# Is in the caches when it is hashed; more and smaller ones cost more than a nearer cache gains.
-CHUNK_BYTES = 3 << 20
-# One thread more for every so many, where they take turns, each with chunks of so many at most.
-# Elsewhere whoever reads wants the GIL after every record, while another hashes: a second thread is
-# of little help.
+# Stays in a core's second-level cache until it is hashed.
+CHUNK_BYTES = 1536 << 10
+# One thread more for every so many, where they take turns. Elsewhere whoever reads wants the GIL
+# after every record, while another hashes: a second thread is of little help.
 BYTES_IN_TURNS, BYTES_A_THREAD, MOST_READING = 2 << 20, 8 << 20, 4
 # So many records that follow one another in a file are read as well by one `preadv`.
 LONG_RUN = 4
@@ -171,8 +170,7 @@ class SegmentReader:
         self, num_records: int, num_threads: int, read: Callable[[slice], None]
     ) -> None:
         """Let threads read and hash, as many chunks each."""
-        most = max(1, min(self._chunk, MOST_READS, self._bytes_in_turns // self._stride))
-        rounds = -(-num_records // (most * num_threads))
+        rounds = -(-num_records // (min(self._chunk, MOST_READS) * num_threads))
         size = -(-num_records // (rounds * num_threads))
         # Half of one comes first: with equal ones all would want to hash at the same time.
         edges = [0, *range(-(-size // 2), num_records, size), num_records]
