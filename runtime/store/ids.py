@@ -100,7 +100,7 @@ class _Table:
         Raises:
             RequestError: row handles that were never given out.
         """
-        first, last = int(locations[0]), int(locations[-1])
+        first, last = locations.item(0), locations.item(-1)
         base = first >> ROW_BITS << ROW_BITS
         there = self.rows_of(first >> ROW_BITS)
         if last - base < there.stop - there.start:

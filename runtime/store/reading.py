@@ -105,7 +105,7 @@ class ReadableStore:
             raise RequestError(f'bad is {bad!r}, expected "raise" or "mark"')
         if len(rows) == 0:
             return []
-        plan = self._index.plan(rows)
+        plan = self._records.plan(rows)
         # Views of numbers, since memoryview cannot cast every dtype to bytes.
         buffer = out.view(np.uint8).data.cast("B")
         scale_bytes = None if scales is None else scales.view(np.uint8).data.cast("B")

@@ -19,6 +19,7 @@ from edje.errors import StoreError
 from edje.runtime.store import read as reading
 from edje.runtime.store.memory import NOT_HELD, ResidentRecords
 from edje.runtime.store.read import SegmentReader
+from edje.runtime.store.scattered import is_offered
 from record_files import ROWS, SEGMENTS, SHAPES, RecordFiles, write_files
 from store_bytes import flip, open_files
 
@@ -39,10 +40,14 @@ def files(request: pytest.FixtureRequest, tmp_path: Path) -> RecordFiles:
     return write_files(tmp_path / "store", request.param)
 
 
-@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"], autouse=True)
+@pytest.fixture(params=["one thread", "three threads", "three in turns"], autouse=True)
 def many_small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks for a handful of records, read by the caller alone or by others beside it."""
-    num_threads = request.param
+    num_threads = 1 if request.param == "one thread" else 3
+    in_turns = request.param == "three in turns"
+    if in_turns and not is_offered():
+        pytest.skip("this system reads one place after the other")
+    monkeypatch.setattr(reading, "BYTES_IN_TURNS", 4 * PAGE if in_turns else 1 << 40)
     monkeypatch.setattr(reading, "CHUNK_BYTES", 5 * PAGE)
     monkeypatch.setattr(reading, "DIRECT_CHUNK_BYTES", 7 * PAGE)
     for name in ("BYTES_A_THREAD", "DIRECT_BYTES_A_THREAD"):
@@ -50,6 +55,12 @@ def many_small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     for name in ("MOST_READING", "MOST_DIRECT"):
         monkeypatch.setattr(reading, name, num_threads)
     monkeypatch.setattr(reading, "copying_threads", lambda: num_threads)
+
+
+def by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let readers made from now on read all in the calling thread."""
+    for name in ("BYTES_A_THREAD", "BYTES_IN_TURNS"):
+        monkeypatch.setattr(reading, name, 1 << 40)
 
 
 def memory(num_bytes: int, *, aligned: bool) -> np.ndarray:
@@ -180,6 +191,7 @@ def test_a_file_that_shrinks_while_open_gives_reasons(files: RecordFiles, access
 def test_reads_that_fail_are_tried_again_one_by_one(
     files: RecordFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(reading, "read_places", lambda *_: False)
     source, preadv = files.reader(), os.preadv
 
     def broken(descriptor: int, buffers: list[memoryview], offset: int) -> int:
@@ -197,7 +209,7 @@ def test_reads_that_fail_are_tried_again_one_by_one(
 def test_records_that_follow_one_another_are_one_read_wherever_they_go(
     files: RecordFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "BYTES_A_THREAD", 1 << 40)
+    by_one_thread(monkeypatch)
     source, preadv, seen = files.reader(), os.preadv, []
 
     def counted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
@@ -270,7 +282,7 @@ def test_too_many_open_files_close_idle_ones_first(
     few_descriptors: Callable[[int, str], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reading, "BYTES_A_THREAD", 1 << 40)  # both files at once, by one thread
+    by_one_thread(monkeypatch)  # both files at once
     source = files.reader()
     few_descriptors(1, str(files.folder))
     for segment in (0, 1, 2, 0):
@@ -322,6 +334,35 @@ def test_threads_read_side_by_side(
         thread.join()
     assert wrong == []
     source.close()
+
+
+def test_a_reader_closed_while_others_read_gives_whole_records_or_says_so(
+    files: RecordFiles,
+) -> None:
+    wrong: list[object] = []
+
+    def work(source: SegmentReader, seed: int) -> None:
+        records = np.random.default_rng(seed).integers(0, COUNT, 60)
+        try:
+            while True:
+                tokens, _, bad = read(files, source, records)
+                if bad or not np.array_equal(tokens, files.tokens[records]):
+                    wrong.append((seed, bad))
+        except StoreError as error:
+            if "is closed" not in str(error):
+                wrong.append(error)
+
+    for seed in range(5):
+        source = files.reader()
+        threads = [threading.Thread(target=work, args=(source, seed + at)) for at in range(3)]
+        for thread in threads:
+            thread.start()
+        read(files, source, np.arange(COUNT))
+        source.close()
+        for thread in threads:
+            thread.join()
+        assert open_files(files.folder) == []
+    assert wrong == []
 
 
 @pytest.mark.parametrize("access", ["cached", "direct"])
