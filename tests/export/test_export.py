@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, SiglipPr
 
 from edje.bundle import BundleManifest
 from edje.errors import CheckpointError, EdjeError
-from edje.export import parity
+from edje.export import reference
 from edje.export.export import export_bundle
 from official_checkpoint import CheckpointFolders, Sizes, official_state, write_checkpoint
 
@@ -262,7 +262,7 @@ def test_an_unknown_text_normalization_is_refused(small, tmp_path):
 
 
 def test_a_graph_that_differs_is_not_published(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, "MAX_DIFFERENCE", 1e-12)
+    monkeypatch.setattr(reference, "MAX_DIFFERENCE", 1e-12)
     message = refused(small, tmp_path / "bundle")
     assert "joint_encoder.onnx differs from PyTorch" in message
 

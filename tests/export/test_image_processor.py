@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, SiglipProcessor
 
 from edje.bundle import ImageSpec
 from edje.errors import CheckpointError
-from edje.export.image_processor import image_spec, read_image_processor
+from edje.export.configs import image_spec, read_image_processor
 
 OLD, NEW = "preprocessor_config.json", "processor_config.json"
 SQUARE = {"height": 32, "width": 32}
@@ -42,7 +42,7 @@ def faults_of(**settings: Any) -> list[str]:
 
 
 def read_defaults() -> dict[str, Any]:
-    from edje.export.image_processor import DEFAULTS
+    from edje.export.configs import DEFAULTS
 
     return dict(DEFAULTS)
 

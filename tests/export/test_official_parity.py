@@ -79,11 +79,11 @@ def image_encoder(official_tiny: Path, checkpoint: Checkpoint) -> ImageEncoder:
     vision, _ = read_vision_model(official_tiny / "siglip", checkpoint)
     adapter = load_adapter(
         checkpoint,
-        num_heads=vision.num_heads,
+        num_heads=vision.num_attention_heads,
         layer_norm_eps=vision.layer_norm_eps,
         activation="gelu",
     )
-    return ImageEncoder(load_tower(vision.settings, checkpoint.vision), adapter)
+    return ImageEncoder(load_tower(vision, checkpoint.vision), adapter)
 
 
 @pytest.fixture(scope="module")
