@@ -19,6 +19,7 @@ MOVED = {
     "engines.open": "engines.registry",
     "engines.ort": "engines.onnxruntime",
     "engines.ov": "engines.openvino",
+    "engines.precision.quantize": "engines.precision.lower",
     "engines.tensorrt.report": "engines.tensorrt.build",
     "engines.tensorrt_rtx": "engines.tensorrt.rtx",
     "export.convert": "export.export",

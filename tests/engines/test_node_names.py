@@ -22,8 +22,7 @@ from edje.bundle import (
     weight_name,
 )
 from edje.engines.precision.graph import Graph
-from edje.engines.precision.lower import WORD_GATHER
-from edje.engines.precision.quantize import find_linears
+from edje.engines.precision.lower import WORD_GATHER, find_linears
 
 
 @pytest.fixture(scope="module")

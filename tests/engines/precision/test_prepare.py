@@ -9,8 +9,8 @@ from edje.engines.contract import INPUTS
 from edje.engines.fidelity import FidelityLimits
 from edje.engines.precision.emulate import runner, scorer
 from edje.engines.precision.graph import Graph
+from edje.engines.precision.lower import find_linears
 from edje.engines.precision.prepare import GraphCache, Recipe, prepare_graph, take_int8_tokens
-from edje.engines.precision.quantize import find_linears
 from edje.engines.precision.search import choose
 from edje.engines.samples import RandomSamples, int8_batch
 from edje.errors import EngineError

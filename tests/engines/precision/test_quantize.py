@@ -21,9 +21,8 @@ from edje.engines.precision.calibrate import (
     smooth,
 )
 from edje.engines.precision.emulate import Switches, scorer
-from edje.engines.precision.graph import in_layers, linears
-from edje.engines.precision.lower import lower
-from edje.engines.precision.quantize import LARGEST, find_linears, quantize
+from edje.engines.precision.graph import in_layers
+from edje.engines.precision.lower import LARGEST, find_linears, lower, quantize
 from edje.machine import is_x86
 
 PRECISIONS = tuple(LARGEST)
@@ -45,7 +44,7 @@ def amax(seen):
 def test_every_linear_of_the_layers_is_quantised_and_nothing_else(graph, amax, precision):
     quantized = quantize(graph, precision, amax)
     checker.check_model(quantized.model(), full_check=True)
-    assert list(linears(quantized)) == []  # none reads a plain weight any more
+    assert find_linears(quantized) == []  # none reads a plain weight any more
     kinds = Counter(node.op_type for node in quantized.nodes)
     found = find_linears(graph)
     assert kinds["DequantizeLinear"] == len(found) + len({linear.value for linear in found})
