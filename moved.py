@@ -26,6 +26,7 @@ MOVED = {
     "export.hub": "export.sources",
     "export.image_processor": "export.configs",
     "export.parity": "export.reference",
+    "kernels.device.copies": "kernels.device.measuring",
     "runtime.device": "kernels.device",
     "runtime.device.cuda_core": "kernels.device.cuda_core",
     "runtime.device.host": "kernels.device.host",
