@@ -29,6 +29,7 @@ SPECIAL_TOKENS = ("[CLS]", "[SEP]", "[PAD]")
 HEADS_OF_KNOWN_TOWERS = {768: 12, 1024: 16}  # ViT-B and ViT-L, the official towers
 OFFICIAL_VISION_EPS = 1e-6
 OPTION = "--vision-model"
+_TRAINED_FROM = "pass the folder of the {} model that the checkpoint was trained from"
 PROCESSOR = "processor_config.json"  # transformers 5: every part of a processor, nested
 IMAGE_PROCESSOR = "preprocessor_config.json"  # transformers 4, and an image processor alone
 TYPES = ("SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil")
@@ -83,7 +84,7 @@ def read_language_model(
     if values.get("model_type", "bert") != "bert":
         raise CheckpointError(
             f"{folder} holds a {values['model_type']!r} model, expected a BERT language model",
-            hint="pass the folder of the language model that the checkpoint was trained from",
+            hint=_TRAINED_FROM.format("language"),
         )
     bert = _build(BertConfig, values, folder)
     sizes = checkpoint.sizes
@@ -104,7 +105,7 @@ def read_language_model(
         raise CheckpointError(
             f"the language model in {folder} does not fit {checkpoint.path}",
             faults=faults,
-            hint="pass the folder of the language model that the checkpoint was trained from",
+            hint=_TRAINED_FROM.format("language"),
         )
     return LanguageConfig(
         hidden=sizes.hidden,
@@ -134,7 +135,7 @@ def read_vision_model(folder: Path, checkpoint: Checkpoint) -> tuple[SiglipVisio
     if kind not in ("siglip", "siglip_vision_model"):
         raise CheckpointError(
             f"{folder} holds a {kind!r} model, expected a 'siglip' vision model",
-            hint="pass the folder of the SigLIP model that the checkpoint was trained from",
+            hint=_TRAINED_FROM.format("SigLIP"),
         )
     settings = values.get("vision_config", {}) if kind == "siglip" else values
     config = _build(SiglipVisionConfig, {**settings, "vision_use_head": False}, folder)
@@ -144,7 +145,7 @@ def read_vision_model(folder: Path, checkpoint: Checkpoint) -> tuple[SiglipVisio
         raise CheckpointError(
             f"the vision model in {folder} does not fit {checkpoint.path}",
             faults=faults,
-            hint="pass the folder of the SigLIP model that the checkpoint was trained from",
+            hint=_TRAINED_FROM.format("SigLIP"),
         )
     return config, image
 
