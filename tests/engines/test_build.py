@@ -68,19 +68,19 @@ def test_the_image_encoder_comes_along_when_asked(tiny_bundle, tmp_path):
         open_engine(tmp_path / "engine")
 
 
-def test_a_bundle_without_an_image_encoder(tiny_bundle, tmp_path):
+def test_a_bundle_that_lacks_files_or_is_none_and_an_unwritable_place(tiny_bundle, tmp_path):
     bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     for name in ("image_encoder.onnx", "tokenizer.json"):
         (bundle / name).unlink()
     with pytest.raises(EngineError, match="lacks what this engine needs") as caught:
         build(bundle, tmp_path / "engine", image_encoder=True)
     assert caught.value.faults == ("tokenizer.json: missing", "image_encoder.onnx: missing")
-    assert not (tmp_path / "engine").exists()
-
-
-def test_no_bundle_there(tmp_path):
     with pytest.raises(CheckpointError, match="not a model bundle"):
         build(tmp_path, tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(EdjeError, match="cannot write"):
+        build(tiny_bundle, tmp_path / "file" / "engine")
 
 
 def test_an_existing_folder_is_left_as_it_was(tiny_bundle, built_engines, tmp_path):
@@ -114,12 +114,6 @@ def test_a_failed_build_leaves_nothing(tiny_bundle, tmp_path, built_engines):
             build(bundle, out, backend=backend, overwrite=True)
     open_engine(out).close()
     assert sorted(os.listdir(tmp_path)) == ["bundle", "engine"]
-
-
-def test_an_unwritable_place(tiny_bundle, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(EdjeError, match="cannot write"):
-        build(tiny_bundle, tmp_path / "file" / "engine")
 
 
 def test_all_faults_of_a_profile_come_at_once():

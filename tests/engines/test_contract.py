@@ -89,15 +89,6 @@ def test_all_values_out_of_range_come_at_once(engine, batch, run):
     assert "query_of_pair: got values from -1 to 1, expected 0 to 1" in text
 
 
-def test_a_closed_engine_says_so(built_engines, batch, run):
-    for folder in built_engines.values():
-        engine = open_engine(folder)
-        engine.close()
-        engine.close()
-        with pytest.raises(EngineError, match="closed"):
-            run(engine, batch)
-
-
 def test_many_threads_may_run_one_engine(engine, official_pairs, run):
     pairs = [(caption, image) for caption in range(5) for image in range(12)]
     batch, expected = official_pairs.batch(pairs, 63), official_pairs.expected(pairs)
@@ -116,10 +107,15 @@ def test_non_finite_tokens_spoil_their_own_pair_only(engine, official_pairs, run
     np.testing.assert_allclose(scores[[0, 2]], expected[[0, 2]], rtol=0, atol=1e-4)
 
 
-def test_a_large_batch_runs_in_parts_with_the_same_scores(built_engines, official_pairs, run):
+def test_a_large_batch_runs_in_parts_and_a_closed_engine_says_so(
+    built_engines, official_pairs, run
+):
     pairs = [(caption, image) for caption in range(5) for image in range(12)]
     batch, expected = official_pairs.batch(pairs, 63), official_pairs.expected(pairs)
     for folder in built_engines.values():
         engine = open_engine(folder, OpenOptions(num_threads=1))  # 16 pairs a forward
         np.testing.assert_allclose(run(engine, batch), expected, rtol=0, atol=1e-4)
         engine.close()
+        engine.close()
+        with pytest.raises(EngineError, match="closed"):
+            run(engine, batch)
