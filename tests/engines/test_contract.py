@@ -5,7 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from edje.arrays import even_parts
 from edje.engines.contract import OpenOptions, shape_faults, value_faults
 from edje.engines.fidelity import InlineStream
 from edje.engines.registry import open_engine
@@ -105,6 +108,16 @@ def test_non_finite_tokens_spoil_their_own_pair_only(engine, official_pairs, run
     expected = official_pairs.expected(pairs)
     assert np.isnan(scores[1])
     np.testing.assert_allclose(scores[[0, 2]], expected[[0, 2]], rtol=0, atol=1e-4)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_parts_cover_every_pair_once_and_evenly(num_pairs, most):
+    parts = list(even_parts(num_pairs, most))
+    sizes = [part.stop - part.start for part in parts]
+    assert [place for part in parts for place in range(num_pairs)[part]] == list(range(num_pairs))
+    assert len(parts) == -(-num_pairs // most)
+    assert max(sizes) - min(sizes) <= 1
 
 
 def test_a_large_batch_runs_in_parts_and_a_closed_engine_says_so(
