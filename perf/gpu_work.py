@@ -22,8 +22,8 @@ from ..engines.fidelity import reference_scorer
 from ..engines.registry import probe_backends
 from ..errors import EdjeError
 from ..kernels.device import GPU_DEVICES, open_gpu
-from ..kernels.device.copies import measure_copies
 from ..kernels.device.facts import current_gpu
+from ..kernels.device.measuring import measure_copies
 from . import bench_precisions
 from . import gpu_contest as contest
 from .gpu_ceilings import measure_ceilings

@@ -14,8 +14,8 @@ from ... import __version__
 from ...engines.registry import BackendStatus, by_reason, probe_backends
 from ...errors import EdjeError
 from ...kernels.device import GPU_DEVICES, open_gpu
-from ...kernels.device.copies import CopySpeed, measure_copies
 from ...kernels.device.facts import driver_fault
+from ...kernels.device.measuring import CopySpeed, measure_copies
 from ...machine import cpu_features, cpu_model, memory_bytes, usable_cores
 from ...show import print_facts, print_table
 
