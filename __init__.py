@@ -19,11 +19,12 @@ so that `import edje` costs next to nothing; what else is public is in the `__al
 
 from __future__ import annotations
 
+import os as _os
+import sys as _sys
 from typing import TYPE_CHECKING
 
+from .lazy import keep_old_names as _keep_old_names
 from .lazy import lazily as _lazily
-from .moved import keep_old_names as _keep_old_names
-from .telemetry import switch_off as _switch_off_telemetry
 
 if TYPE_CHECKING:
     from .engines.builder.build import build_engine
@@ -47,8 +48,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_switch_off_telemetry()
-_keep_old_names(__name__)
+_keep_old_names()
+
+# ONNX Runtime (from 1.29) and OpenVINO report their use to their makers and leave an id of the
+# machine in HOME, as soon as they are imported. This runs before any module of the package, in
+# every process. EDJE_TELEMETRY=1 leaves them as their makers ship them; a user's own value of
+# ORT_DISABLE_TELEMETRY stays.
+if _os.environ.get("EDJE_TELEMETRY") != "1":
+    _os.environ["ORT_DISABLE_TELEMETRY"] = _os.environ.get("ORT_DISABLE_TELEMETRY") or "1"
+    # OpenVINO has no variable of its own. It reports through this package where it can import it;
+    # None says that it cannot, and OpenVINO goes on without, as where it is not installed.
+    _sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 _HOMES = {
     "export_bundle": ".export.export",

@@ -7,7 +7,8 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from .errors import RequestError
+from .errors import RequestError, named
 
 StrPath = str | os.PathLike[str]
 Progress = Callable[[int, int], None]  # called with (done, total)
@@ -233,15 +234,13 @@ def decode_text(content: bytes, name: str) -> str:
 
 
 def _wide_encoding(content: bytes) -> str:
-    """Return iconv's name of the encoding of text with NULs: by its mark, or by where NULs are.
-
-    Letters of most lists are ASCII, whose other bytes are NUL: the first 3 of 4 in UTF-32BE, the
-    last 3 in UTF-32LE, the first of 2 in UTF-16BE, the last in UTF-16LE.
-    """
+    """Return iconv's name of the encoding of text with NULs: by its mark, or by where NULs are."""
     if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "UTF-16"
+    # Letters of most lists are ASCII, whose other bytes are NUL: the first 3 of 4 in UTF-32BE, the
+    # last 3 in UTF-32LE, the first of 2 in UTF-16BE, the last in UTF-16LE.
     nul = [content[place::4].count(0) for place in range(4)]
     order = "BE" if nul[0] > nul[3] else "LE"
     # UTF-32 has no character above U+10FFFF: its highest byte is NUL always, the next nearly so.
@@ -251,6 +250,57 @@ def _wide_encoding(content: bytes) -> str:
 
 def _line_of(content: bytes, at: int) -> int:
     return content.count(b"\n", 0, at) + 1
+
+
+def read_ids(source: str, *, what: str = "ids") -> list[str]:
+    """Read one id a line from a file, or from stdin for `-`; blank lines do not count.
+
+    Args:
+        source: a path, or `-`.
+        what: names the list in messages.
+
+    Raises:
+        RequestError: the list cannot be read or is not UTF-8.
+    """
+    if source == "-":
+        text = decode_text(_stdin(what), f"the {what} on stdin")
+    else:
+        text = read_text(source, f"the {what} {source}")
+    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+
+
+def _stdin(what: str) -> bytes:
+    if sys.stdin is None:  # closed by the caller: `<&-`
+        raise RequestError(
+            f"cannot read the {what} from stdin, since it is closed",
+            hint="pipe the list into the command, or name a file in place of -",
+        )
+    try:
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        raise RequestError(
+            f"cannot read the {what} from stdin: {error.strerror or error}"
+        ) from error
+
+
+def listed(ids: Iterable[str]) -> str:
+    """Return `ids` as the text that `read_ids` reads back.
+
+    Raises:
+        RequestError: ids that a line cannot hold, all counted.
+    """
+    ids = list(ids)
+    bad = [name for name in ids if _is_changed_by_a_line(name)]
+    if bad:
+        raise RequestError(
+            f"{len(bad)} ids cannot stand on a line of their own: {named(bad)}",
+            hint="use --json",
+        )
+    return "".join(f"{name}\n" for name in ids)
+
+
+def _is_changed_by_a_line(name: str) -> bool:
+    return "\n" in name or not name.strip() or name.endswith("\r") or name.startswith("\ufeff")
 
 
 def read_fields(kind: type[Record], values: object, where: str, faults: list[str]) -> Record | None:

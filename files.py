@@ -124,11 +124,9 @@ def publish_folder(target: Path, *, manifest: str, overwrite: bool = False) -> I
 
 
 def _why_full(error: Exception, staging: Path) -> str | None:
-    """Return in words that the disk of `staging` is full, if that is what the error says.
-
-    `shutil.copyfile` names the source as well, `shutil.copytree` tells all its errors in one text,
-    and a write to an open file names nothing.
-    """
+    """Return in words that the disk of `staging` is full, if that is what the error says."""
+    # `copyfile` names the source as well, `copytree` tells all its errors in one text, and a
+    # write to an open file names nothing.
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None and str(staging) not in text:
         return None
@@ -234,10 +232,7 @@ def _umask() -> int:
 
 
 def _swap(staging: Path, target: Path, overwrite: bool) -> None:
-    """Rename `staging` to `target`; an old `target` stays until the new one is in place.
-
-    An empty `target` gives way in the same step, and its rights live on.
-    """
+    """Rename `staging` to `target`, which stays until then; the rights of an empty one live on."""
     if _is_filled(target) and overwrite:
         _replace(staging, target)
     else:

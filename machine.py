@@ -40,8 +40,7 @@ class Memory(NamedTuple):
 def cpu_quota(root: Path = ROOT) -> float | None:
     """Return how many cores' time this process may use, None where nothing limits it.
 
-    Args:
-        root: folder that holds `proc` and everything mounted.
+    `root`, here and below, is the folder that holds `proc` and everything mounted.
     """
     return min(filter(None, map(_quota, groups("cpu", root))), default=None)
 
@@ -184,9 +183,8 @@ def cpu_features(root: Path = ROOT) -> tuple[str, ...]:
     Raises:
         EngineError: EDJE_CPU_FEATURES names what is not in `FEATURES`.
     """
-    limit = _features_limit()
-    flags = _cpu_info(root)[1]
-    return tuple(name for name in FEATURES if name in flags and (not limit or name in limit))
+    limit = _features_limit() or FEATURES
+    return tuple(name for name in FEATURES if name in _cpu_info(root)[1] and name in limit)
 
 
 def hidden_features(root: Path = ROOT) -> tuple[str, ...]:
@@ -195,9 +193,8 @@ def hidden_features(root: Path = ROOT) -> tuple[str, ...]:
     Raises:
         EngineError: as `cpu_features`.
     """
-    limit = _features_limit()
-    flags = _cpu_info(root)[1]
-    return tuple(name for name in FEATURES if name in flags and limit and name not in limit)
+    limit = _features_limit() or FEATURES
+    return tuple(name for name in FEATURES if name in _cpu_info(root)[1] and name not in limit)
 
 
 def _features_limit() -> frozenset[str]:
@@ -219,9 +216,6 @@ def usable_cores(root: Path = ROOT) -> int:
 
     A quota of 1.5 cores gives 2: one thread would leave a third of it unused, while of two each
     waits now and then. (Java and Go round up as well.)
-
-    Args:
-        root: folder that holds `proc` and everything mounted.
     """
     return _quota_cores(root) or _affine_cores()
 
@@ -234,7 +228,6 @@ def thread_limit(*, sees_affinity: bool, root: Path = ROOT) -> int | None:
 
     Args:
         sees_affinity: whether the library looks at the cores that this process may run on.
-        root: folder that holds `proc` and everything mounted.
     """
     if sees_affinity:
         return _quota_cores(root)

@@ -1,4 +1,7 @@
-"""How the package shows things: progress and notes on stderr, tables and JSON on stdout."""
+"""How the package shows things: progress and notes on stderr, tables and JSON on stdout.
+
+`--quiet` leaves progress and notes out. rich is imported when something is drawn with it.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +10,40 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as Bars
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from .arguments import Progress
-from .notes import is_quiet
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 FILE_WIDTH = 160  # columns of a table that goes to a file or a pipe
 
+_quiet = False
 
-class Screen(Console):
-    """A rich console that leaves a reader's departure to the caller."""
 
-    def on_broken_pipe(self) -> None:
-        """Pass the error on, where rich would end the process."""
-        raise BrokenPipeError
+def speak() -> None:
+    """Begin a run that tells everything."""
+    global _quiet
+    _quiet = False
+
+
+def be_quiet(wanted: bool) -> None:
+    """Turn progress and notes off for the rest of this run."""
+    global _quiet
+    _quiet = _quiet or wanted
+
+
+def note(message: str) -> None:
+    """Tell the user something beside the result, unless `--quiet` was given."""
+    if not _quiet:
+        warn(message)
+
+
+def warn(message: str) -> None:
+    """Tell the user what is wrong with the result."""
+    print(f"edje: {message}", file=sys.stderr)
 
 
 def print_json(values: Any) -> None:
@@ -47,6 +56,17 @@ def print_json(values: Any) -> None:
     print(text)
 
 
+def make_screen(*, stderr: bool = False) -> Console:
+    """Return a console that leaves a reader's departure to the caller: rich ends the process."""
+    from rich.console import Console
+
+    class Screen(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Screen(stderr=stderr)
+
+
 @contextmanager
 def progress_bar(
     description: str, *, text: Callable[[float], str] | None = None
@@ -55,15 +75,17 @@ def progress_bar(
 
     `text` gives what stands beside the counts, from the speed a second.
     """
+    from rich import progress as rich
+
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        *([TextColumn("{task.fields[text]}")] if text else []),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        *([rich.TextColumn("{task.fields[text]}")] if text else []),
+        rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(),
     )
-    with Bars(*columns, console=Screen(stderr=True), disable=is_quiet()) as bar:
+    with rich.Progress(*columns, console=make_screen(stderr=True), disable=_quiet) as bar:
         task = bar.add_task(description, total=None, text="")
 
         def update(done: int, total: int) -> None:
@@ -77,11 +99,13 @@ def progress_bar(
 @contextmanager
 def progress_steps(description: str) -> Iterator[Callable[[str], None]]:
     """Yield `show(step)`: names the step at work, with a clock, on a terminal's stderr."""
-    screen = Screen(stderr=True)
-    spinner = SpinnerColumn("line" if screen.options.ascii_only else "dots")
-    columns = (spinner, TextColumn("{task.description}"), TimeElapsedColumn())
-    disable = is_quiet() or not screen.is_terminal
-    with Bars(*columns, console=screen, transient=True, disable=disable) as steps:
+    from rich import progress as rich
+
+    screen = make_screen(stderr=True)
+    spinner = rich.SpinnerColumn("line" if screen.options.ascii_only else "dots")
+    columns = (spinner, rich.TextColumn("{task.description}"), rich.TimeElapsedColumn())
+    disable = _quiet or not screen.is_terminal
+    with rich.Progress(*columns, console=screen, transient=True, disable=disable) as steps:
         task = steps.add_task(description, total=None)
         yield lambda step: steps.update(task, description=f"{description}: {step}")
 
@@ -108,13 +132,16 @@ def escaped(text: str) -> str:
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Write a table to stdout; the last column folds, the others never."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(show_header=any(header), box=None)
     for name in header[:-1]:
         table.add_column(name, no_wrap=True)
     table.add_column(header[-1], overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: ids may hold rich's markup
-    screen = Screen()
+    screen = make_screen()
     if not screen.is_terminal:
         screen.width = FILE_WIDTH
     screen.print(Text(title, style="bold"))

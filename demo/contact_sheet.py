@@ -72,12 +72,10 @@ def _draw_strip(
     for place, name in enumerate(order[:TOP]):
         x = left + place * (THUMB + GAP)
         with Image.open(images / name) as picture:
-            sheet.paste(
-                picture.convert("RGB").resize((THUMB, THUMB), Image.Resampling.LANCZOS), (x, top)
-            )
-        edge = (x - 1, top - 1, x + THUMB, top + THUMB)
-        draw.rectangle(edge, outline=(214, 212, 206))
+            small = picture.convert("RGB").resize((THUMB, THUMB), Image.Resampling.LANCZOS)
+        sheet.paste(small, (x, top))
+        right, bottom = x + THUMB, top + THUMB
+        draw.rectangle((x - 1, top - 1, right, bottom), outline=(214, 212, 206))
         if name == query.target:
-            draw.rounded_rectangle(
-                (x - 6, top - 6, x + THUMB + 5, top + THUMB + 5), 8, outline=RIGHT, width=5
-            )
+            frame = (x - 6, top - 6, right + 5, bottom + 5)
+            draw.rounded_rectangle(frame, 8, outline=RIGHT, width=5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,13 +42,7 @@ def samples(
     `--queries`. Candidates are the first stage's: what a scorer ranks in earnest, and harder to
     tell apart than strangers.
     """
-    (out / "images").mkdir(parents=True)
-    pool = itertools.chain.from_iterable(scenes.groups(scenes.SEEDS["validation"]))
-    captions = {}
-    for number, scene in enumerate(itertools.islice(pool, num_images)):
-        name = f"scene-{number:04}.png"
-        scenes.render(scene).save(out / "images" / name)
-        captions[name] = scene.caption
+    captions = scenes.draw_pool(scenes.SEEDS["validation"], num_images, out / "images")
     index_images(ImageEncoder.open(bundle), out / "images", out / "scenes.store")
     drawn = np.random.default_rng(SEED).permutation(len(captions))[:NUM_QUERIES]
     names = list(captions)
@@ -164,28 +157,20 @@ class DemoResult:
         self.steps.append(StepTime(name, perf_counter() - began, ", ".join(detail)))
 
     def recalls(self) -> dict[str, dict[str, float]]:
-        """Recall in percent by stage and cutoff, and the share of targets among the candidates."""
+        """Return recall in percent by stage and cutoff."""
+        targets = [query.target for query in self.queries]
         return {
-            "first stage": recall([q.before for q in self.queries], self.targets()),
-            "reranked": recall([q.after for q in self.queries], self.targets()),
+            "first stage": recall([query.before for query in self.queries], targets),
+            "reranked": recall([query.after for query in self.queries], targets),
         }
-
-    def targets(self) -> list[str]:
-        return [query.target for query in self.queries]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for `demo.json`; single queries are left out."""
+        """Return plain values for `demo.json`; single queries are left out."""
         values = asdict(self)
         del values["queries"]
-        steps = [
-            {"name": s.name, "seconds": round(s.seconds, 2), "detail": s.detail} for s in self.steps
-        ]
-        return {
-            **values,
-            "steps": steps,
-            "num_queries": len(self.queries),
-            "recall": self.recalls(),
-        }
+        for step in values["steps"]:
+            step["seconds"] = round(step["seconds"], 2)
+        return {**values, "num_queries": len(self.queries), "recall": self.recalls()}
 
 
 def recall(orders: Sequence[Sequence[str]], targets: Sequence[str]) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import platform
@@ -31,7 +30,7 @@ from ..machine import cpu_model, usable_cores
 from ..runtime.indexing.index import index_images
 from ..runtime.reranker import Reranker
 from ..runtime.store import TokenStore
-from ..show import Screen, print_facts, progress_bar, progress_steps
+from ..show import make_screen, print_facts, progress_bar, progress_steps
 from . import evaluation as calibration
 from . import scenes
 from . import tiny_model as weights
@@ -105,31 +104,16 @@ def _fresh_folder(out: Path) -> Path:
 
 
 def _render(result: DemoResult, folder: Path, count: int) -> dict[str, str]:
-    """Write the test pool's pictures; return the caption of each file, in query order."""
-    folder.mkdir()
-    groups = scenes.groups(scenes.SEEDS["test"])
-    pool = itertools.islice(itertools.chain.from_iterable(groups), count)
-    captions = {}
     with result.step("render scenes") as detail, progress_bar("Rendering scenes") as advance:
-        for number, scene in enumerate(pool):
-            name = f"scene-{number:04}.png"
-            scenes.render(scene).save(folder / name)
-            captions[name] = scene.caption
-            advance(number + 1, count)
+        captions = scenes.draw_pool(scenes.SEEDS["test"], count, folder, advance)
         detail.append(f"{count:,} pictures of 288 x 288, no caption true of two")
     return captions
 
 
 def _export(result: DemoResult, out: Path) -> None:
     with result.step("export") as detail, progress_steps("Exporting") as progress:
-        paths = weights.write_checkpoint(out / "checkpoint")
-        export_bundle(
-            paths.checkpoint,
-            paths.language_model,
-            out / "bundle",
-            vision_model=paths.vision_model,
-            progress=progress,
-        )
+        checkpoint, language, vision = weights.write_checkpoint(out / "checkpoint")
+        export_bundle(checkpoint, language, out / "bundle", vision_model=vision, progress=progress)
         parity = json.loads((out / "bundle" / PARITY).read_text())
         difference = parity[JOINT_ENCODER]["max_abs_difference"]
         detail.append(f"scores of the graph within {difference:.0e} of PyTorch's")
@@ -177,7 +161,7 @@ def _index(result: DemoResult, out: Path) -> None:
 def _retrieve(
     result: DemoResult, out: Path, pool: dict[str, str], stage: FirstStage
 ) -> npt.NDArray[np.int64]:
-    """Candidates of every query by the first stage, best first: int64 [Q, k]."""
+    """Return every query's candidates by the first stage, best first: int64 [Q, k]."""
     with result.step("first stage") as detail:
         images = [out / "images" / name for name in pool]
         order = stage.candidates(images, list(pool.values()), out / "bundle")
@@ -186,10 +170,7 @@ def _retrieve(
 
 
 def _rerank(
-    result: DemoResult,
-    out: Path,
-    pool: dict[str, str],
-    order: npt.NDArray[np.int64],
+    result: DemoResult, out: Path, pool: dict[str, str], order: npt.NDArray[np.int64]
 ) -> None:
     names = list(pool)
     with Reranker.open(out / "engine", store=out / "scenes.store") as reranker:
@@ -208,7 +189,7 @@ def _rerank(
 
 def print_table(result: DemoResult, out: Path) -> None:
     """Print the demo's one table, what was tried, and where to go on."""
-    screen, recalls = Screen(), result.recalls()
+    screen, recalls = make_screen(), result.recalls()
     screen.print(
         f"{len(result.queries):,} queries, {result.num_candidates} candidates each; "
         "R@k: the right image is among the first k"

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -205,16 +206,12 @@ def groups(seed: int, *, num_extra: int = 0) -> Iterator[list[Scene]]:
 
 
 def _outline(thing: Thing, x: float, y: float) -> list[tuple[float, float]]:
-    """Corners of a thing's polygon around (x, y), in units."""
+    """Return the corners of a thing's polygon around (x, y), in units."""
     radius = RADIUS[thing.size]
     if thing.shape == "square":
         half = radius * 0.86
-        return [
-            (x - half, y - half),
-            (x + half, y - half),
-            (x + half, y + half),
-            (x - half, y + half),
-        ]
+        left, top, right, bottom = x - half, y - half, x + half, y + half
+        return [(left, top), (right, top), (right, bottom), (left, bottom)]
     if thing.shape == "triangle":
         return _ring(x, y + radius * 0.2, [radius * 1.12], 3)
     return _ring(x, y, [radius * 1.1, radius * 0.5], 10)
@@ -235,12 +232,7 @@ def _draw(
     x, y = center
     if thing.shape == "circle":
         radius = RADIUS[thing.size]
-        box = [
-            (x - radius) * scale,
-            (y - radius) * scale,
-            (x + radius) * scale,
-            (y + radius) * scale,
-        ]
+        box = [side * scale for side in (x - radius, y - radius, x + radius, y + radius)]
         draw.ellipse(box, fill=fill)  # type: ignore[arg-type]
     else:
         corners = [(px * scale, py * scale) for px, py in _outline(thing, x, y)]
@@ -269,6 +261,22 @@ def render(scene: Scene, *, size: int = 288, supersample: int = 2) -> Image.Imag
     for thing, center in zip(scene.things, _centers(scene), strict=True):
         _draw(draw, thing, center, scale, _shaded(COLORS[thing.color], thing.shade))
     return picture.reduce(supersample) if supersample > 1 else picture
+
+
+def draw_pool(
+    seed: int, count: int, folder: Path, progress: Callable[[int, int], None] | None = None
+) -> dict[str, str]:
+    """Write the first `count` scenes of a seed into a new folder; return each file's caption."""
+    folder.mkdir(parents=True)
+    captions = {}
+    pool = itertools.islice(itertools.chain.from_iterable(groups(seed)), count)
+    for number, scene in enumerate(pool):
+        name = f"scene-{number:04}.png"
+        render(scene).save(folder / name)
+        captions[name] = scene.caption
+        if progress is not None:
+            progress(number + 1, count)
+    return captions
 
 
 def cell_labels(scene: Scene, grid: int) -> npt.NDArray[np.uint8]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,27 @@ DECODER = "language_model.cls.predictions.decoder"
 
 State = dict[str, torch.Tensor]
 
-
-@dataclass(frozen=True, slots=True)
-class CheckpointPaths:
-    """What `edje export` is given: the checkpoint and the two Hugging Face folders."""
-
-    checkpoint: Path
-    language_model: Path
-    vision_model: Path
-
-
-def packed(state: Mapping[str, torch.Tensor]) -> State:
-    """Drop from an official state dict what `official_layout` can repeat."""
-    repeated = ("text_embeddings.", "clip.vision_model.", f"{DECODER}.")
-    return {k: v.contiguous() for k, v in state.items() if not k.startswith(repeated)}
+IMAGE_SIZE = 72
+PATCH = 8
+GRID = IMAGE_SIZE // PATCH
+HIDDEN = 128
+NUM_TOKENS = 64
+ADAPTER_INTERMEDIATE = 512
+MAX_FIRST_STAGE_TEXT = 32
+WORDS = ("a", "on", "of", "left", "right", "above", "below", "background")
+# The image processor's settings as SigLIP2 folders hold them (bilinear).
+PREPROCESSOR = {
+    "image_processor_type": "SiglipImageProcessor",
+    "do_resize": True,
+    "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "resample": 2,
+}
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def official_layout(state: State) -> State:
@@ -69,36 +75,6 @@ def load() -> State:
             hint="clone the repository again, or train them: make train",
         )
     return {key: value.float() for key, value in load_file(path).items()}
-
-
-def card() -> dict[str, Any]:
-    """Return the model card's figures (recipe, seeds, steps, scores)."""
-    figures: dict[str, Any] = json.loads((MODEL / CARD).read_text(encoding="utf-8"))
-    return figures
-
-
-def write_checkpoint(folder: Path) -> CheckpointPaths:
-    """Write `checkpoint.pth`, `language_model/` and `vision_model/` into `folder`."""
-    paths = CheckpointPaths(
-        folder / "checkpoint.pth", folder / "language_model", folder / "vision_model"
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_language_model_folder(paths.language_model)
-    write_vision_model_folder(paths.vision_model)
-    state = {"model": official_layout(load()), "epoch": 0, "global_step": 0}
-    torch.save(state, paths.checkpoint)
-    return paths
-
-
-IMAGE_SIZE = 72
-PATCH = 8
-GRID = IMAGE_SIZE // PATCH
-HIDDEN = 128
-NUM_TOKENS = 64
-ADAPTER_INTERMEDIATE = 512
-MAX_FIRST_STAGE_TEXT = 32
-WORDS = ("a", "on", "of", "left", "right", "above", "below", "background")
-SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def vocabulary() -> list[str]:
@@ -154,36 +130,30 @@ def siglip_config() -> SiglipConfig:
     return SiglipConfig(text_config=text, vision_config=vision)
 
 
-def preprocessor_config() -> dict[str, Any]:
-    """Return the image processor's settings as SigLIP2 folders hold them (bilinear)."""
-    return {
-        "image_processor_type": "SiglipImageProcessor",
-        "do_resize": True,
-        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "resample": 2,
-    }
+def write_checkpoint(folder: Path) -> tuple[Path, Path, Path]:
+    """Write what `edje export` is given; return it.
+
+    A checkpoint, and the Hugging Face folders of the language model and of the vision model.
+    """
+    checkpoint, language, vision = (
+        folder / name for name in ("checkpoint.pth", "language_model", "vision_model")
+    )
+    language.mkdir(parents=True, exist_ok=True)
+    vision.mkdir(exist_ok=True)
+    _write_json(
+        language / "config.json",
+        {**bert_config().to_dict(), "architectures": ["BertForMaskedLM"]},
+    )
+    make_tokenizer().save(str(language / "tokenizer.json"))
+    (language / "vocab.txt").write_text("\n".join(vocabulary()) + "\n")
+    _write_json(
+        vision / "config.json",
+        {**siglip_config().to_dict(), "architectures": ["SiglipModel"]},
+    )
+    _write_json(vision / "preprocessor_config.json", PREPROCESSOR)
+    torch.save({"model": official_layout(load()), "epoch": 0, "global_step": 0}, checkpoint)
+    return checkpoint, language, vision
 
 
-def write_language_model_folder(folder: Path) -> None:
-    """Write `config.json`, `tokenizer.json` and `vocab.txt` as a Hugging Face folder has them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = bert_config().to_dict()
-    config["architectures"] = ["BertForMaskedLM"]
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    make_tokenizer().save(str(folder / "tokenizer.json"))
-    (folder / "vocab.txt").write_text("\n".join(vocabulary()) + "\n")
-
-
-def write_vision_model_folder(folder: Path) -> None:
-    """Write `config.json` and `preprocessor_config.json` of the SigLIP folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = siglip_config().to_dict()
-    config["architectures"] = ["SiglipModel"]
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    processor = json.dumps(preprocessor_config(), indent=2)
-    (folder / "preprocessor_config.json").write_text(processor + "\n")
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,8 +55,7 @@ class ImageEncoder:
             RequestError: `folder` is no path, or no such device.
         """
         folder = path_of("folder", folder)
-        manifest = read_manifest(folder)
-        model = folder / IMAGE_ENCODER
+        manifest, model = read_manifest(folder), folder / IMAGE_ENCODER
         if manifest.image is None or not model.is_file():
             raise EngineError(
                 f"{folder} holds no image encoder ({IMAGE_ENCODER})",
@@ -103,17 +102,9 @@ class FeatureEncoder:
 
     @classmethod
     def open(cls, folder: StrPath, *, device: str = "auto") -> FeatureEncoder:
-        """Open the adapter of a bundle; `device` as for `ImageEncoder.open`.
-
-        Raises:
-            EngineError: no such folder, one without adapter, no library that runs it, or no CUDA
-                where it was asked for.
-            CheckpointError: a damaged bundle manifest.
-            RequestError: `folder` is no path, or no such device.
-        """
+        """Open the adapter of a bundle; arguments and errors are those of `ImageEncoder.open`."""
         folder = path_of("folder", folder)
-        manifest = read_manifest(folder)
-        model = folder / ADAPTER
+        manifest, model = read_manifest(folder), folder / ADAPTER
         if not model.is_file():
             raise EngineError(
                 f"{folder} holds no adapter ({ADAPTER}); engine folders carry none",
@@ -199,10 +190,7 @@ class _NotHere(Exception):
     """A library is here, but the device is not."""
 
 
-Opened = TypeVar("Opened")
-
-
-def _opened(opener: Callable[[Path], Opened], model: Path) -> Opened | str:
+def _opened(opener: Callable[[Path], tuple[str, Run]], model: Path) -> tuple[str, Run] | str:
     """Return the opened model, or why this library cannot run here at all."""
     try:
         return opener(model)
@@ -233,9 +221,7 @@ def _open_onnxruntime(model: Path) -> tuple[str, Run]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = thread_limit(sees_affinity=False) or 0  # 0: all cores
     session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    ran = f"onnxruntime {onnxruntime.__version__} cpu"
-    return ran, lambda inputs: session.run(None, {name: inputs})[0]
+    return f"onnxruntime {onnxruntime.__version__} cpu", _running(session)
 
 
 def _open_cuda(model: Path) -> tuple[str, Run]:
@@ -249,9 +235,12 @@ def _open_cuda(model: Path) -> tuple[str, Run]:
     if session.get_providers()[0] != _CUDA:  # it falls back to the CPU in silence
         failure = f"onnxruntime {onnxruntime.__version__} cannot start {_CUDA}"
         raise _NotHere(f"{failure}: no GPU, or no CUDA libraries")
+    return f"onnxruntime {onnxruntime.__version__} cuda", _running(session)
+
+
+def _running(session: Any) -> Run:
     name = session.get_inputs()[0].name
-    ran = f"onnxruntime {onnxruntime.__version__} cuda"
-    return ran, lambda inputs: session.run(None, {name: inputs})[0]
+    return lambda inputs: session.run(None, {name: inputs})[0]
 
 
 def pixels_from_rgb(rgb: UInt8, spec: ImageSpec) -> Float32:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
-from .checkpoint_file import StateDict, read_state_dict
+from .checkpoint_file import own_name, read_state_dict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,8 +70,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: not such a file, or tensors missing, of the wrong shape or there twice
             (all listed).
     """
-    state = read_state_dict(path)
-    groups = _groups(path, state)
+    tensors, dropped = read_state_dict(path)
+    groups = _groups(path, tensors)
     if "query" not in groups[ADAPTER] and "0.weight" in groups[ADAPTER]:
         raise CheckpointError(
             f"{path} is a local (uncompressed) EDJE checkpoint: vision_projection is a plain MLP, "
@@ -82,11 +82,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     faults = list(_group_faults(groups, sizes))
     if faults:
         raise CheckpointError(f"{path} is not a whole EDJE checkpoint", faults=faults)
-    plain = {prefix: _float32(tensors) for prefix, tensors in groups.items()}
     known = CheckpointSizes(**{name: size or 0 for name, size in sizes.items()})
-    return Checkpoint(
-        path, known, plain[BERT], plain[ADAPTER], plain[HEAD], plain[VISION], state.dropped
+    # Copied out of the mapped file, which a running training may write again.
+    bert, adapter, head, vision = (
+        {name: tensor.clone().float() for name, tensor in group.items()}
+        for group in groups.values()
     )
+    return Checkpoint(path, known, bert, adapter, head, vision, dropped)
 
 
 def tensor_faults(prefix: str, tensors: Tensors, expected: Mapping[str, Shape]) -> Iterator[str]:
@@ -112,42 +114,32 @@ def _value_fault(tensor: Tensor) -> str | None:
     return None if tensor.isfinite().all() else "holds NaN or infinite values"
 
 
-def _groups(path: Path, state: StateDict) -> dict[str, dict[str, Tensor]]:
+def _groups(path: Path, tensors: Tensors) -> dict[str, dict[str, Tensor]]:
     """Sort the tensors that matter by prefix; name the vision tower's as transformers 5 does."""
     groups: dict[str, dict[str, Tensor]] = {BERT: {}, ADAPTER: {}, HEAD: {}, VISION: {}}
     keys: dict[str, list[str]] = {}
-    for given in state.tensors:
-        prefix = next((prefix for prefix in groups if given.name.startswith(prefix)), None)
+    for key, tensor in tensors.items():
+        full_name, _ = own_name(key)
+        prefix = next((prefix for prefix in groups if full_name.startswith(prefix)), None)
         if prefix is None:
             continue
-        name = given.name.removeprefix(prefix)
+        name = full_name.removeprefix(prefix)
         if prefix == VISION:
             name = name.removeprefix("vision_model.")
             if name.startswith("head."):
                 continue
-        groups[prefix][name] = given.tensor
-        keys.setdefault(prefix + name, []).append(given.key)
+        groups[prefix][name] = tensor
+        keys.setdefault(prefix + name, []).append(key)
     twice = [f"{name}: {' and '.join(same)}" for name, same in keys.items() if len(same) > 1]
     if twice:
-        raise _ambiguous(path, twice)
+        rest = len(twice) - MOST_FAULTS
+        raise CheckpointError(
+            f"{path} holds several tensors of one name, once the parts that wrappers put into "
+            "keys are dropped",
+            faults=[*twice[:MOST_FAULTS], f"and {rest} more names"] if rest > 0 else twice,
+            hint="save the checkpoint again from the unwrapped model: one key a tensor",
+        )
     return groups
-
-
-def _ambiguous(path: Path, twice: list[str]) -> CheckpointError:
-    shown, rest = twice[:MOST_FAULTS], len(twice) - MOST_FAULTS
-    return CheckpointError(
-        f"{path} holds several tensors of one name, once the parts that wrappers put into keys "
-        "are dropped",
-        faults=[*shown, f"and {rest} more names"] if rest > 0 else shown,
-        hint="save the checkpoint again from the unwrapped model: one key a tensor",
-    )
-
-
-def _float32(tensors: Tensors) -> dict[str, Tensor]:
-    """Copy out of the mapped file, which a running training may write again."""
-    import torch
-
-    return {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
 
 
 def _infer_sizes(groups: Mapping[str, Tensors]) -> dict[str, int | None]:

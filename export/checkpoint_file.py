@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -33,28 +32,10 @@ _TENSORS_OF_MODEL = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class NamedTensor:
-    """A tensor under the model's own `name`, and the `key` that it has in the file."""
+def read_state_dict(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return the tensors of the `model` entry by their keys, and what `own_name` drops of these.
 
-    name: str
-    key: str
-    tensor: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class StateDict:
-    """The tensors of a checkpoint's `model` entry; wrappers' parts are dropped from the names.
-
-    `dropped` counts, by wrapper, the keys that its part was dropped from.
-    """
-
-    tensors: tuple[NamedTensor, ...]
-    dropped: Mapping[str, int]
-
-
-def read_state_dict(path: Path) -> StateDict:
-    """Read the `model` entry of a checkpoint; parts of keys that wrappers put there are dropped.
+    The second counts, by wrapper, the keys that its part is dropped from.
 
     Raises:
         CheckpointError: not a checkpoint, or one that needs code to be run when loaded.
@@ -68,13 +49,9 @@ def read_state_dict(path: Path) -> StateDict:
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or (_states(model) and not _holds_tensors(model)):
         raise _without_model(path, content)
-    tensors, dropped = [], Counter[str]()
-    for key, value in model.items():
-        if isinstance(value, torch.Tensor):
-            name, parts = _unwrapped(str(key))
-            tensors.append(NamedTensor(name, str(key), value))
-            dropped.update(f"{part}." for part in parts)
-    return StateDict(tuple(tensors), dict(sorted(dropped.items())))
+    tensors = {str(key): value for key, value in model.items() if isinstance(value, torch.Tensor)}
+    dropped = Counter(f"{part}." for key in tensors for part in own_name(key)[1])
+    return tensors, dict(sorted(dropped.items()))
 
 
 def _load(path: Path) -> Any:
@@ -87,8 +64,8 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _unwrapped(key: str) -> tuple[str, set[str]]:
-    """Return the model's own name of a tensor, and the wrappers' parts that stood in its key."""
+def own_name(key: str) -> tuple[str, set[str]]:
+    """Return the model's own name of a tensor, and the wrappers' parts that stand in its key."""
     parts = key.split(".")
     own = [part for part in parts if part not in WRAPPERS]
     wrappers = set(parts) - set(own)
@@ -99,23 +76,20 @@ def _unwrapped(key: str) -> tuple[str, set[str]]:
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     """Say it in our words: torch's own advise to load with code execution allowed."""
-    types = _types_that_need_code(path, error)
-    if types:
+    if types := _types_that_need_code(path, error):
         return _needs_code(path, types)
+    if isinstance(error, OSError):
+        why = error.strerror or str(error)
+    elif not _is_archive(path):
+        why = "it is not an archive as torch.save writes it"
+    elif isinstance(error, UnpicklingError):
+        why = "it needs code to be run when loaded, which is refused (weights_only=True)"
+    else:
+        why = "its archive is truncated or damaged"
     return CheckpointError(
-        f"{path} is not a readable PyTorch checkpoint: {_why_unreadable(path, error)}",
+        f"{path} is not a readable PyTorch checkpoint: {why}",
         hint="pass the whole file that the official training saved with torch.save",
     )
-
-
-def _why_unreadable(path: Path, error: Exception) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    if not _is_archive(path):
-        return "it is not an archive as torch.save writes it"
-    if isinstance(error, UnpicklingError):
-        return "it needs code to be run when loaded, which is refused (weights_only=True)"
-    return "its archive is truncated or damaged"
 
 
 def _is_archive(path: Path) -> bool:
@@ -139,18 +113,13 @@ def _needs_code(path: Path, types: list[str]) -> CheckpointError:
     shown = ", ".join(types[:_MOST_NAMES])
     if len(types) > _MOST_NAMES:
         shown += f" and {len(types) - _MOST_NAMES} more"
+    load = f"model = {_loading(path, weights_only=False)}\n  {_FIND_MODEL}"
     return CheckpointError(
         f"{path} holds {shown} beside plain tensors: it needs code to be run when loaded, which "
         "is refused (weights_only=True)",
-        hint=_resave(
-            path,
-            _TENSORS_OF_MODEL,
-            name="model",
-            find=_FIND_MODEL,
-            weights_only=False,
-            why="if you trust the file (this runs its code, so the training's own environment is "
-            "the place), save its tensors alone and export that",
-        ),
+        hint="if you trust the file (this runs its code, so the training's own environment is "
+        "the place), save its tensors alone and export that:\n"
+        f"  import torch; {load}\n  {_saving(path, _TENSORS_OF_MODEL)}",
     )
 
 
@@ -161,7 +130,11 @@ def _without_model(path: Path, content: Any) -> CheckpointError:
     states = ["content"] if _holds_tensors(entries) else _states(entries, "content")
     hint = None
     if len(states) == 1:
-        hint = _resave(path, states[0], why="save its tensors as the training does")
+        load = f"content = {_loading(path, weights_only=True)}"
+        hint = (
+            "save its tensors as the training does:\n"
+            f"  import torch; {load}\n  {_saving(path, states[0])}"
+        )
     inside = f" with its tensors in {', '.join(states[:_MOST_NAMES])}" if states else ""
     return CheckpointError(
         f"{path} is not an EDJE checkpoint: got {got}{inside}, "
@@ -188,26 +161,11 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, dict) and any(isinstance(v, torch.Tensor) for v in value.values())
 
 
-def _resave(
-    path: Path,
-    model: str,
-    *,
-    why: str,
-    name: str = "content",
-    find: str | None = None,
-    weights_only: bool = True,
-) -> str:
-    """Return the Python that saves a checkpoint again with its `model` entry alone.
+def _loading(path: Path, *, weights_only: bool) -> str:
+    return f"torch.load({path.name!r}, map_location='cpu', weights_only={weights_only})"
 
-    Args:
-        model: the tensors, as Python of `name`: what the file holds, or what the line `find` made
-            of it.
-    """
+
+def _saving(path: Path, model: str) -> str:
+    """Return the Python that saves the tensors `model`, which is Python too, beside `path`."""
     clean = path.with_name(f"{path.stem}-tensors.pth").name
-    found = f"  {find}\n" if find else ""
-    return (
-        f"{why}:\n"
-        f"  import torch; {name} = torch.load({path.name!r}, map_location='cpu', "
-        f"weights_only={weights_only})\n"
-        f'{found}  torch.save({{"model": {model}}}, {clean!r})'
-    )
+    return f'torch.save({{"model": {model}}}, {clean!r})'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +12,20 @@ from torch import Tensor, nn
 from ..arrays import Array
 from ..bundle import (
     ATTENTION,
+    ATTENTION_OUTPUT,
     ATTENTION_SCORES,
     CONTEXT,
     FFN1,
     FFN2,
+    KEY,
+    QUERY,
+    VALUE,
     node_name,
     value_name,
     weight_name,
 )
 from ..errors import CheckpointError
-from .configs import ONNX_ACTIVATIONS
+from .configs import ACTIVATIONS
 
 if TYPE_CHECKING:
     import onnx
@@ -208,11 +213,36 @@ def attention(
     return graph.op("Reshape", f"{path}/{CONTEXT}", context, int64(0, 0, width))
 
 
+def self_attention(
+    graph: GraphBuilder,
+    path: str,
+    rows: str,
+    slots: str,
+    maps: tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear],
+    num_heads: int,
+    mask: str | None = None,
+) -> str:
+    """Add attention from `rows` [B, R, H] to `slots` [B, S, H]: [B, R, H].
+
+    `maps` are those of query, key, value and output.
+    """
+    width = maps[0].in_features
+    scaled = arrays(maps[0], scale=1 / math.sqrt(width // num_heads))
+    query = linear(graph, f"{path}/{QUERY}", rows, scaled)
+    key = linear(graph, f"{path}/{KEY}", slots, arrays(maps[1]))
+    value = linear(graph, f"{path}/{VALUE}", slots, arrays(maps[2]))
+    query = split_heads(graph, f"{path}/{QUERY}", query, num_heads, width)
+    key = split_heads(graph, f"{path}/{KEY}", key, num_heads, width, transposed=True)
+    value = split_heads(graph, f"{path}/{VALUE}", value, num_heads, width)
+    context = attention(graph, path, query, key, value, width, mask)
+    return linear(graph, f"{path}/{ATTENTION_OUTPUT}", context, arrays(maps[3]))
+
+
 def feed_forward(
     graph: GraphBuilder, path: str, x: str, fc1: nn.Linear, fc2: nn.Linear, activation: str
 ) -> str:
     """Add fc1, the activation and fc2 under `FFN1` and `FFN2` of `path`."""
-    kind, attributes = ONNX_ACTIVATIONS[activation]
+    kind, attributes = ACTIVATIONS[activation]
     x = linear(graph, f"{path}/{FFN1}", x, arrays(fc1))
     x = graph.op(kind, f"{path}/{FFN1}", x, **attributes)
     return linear(graph, f"{path}/{FFN2}", x, arrays(fc2))

@@ -8,19 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from torch import nn
 
-from ..bundle import (
-    ATTENTION_OUTPUT,
-    INPUTS,
-    KEY,
-    OUTPUT,
-    QUERY,
-    TEXT_SLOTS,
-    VALUE,
-    VISUAL_TOKENS,
-    WORD_EMBEDDINGS,
-    layer_path,
-)
-from .configs import VisionConfig
+from ..bundle import INPUTS, OUTPUT, TEXT_SLOTS, VISUAL_TOKENS, WORD_EMBEDDINGS, layer_path
+from .configs import num_features
 from .onnx_blocks import (
     FLOAT,
     FLOAT16,
@@ -35,6 +24,7 @@ from .onnx_blocks import (
     layer_norm,
     linear,
     scalar,
+    self_attention,
     split_heads,
 )
 from .reference import MASKED, Adapter, ImageEncoder, JointEncoder, Layer
@@ -42,17 +32,18 @@ from .reference import split_heads as split_tensor_heads
 
 if TYPE_CHECKING:
     import onnx
+    from transformers import SiglipVisionConfig
 
 
 def adapter_graph(adapter: Adapter) -> onnx.ModelProto:
     """Return `features` float32 [B, N, D] -> `visual_tokens` float16 [B, m, H]; B, N dynamic."""
     graph = GraphBuilder("adapter")
-    features = graph.input("features", "float32", ["B", "N", adapter.config.feature_dim])
+    features = graph.input("features", "float32", ["B", "N", adapter.sizes.feature_dim])
     _add_adapter(graph, adapter, features)
     return graph.model()
 
 
-def image_encoder_graph(encoder: ImageEncoder, config: VisionConfig) -> onnx.ModelProto:
+def image_encoder_graph(encoder: ImageEncoder, config: SiglipVisionConfig) -> onnx.ModelProto:
     """Return `pixels` float32 [B, 3, R, R] -> `visual_tokens` float16 [B, m, H]; B dynamic."""
     graph = GraphBuilder("image_encoder")
     size = config.image_size
@@ -66,7 +57,7 @@ def image_encoder_graph(encoder: ImageEncoder, config: VisionConfig) -> onnx.Mod
     return graph.model()
 
 
-def _patches(graph: GraphBuilder, config: VisionConfig, embeddings: Any, pixels: str) -> str:
+def _patches(graph: GraphBuilder, config: SiglipVisionConfig, embeddings: Any, pixels: str) -> str:
     """Add the patch convolution and the positions: [B, N, D]."""
     kernel = graph.weight("vision.patch.weight", array(embeddings.patch_embedding.weight))
     bias = graph.weight("vision.patch.bias", array(embeddings.patch_embedding.bias))
@@ -74,38 +65,29 @@ def _patches(graph: GraphBuilder, config: VisionConfig, embeddings: Any, pixels:
     x = graph.op(
         "Conv", "vision/patch", pixels, kernel, bias, kernel_shape=strides, strides=strides
     )
-    x = graph.op("Reshape", "vision/patch", x, int64(0, config.hidden, config.num_features))
+    x = graph.op("Reshape", "vision/patch", x, int64(0, config.hidden_size, num_features(config)))
     x = graph.op("Transpose", "vision/patch", x, perm=[0, 2, 1])
     positions = array(embeddings.position_embedding.weight)
     return graph.op("Add", "vision/position", x, graph.weight("vision.position.weight", positions))
 
 
 def _vision_layer(
-    graph: GraphBuilder, path: str, config: VisionConfig, layer: Any, features: str
+    graph: GraphBuilder, path: str, config: SiglipVisionConfig, layer: Any, features: str
 ) -> str:
     """Add one pre-norm layer of the vision tower."""
-    heads, width = config.num_heads, config.hidden
     x = layer_norm(graph, f"{path}/attention_norm", features, layer.layer_norm1)
-    maps = layer.self_attn
-    query_map = arrays(maps.q_proj, scale=1 / math.sqrt(width // heads))
-    query = linear(graph, f"{path}/{QUERY}", x, query_map)
-    key = linear(graph, f"{path}/{KEY}", x, arrays(maps.k_proj))
-    value = linear(graph, f"{path}/{VALUE}", x, arrays(maps.v_proj))
-    query = split_heads(graph, f"{path}/{QUERY}", query, heads, width)
-    key = split_heads(graph, f"{path}/{KEY}", key, heads, width, transposed=True)
-    value = split_heads(graph, f"{path}/{VALUE}", value, heads, width)
-    x = attention(graph, path, query, key, value, width)
-    x = linear(graph, f"{path}/{ATTENTION_OUTPUT}", x, arrays(maps.out_proj))
+    own = layer.self_attn
+    maps = (own.q_proj, own.k_proj, own.v_proj, own.out_proj)
+    x = self_attention(graph, path, x, x, maps, config.num_attention_heads)
     features = graph.op("Add", f"{path}/attention_residual", features, x)
     x = layer_norm(graph, f"{path}/ffn_norm", features, layer.layer_norm2)
-    x = feed_forward(graph, path, x, layer.mlp.fc1, layer.mlp.fc2, config.activation)
+    x = feed_forward(graph, path, x, layer.mlp.fc1, layer.mlp.fc2, config.hidden_act)
     return graph.op("Add", f"{path}/ffn_residual", features, x)
 
 
 def _add_adapter(graph: GraphBuilder, adapter: Adapter, features: str) -> None:
     """Add the folded adapter; its output is the graph output `visual_tokens`."""
-    config = adapter.config
-    heads, width = config.num_heads, config.feature_dim
+    sizes, heads, width = adapter.sizes, adapter.num_heads, adapter.sizes.feature_dim
     query = split_tensor_heads(adapter.attention_query(adapter.query)[None], heads)
     query = query / math.sqrt(width // heads)
     queries = graph.weight("adapter.queries", array(query))  # [1, heads, m, d]
@@ -118,11 +100,11 @@ def _add_adapter(graph: GraphBuilder, adapter: Adapter, features: str) -> None:
     x = attention(graph, "adapter", queries, keys, values, width)
     x = linear(graph, "adapter/attention_output", x, arrays(adapter.attention_output))
     wide = layer_norm(graph, "adapter/norm", x, adapter.norm)
-    wide = feed_forward(graph, "adapter", wide, adapter.ffn1, adapter.ffn2, config.activation)
+    wide = feed_forward(graph, "adapter", wide, adapter.ffn1, adapter.ffn2, adapter.activation_name)
     x = graph.op("Add", "adapter/residual", x, wide)
     x = linear(graph, "adapter/projection", x, arrays(adapter.projection))
     graph.op("Cast", "adapter/float16", x, to=FLOAT16, output=VISUAL_TOKENS)
-    graph.output(VISUAL_TOKENS, "float16", ["B", config.num_tokens, config.hidden])
+    graph.output(VISUAL_TOKENS, "float16", ["B", sizes.num_tokens, sizes.hidden])
 
 
 def folded(first: nn.Linear, second: nn.Linear) -> Linear:
@@ -154,9 +136,10 @@ def joint_encoder_graph(model: JointEncoder) -> onnx.ModelProto:
     mask = _mask(graph, model, order, lengths)
     layers = cast("list[Layer]", list(model.layers))
     for index, layer in enumerate(layers[:-1]):
-        slots = _layer(graph, layer_path(index), layer, slots, mask)
-    cls = _last_layer(graph, layer_path(len(layers) - 1), layers[-1], slots, mask)
-    _head(graph, model, cls)
+        slots = _layer(graph, layer_path(index), layer, slots, slots, mask)
+    last = layer_path(len(layers) - 1)  # for the CLS row alone, over the keys of every slot
+    cls = graph.op("Gather", f"{last}/cls", slots, int64(0), axis=1)  # [P, 1, H]
+    _head(graph, model, _layer(graph, last, layers[-1], cls, slots, mask))
     return graph.model()
 
 
@@ -225,32 +208,10 @@ def _mask(graph: GraphBuilder, model: JointEncoder, order: str, lengths: str) ->
     return _per_pair(graph, "mask", graph.op("Unsqueeze", "mask", mask, int64(1, 2)))
 
 
-def _layer(graph: GraphBuilder, path: str, layer: Layer, slots: str, mask: str) -> str:
-    """Add one whole layer."""
-    return _finish(graph, path, layer, slots, slots, mask)
-
-
-def _last_layer(graph: GraphBuilder, path: str, layer: Layer, slots: str, mask: str) -> str:
-    """Add the last layer for the CLS row: keys and values of every slot, one query."""
-    cls = graph.op("Gather", f"{path}/cls", slots, int64(0), axis=1)  # [P, 1, H]
-    return _finish(graph, path, layer, cls, slots, mask)
-
-
-def _scaled_query(layer: Layer) -> Linear:
-    return arrays(layer.query, scale=1 / math.sqrt(layer.query.in_features // layer.num_heads))
-
-
-def _finish(graph: GraphBuilder, path: str, layer: Layer, rows: str, slots: str, mask: str) -> str:
+def _layer(graph: GraphBuilder, path: str, layer: Layer, rows: str, slots: str, mask: str) -> str:
     """Add attention from `rows` to `slots`, feed-forward and their norms for `rows`."""
-    width, heads = layer.query.in_features, layer.num_heads
-    query = linear(graph, f"{path}/{QUERY}", rows, _scaled_query(layer))
-    key = linear(graph, f"{path}/{KEY}", slots, arrays(layer.key))
-    value = linear(graph, f"{path}/{VALUE}", slots, arrays(layer.value))
-    query = split_heads(graph, f"{path}/{QUERY}", query, heads, width)
-    key = split_heads(graph, f"{path}/{KEY}", key, heads, width, transposed=True)
-    value = split_heads(graph, f"{path}/{VALUE}", value, heads, width)
-    context = attention(graph, path, query, key, value, width, mask)
-    context = linear(graph, f"{path}/{ATTENTION_OUTPUT}", context, arrays(layer.attention_output))
+    maps = (layer.query, layer.key, layer.value, layer.attention_output)
+    context = self_attention(graph, path, rows, slots, maps, layer.num_heads, mask)
     rows = graph.op("Add", f"{path}/attention_residual", context, rows)
     rows = layer_norm(graph, f"{path}/attention_norm", rows, layer.attention_norm)
     wide = feed_forward(graph, path, rows, layer.ffn1, layer.ffn2, layer.activation_name)

@@ -1,30 +1,33 @@
-"""Adapter, image encoder and joint encoder in PyTorch, as the official code computes them."""
+"""The three models in PyTorch, as the official code computes them; graphs are checked by them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .checkpoint import Checkpoint
-from .configs import LanguageConfig, activation
+from ..arrays import Array
+from ..errors import CheckpointError
+from ..machine import thread_limit
+from .checkpoint import Checkpoint, CheckpointSizes
+from .configs import ACTIVATIONS, LanguageConfig
+
+if TYPE_CHECKING:
+    from transformers import SiglipVisionConfig
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterConfig:
-    """Sizes of the adapter: D `features` in, `num_tokens` x `hidden` out."""
-
-    feature_dim: int
-    num_heads: int
-    num_tokens: int
-    intermediate: int
-    hidden: int
-    layer_norm_eps: float
-    activation: str
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """Return the function that a Hugging Face `hidden_act` names (checked by `configs`)."""
+    kind, attributes = ACTIVATIONS[name]
+    if kind == "Relu":
+        return functional.relu
+    return partial(functional.gelu, approximate=attributes.get("approximate", "none"))
 
 
 class Adapter(nn.Module):
@@ -35,26 +38,26 @@ class Adapter(nn.Module):
     Source: EDJE paper, equations 1-4; official `token_compression.py`.
     """
 
-    def __init__(self, config: AdapterConfig):
+    def __init__(self, sizes: CheckpointSizes, num_heads: int, eps: float, activation_name: str):
         super().__init__()
-        self.config = config
-        dim = config.feature_dim
-        self.query = nn.Parameter(torch.zeros(config.num_tokens, dim))
+        self.sizes, self.num_heads, self.activation_name = sizes, num_heads, activation_name
+        dim = sizes.feature_dim
+        self.query = nn.Parameter(torch.zeros(sizes.num_tokens, dim))
         self.key = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
         self.attention_query = nn.Linear(dim, dim)
         self.attention_key = nn.Linear(dim, dim)
         self.attention_value = nn.Linear(dim, dim)
         self.attention_output = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
-        self.ffn1 = nn.Linear(dim, config.intermediate)
-        self.ffn2 = nn.Linear(config.intermediate, dim)
-        self.projection = nn.Linear(dim, config.hidden)
-        self.activation = activation(config.activation)
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.ffn1 = nn.Linear(dim, sizes.adapter_intermediate)
+        self.ffn2 = nn.Linear(sizes.adapter_intermediate, dim)
+        self.projection = nn.Linear(dim, sizes.hidden)
+        self.activation = activation(activation_name)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return visual tokens float32 [B, m, H] of `features` float32 [B, N, D]."""
-        heads = self.config.num_heads
+        heads = self.num_heads
         query = split_heads(self.attention_query(self.query)[None], heads)
         key = split_heads(self.attention_key(self.key(features)), heads)
         value = split_heads(self.attention_value(self.value(features)), heads)
@@ -81,23 +84,14 @@ def load_adapter(
     checkpoint: Checkpoint, *, num_heads: int, layer_norm_eps: float, activation: str
 ) -> Adapter:
     """Return the adapter with the checkpoint's weights, in evaluation mode."""
-    sizes, tensors = checkpoint.sizes, checkpoint.adapter
-    config = AdapterConfig(
-        feature_dim=sizes.feature_dim,
-        num_heads=num_heads,
-        num_tokens=sizes.num_tokens,
-        intermediate=sizes.adapter_intermediate,
-        hidden=sizes.hidden,
-        layer_norm_eps=layer_norm_eps,
-        activation=activation,
-    )
+    tensors = checkpoint.adapter
     state = {"query": tensors["query"][0]}
     for kind in ("weight", "bias"):
         state |= {f"{ours}.{kind}": tensors[f"{name}.{kind}"] for name, ours in OFFICIAL.items()}
         joined = tensors[f"attention.in_proj_{kind}"]  # query, key, value maps, stacked
         for name, part in zip(("query", "key", "value"), joined.chunk(3), strict=True):
             state[f"attention_{name}.{kind}"] = part
-    adapter = Adapter(config)
+    adapter = Adapter(checkpoint.sizes, num_heads, layer_norm_eps, activation)
     adapter.load_state_dict(state)
     return adapter.eval()
 
@@ -116,16 +110,15 @@ class ImageEncoder(nn.Module):
         return tokens
 
 
-def load_tower(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+def load_tower(config: SiglipVisionConfig, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Return transformers' `SiglipVisionModel` with `tensors` in place of its random weights.
 
     Args:
-        settings: the `vision_config` of the Hugging Face folder.
+        config: without the pooling head.
         tensors: checked tensors, named without `vision_encoder.` and `vision_model.`.
     """
-    from transformers import SiglipVisionConfig, SiglipVisionModel
+    from transformers import SiglipVisionModel
 
-    config = SiglipVisionConfig(**{**settings, "vision_use_head": False})
     with torch.device("meta"):  # no memory and no random weights: both come with `tensors`
         tower: nn.Module = SiglipVisionModel(config).eval()
     inner = "vision_model." if hasattr(tower, "vision_model") else ""  # transformers 4 nests it
@@ -281,3 +274,83 @@ def load_joint_encoder(checkpoint: Checkpoint, config: LanguageConfig) -> JointE
     model = JointEncoder(config, checkpoint.sizes.num_tokens)
     model.load_state_dict(state)
     return model.eval()
+
+
+SEED = 20251
+MAX_DIFFERENCE = 1e-3  # of the largest output; float16 outputs are rounded by half of that
+SCORER_SHAPES = ((1, 16, 1), (1, 24, 3), (3, 32, 5), (4, 63, 2))  # (Q, T, P)
+
+Feeds = Iterator[dict[str, Array]]
+
+
+def check_parity(path: Path, reference: nn.Module, feeds: Feeds) -> dict[str, Any]:
+    """Run the graph at `path` and the reference on `feeds`; return the largest difference.
+
+    Raises:
+        CheckpointError: the difference exceeds `MAX_DIFFERENCE` of the largest output.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = thread_limit(sees_affinity=False) or 0  # 0: all cores
+    if (num_threads := thread_limit(sees_affinity=True)) is not None:
+        torch.set_num_threads(num_threads)
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    difference, scale, shapes = 0.0, 0.0, []
+    for feed in feeds:
+        (got,) = session.run(None, feed)
+        with torch.inference_mode():
+            want = reference(*map(torch.from_numpy, feed.values())).numpy()
+        # np.maximum, unlike max(), keeps a NaN
+        difference = float(np.maximum(difference, np.abs(got.astype(np.float32) - want).max()))
+        scale = max(scale, float(np.abs(want).max()))
+        shapes.append({name: list(value.shape) for name, value in feed.items()})
+    limit = MAX_DIFFERENCE * max(scale, 1.0)
+    if not difference <= limit:
+        raise CheckpointError(
+            f"{path.name} differs from PyTorch by {difference:.2e} on outputs up to {scale:.2e}, "
+            f"expected at most {limit:.2e}; nothing was written"
+        )
+    return {
+        "max_abs_difference": difference,
+        "limit": limit,
+        "max_abs_output": scale,
+        "output_dtype": str(got.dtype),
+        "runtime": f"onnxruntime {onnxruntime.__version__}, CPU, float32",
+        "seed": SEED,
+        "inputs": shapes,
+    }
+
+
+def scorer_feeds(config: LanguageConfig, num_tokens: int) -> Feeds:
+    """Yield inputs of the joint encoder: mixed queries of every length that fits."""
+    rng = np.random.default_rng(SEED)
+    for num_queries, slots, num_pairs in SCORER_SHAPES:
+        longest = min(slots, config.max_positions - num_tokens - 1)
+        lengths = rng.integers(3, longest + 1, num_queries).astype(np.int32)
+        ids = rng.integers(0, config.vocab_size, (num_queries, slots)).astype(np.int32)
+        ids[:, 0] = config.cls_id
+        for row, length in zip(ids, lengths, strict=True):
+            row[length - 1] = config.sep_id
+            row[length:] = 0
+        tokens = rng.standard_normal((num_pairs, num_tokens, config.hidden))
+        yield {
+            "text_ids": ids,
+            "text_length": lengths,
+            "query_of_pair": rng.integers(0, num_queries, num_pairs).astype(np.int32),
+            "visual_tokens": tokens.astype(np.float16),
+        }
+
+
+def adapter_feeds(num_features: int, feature_dim: int) -> Feeds:
+    """Yield features of one and of three images."""
+    rng = np.random.default_rng(SEED)
+    for batch in (1, 3):
+        features = rng.standard_normal((batch, num_features, feature_dim))
+        yield {"features": features.astype(np.float32)}
+
+
+def image_feeds(size: int) -> Feeds:
+    """Yield pixels of two images of noise (one batch: a large tower takes seconds an image)."""
+    rng = np.random.default_rng(SEED)
+    yield {"pixels": rng.uniform(-1, 1, (2, 3, size, size)).astype(np.float32)}

@@ -1,17 +1,26 @@
-"""The inputs of an export: a path on this machine, or else a name on the Hugging Face Hub."""
+"""The inputs of an export: a path on this machine, or else a name on the Hugging Face Hub.
+
+`huggingface_hub` fetches, so its users' settings hold: HF_HOME and HF_HUB_CACHE, HF_TOKEN and
+`hf auth login`, HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_DISABLE_PROGRESS_BARS.
+"""
 
 from __future__ import annotations
 
 import glob
+import io
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..arguments import StrPath
 from ..errors import CheckpointError
-from .hub import HubName, fetch, list_files
+
+if TYPE_CHECKING:
+    from huggingface_hub.utils.tqdm import tqdm
 
 Progress = Callable[[str], None]
 
@@ -19,6 +28,12 @@ CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 HUB_FOLDER = "a name on the Hugging Face Hub (owner/name or owner/name@revision)"
 HUB_FILE = "a name on the Hugging Face Hub (owner/name[@revision][:file])"
 _MOST_NAMES = 12
+_NO_FILES = "\n"  # a pattern that no file's name matches
+_LOG_IN = "`hf auth login` or HF_TOKEN says who asks"
+_HUB_NAME = re.compile(
+    r"(?P<repo>[a-z0-9][\w.-]*/[a-z0-9][\w.-]*)(@(?P<revision>[^\s:]+))?(:(?P<file>[^:]+))?",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +88,30 @@ class Sources:
 
     def to_json(self) -> dict[str, dict[str, str] | None]:
         """Return where each input came from, as plain JSON values."""
-        vision = self.vision_model
         return {
             "checkpoint": dict(self.checkpoint.origin),
             "language_model": dict(self.language_model.origin),
-            "vision_model": None if vision is None else dict(vision.origin),
+            "vision_model": dict(self.vision_model.origin) if self.vision_model else None,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class HubName:
+    """A repository on the Hub, its revision (None: the default branch), and a file in it or None.
+
+    `text` is what the user wrote.
+    """
+
+    text: str
+    repo: str
+    revision: str | None
+    file: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> HubName | None:
+        """Return the name that `text` is, or None where it cannot be one."""
+        match = _HUB_NAME.fullmatch(text)
+        return cls(text, match["repo"], match["revision"], match["file"]) if match else None
 
 
 def locate(
@@ -101,9 +134,18 @@ def locate(
         vision = _try(faults, lambda: _folder(vision_model, VISION, progress))
     located = _try(faults, lambda: _checkpoint(checkpoint))
     if located is None or language is None or faults:
-        raise _all_at_once(faults)
+        if len(faults) == 1:
+            raise faults[0]
+        hints = dict.fromkeys(fault.hint for fault in faults if fault.hint)
+        raise CheckpointError(
+            "the inputs of the export cannot be used",
+            faults=[fault.message for fault in faults],
+            hint="; ".join(hints),
+        )
     if isinstance(located, HubName):
-        located = _fetched(located, progress)
+        file = located.file or ""
+        fetched = _fetch(located, [glob.escape(file)], progress)
+        located = Source(fetched.path / file, {**fetched.origin, "file": file})
     return Sources(located, language, vision)
 
 
@@ -116,17 +158,6 @@ def _try(faults: list[CheckpointError], find: Callable[[], T]) -> T | None:
     except CheckpointError as error:
         faults.append(error)
         return None
-
-
-def _all_at_once(faults: list[CheckpointError]) -> CheckpointError:
-    if len(faults) == 1:
-        return faults[0]
-    hints = list(dict.fromkeys(fault.hint for fault in faults if fault.hint))
-    return CheckpointError(
-        "the inputs of the export cannot be used",
-        faults=[fault.message for fault in faults],
-        hint="; ".join(hints),
-    )
 
 
 def _folder(given: StrPath, kind: ModelFolder, progress: Progress) -> Source:
@@ -146,10 +177,9 @@ def _folder(given: StrPath, kind: ModelFolder, progress: Progress) -> Source:
             f"{text} does not exist, expected {kind.what} or {HUB_FOLDER}",
             hint=f"pass {kind.option} a folder, or a name such as {kind.example}",
         )
-    progress(f"fetching {text}")
-    snapshot = fetch(name, kind.files, progress)
-    _check_files(snapshot.folder, kind, f"{name.repo} at commit {snapshot.commit[:12]}")
-    return Source(snapshot.folder, snapshot.origin())
+    fetched = _fetch(name, kind.files, progress)
+    _check_files(fetched.path, kind, f"{name.repo} at commit {fetched.origin['commit'][:12]}")
+    return fetched
 
 
 def _check_files(folder: Path, kind: ModelFolder, shown: str) -> None:
@@ -188,12 +218,12 @@ def _checkpoint(given: StrPath) -> Source | HubName:
 
 def _with_file(name: HubName) -> HubName:
     """Return the name with its file; without one, the repository's only checkpoint."""
-    files, is_cache = list_files(name)
+    files, is_cache = _list_files(name)
     checkpoints = [file for file in files if file.endswith(CHECKPOINT_SUFFIXES)]
     if name.file in files:
         return name
     if name.file is None and len(checkpoints) == 1:
-        return HubName(name.text, name.repo, name.revision, checkpoints[0])
+        return replace(name, file=checkpoints[0])
     shown = checkpoints or files
     listed = ", ".join(shown[:_MOST_NAMES]) or "nothing"
     if len(shown) > _MOST_NAMES:
@@ -208,9 +238,98 @@ def _with_file(name: HubName) -> HubName:
     )
 
 
-def _fetched(name: HubName, progress: Progress) -> Source:
-    file = name.file or ""
+def _fetch(name: HubName, patterns: Sequence[str], progress: Progress) -> Source:
+    """Return the folder of a repository with the files that match, fetched or from the cache."""
+    from huggingface_hub import snapshot_download
+
     progress(f"fetching {name.text}")
-    snapshot = fetch(name, [glob.escape(file)], progress)
-    path = snapshot.folder / file
-    return Source(path, {**snapshot.origin(), "file": file})
+    try:
+        folder = snapshot_download(
+            name.repo,
+            revision=name.revision,
+            allow_patterns=list(patterns),
+            tqdm_class=_reporting_to(progress, name.repo),
+        )
+    except Exception as error:  # besides its own, those of the HTTP library of the day
+        raise _fault(name, error) from error
+    asked = {} if name.revision is None else {"revision": name.revision}
+    commit = Path(folder).name
+    return Source(Path(folder), {"repository": name.repo, **asked, "commit": commit})
+
+
+def _list_files(name: HubName) -> tuple[list[str], bool]:
+    """Return the names of a repository's files, and whether only those in the cache are known."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        info = HfApi().model_info(name.repo, revision=name.revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise _fault(name, error) from error
+    except Exception:  # no network, or HF_HUB_OFFLINE: the cache may do
+        folder = _fetch(name, [_NO_FILES], lambda step: None).path
+        paths = (path for path in folder.rglob("*") if path.is_file())
+        return sorted(path.relative_to(folder).as_posix() for path in paths), True
+    return sorted(file.rfilename for file in info.siblings or ()), False
+
+
+def _fault(name: HubName, error: Exception) -> CheckpointError:
+    """Say in one sentence why a repository cannot be had."""
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{name.repo}"
+    if isinstance(error, errors.GatedRepoError):
+        message = f"{name.repo} is a gated repository, and its owner has not granted access"
+        hint = f"ask for it on {page}; {_LOG_IN}"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        message = f"{name.repo} has no revision {name.revision!r}"
+        hint = f"expected a branch, a tag or a commit that {page}/commits/main lists"
+    elif isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
+        message = (
+            f"{name.text} is neither a path here nor a repository on the Hugging Face Hub that "
+            "may be read"
+        )
+        hint = f"check the name; for a private repository, {_LOG_IN}"
+    elif isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+        message = (
+            f"cannot write {name.repo} to the Hugging Face cache ({constants.HF_HUB_CACHE}): "
+            f"{error.strerror}"
+        )
+        hint = "set HF_HUB_CACHE to a folder that can be written and has room"
+    elif constants.HF_HUB_OFFLINE:
+        message = (
+            f"{name.text} is neither a path here nor whole in the Hugging Face cache "
+            f"({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids to fetch it"
+        )
+        hint = "unset HF_HUB_OFFLINE, or pass a local path"
+    else:
+        first_line = next(iter(str(error).splitlines()), "").removeprefix("Got: ")
+        cause = first_line or type(error).__name__
+        message = (
+            f"{name.text} is no path here and cannot be fetched from {constants.ENDPOINT}: {cause}"
+        )
+        hint = "check the network (HTTPS_PROXY, HF_ENDPOINT), or pass a local path"
+    return CheckpointError(message, hint=hint)
+
+
+class _Nowhere(io.StringIO):
+    """Takes what a progress bar writes; a terminal where standard error is one."""
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
+
+
+def _reporting_to(show: Callable[[str], None], repo: str) -> type[tqdm]:
+    """Return a class of `huggingface_hub`'s progress bars that tells `show` the bytes so far."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Reporting(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any):
+            quiet = {**kwargs, "file": _Nowhere(), "leave": False}
+            super().__init__(*args, **quiet)  # type: ignore[no-untyped-call]
+
+        def display(self, *args: Any, **kwargs: Any) -> None:
+            if self.unit == "B" and self.total:
+                show(f"fetching {repo}: {self.n / 1e6:,.0f} of {self.total / 1e6:,.0f} MB")
+
+    return Reporting

@@ -14,32 +14,35 @@ order, on every query, at 1.5 times its pairs/s or more.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
-from tempfile import TemporaryDirectory
-from time import perf_counter, process_time
 from typing import Any
 
-import numpy as np
-
-from ..bundle import BundleManifest
 from ..engines.builder.build import build_engine
 from ..engines.builder.options import EngineOptions
 from ..engines.fidelity import FidelityLimits
 from ..engines.manifest import EngineManifest
-from ..errors import EdjeError
 from ..runtime.queries import StoreSamples
 from ..runtime.reranker import Reranker
 from ..runtime.results import RankResult
 from ..runtime.store import TokenStore
-from .harness import add_out_option, conditions, write_result
+from .harness import (
+    Progress,
+    Times,
+    command_line,
+    conditions,
+    conditions_line,
+    in_turn,
+    run_benchmark,
+    take_turns,
+)
 
 TOP_K = 10
 NUM_CANDIDATES = 1000
@@ -47,8 +50,6 @@ NUM_WARM_UPS = 4
 CALIBRATION_QUERIES, CALIBRATION_CANDIDATES = 64, 50
 EXPECTED_SPEEDUP = 1.5
 PRECISE, FAST, CASCADE = "precise alone", "fast alone", "cascade"
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,94 +60,27 @@ class Query:
     candidates: list[str]
 
 
-@dataclass(slots=True)
-class Tally:
-    """What was seen query by query: milliseconds by contestant, and how the tops compare."""
-
-    times_ms: dict[str, list[float]]
-    cpu_ms: dict[str, list[float]]
-    num_pairs: int = 0
-    equal: list[bool] = field(default_factory=list)
-    fast_equal: list[bool] = field(default_factory=list)
-    max_score_diff: float = 0.0
-    shares: list[float] = field(default_factory=list)
-    num_widened: int = 0
-
-    def add(self, results: dict[str, RankResult], num_pairs: int) -> None:
-        """Compare what the three gave for one query of `num_pairs` candidates."""
-        precise, fast, cascade = (results[name] for name in (PRECISE, FAST, CASCADE))
-        self.num_pairs += num_pairs
-        self.equal.append(_ids(cascade) == _ids(precise))
-        self.fast_equal.append(_ids(fast) == _ids(precise))
-        diffs = [abs(a.score - b.score) for a, b in zip(cascade, precise, strict=True)]
-        self.max_score_diff = max(self.max_score_diff, *diffs)
-        if cascade.rescoring is not None:
-            self.shares.append(cascade.rescoring.num_rescored / num_pairs)
-            self.num_widened += cascade.rescoring.num_widened
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures as plain JSON values."""
-        times = self.times_ms
-        pairs = zip(times[PRECISE], times[CASCADE], strict=True)
-        return {
-            "num_queries": len(self.equal),
-            "share_equal": mean(self.equal),
-            "fast_share_equal": mean(self.fast_equal),
-            "max_score_diff": self.max_score_diff,
-            "pairs_per_s": {
-                name: round(self.num_pairs / sum(values) * 1e3, 1) for name, values in times.items()
-            },
-            "speedup": round(sum(times[PRECISE]) / sum(times[CASCADE]), 3),
-            "median_speedup": round(median(slow / quick for slow, quick in pairs), 3),
-            "cpu_speedup": round(sum(self.cpu_ms[PRECISE]) / sum(self.cpu_ms[CASCADE]), 3),
-            "expected_speedup": EXPECTED_SPEEDUP,
-            "mean_share_rescored": round(mean(self.shares), 5),
-            "max_share_rescored": round(max(self.shares), 5),
-            "num_widened": self.num_widened,
-        }
-
-
-def _ids(result: RankResult) -> list[str]:
-    return [hit.id for hit in result]
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What is measured: a finished demo, how many test queries, engines where they exist."""
-
-    demo: Path
-    num_queries: int | None
-    precise: Path | None
-    fast: Path | None
-
-
-def run_benchmark(settings: Settings, scratch: Path, tell: Tell) -> dict[str, Any]:
-    """Rank with both engines (built into `scratch` where none are given), compare, count.
+def measure_demo(
+    demo: Path, num_queries: int | None, scratch: Path, progress: Progress
+) -> dict[str, Any]:
+    """Build both engines into `scratch`, rank with them, compare, count.
 
     Raises:
         EdjeError: the demo was not written by `edje demo`, or an engine cannot be built.
     """
-    demo = settings.demo
-    queries = test_queries(demo, settings.num_queries, tell)
-    precise = settings.precise or build_precise(demo, scratch / "precise", tell)
-    texts = {query.text for query in queries}
-    fast = settings.fast or build_fast(demo, texts, scratch, tell)
-    return measure(queries, demo / "scenes.store", precise, fast, tell)
+    queries = test_queries(demo, num_queries, progress)
+    precise, fast = scratch / "precise", scratch / "fast"
+    build_engine(demo / "bundle", precise, backend="openvino", precision="fp32", progress=progress)
+    build_fast(demo, {query.text for query in queries}, fast, progress)
+    return measure(queries, demo / "scenes.store", precise, fast, progress)
 
 
-def build_precise(demo: Path, out: Path, tell: Tell) -> Path:
-    """Build the float32 engine; return its folder."""
-    build_engine(demo / "bundle", out, backend="openvino", precision="fp32", progress=tell)
-    return out
-
-
-def build_fast(demo: Path, without: set[str], scratch: Path, tell: Tell) -> Path:
+def build_fast(demo: Path, without: set[str], out: Path, progress: Progress) -> None:
     """Build the int8 engine, calibrated on captions that are not in `without`.
 
     With no limits on its ranking, nothing is kept in float32: the precise engine mends it.
     """
-    out = scratch / "fast"
-    with calibration_pairs(demo, without, scratch, tell) as samples:
+    with calibration_pairs(demo, without, out.with_suffix(".jsonl"), progress) as samples:
         build_engine(
             demo / "bundle",
             out,
@@ -154,103 +88,123 @@ def build_fast(demo: Path, without: set[str], scratch: Path, tell: Tell) -> Path
             precision="int8",
             calibration=samples,
             options=EngineOptions(limits=FidelityLimits()),
-            progress=tell,
+            progress=progress,
         )
-    return out
 
 
 def measure(
-    queries: Sequence[Query], store: Path, precise: Path, fast: Path, tell: Tell
+    queries: Sequence[Query], store: Path, precise: Path, fast: Path, progress: Progress
 ) -> dict[str, Any]:
     """Rank every query with the precise engine, the fast one and the cascade, in turns."""
+    opened = ((PRECISE, precise, None), (FAST, fast, None), (CASCADE, fast, precise))
+    tops: dict[str, list[RankResult]] = {name: [] for name, *_ in opened}
+    progress(f"ranking {len(queries)} queries three times")
     with ExitStack() as stack:
         rerankers = {
             name: stack.enter_context(Reranker.open(engine, store=store, rescore=rescore))
-            for name, engine, rescore in (
-                (PRECISE, precise, None),
-                (FAST, fast, None),
-                (CASCADE, fast, precise),
-            )
+            for name, engine, rescore in opened
         }
-        tally = compare(rerankers, queries, tell)
+
+        def rank(name: str, query: Query) -> None:
+            tops[name].append(rerankers[name].rank(query.text, query.candidates, TOP_K))
+
+        for query in queries[:NUM_WARM_UPS]:
+            for name in rerankers:
+                rank(name, query)
+        for top in tops.values():
+            top.clear()
+        contestants = {name: in_turn(partial(rank, name), queries) for name in tops}
+        times = take_turns(contestants, len(queries))
     manifests = {PRECISE: EngineManifest.read(precise), FAST: EngineManifest.read(fast)}
     return {
         "conditions": conditions(
             model=asdict(manifests[FAST].bundle.sizes),
-            engines={name: _words(manifest) for name, manifest in manifests.items()},
+            engines={
+                name: f"{manifest.backend} {manifest.backend_version} {manifest.precision}"
+                for name, manifest in manifests.items()
+            },
             candidates=max(len(query.candidates) for query in queries),
             top_k=TOP_K,
             threads="all",
         ),
         "fast_fidelity": dict(manifests[FAST].fidelity),
-        **tally.to_json(),
+        **compare(tops, times, [len(query.candidates) for query in queries]),
     }
 
 
-def compare(rerankers: dict[str, Reranker], queries: Sequence[Query], tell: Tell) -> Tally:
-    """Let the rerankers take turns, query by query, another one first each time."""
-    names = list(rerankers)
-    tally = Tally({name: [] for name in names}, {name: [] for name in names})
-    for query in queries[:NUM_WARM_UPS]:
-        for reranker in rerankers.values():
-            reranker.rank(query.text, query.candidates, TOP_K)
-    for number, query in enumerate(queries):
-        results = {}
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            cpu, began = process_time(), perf_counter()
-            results[name] = rerankers[name].rank(query.text, query.candidates, TOP_K)
-            tally.times_ms[name].append((perf_counter() - began) * 1e3)
-            tally.cpu_ms[name].append((process_time() - cpu) * 1e3)
-        tally.add(results, len(query.candidates))
-        if number % 64 == 63:
-            tell(f"{number + 1} of {len(queries)} queries, {mean(tally.equal):.1%} equal")
-    return tally
+def compare(
+    tops: Mapping[str, Sequence[RankResult]], times: Mapping[str, Times], num_pairs: Sequence[int]
+) -> dict[str, Any]:
+    """Return how the tops of the three compare, and how their times do, query by query."""
+    ids = {name: [[hit.id for hit in top] for top in own] for name, own in tops.items()}
+    equal = {
+        name: mean(a == b for a, b in zip(ids[name], ids[PRECISE], strict=True)) for name in ids
+    }
+    rescoring = [(top.rescoring, n) for top, n in zip(tops[CASCADE], num_pairs, strict=True)]
+    shares = [found.num_rescored / n for found, n in rescoring if found is not None]
+    wall = {name: own.wall_ms for name, own in times.items()}
+    cpu = {name: sum(own.cpu_ms) for name, own in times.items()}
+    both = zip(wall[PRECISE], wall[CASCADE], strict=True)
+    return {
+        "num_queries": len(num_pairs),
+        "share_equal": equal[CASCADE],
+        "fast_share_equal": equal[FAST],
+        "max_score_diff": max(
+            abs(a.score - b.score)
+            for cascade, precise in zip(tops[CASCADE], tops[PRECISE], strict=True)
+            for a, b in zip(cascade, precise, strict=True)
+        ),
+        "pairs_per_s": {
+            name: round(sum(num_pairs) / sum(own) * 1e3, 1) for name, own in wall.items()
+        },
+        "speedup": round(sum(wall[PRECISE]) / sum(wall[CASCADE]), 3),
+        "median_speedup": round(median(slow / quick for slow, quick in both), 3),
+        "cpu_speedup": round(cpu[PRECISE] / cpu[CASCADE], 3),
+        "expected_speedup": EXPECTED_SPEEDUP,
+        "mean_share_rescored": round(mean(shares), 5),
+        "max_share_rescored": round(max(shares), 5),
+        "num_widened": sum(found.num_widened for found, _ in rescoring if found is not None),
+        "faults": [] if equal[CASCADE] == 1 else ["a top 10 differs from the precise engine's"],
+    }
 
 
-def test_queries(demo: Path, num_queries: int | None, tell: Tell) -> list[Query]:
+def test_queries(demo: Path, num_queries: int | None, progress: Progress) -> list[Query]:
     """Return the demo's test queries (some at even distances, if told how many)."""
-    from ..demo import scenes
+    from ..demo.scenes import SEEDS
 
-    texts = _captions(scenes.SEEDS["test"], len(_store_ids(demo)))
+    texts = _captions(SEEDS["test"], len(_store_ids(demo)))
     count = min(num_queries or len(texts), len(texts))
     chosen = [texts[number * len(texts) // count] for number in range(count)]
-    return first_stage(demo, chosen, NUM_CANDIDATES, tell)
+    return first_stage(demo, chosen, NUM_CANDIDATES, progress)
 
 
-def calibration_pairs(demo: Path, without: set[str], scratch: Path, tell: Tell) -> StoreSamples:
-    """Return held-out captions, each with the candidates that the first stage finds for it."""
-    from ..demo import scenes
+def calibration_pairs(
+    demo: Path, without: set[str], path: Path, progress: Progress
+) -> StoreSamples:
+    """Write held-out captions to `path`, each with what the first stage finds; open them."""
+    from ..demo.scenes import SEEDS
 
-    held_out = (
-        text
-        for text in _captions(scenes.SEEDS["validation"], 8 * CALIBRATION_QUERIES)
-        if text not in without
-    )
-    texts = list(itertools.islice(held_out, CALIBRATION_QUERIES))
+    captions = _captions(SEEDS["validation"], 8 * CALIBRATION_QUERIES)
+    held_out = [text for text in captions if text not in without][:CALIBRATION_QUERIES]
     lines = [
         json.dumps({"query": query.text, "candidates": query.candidates})
-        for query in first_stage(demo, texts, CALIBRATION_CANDIDATES, tell)
+        for query in first_stage(demo, held_out, CALIBRATION_CANDIDATES, progress)
     ]
-    path = scratch / "calibration.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
     return StoreSamples.open(demo / "scenes.store", demo / "bundle", path)
 
 
-def first_stage(demo: Path, texts: Sequence[str], count: int, tell: Tell) -> list[Query]:
+def first_stage(demo: Path, texts: Sequence[str], count: int, progress: Progress) -> list[Query]:
     """Return each text with the `count` images that the demo's dual encoder likes best."""
-    from ..demo import tiny_model as weights
+    from ..demo import tiny_model
     from ..demo.evaluation import FirstStage
 
-    spec = BundleManifest.read(demo / "bundle").image
-    if spec is None:
-        raise EdjeError(f"{demo / 'bundle'} has no image encoder, expected the demo's bundle")
-    tell(f"first stage: {len(texts)} queries")
-    stage, ids = FirstStage(weights.load()), _store_ids(demo)
-    images = stage.embed_images([demo / "images" / name for name in ids], spec)
-    order = np.argsort(-(stage.embed_captions(texts) @ images.T), axis=1, kind="stable")
+    progress(f"first stage: {len(texts)} queries")
+    stage, ids = FirstStage(tiny_model.load()), _store_ids(demo)
+    images = [demo / "images" / name for name in ids]
+    order = stage.candidates(images, texts, demo / "bundle")[:, :count]
     return [
-        Query(text, [ids[i] for i in best[:count]])
+        Query(text, [ids[i] for i in best])
         for text, best in zip(texts, order.tolist(), strict=True)
     ]
 
@@ -267,51 +221,32 @@ def _store_ids(demo: Path) -> list[str]:
         return sorted(store.ids())
 
 
-def _words(manifest: EngineManifest) -> str:
-    return f"{manifest.backend} {manifest.backend_version} {manifest.precision}"
-
-
-def summary(result: dict[str, Any]) -> str:
+def summary(result: Mapping[str, Any]) -> str:
     """Return the figures in words."""
-    where, speeds = result["conditions"], result["pairs_per_s"]
+    where = result["conditions"]
     return "\n".join(
         [
             f"top {where['top_k']} equals the precise engine's, in order, on "
             f"{result['share_equal']:.2%} of {result['num_queries']:,} queries (expected: 100 %; "
             f"the fast engine alone: {result['fast_share_equal']:.2%})",
-            *(f"{name:14} {speed:10,.1f} pairs/s" for name, speed in speeds.items()),
+            *(f"{name:14} {own:10,.1f} pairs/s" for name, own in result["pairs_per_s"].items()),
             f"the cascade reaches {result['speedup']:.2f} times the precise engine's pairs/s "
             f"(median {result['median_speedup']:.2f}, CPU time {result['cpu_speedup']:.2f}; "
             f"expected {EXPECTED_SPEEDUP} or more) and rescores "
             f"{result['mean_share_rescored']:.1%} of the candidates",
-            f"({where['cpu']}, {where['cores']} cores, {where['candidates']:,} candidates, "
-            f"load {where['load_average'][0]}, commit {where['commit']})",
+            conditions_line(where, "candidates"),
         ]
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark, print it, write `cascade.json`; 1 where the top 10 differ."""
-    parser = argparse.ArgumentParser(prog="python -m edje.perf.bench_cascade", description=__doc__)
+    parser = command_line("cascade", __doc__)
     parser.add_argument("demo", type=Path, help="folder that `edje demo --out` has written")
     parser.add_argument("--queries", type=int, default=None, help="only so many test queries")
-    parser.add_argument("--precise", type=Path, help="engine folder; default: float32, built")
-    parser.add_argument("--fast", type=Path, help="engine folder; default: int8, built")
-    parser.add_argument("--name", default="cascade", help="of the JSON file")
-    add_out_option(parser)
     options = parser.parse_args(arguments)
-    settings = Settings(options.demo, options.queries, options.precise, options.fast)
-    try:
-        with TemporaryDirectory() as scratch:
-            result = run_benchmark(
-                settings, Path(scratch), lambda line: print(f"... {line}", flush=True)
-            )
-    except EdjeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(summary(result))
-    print(f"written to {write_result(options.name, result, options.out)}")
-    return 0 if result["share_equal"] == 1 else 1
+    given = options.demo, options.queries
+    return run_benchmark(options, lambda *more: measure_demo(*given, *more), summary)
 
 
 if __name__ == "__main__":

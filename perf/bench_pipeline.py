@@ -16,18 +16,17 @@ process:
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from ..arrays import Array, Float16, Float32, Int64
-from ..bundle import BundleManifest, ModelSizes, TextSpec
+from ..bundle import BundleManifest, TextSpec
 from ..engines.contract import Batch, HostEngine
 from ..engines.manifest import EngineManifest, Profile
 from ..errors import EdjeError
@@ -38,16 +37,16 @@ from ..runtime.store import BadRecord, TokenStore
 from ..runtime.text import TokenizedQueries
 from .harness import (
     Timing,
-    add_out_option,
+    command_line,
     conditions,
     interleave,
+    run_benchmark,
     speedup,
-    table,
     timings_json,
-    write_result,
+    timings_table,
 )
+from .random_model import HIDDEN, NUM_TOKENS, full_size, write_store
 
-NUM_TOKENS, HIDDEN = 64, 384
 NUM_RECORDS, NUM_PAIRS, MAX_PAIRS = 2048, 4096, 64
 NUM_WORDPIECES, BUCKET = 13, 16
 NUM_ROUNDS = 40
@@ -80,19 +79,23 @@ class OneValue:
         """Nothing to fetch."""
 
 
-def run_benchmark(num_rounds: int, scratch: Path) -> dict[str, Any]:
+def measure(num_rounds: int, scratch: Path) -> dict[str, Any]:
     """Measure both; the store goes into `scratch`.
 
     Raises:
         EdjeError: a score is wrong.
     """
-    engine = FirstValue(_manifest())
-    device = HostDevice()
-    with _make_store(scratch / "store") as store, closing(device):
+    engine, device = FirstValue(_manifest()), HostDevice()
+    values = np.arange(NUM_RECORDS, dtype=np.float16)[:, None, None] % 1000
+    write_store(
+        scratch / "store", np.broadcast_to(values, (NUM_RECORDS, NUM_TOKENS, HIDDEN)),
+        encoder=FINGERPRINT,
+    ).close()  # fmt: skip
+    with TokenStore.open(scratch / "store") as store, closing(device):
         picked = np.random.default_rng(7).integers(0, NUM_RECORDS, NUM_PAIRS)
         rivals: dict[str, tuple[TokenSource, Callable[[Request], Float32], Int64]] = {
             LOOP: (OneValue(), _plain_loop(engine), picked),
-            READ: (store, _reading(store), store.rows([f"image-{at}" for at in picked])),
+            READ: (store, _reading(store), store.live_rows()[picked]),
         }
         own, gather = (
             _compare(Pipeline(engine, source, device), name, run, _request(rows), num_rounds)
@@ -113,8 +116,7 @@ def run_benchmark(num_rounds: int, scratch: Path) -> dict[str, Any]:
         "own_cost_us_per_batch": round(cost_us, 1),
         "gather": timings_json(gather),
         "share_of_gather_speed": round(share, 3),
-        "faults": _faults(cost_us, share),
-        "tables": [table(own), table(gather)],
+        "faults": faults_of(cost_us, share),
     }
 
 
@@ -143,36 +145,40 @@ def _check(runs: dict[str, Callable[[], Float32]]) -> None:
 
 def _plain_loop(engine: FirstValue) -> Callable[[Request], Float32]:
     """Return a loop over ready arrays: what any caller of the engine would have to do."""
-    source, stream = OneValue(), InlineStream()
-    tokens = np.zeros((MAX_PAIRS, NUM_TOKENS, HIDDEN), np.float16)
-    queries = _queries()
-    text_ids = np.ascontiguousarray(queries.text_ids[:, :BUCKET])
+    source, stream, queries = OneValue(), InlineStream(), _queries()
     first = np.zeros(MAX_PAIRS, np.int32)
 
-    def run(request: Request) -> Float32:
-        scores = np.empty(len(request.rows), np.float32)
-        for start in range(0, len(scores), MAX_PAIRS):
-            rows = request.rows[start : start + MAX_PAIRS]
-            source.read(rows, tokens[: len(rows)])
-            batch = Batch(text_ids, queries.text_length, first[: len(rows)], tokens[: len(rows)])
-            engine.enqueue(batch, scores[start : start + MAX_PAIRS], stream=stream)
-        return scores
+    def score(rows: Int64, tokens: Float16, scores: Float32) -> None:
+        source.read(rows, tokens)
+        batch = Batch(queries.text_ids, queries.text_length, first[: len(rows)], tokens)
+        engine.enqueue(batch, scores, stream=stream)
 
-    return run
+    return _in_batches(score, num_buffers=1)
 
 
 def _reading(store: TokenStore) -> Callable[[Request], Float32]:
     """Return the store's own gather of a request, into as many buffers as the pipeline has."""
+
+    def score(rows: Int64, tokens: Float16, scores: Float32) -> None:
+        store.read(rows, tokens, bad="mark")
+        scores[:] = tokens[:, 0, 0]
+
+    return _in_batches(score, num_buffers=NUM_SLOTS)
+
+
+def _in_batches(
+    score: Callable[[Int64, Float16, Float32], None], num_buffers: int
+) -> Callable[[Request], Float32]:
+    """Return what scores a request batch by batch, the buffers of tokens taking turns."""
     shape = (MAX_PAIRS, NUM_TOKENS, HIDDEN)
-    buffers = [np.zeros(shape, np.float16) for _ in range(NUM_SLOTS)]
+    buffers = [np.zeros(shape, np.float16) for _ in range(num_buffers)]
 
     def run(request: Request) -> Float32:
         scores = np.empty(len(request.rows), np.float32)
-        for start in range(0, len(scores), MAX_PAIRS):
+        for number, start in enumerate(range(0, len(scores), MAX_PAIRS)):
             rows = request.rows[start : start + MAX_PAIRS]
-            tokens = buffers[start // MAX_PAIRS % NUM_SLOTS]
-            store.read(rows, tokens[: len(rows)], bad="mark")
-            scores[start : start + MAX_PAIRS] = tokens[: len(rows), 0, 0]
+            tokens = buffers[number % num_buffers][: len(rows)]
+            score(rows, tokens, scores[start : start + MAX_PAIRS])
         return scores
 
     return run
@@ -189,24 +195,10 @@ def _queries() -> TokenizedQueries:
     return TokenizedQueries(text_ids, length, np.zeros(1, np.bool_))
 
 
-def _make_store(folder: Path) -> TokenStore:
-    """Return a store whose record `row` holds row % 1000 everywhere."""
-    ids = [f"image-{row}" for row in range(NUM_RECORDS)]
-    with TokenStore.create(
-        folder, num_tokens=NUM_TOKENS, hidden=HIDDEN, fingerprint_encoder=FINGERPRINT
-    ) as store:
-        for start in range(0, NUM_RECORDS, 256):
-            values = np.arange(start, min(start + 256, NUM_RECORDS)) % 1000
-            shape = (len(values), NUM_TOKENS, HIDDEN)
-            tokens = np.broadcast_to(values[:, None, None], shape).astype(np.float16)
-            store.append(ids[start : start + 256], tokens)
-    return TokenStore.open(folder)
-
-
 def _manifest() -> EngineManifest:
     """Return the manifest of an engine that nobody built."""
     bundle = BundleManifest(
-        sizes=ModelSizes(NUM_TOKENS, HIDDEN, 1, 1, HIDDEN, 30522, 512, None),
+        sizes=replace(full_size(), num_tokens=NUM_TOKENS, hidden=HIDDEN),
         text=TextSpec("none", 61, 101, 102, 0),
         image=None,
         fingerprint_encoder=FINGERPRINT,
@@ -231,7 +223,7 @@ def _manifest() -> EngineManifest:
     )
 
 
-def _faults(cost_us: float, share: float) -> list[str]:
+def faults_of(cost_us: float, share: float) -> list[str]:
     """Return one sentence for each figure that falls short."""
     faults = []
     if cost_us >= MAX_COST_US:
@@ -243,11 +235,11 @@ def _faults(cost_us: float, share: float) -> list[str]:
     return faults
 
 
-def summary(result: dict[str, Any]) -> str:
+def summary(result: Mapping[str, Any]) -> str:
     """Return the figures as text."""
     return "\n\n".join(
         [
-            *result["tables"],
+            *(timings_table(result[part]) for part in ("own_cost", "gather")),
             f"the pipeline costs {result['own_cost_us_per_batch']} us a batch of {MAX_PAIRS}, "
             f"and moves {result['share_of_gather_speed']:.0%} of what the store reads",
             *(f"FALLS SHORT: {fault}" for fault in result["faults"]),
@@ -255,23 +247,14 @@ def summary(result: dict[str, Any]) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, write `pipeline.json`; return 1 where a figure falls short."""
-    parser = argparse.ArgumentParser(prog="python -m edje.perf.bench_pipeline", description=__doc__)
+    parser = command_line("pipeline", __doc__)
     parser.add_argument("--rounds", type=int, default=NUM_ROUNDS)
-    parser.add_argument("--name", default="pipeline", help="of the JSON file")
-    add_out_option(parser)
     options = parser.parse_args(arguments)
-    try:
-        with TemporaryDirectory() as scratch:
-            result = run_benchmark(options.rounds, Path(scratch))
-    except EdjeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(summary(result))
-    del result["tables"]
-    print(f"written to {write_result(options.name, result, options.out)}")
-    return 1 if result["faults"] else 0
+    return run_benchmark(
+        options, lambda scratch, progress: measure(options.rounds, scratch), summary
+    )
 
 
 if __name__ == "__main__":

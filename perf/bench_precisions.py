@@ -8,33 +8,31 @@ reported; with random weights int8 shows its speed, not what it does to a rankin
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..engines.agreement import kendall_tau
-from ..engines.contract import Batch, OpenOptions
-from ..engines.manifest import EngineManifest
+from ..engines.contract import OpenOptions
 from ..engines.registry import load_backend, open_engine
 from ..errors import EdjeError
-from .bench_end_to_end import Scorer, Settings, engine_of, engine_scorer, text_ids
+from .bench_end_to_end import Scorer, engine_of, engine_scorer, make_pairs
 from .harness import (
-    Timing,
-    add_out_option,
+    Progress,
+    command_line,
     conditions,
+    conditions_line,
     interleave,
+    run_benchmark,
     speedup,
-    table,
     timings_json,
-    write_result,
+    timings_table,
 )
-from .random_model import full_size_bundle
+from .random_model import DESCRIPTION, full_size_bundle
 from .scorers import official_scorer
 
 FAST, FLOAT32, OFFICIAL = "openvino int8", "onnxruntime fp32", "Hugging Face fp32"
@@ -44,48 +42,43 @@ BATCH_SIZES = (32, 256)
 FLOAT32_TOLERANCE = 1e-4
 LEAST_CORRELATION = 0.95  # of the other precisions' scores; seen for int8: 0.99
 
-Tell = Callable[[str], None]
 
-
-def run_benchmark(settings: Settings, tell: Tell) -> dict[str, Any]:
+def measure(num_rounds: int, num_threads: int | None, progress: Progress) -> dict[str, Any]:
     """Measure; return conditions, and timings, ratios and agreement for every batch size.
 
     Raises:
         EdjeError: contestants disagree on the scores.
     """
-    tell("exporting the full-size model (cached in .cache/)")
-    bundle = full_size_bundle()
-    left_out = {name: reason for name in ENGINES if (reason := _why_not(name))}
-    folders = {
-        name: engine_of(bundle, backend, precision, tell)
-        for name in ENGINES
-        if name not in left_out
-        for backend, precision in [name.split()]
-    }
-    pairs = make_batch(folders[FLOAT32], settings)
-    official = official_scorer(settings.num_threads)
-    sizes = [size for size in BATCH_SIZES if size <= len(pairs)]
+    progress("exporting the full-size model (cached in .cache/)")
+    bundle, settings = full_size_bundle(), OpenOptions(num_threads)
+    folders, left_out, results = {}, {}, {}
+    for name in ENGINES:
+        backend, precision = name.split()
+        reason = load_backend(backend).why_not(precision)
+        if reason is None:
+            folders[name] = engine_of(bundle, backend, precision, progress)
+        else:
+            left_out[name] = reason
+    pairs = make_pairs(folders[FLOAT32], max(BATCH_SIZES))
+    official = official_scorer(num_threads)
     with ExitStack() as stack:
         engines = {
-            name: stack.enter_context(
-                closing(open_engine(folder, OpenOptions(settings.num_threads)))
-            )
+            name: stack.enter_context(closing(open_engine(folder, settings)))
             for name, folder in folders.items()
         }
-        results = {}
-        for size in sizes:
-            batch = pairs.part(slice(size))
+        for size in BATCH_SIZES:
+            batch = pairs.batch(0, size)
             scorers = {name: engine_scorer(engine, [batch]) for name, engine in engines.items()}
             scorers[OFFICIAL] = partial(official, batch)
-            tell(f"batches of {size}: {', '.join(scorers)}")
-            num_rounds = max(settings.num_rounds, settings.num_rounds * max(sizes) // size // 2)
-            results[f"batch_{size}"] = compare(scorers, size, num_rounds)
+            progress(f"batches of {size}: {', '.join(scorers)}")
+            rounds = max(num_rounds, num_rounds * max(BATCH_SIZES) // size // 2)
+            results[f"batch_{size}"] = compare(scorers, size, rounds)
     return {
         "conditions": conditions(
-            model="12 layers, hidden 384, FFN 1536, 64 tokens, random weights",
-            wordpieces=settings.num_wordpieces,
+            model=DESCRIPTION,
+            wordpieces=pairs.num_wordpieces,
             text_slots=pairs.text_ids.shape[1],
-            threads=settings.num_threads or "all",
+            threads=num_threads or "all",
         ),
         "expected_speedup": EXPECTED,
         "left_out": left_out,
@@ -93,25 +86,17 @@ def run_benchmark(settings: Settings, tell: Tell) -> dict[str, Any]:
     }
 
 
-def make_batch(engine: Path, settings: Settings) -> Batch:
-    """Return one query with random candidates."""
-    sizes = EngineManifest.read(engine).bundle.sizes
-    shape = (settings.num_candidates, sizes.num_tokens, sizes.hidden)
-    tokens = np.random.default_rng(0).standard_normal(shape, np.float32).astype(np.float16)
-    length = np.array([settings.num_wordpieces + 2], np.int32)
-    queries = np.zeros(len(tokens), np.int32)
-    return Batch(text_ids(engine, settings), length, queries, tokens)
-
-
 def compare(scorers: Mapping[str, Scorer], num_pairs: int, num_rounds: int) -> dict[str, Any]:
     """Check everybody's scores, which also warms them up; time them in turns."""
     agreement = check_scores(scorers)
     timings = interleave(scorers, pairs=num_pairs, num_rounds=num_rounds)
-    print(table(timings))
+    fast = timings.get(FAST)
     return {
         "timings": timings_json(timings),
         "rounds": num_rounds,
-        "speedup_of_openvino_int8": speedups(timings),
+        "speedup_of_openvino_int8": {}
+        if fast is None
+        else {name: round(speedup(fast, timing), 3) for name, timing in timings.items()},
         "agreement_with_onnxruntime_fp32": agreement,
     }
 
@@ -142,58 +127,31 @@ def check_scores(scorers: Mapping[str, Scorer]) -> dict[str, dict[str, float]]:
     return facts
 
 
-def speedups(timings: Mapping[str, Timing]) -> dict[str, float]:
-    """Return how many times everybody's pairs/s OpenVINO int8 reaches; empty without it."""
-    fast = timings.get(FAST)
-    if fast is None:
-        return {}
-    return {name: round(speedup(fast, timing), 3) for name, timing in timings.items()}
-
-
-def _why_not(name: str) -> str | None:
-    backend, precision = name.split()
-    return load_backend(backend).why_not(precision)
-
-
 def summary(result: Mapping[str, Any]) -> str:
-    """Return the ratios in words."""
-    lines = [
-        f"batches of {size}: {FAST} reaches {ratios[rival]:.2f} times the pairs/s of {rival} "
-        f"(expected: {least} or more)"
-        for size in BATCH_SIZES
-        if (ratios := result.get(f"batch_{size}", {}).get("speedup_of_openvino_int8"))
-        for rival, least in EXPECTED.items()
-    ]
+    """Return a table a batch size, and the ratios in words."""
+    lines = []
+    for size in BATCH_SIZES:
+        measured = result[f"batch_{size}"]
+        lines.append(timings_table(measured["timings"]))
+        lines += [
+            f"batches of {size}: {FAST} reaches {ratio:.2f} times the pairs/s of {rival} "
+            f"(expected: {EXPECTED[rival]} or more)"
+            for rival, ratio in measured["speedup_of_openvino_int8"].items()
+            if rival in EXPECTED
+        ]
     lines += [f"{name} was not measured: {why}" for name, why in result["left_out"].items()]
-    where = result["conditions"]
-    lines.append(
-        f"({where['cpu']}, {where['cores']} cores, threads {where['threads']}, "
-        f"{where['wordpieces']} wordpieces in {where['text_slots']} slots, "
-        f"load {where['load_average'][0]}, commit {where['commit']})"
-    )
-    return "\n".join(lines)
+    where = conditions_line(result["conditions"], "threads", "wordpieces", "text_slots")
+    return "\n".join([*lines, where])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark, print a table, write `precisions.json`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m edje.perf.bench_precisions", description=__doc__
-    )
-    parser.add_argument("--wordpieces", type=int, default=13)
+    """Run the benchmark, print its tables, write `precisions.json`."""
+    parser = command_line("precisions", __doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--name", default="precisions", help="of the JSON file")
-    add_out_option(parser)
+    parser.add_argument("--threads", type=int, help="of every engine; default: a thread a core")
     options = parser.parse_args(arguments)
-    settings = Settings(max(BATCH_SIZES), options.wordpieces, options.rounds, options.threads)
-    try:
-        result = run_benchmark(settings, lambda line: print(f"... {line}", flush=True))
-    except EdjeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(summary(result))
-    print(f"written to {write_result(options.name, result, options.out)}")
-    return 0
+    given = options.rounds, options.threads
+    return run_benchmark(options, lambda scratch, progress: measure(*given, progress), summary)
 
 
 if __name__ == "__main__":

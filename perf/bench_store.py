@@ -22,38 +22,39 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import xxhash
 
 from ..arrays import Array, Int64
 from ..errors import EdjeError
+from ..kernels.device.host import HostBuffer
 from ..runtime.store import TokenStore
-from ..runtime.store.catalog import Catalog, Change, RecordBatch, Segment
-from ..runtime.store.format import ROW_BITS
-from ..runtime.store.records import Records, digests_of
+from ..runtime.store.catalog import Catalog, Change, Segment
+from ..runtime.store.format import ROW_BITS, ROW_MASK, SEGMENTS, segment_name
+from ..runtime.store.records import RecordBatch, Records, digests_of
 from .harness import (
-    ROOT,
+    Progress,
     Timing,
-    add_out_option,
+    command_line,
     conditions,
+    in_turn,
     interleave,
+    run_benchmark,
     timings_json,
-    write_result,
 )
-from .plain_loop import as_pinned, in_turn, measure_sizes
+from .random_model import APPENDED_AT_ONCE, HIDDEN, NUM_TOKENS, image_id, write_store
 
-NUM_TOKENS, HIDDEN = 64, 384
 NUM_RECORDS, GATHERED = 20_480, 256
-APPENDED_AT_ONCE = 1024
 NUM_SETS = 32  # of random records that the contestants are asked for, turn by turn
 NUM_ROUNDS, NUM_DIRECT_ROUNDS = 160, 5
 NUM_IDS, NUM_RESOLVED = 1_000_000, 50_000
@@ -68,28 +69,20 @@ EXPECTED = ((VERIFIED, COPY, 0.6), (UNVERIFIED, COPY, 0.8), (VERIFIED, MAPPED, 1
 LEAST_OF_LOOP = {16: 1.0, 64: 1.0, 256: 1.0, 1024: 1.0}
 MAX_RESOLVE_MS, MAX_OPEN_S, MAX_OPEN_MB = 25.0, 2.0, 60.0
 
-Dtype = Literal["float16", "int8"]
-Tell = Callable[[str], None]
+Gathers = dict[str, Callable[[Int64], object]]
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
-    """What a store was given: tokens [N, m, H], scales [N, m] (int8), and the ids."""
-
-    ids: list[str]
-    tokens: Array
-    scales: Array | None
-
-
-def run_benchmark(num_rounds: int, scratch: Path, tell: Tell) -> dict[str, Any]:
+def measure(num_rounds: int, scratch: Path, progress: Progress) -> dict[str, Any]:
     """Measure both dtypes and the million ids; files go into `scratch`.
 
     Raises:
         EdjeError: a contestant's output is wrong.
     """
-    dtypes: tuple[Dtype, ...] = ("float16", "int8")
-    gathers = {dtype: measure_gathers(scratch / dtype, dtype, num_rounds, tell) for dtype in dtypes}
-    tell(f"making a catalog of {NUM_IDS:,} ids")
+    gathers = {
+        dtype: measure_gathers(scratch / dtype, dtype, num_rounds, progress)
+        for dtype in ("float16", "int8")
+    }
+    progress(f"making a catalog of {NUM_IDS:,} ids")
     store = write_catalog(scratch / "ids.store", NUM_IDS)
     result = {
         "conditions": conditions(
@@ -100,128 +93,180 @@ def run_benchmark(num_rounds: int, scratch: Path, tell: Tell) -> dict[str, Any]:
             buffer="page-aligned",
         ),
         "gathers": gathers,
-        "sizes": measure_sizes(
-            scratch / "float16" / "tokens.store", tuple(LEAST_OF_LOOP), num_rounds, tell
-        ),
+        "sizes": measure_sizes(scratch / "float16", num_rounds, progress),
         "ids": measure_ids(store, NUM_RESOLVED),
     }
     return {**result, "faults": list(faults_of(result))}
 
 
-def measure_gathers(folder: Path, dtype: Dtype, num_rounds: int, tell: Tell) -> dict[str, Any]:
+def measure_gathers(
+    folder: Path, dtype: str, num_rounds: int, progress: Progress
+) -> dict[str, Any]:
     """Let all contestants gather the same random records in turns; return speeds and ratios."""
-    tell(f"writing {NUM_RECORDS:,} records of {dtype}")
+    progress(f"writing {NUM_RECORDS:,} records of {dtype}")
     folder.mkdir(parents=True)
-    content = make_content(dtype, NUM_RECORDS)
-    write_store(folder / "tokens.store", content)
-    np.save(folder / "tokens.npy", content.tokens)
-    random = np.random.default_rng(1)
-    asked = [random.integers(0, NUM_RECORDS, GATHERED) for _ in range(NUM_SETS)]
+    tokens, scales = random_records(dtype, NUM_RECORDS)
+    write_store(folder / "tokens.store", tokens, scales).close()
+    np.save(folder / "tokens.npy", tokens)
+    sets = random_sets(GATHERED)
+    out = as_pinned(tokens[:GATHERED])
+    out_scales = None if scales is None else np.zeros_like(scales[:GATHERED])
+    mapped = np.load(folder / "tokens.npy", mmap_mode="r")
+    together = {id(numbers): tokens[numbers] for numbers in sets}
     with ExitStack() as stack:
-        stores = {
-            access: stack.enter_context(TokenStore.open(folder / "tokens.store", access=access))
+        cached, direct, resident = (
+            stack.enter_context(TokenStore.open(folder / "tokens.store", access=access))
             for access in ("cached", "direct", "resident")
+        )
+        gathers: Gathers = {
+            COPY: lambda numbers: np.copyto(out, together[id(numbers)]),
+            MAPPED: lambda numbers: mapped[numbers],
+            TAKEN: lambda numbers: np.take(mapped, numbers, axis=0, out=out, mode="clip"),
+            VERIFIED: reading(cached, out, out_scales),
+            UNVERIFIED: reading(cached, out, out_scales, verify=False),
+            RESIDENT: reading(resident, out, out_scales),
         }
-        turns = Turns(content, asked, stores, folder / "tokens.npy")
-        turns.check()
-        tell("reading in turns")
-        contestants = turns.contestants()
-        direct = {DIRECT: contestants.pop(DIRECT)}  # would wait for the disk in every round
-        timings = interleave(contestants, pairs=GATHERED, num_rounds=num_rounds)
-        timings |= interleave(direct, pairs=GATHERED, num_rounds=NUM_DIRECT_ROUNDS)
-        turns.check()
+        progress("reading in turns")
+        timings = timed(gathers, sets, out, tokens, num_rounds)
+        waiting = {DIRECT: reading(direct, out, out_scales)}  # for the disk, in every round
+        timings |= timed(waiting, sets, out, tokens, NUM_DIRECT_ROUNDS)
+    least = {name: timing.min_ms for name, timing in timings.items()}
+    compared = (*EXPECTED, (RESIDENT, COPY, 0), (UNVERIFIED, MAPPED, 0))
     return {
-        "record_bytes": content.tokens[0].nbytes,
+        "record_bytes": tokens[0].nbytes,
         "records": timings_json(timings),
         "gigabytes_per_s": {
-            name: round(timing.pairs_per_s * content.tokens[0].nbytes / 1e9, 2)
+            name: round(timing.pairs_per_s * tokens[0].nbytes / 1e9, 2)
             for name, timing in timings.items()
         },
-        "ratios": ratios(timings),
+        "ratios": {
+            f"{fast} / {slow}": round(least[slow] / least[fast], 3) for fast, slow, _ in compared
+        },
     }
 
 
-class Turns:
-    """Contestants that gather the same sets of records into one buffer."""
+def reading(
+    store: TokenStore, out: Array, scales: Array | None = None, *, verify: bool = True
+) -> Callable[[Int64], object]:
+    """Return what reads the records of these numbers from the store into `out`."""
+    rows = store.live_rows()
+    return lambda numbers: store.read(rows[numbers], out, scales, verify=verify)
 
-    def __init__(
-        self, content: Content, asked: list[Int64], stores: Mapping[str, TokenStore], npy: Path
-    ):
-        self._content, self._asked = content, asked
-        self._out = as_pinned(content.tokens[:GATHERED])
-        self._scales = None if content.scales is None else np.zeros_like(content.scales[:GATHERED])
-        mapped, out = np.load(npy, mmap_mode="r"), self._out
-        sources = {id(places): content.tokens[places] for places in asked}
-        self._gathers: dict[str, Callable[[Int64], object]] = {
-            COPY: lambda places: np.copyto(out, sources[id(places)]),
-            MAPPED: lambda places: mapped[places],
-            TAKEN: lambda places: np.take(mapped, places, axis=0, out=out, mode="clip"),
-            VERIFIED: self._reading(stores["cached"], verify=True),
-            UNVERIFIED: self._reading(stores["cached"], verify=False),
-            RESIDENT: self._reading(stores["resident"], verify=True),
-            DIRECT: self._reading(stores["direct"], verify=True),
+
+def timed(
+    gathers: Gathers, sets: list[Int64], out: Array, tokens: Array, num_rounds: int
+) -> dict[str, Timing]:
+    """Time everyone in turns, each going through the sets; check what they gather before and after.
+
+    Raises:
+        EdjeError: an output differs from `tokens`.
+    """
+    step = len(sets) / len(gathers)  # never a set that the CPU's cache holds
+    contestants = {
+        name: in_turn(gather, sets, int(at * step))
+        for at, (name, gather) in enumerate(gathers.items())
+    }
+    check(gathers, sets, out, tokens)
+    timings = interleave(contestants, pairs=len(out), num_rounds=num_rounds)
+    check(gathers, sets, out, tokens)
+    return timings
+
+
+def check(gathers: Gathers, sets: list[Int64], out: Array, tokens: Array) -> None:
+    """Let everyone gather every set.
+
+    Raises:
+        EdjeError: an output differs from `tokens`.
+    """
+    bits = f"u{tokens.dtype.itemsize}"
+    for name, gather in gathers.items():
+        for at, numbers in enumerate(sets):
+            out[:] = 0
+            got = gather(numbers)
+            found = got if isinstance(got, np.ndarray) else out
+            if not np.array_equal(found.view(bits), tokens[numbers].view(bits)):
+                raise EdjeError(f"{name}: set {at} differs from what was appended")
+
+
+class PlainLoop:
+    """Reads float16 records one by one, with no more than it takes to verify them."""
+
+    def __init__(self, store: TokenStore):
+        """Look everything up beforehand; the files stay open as long as the process runs."""
+        rows = store.live_rows()
+        folder, layout = store.path / SEGMENTS, store.layout
+        files = {
+            segment: os.open(folder / segment_name(segment), os.O_RDONLY)
+            for segment in np.unique(rows >> ROW_BITS).tolist()
         }
+        self._files = [files[segment] for segment in (rows >> ROW_BITS).tolist()]
+        self._offsets = layout.offset(rows & ROW_MASK).tolist()
+        self._seeds = [
+            xxhash.xxh3_128_intdigest(name.encode()) & (2**64 - 1) for name in store.ids()
+        ]
+        self._sums, self._size = store.checksums(rows).tolist(), layout.record_bytes
 
-    def contestants(self) -> dict[str, Callable[[], object]]:
-        """Return name -> one gather; each goes through the sets one after the other."""
-        gathers = self._gathers.items()
-        step = len(self._asked) / len(self._gathers)  # never a set that the CPU's cache holds
-        return {
-            name: in_turn(gather, self._asked, int(at * step))
-            for at, (name, gather) in enumerate(gathers)
-        }
-
-    def check(self) -> None:
-        """Let everyone gather every set.
+    def read(self, numbers: Int64, out: Array) -> None:
+        """Copy the records of these numbers into `out`.
 
         Raises:
-            EdjeError: an output differs from what was appended.
+            EdjeError: a record is not whole.
         """
-        for name, gather in self._gathers.items():
-            for at, places in enumerate(self._asked):
-                self._out[:] = 0
-                got = gather(places)
-                found = got if isinstance(got, np.ndarray) else self._out
-                if not np.array_equal(_bits(found), _bits(self._content.tokens[places])):
-                    raise EdjeError(f"{name}: set {at} differs from what was appended")
-
-    def _reading(self, store: TokenStore, *, verify: bool) -> Callable[[Int64], object]:
-        rows = store.rows(self._content.ids)
-        return lambda places: store.read(rows[places], self._out, self._scales, verify=verify)
+        room, size = out.reshape(-1).view(np.uint8).data, self._size
+        for at, number in enumerate(numbers.tolist()):
+            view = room[at * size : (at + 1) * size]
+            got = os.preadv(self._files[number], [view], self._offsets[number])
+            digest = xxhash.xxh3_64_intdigest(view, self._seeds[number])
+            if got != size or digest != self._sums[number]:
+                raise EdjeError(f"record {number} is not whole")
 
 
-def make_content(dtype: Dtype, count: int) -> Content:
-    """Return random records, the same every time."""
-    random = np.random.default_rng(0)
-    ids, shape = [f"images/{number:07d}.jpg" for number in range(count)], (NUM_TOKENS, HIDDEN)
+def measure_sizes(folder: Path, num_rounds: int, progress: Progress) -> list[dict[str, Any]]:
+    """Let the store and a plain loop read the same random records; return one row a case."""
+    found, tokens = [], np.load(folder / "tokens.npy", mmap_mode="r")
+    with TokenStore.open(folder / "tokens.store") as store:
+        loop = PlainLoop(store)
+        for count in LEAST_OF_LOOP:
+            sets, empty = random_sets(count), np.empty((count, *store.record_shape), np.float16)
+            for name, out in (("aligned", as_pinned(empty)), ("np.empty", empty)):
+                progress(f"reading {count} records into memory that is {name}")
+                readers: Gathers = {
+                    "store": reading(store, out),
+                    "loop": partial(loop.read, out=out),
+                }
+                num_runs = max(num_rounds, num_rounds * 256 // count)
+                timings = timed(readers, sets, out, tokens, num_runs)
+                us = {who: timing.min_ms * 1e3 for who, timing in timings.items()}
+                row = {"records": count, "buffer": name}
+                row |= {f"{who}_us": round(least, 1) for who, least in us.items()}
+                found.append({**row, "ratio": round(us["loop"] / us["store"], 3)})
+    return found
+
+
+def as_pinned(like: Array) -> Array:
+    """Return zeros in memory as the pipeline's slots have it: from a page's start on."""
+    return HostBuffer(like.size, like.dtype).view(like.shape)
+
+
+def random_records(dtype: str, count: int) -> tuple[Array, Array | None]:
+    """Return tokens [N, m, H] and scales [N, m] (None of float16), the same every time."""
+    random, shape = np.random.default_rng(0), (count, NUM_TOKENS, HIDDEN)
     if dtype == "int8":
-        tokens = random.integers(-127, 128, (count, *shape), np.int8)
-        scales = random.uniform(0.001, 0.01, (count, NUM_TOKENS)).astype(np.float16)
-        return Content(ids, tokens, scales)
+        scales = random.uniform(0.001, 0.01, shape[:2]).astype(np.float16)
+        return random.integers(-127, 128, shape, np.int8), scales
     largest = int(np.float16(np.finfo(np.float16).max).view(np.uint16))
-    tokens = random.integers(0, largest, (count, *shape), np.uint16).view(np.float16)
-    return Content(ids, tokens, None)
+    return random.integers(0, largest, shape, np.uint16).view(np.float16), None
 
 
-def write_store(path: Path, content: Content) -> None:
-    """Write the records by the public API."""
-    with create_store(path, str(content.tokens.dtype)) as store:
-        for start in range(0, len(content.ids), APPENDED_AT_ONCE):
-            part = slice(start, start + APPENDED_AT_ONCE)
-            scales = None if content.scales is None else content.scales[part]
-            store.append(content.ids[part], content.tokens[part], scales)
-
-
-def create_store(path: Path, dtype: str) -> TokenStore:
-    """Make an empty store of full-size records."""
-    return TokenStore.create(
-        path, num_tokens=NUM_TOKENS, hidden=HIDDEN, fingerprint_encoder="bench", dtype=dtype
-    )
+def random_sets(count: int) -> list[Int64]:
+    """Return sets of `count` numbers of records, the same every time."""
+    random = np.random.default_rng(1)
+    return [random.integers(0, NUM_RECORDS, count) for _ in range(NUM_SETS)]
 
 
 def write_catalog(path: Path, num_ids: int) -> Path:
     """Write a store of full segments of full-size records, of which only the catalog exists."""
-    with create_store(path, "float16") as store:
+    with write_store(path, np.empty((0, NUM_TOKENS, HIDDEN), np.float16)) as store:
         max_rows = store.layout.max_rows
     catalog = Catalog.open(path, writable=True)
     try:
@@ -236,6 +281,11 @@ def write_catalog(path: Path, num_ids: int) -> Path:
     finally:
         catalog.close()
     return path
+
+
+def _records(numbers: range) -> Records:
+    ids = [image_id(number) for number in numbers]
+    return Records.pack(ids, digests_of(ids), np.array(numbers, np.uint64))
 
 
 def measure_ids(store: Path, num_resolved: int) -> dict[str, float]:
@@ -263,7 +313,7 @@ def resolve(path: Path, num_resolved: int) -> dict[str, float]:
         open_s, after = perf_counter() - began, _memory_mb("VmRSS")
         peak = _memory_mb("VmHWM")
         numbers = np.random.default_rng(2).integers(0, len(store), num_resolved)
-        ids = [_id(number) for number in numbers.tolist()]
+        ids = [image_id(number) for number in numbers.tolist()]
         times = []
         for _ in range(20):
             began = perf_counter()
@@ -284,12 +334,12 @@ def resolve(path: Path, num_resolved: int) -> dict[str, float]:
     }
 
 
-def ratios(timings: Mapping[str, Timing]) -> dict[str, float]:
-    """Return how many times the speed of the second each expected contestant has (minima)."""
-    return {
-        f"{fast} / {slow}": round(timings[slow].min_ms / timings[fast].min_ms, 3)
-        for fast, slow, _ in (*EXPECTED, (RESIDENT, COPY, 0), (UNVERIFIED, MAPPED, 0))
-    }
+def _memory_mb(name: str) -> float:
+    """Return a figure of /proc/self/status in MB."""
+    for line in Path("/proc/self/status").read_text("ascii", "replace").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) / 1e3
+    raise EdjeError(f"/proc/self/status tells no {name}")
 
 
 def faults_of(result: Mapping[str, Any]) -> Iterator[str]:
@@ -332,51 +382,16 @@ def summary(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"NOT REACHED: {fault}" for fault in result["faults"])])
 
 
-def _records(numbers: range) -> Records:
-    ids = [_id(number) for number in numbers]
-    return Records.pack(ids, digests_of(ids), np.array(numbers, np.uint64))
-
-
-def _id(number: int) -> str:
-    return f"images/{number // 1000:04d}/{number:07d}.jpg"
-
-
-def _bits(array: Array) -> Array:
-    return array.view(np.dtype(f"u{array.dtype.itemsize}"))
-
-
-def _memory_mb(name: str) -> float:
-    """Return a figure of /proc/self/status in MB."""
-    for line in Path("/proc/self/status").read_text("ascii", "replace").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) / 1e3
-    raise EdjeError(f"/proc/self/status tells no {name}")
-
-
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, write `store.json`; return 1 where a figure falls short."""
-    parser = argparse.ArgumentParser(prog="python -m edje.perf.bench_store", description=__doc__)
+    parser = command_line("store", __doc__)
     parser.add_argument("--rounds", type=int, default=NUM_ROUNDS)
-    parser.add_argument("--name", default="store", help="of the JSON file")
     parser.add_argument("--resolve", nargs=2, help=argparse.SUPPRESS)
-    add_out_option(parser)
     options = parser.parse_args(arguments)
-    try:
-        if options.resolve:
-            print(json.dumps(resolve(Path(options.resolve[0]), int(options.resolve[1]))))
-            return 0
-        cache = ROOT / ".cache"
-        cache.mkdir(exist_ok=True)
-        with TemporaryDirectory(dir=cache) as scratch:
-            result = run_benchmark(
-                options.rounds, Path(scratch), lambda line: print(f"... {line}", flush=True)
-            )
-    except EdjeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(summary(result))
-    print(f"written to {write_result(options.name, result, options.out)}")
-    return 1 if result["faults"] else 0
+    if options.resolve:
+        print(json.dumps(resolve(Path(options.resolve[0]), int(options.resolve[1]))))
+        return 0
+    return run_benchmark(options, lambda *given: measure(options.rounds, *given), summary)
 
 
 if __name__ == "__main__":

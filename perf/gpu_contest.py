@@ -10,20 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 
-from ..arrays import Float16, Float32, Int32
-from ..bundle import BundleManifest
+from ..arrays import Float32, Int64
+from ..bundle import BundleManifest, ModelSizes
 from ..engines.agreement import rank_agreement
 from ..engines.contract import INPUTS, Batch, Engine
 from ..engines.fidelity import reference_scorer
-from ..engines.manifest import EngineManifest, Profile
+from ..engines.manifest import Profile
 from ..kernels.device.contract import Device
 from ..kernels.device.measuring import GpuArrays, gpu_arrays
 from ..runtime.pipeline import Pipeline, Request, Scored
@@ -31,9 +30,10 @@ from ..runtime.pool import TokenPool
 from ..runtime.source import HeldTokens
 from ..runtime.streams import Streams
 from ..runtime.text import TokenizedQueries
+from .gpu_ceilings import slots_of
 from .gpu_steps import Report
 from .harness import interleave
-from .roofline import slots_of
+from .random_model import SEED, Pairs, random_tokens
 
 NUM_WORDPIECES = (13, 61)
 # The most telling first: whatever the time is too short for comes last.
@@ -43,60 +43,35 @@ NUM_RESIDENT = 4  # batches on the GPU that the bare engine goes around
 NUM_ROUNDS, LEAST_ROUNDS, POINT_S = 7, 3, 1.5
 LEAST_TAU = 0.8  # random weights: int8 has about 0.9, a wrong engine about 0
 CPU_PAIRS = 32  # that the float32 reference scores where PyTorch sees no GPU
-SEED = 0
+STAGES = ("gather_ms", "upload_ms", "compute_ms", "download_ms")
 BARE, PIPELINE, RESIDENT = "bare", "pipeline", "resident"
 
 Scores = Callable[[], Float32]
 
 
-@dataclass(frozen=True, slots=True)
-class Pairs:
-    """One query with its candidates, and what they score.
-
-    Attributes:
-        num_wordpieces: of the query.
-        text_ids: int32 [1, T], without padding.
-        tokens: float16 [N, m, H] in host memory.
-        expected: float32 [M], scores of the first M <= N in float32.
-        reference: what computed them.
-    """
-
-    num_wordpieces: int
-    text_ids: Int32
-    tokens: Float16
-    expected: Float32
-    reference: str
-
-    def batch(self, start: int, size: int) -> Batch:
-        """Return `size` pairs from `start` on, beginning again at the end; a view where it can."""
-        rows = np.arange(start, start + size) % len(self.tokens)
-        whole = rows[-1] - rows[0] == size - 1
-        tokens = self.tokens[rows[0] : rows[0] + size] if whole else self.tokens[rows]
-        length = np.array([self.text_ids.shape[1]], np.int32)
-        return Batch(self.text_ids, length, np.zeros(size, np.int32), tokens)
-
-
-def random_pairs(bundle: BundleManifest, num_pairs: int = NUM_PAIRS) -> tuple[Int32, Float16]:
-    """Return seeded ids int32 [1, longest] (CLS and SEP to be set) and tokens float16 [N, m, H]."""
-    random = np.random.default_rng(SEED)
-    sizes, text = bundle.sizes, bundle.text
-    ids = random.integers(0, sizes.vocab_size, (1, text.max_wordpieces + 2)).astype(np.int32)
-    shape = (num_pairs, sizes.num_tokens, sizes.hidden)
-    return ids, random.standard_normal(shape, np.float32).astype(np.float16)
-
-
 def make_pairs(folder: Path, lengths: Sequence[int], num_pairs: int = NUM_PAIRS) -> list[Pairs]:
     """Return seeded random pairs for queries of each of `lengths` wordpieces, with their scores."""
     bundle = BundleManifest.read(folder)
-    ids, tokens = random_pairs(bundle, num_pairs)
+    sizes, text = bundle.sizes, bundle.text
+    tokens = random_tokens(num_pairs, sizes)
+    random = np.random.default_rng(SEED)
+    ids = random.integers(0, sizes.vocab_size, (1, text.max_wordpieces + 2)).astype(np.int32)
     made = []
     for length in lengths:
         text_ids = ids[:, : length + 2].copy()
-        text_ids[0, 0], text_ids[0, -1] = bundle.text.cls_id, bundle.text.sep_id
-        made.append(Pairs(length, text_ids, tokens, np.empty(0, np.float32), ""))
+        text_ids[0, 0], text_ids[0, -1] = text.cls_id, text.sep_id
+        made.append(Pairs(length, text_ids, tokens))
+    return scored(folder, made, num_pairs)
+
+
+def scored(folder: Path, made: Sequence[Pairs], most: int = NUM_PAIRS) -> list[Pairs]:
+    """Return the pairs with the scores of the first of them in float32, `most` at most."""
     score, reference = float32_scorer(folder)
-    count = num_pairs if reference.startswith("PyTorch") else min(CPU_PAIRS, num_pairs)
-    return [replace(p, expected=score(p.batch(0, count)), reference=reference) for p in made]
+    count = most if reference.startswith("PyTorch") else min(CPU_PAIRS, most)
+    return [
+        replace(p, expected=score(p.batch(0, min(count, len(p.tokens)))), reference=reference)
+        for p in made
+    ]
 
 
 def float32_scorer(folder: Path) -> tuple[Callable[[Batch], Float32], str]:
@@ -139,7 +114,7 @@ def profile_of(lengths: Iterable[int], batch_sizes: Iterable[int]) -> Profile:
     return Profile(max(batch_sizes), tuple(sorted(length + 2 for length in set(lengths))))
 
 
-def agreement(pairs: Pairs, rows: npt.NDArray[np.int64], scores: Float32) -> dict[str, Any]:
+def agreement(pairs: Pairs, rows: Int64, scores: Float32) -> dict[str, Any]:
     """Compare scores of `rows` with float32: max and mean difference, Kendall's tau, finite."""
     known = rows < len(pairs.expected)
     found = rank_agreement([pairs.expected[rows[known]]], [scores[known]])
@@ -162,9 +137,7 @@ def agreement_fault(compared: dict[str, Any]) -> str | None:
     )
 
 
-def compare(
-    contestants: dict[str, Scores], rows: npt.NDArray[np.int64], pairs: Pairs
-) -> list[dict[str, Any]]:
+def compare(contestants: dict[str, Scores], rows: Int64, pairs: Pairs) -> list[dict[str, Any]]:
     """Warm everybody up, check their scores of `rows`, time them in turns; return a row each.
 
     A row whose scores are wrong has a `fault` and no speed.
@@ -195,7 +168,7 @@ def measure_engine(
     measure_points(
         report,
         {"engine": name, "precision": engine.manifest.precision},
-        engine.manifest,
+        engine.manifest.bundle.sizes,
         all_pairs,
         batch_sizes,
         lambda pairs, size: measure_point(engine, pairs, size),
@@ -205,13 +178,12 @@ def measure_engine(
 def measure_points(
     report: Report,
     facts: dict[str, Any],
-    manifest: EngineManifest | BundleManifest,
+    sizes: ModelSizes,
     all_pairs: Sequence[Pairs],
     batch_sizes: Sequence[int],
     measure: Callable[[Pairs, int], list[dict[str, Any]]],
 ) -> None:
     """Report what `measure` gives for every length and size; what it raises is a row's fault."""
-    sizes = manifest.bundle.sizes if isinstance(manifest, EngineManifest) else manifest.sizes
     for size in batch_sizes:
         for pairs in all_pairs:
             slots = slots_of(pairs.num_wordpieces, sizes)
@@ -248,7 +220,8 @@ def measure_point(engine: Engine, pairs: Pairs, size: int) -> list[dict[str, Any
         made = compare(contestants, rows, pairs)
     bare_speed = made[0]["pairs_per_s"]
     for row in made[1:]:
-        row["stages_ms"] = stages_ms(last[row["via"]], num_batches)
+        took = last[row["via"]]
+        row["stages_ms"] = {name: round(getattr(took, name) / num_batches, 4) for name in STAGES}
         both = row["pairs_per_s"] and bare_speed
         row["share_of_bare"] = round(row["pairs_per_s"] / bare_speed, 4) if both else None
     return made
@@ -274,11 +247,7 @@ def make_pipelines(
 
 
 def through_pipeline(
-    pipeline: Pipeline,
-    pairs: Pairs,
-    rows: npt.NDArray[np.int64],
-    name: str,
-    last: dict[str, Scored],
+    pipeline: Pipeline, pairs: Pairs, rows: Int64, name: str, last: dict[str, Scored]
 ) -> Scores:
     """Return a run of all `rows`, shuffled, giving scores in their order; `last` gets its times."""
     length = np.array([pairs.text_ids.shape[1]], np.int32)
@@ -295,27 +264,16 @@ def through_pipeline(
     return run
 
 
-def stages_ms(scored: Scored, num_batches: int) -> dict[str, float]:
-    """Return the mean time of each stage of a batch."""
-    names = ("gather_ms", "upload_ms", "compute_ms", "download_ms")
-    return {name: round(getattr(scored, name) / num_batches, 4) for name in names}
-
-
 def bare_scores(
-    engine: Engine,
-    pairs: Pairs,
-    size: int,
-    num_batches: int,
-    gpu: GpuArrays,
+    engine: Engine, pairs: Pairs, size: int, num_batches: int, gpu: GpuArrays
 ) -> Scores:
     """Return a run over batches that lie on the GPU, the scores fetched at its end."""
-    batches: list[Batch] = []
+    batches = []
     for index in range(NUM_RESIDENT):
         batch = pairs.batch(index * size, size)
-        arrays: dict[str, Any] = {
-            name: gpu.upload(np.ascontiguousarray(getattr(batch, name))) for name in INPUTS
-        }
-        batches.append(Batch(**arrays))
+        arrays = {name: np.ascontiguousarray(getattr(batch, name)) for name in INPUTS}
+        on_gpu: dict[str, Any] = {name: gpu.upload(array) for name, array in arrays.items()}
+        batches.append(Batch(**on_gpu))
     results = [gpu.result((size,), "float32") for _ in batches]
     outs = [cast(Float32, result) for result in results]
 

@@ -37,12 +37,19 @@ from ..runtime.store import TokenStore
 from ..runtime.store.store import Access
 from ..runtime.text import QueryTokenizer
 from . import gpu_contest as contest
-from .gpu_contest import Pairs
+from .gpu_ceilings import slots_of
 from .gpu_engines import TorchEngine, built_engine, manifest_of
 from .gpu_steps import Report
-from .harness import interleave
-from .random_model import full_size_bundle, query_of
-from .roofline import slots_of
+from .harness import interleave, scores_in_order
+from .random_model import (
+    Pairs,
+    full_size_bundle,
+    image_id,
+    query_ids,
+    query_of,
+    random_tokens,
+    write_store,
+)
 
 NUM_IMAGES, MAX_PAIRS, NUM_WORDPIECES = 25_000, 1024, 13
 NUM_DRAWN = 2500  # records; all others are these with their values shifted
@@ -95,19 +102,10 @@ def make_store(
     folder: Path, bundle: BundleManifest, num_images: int = NUM_IMAGES
 ) -> tuple[Path, Float16]:
     """Write a store of seeded random records; return it and its tokens float16 [N, m, H]."""
-    num_drawn = min(NUM_DRAWN, num_images)
-    _, drawn = contest.random_pairs(bundle, num_drawn)
-    tokens = np.empty((num_images, *drawn.shape[1:]), np.float16)
-    with TokenStore.create(
-        folder,
-        num_tokens=drawn.shape[1],
-        hidden=drawn.shape[2],
-        fingerprint_encoder=bundle.fingerprint_encoder,
-    ) as store:
-        for shift, start in enumerate(range(0, num_images, num_drawn)):
-            part = tokens[start : start + num_drawn]
-            part[:] = np.roll(drawn[: len(part)], shift, axis=-1)
-            store.append([image_id(start + at) for at in range(len(part))], part)
+    drawn = random_tokens(min(NUM_DRAWN, num_images), bundle.sizes)
+    shifts = range(-(-num_images // len(drawn)))
+    tokens = np.concatenate([np.roll(drawn, shift, axis=-1) for shift in shifts])[:num_images]
+    write_store(folder, tokens, encoder=bundle.fingerprint_encoder).close()
     return folder, tokens
 
 
@@ -115,11 +113,6 @@ def row_heads(tokens: Float16) -> Float32:
     """Return the first four bytes of every record as float32 [N]: what `RowHeads` scores."""
     heads: Float32 = tokens.reshape(len(tokens), -1)[:, :2].copy().view(np.float32)[:, 0]
     return heads
-
-
-def image_id(number: int) -> str:
-    """Return an id as services have them."""
-    return f"images/{number:08}.jpg"
 
 
 def measure_places(
@@ -140,7 +133,8 @@ def measure_places(
         compared = {contest.BARE: contest.agreement(pairs, first, bare())}
         runs: dict[str, Callable[[], object]] = {contest.BARE: bare}
         for place, reranker in rerankers.items():
-            scores = scores_of(reranker, query, num_images)
+            reranker.rank(query)  # warms up
+            scores = scores_in_order(reranker, query)
             compared[place] = contest.agreement(pairs, np.arange(num_images), scores)
             runs[place] = partial(reranker.rank, query, top_k=TOP_K)
         timings = interleave(runs, pairs=num_images, num_rounds=NUM_ROUNDS)
@@ -177,15 +171,6 @@ def opened_reranker(engine: Engine, folder: Path, store: Path, place: Place) -> 
         yield reranker
 
 
-def scores_of(reranker: Reranker, query: str, num_images: int) -> Float32:
-    """Return the score of every image in the order of the store; the first of two runs warms up."""
-    scores = np.full(num_images, np.nan, np.float32)
-    reranker.rank(query)
-    for hit in reranker.rank(query):
-        scores[hit.index] = hit.score
-    return scores
-
-
 def call_times_ms(call: Callable[[], object]) -> dict[str, float]:
     """Return median and least wall time of one caller's requests, warmed up."""
     times = []
@@ -207,12 +192,9 @@ def _fault(compared: dict[str, Any], *, exactly: bool) -> str | None:
 def query_pairs(folder: Path, tokens: Float16) -> Pairs:
     """Return the query with all images, the first of them scored in float32."""
     spec = BundleManifest.read(folder).text
-    queries = QueryTokenizer.open(folder, spec)([query_of(NUM_WORDPIECES)])
-    text_ids = queries.text_ids[:, : queries.text_length[0]]
-    score, reference = contest.float32_scorer(folder)
-    pairs = Pairs(NUM_WORDPIECES, text_ids, tokens, np.empty(0, np.float32), reference)
-    count = contest.NUM_PAIRS if reference.startswith("PyTorch") else contest.CPU_PAIRS
-    return replace(pairs, expected=score(pairs.batch(0, min(count, len(tokens)))))
+    text_ids = query_ids(folder, spec, query_of(NUM_WORDPIECES))
+    [pairs] = contest.scored(folder, [Pairs(NUM_WORDPIECES, text_ids, tokens)])
+    return pairs
 
 
 def _open_engine(folder: Path, profile: Profile, report: Report) -> tuple[str, Engine]:

@@ -14,8 +14,8 @@ import argparse
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,17 +25,23 @@ from typing import Any
 from ..bundle import ModelSizes
 from ..errors import EdjeError
 from ..kernels.device.facts import current_gpu, gpu_fault
-from . import random_model
+from . import bench_precisions
+from .gpu_ceilings import PRECISIONS, roofs
+from .gpu_contest import STAGES
 from .gpu_steps import OK, SKIPPED, Report, StepResult, run_step
-from .gpu_table import ceilings_of, ceilings_text, engines_table, found_text, step_texts, with_roofs
-from .gpu_work import STEPS, Step, find_step
+from .gpu_work import STEPS, Step
 from .harness import RESULTS, conditions, write_result
+from .random_model import DESCRIPTION, full_size
+
+Row = Mapping[str, Any]
 
 BUDGET_S = 500.0  # the whole run; the limits of the steps add up to more
 MARGIN_S = 15.0  # a step starts nothing new so long before its end
 LEAST_S = 20.0
 LINES_SHOWN = 30  # of a failed step's output; the JSON keeps more
-_CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu"
+CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu"
+HEAD = ("engine", "tokens", "words", "batch", "pairs/s", "of bare", "of roof", "stages, ms a batch",
+        "max diff", "tau")  # fmt: skip
 
 
 def run_steps(steps: Sequence[Step], scratch: Path, budget_s: float) -> list[StepResult]:
@@ -64,7 +70,7 @@ def run_steps(steps: Sequence[Step], scratch: Path, budget_s: float) -> list[Ste
 
 def clocks() -> str | None:
     """Return the GPU's clocks, temperature, power and load as nvidia-smi says them."""
-    command = ["nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -79,21 +85,43 @@ def result_of(steps: Sequence[StepResult], sizes: ModelSizes, gpu: str) -> dict[
     return {
         "conditions": conditions(
             gpu=gpu,
-            model="12 layers, hidden 384, FFN 1536, 64 tokens, random weights",
+            model=DESCRIPTION,
             data="seeded random ids and standard normal tokens",
             timing="minimum of the rounds; bare and pipeline take turns, engines do not",
         ),
         "ceilings": ceilings,
         "ladder": with_roofs(rows, ceilings_of(ceilings), sizes),
         "steps": [
-            {**step.to_json(), "values": _without(step.values, ("ceilings", "rows"))}
+            {
+                **asdict(step),
+                "values": {k: v for k, v in step.values.items() if k not in ("ceilings", "rows")},
+            }
             for step in steps
         ],
     }
 
 
-def _without(values: Any, names: Sequence[str]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in names}
+def ceilings_of(rows: Iterable[Row]) -> dict[str, float]:
+    """Return the ceilings that others are shares of, by key; those that were measured."""
+    return {row["key"]: row["per_s"] for row in rows if row["key"] and row["per_s"]}
+
+
+def with_roofs(rows: Sequence[Row], ceilings: Mapping[str, float], sizes: ModelSizes) -> list[Any]:
+    """Return the rows, each with `roofs` (pairs/s by ceiling) and `share_of_roof`.
+
+    The share is of the large matrix product in the row's own precision; None where either was
+    not measured, and for fp32, which has no such ceiling here.
+    """
+    made = []
+    for row in rows:
+        found = roofs(row["slots"], sizes, ceilings)
+        kept = {name: limit for name, limit in found.items() if name not in PRECISIONS}
+        roof, speed = found.get(row.get("precision", "")), row["pairs_per_s"]
+        if roof:
+            kept["product"] = roof
+        share = speed / roof if speed and roof else None
+        made.append({**row, "roofs": kept, "share_of_roof": share})
+    return made
 
 
 def faults_of(result: dict[str, Any]) -> list[str]:
@@ -118,19 +146,124 @@ def faults_of(result: dict[str, Any]) -> list[str]:
     return [*broken, *slow, *(name for names in tests for name in names), *wrong]
 
 
-def summary(result: dict[str, Any], steps: Sequence[StepResult]) -> str:
+def summary(result: dict[str, Any]) -> str:
     """Return what the terminal gets."""
-    found = [found_text(step.values) for step in steps if "gpu" in step.values]
-    parts = [*found, ceilings_text(result["ceilings"])]
+    values = [step["values"] for step in result["steps"]]
     return "\n".join(
         [
-            *parts,
+            *(found_text(found) for found in values if "gpu" in found),
+            "ceilings:",
+            *(f"  {row['name']:34} {_rate(row)}" for row in result["ceilings"]),
             "",
-            engines_table(result["ladder"], steps),
-            *(text for step in steps for text in step_texts(step.values)),
+            engines_table(result["ladder"]),
+            *(
+                f"{step['name']}: {step['status']} after {step['seconds']:.0f} s: {step['reason']}"
+                for step in result["steps"]
+                if step["status"] != OK
+            ),
+            *(text for found in values for text in step_texts(found)),
             *(f"FAILED: {fault}" for fault in faults_of(result)),
         ]
     )
+
+
+def found_text(values: Mapping[str, Any]) -> str:
+    """Return what the first step found: GPU, versions, and what each backend runs or why not."""
+    gpu, versions = values["gpu"], values["versions"]
+    there = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    absent = ", ".join(name for name, version in versions.items() if not version)
+    lines = [
+        f"{gpu['name']}, compute capability {gpu['capability']}, "
+        f"driver for CUDA {gpu['cuda_version']}, Python {values['python']}",
+        f"  here: {there}",
+        f"  not here: {absent or 'nothing that is used'}",
+        f"  onnxruntime providers: {', '.join(values['onnxruntime_providers'])}",
+    ]
+    for name, backend in values["backends"].items():
+        reasons = backend["precisions"]
+        runs = ", ".join(precision for precision, reason in reasons.items() if reason is None)
+        why_not = next((reason for reason in reasons.values() if reason), "")
+        lines.append(f"  {name}: {runs or f'nothing: {why_not}'}")
+    return "\n".join(lines)
+
+
+def step_texts(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a step found beside its rows: tests, copies, latencies, the CPU's engines."""
+    if "passed" in values:
+        counts = ", ".join(f"{values[name]} {name}" for name in ("passed", "failed", "skipped"))
+        yield f"tests: {counts}"
+        yield from (f"  skipped: {reason}" for reason in values["skip_reasons"])
+        yield from (f"{name}\n{text}" for name, text in values["failure_texts"].items())
+    for name, copies in values.get("copies", {}).items():
+        yield f"copies by {name}: {copies['fault'] or copies['text']}"
+    for row in values.get("latencies", []):
+        yield (
+            f"{row['engine']}, {row['via']}: {row['candidates']} candidates, one caller, "
+            f"p50 {row['p50_ms']:.2f} ms, least {row['min_ms']:.2f} ms"
+        )
+    if "cpu" in values:
+        yield bench_precisions.summary(values["cpu"])
+
+
+def engines_table(rows: Iterable[Row]) -> str:
+    """Return the table: a line for every best row, then one for every fault."""
+    best = best_rows(rows)
+    lines = [HEAD, *(_cells(row) for row in best if row["pairs_per_s"])]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
+    text = [
+        "  ".join(
+            cell.ljust(width) if index < 2 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    text += [
+        f"{row['engine']}, {row['wordpieces']} words, batch {row['batch']}: {row['fault']}"
+        for row in best
+        if not row["pairs_per_s"]
+    ]
+    return "\n".join(text)
+
+
+def best_rows(rows: Iterable[Row]) -> list[Row]:
+    """Return the fastest batch of every engine, way and length, in the order of the rows.
+
+    Where no batch worked, the first one that failed.
+    """
+    best: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = row["engine"], row["via"], row["wordpieces"]
+        if key not in best or (row["pairs_per_s"] or 0) > (best[key]["pairs_per_s"] or 0):
+            best[key] = row
+    return list(best.values())
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    stages, compared = row.get("stages_ms"), row["agreement"]
+    return (
+        row["engine"],
+        row["via"],
+        str(row["wordpieces"]),
+        str(row["batch"]),
+        f"{row['pairs_per_s']:,.0f}",
+        _share(row.get("share_of_bare")),
+        _share(row["share_of_roof"]),
+        " + ".join(f"{stages[name]:.2f}" for name in STAGES) if stages else "-",
+        f"{compared['max_abs_diff']:.1e}",
+        f"{compared['kendall_tau']:.4f}",
+    )
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _rate(row: Row) -> str:
+    if not row["per_s"]:
+        return f"not measured: {row['fault']}"
+    if row["unit"] == "byte/s":
+        return f"{row['per_s'] / 1e9:8.1f} GB/s"
+    return f"{row['per_s'] / 1e12:8.1f} TFLOP/s"
 
 
 def safe_name(gpu: str) -> str:
@@ -173,8 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu = current_gpu().name
     with TemporaryDirectory() as scratch:
         results = run_steps(steps, Path(scratch), options.seconds)
-    result = result_of(results, random_sizes(), gpu)
-    print(summary(result, results))
+    result = result_of(results, full_size(), gpu)
+    print(summary(result))
     path = write_result(f"{safe_name(gpu)}-{date.today().isoformat()}", result, options.out)
     print(f"written to {path}")
     return 1 if faults_of(result) else 0
@@ -183,25 +316,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_one(options: argparse.Namespace) -> int:
     """Do one step here; what it lacks is said in one sentence."""
     try:
-        find_step(options.step).run(Report(options.report, options.seconds))
+        [step] = chosen_steps([options.step], [])
+        step.run(Report(options.report, options.seconds))
     except EdjeError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
-
-
-def random_sizes() -> ModelSizes:
-    """Return the sizes of the full-size random model, without exporting it."""
-    return ModelSizes(
-        num_tokens=random_model.NUM_TOKENS,
-        hidden=random_model.HIDDEN,
-        num_layers=random_model.NUM_LAYERS,
-        num_heads=random_model.NUM_HEADS,
-        intermediate=random_model.INTERMEDIATE,
-        vocab_size=random_model.NUM_WORDS + 1,
-        feature_dim=random_model.FEATURE_DIM,
-        num_features=None,
-    )
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -43,10 +43,6 @@ class StepResult:
     values: Mapping[str, Any] = field(default_factory=dict)
     output: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values."""
-        return asdict(self)
-
 
 class Report:
     """The step's side: values that reach the file at once.
@@ -66,17 +62,13 @@ class Report:
         """Seconds until the deadline; negative after it."""
         return self.deadline - monotonic()
 
+    def add(self, name: str, row: Mapping[str, Any]) -> None:
+        """Append a row to the list `name` and write everything."""
+        self.put(**{name: [*self.values.get(name, []), dict(row)]})
+
     def put(self, **values: Any) -> None:
         """Set values by name and write all of them."""
         self.values.update(values)
-        self._write()
-
-    def add(self, name: str, row: Mapping[str, Any]) -> None:
-        """Append a row to the list `name` and write everything."""
-        self.values.setdefault(name, []).append(dict(row))
-        self._write()
-
-    def _write(self) -> None:
         whole = self._path.with_suffix(".part")
         whole.write_text(json.dumps(self.values), encoding="utf-8")
         os.replace(whole, self._path)
@@ -145,10 +137,8 @@ def _read(report: Path) -> tuple[dict[str, Any], str | None]:
 def _how_it_ended(code: int) -> str:
     if code >= 0:
         return f"exit status {code}"
-    try:
-        return f"killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"killed by signal {-code}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"killed by {names.get(-code, f'signal {-code}')}"
 
 
 def _last_lines(output: str) -> str:

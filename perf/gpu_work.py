@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,22 +22,21 @@ from ..engines.fidelity import reference_scorer
 from ..engines.registry import probe_backends
 from ..errors import EdjeError
 from ..kernels.device import GPU_DEVICES, open_gpu
-from ..kernels.device.copies import measure_copies
 from ..kernels.device.facts import current_gpu
+from ..kernels.device.measuring import measure_copies
 from . import bench_precisions
 from . import gpu_contest as contest
-from .bench_end_to_end import Settings
 from .gpu_ceilings import measure_ceilings
-from .gpu_contest import BATCH_SIZES, NUM_WORDPIECES, Pairs, make_pairs, measure_engine, profile_of
+from .gpu_contest import BATCH_SIZES, NUM_WORDPIECES, make_pairs, measure_engine, profile_of
 from .gpu_engines import TorchEngine, built_engine
 from .gpu_rank import measure_rank
 from .gpu_steps import Report
-from .harness import ROOT
-from .random_model import full_size_bundle
+from .harness import ROOT, versions
+from .random_model import Pairs, full_size_bundle
 
 LIBRARIES = (
-    "numpy", "cuda-bindings", "cuda-core", "pycuda", "cupy-cuda12x", "cupy-cuda13x", "torch",
-    "triton", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt",
+    "numpy", "cuda-bindings", "cuda-core", "pycuda", "torch",
+    "triton", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt",
     "tensorrt-rtx-cu13-bindings", "pytest",
 )  # fmt: skip
 LEAN_WORDPIECES = (*NUM_WORDPIECES, 12, 29)  # 80 and 128 slots, then 79 and 96
@@ -48,7 +45,6 @@ FEW_BATCHES = (256, 1024)  # for the lengths that compiling leaves little time f
 FLOAT32_TOLERANCE = 1e-3
 NUM_CHECKED = 16
 MOST_TEXT = 8192  # characters of a failing test's output, its end
-_HOST, _DEVICE = "from host", "bare"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +63,15 @@ class Step:
     run: Callable[[Report], None]
 
 
-def find_step(name: str) -> Step:
-    """Return a step by its name.
-
-    Raises:
-        EdjeError: there is none.
-    """
-    for step in STEPS:
-        if step.name == name:
-            return step
-    raise EdjeError(f"no such step: {name}", hint=f"{', '.join(step.name for step in STEPS)}")
-
-
 def look_around(report: Report) -> None:
     """Report the GPU, the versions of the libraries, and what each backend can run."""
     report.put(gpu=asdict(current_gpu()), python=platform.python_version())
-    report.put(versions={name: _version(name) for name in LIBRARIES})
     backends = {
         status.name: {"version": status.version, "precisions": dict(status.runs)}
         for status in probe_backends()
     }
-    report.put(backends=backends, torch=_torch_facts(), onnxruntime_providers=_providers())
+    report.put(versions=versions(LIBRARIES), backends=backends)
+    report.put(torch=_torch_facts(), onnxruntime_providers=_providers())
     report.put(copies={name: copies_of(name) for name in GPU_DEVICES})
 
 
@@ -153,43 +137,44 @@ def prepare(report: Report) -> None:
         EdjeError: it is not.
     """
     folder = full_size_bundle()
-    exact = reference_scorer(folder)
-    score, name = contest.float32_scorer(folder)
-    ids, tokens = contest.random_pairs(BundleManifest.read(folder), NUM_CHECKED)
-    length = np.array([ids.shape[1]], np.int32)
-    batch = Batch(ids, length, np.zeros(NUM_CHECKED, np.int32), tokens)
-    difference = float(np.abs(score(batch) - exact(batch)).max())
-    report.put(reference=name, max_abs_diff_to_the_bundle=difference, num_pairs=NUM_CHECKED)
+    [pairs] = make_pairs(folder, NUM_WORDPIECES[:1], NUM_CHECKED)
+    exact = reference_scorer(folder)(pairs.batch(0, NUM_CHECKED))
+    difference = float(np.abs(pairs.expected - exact).max())
+    report.put(
+        reference=pairs.reference,
+        max_abs_diff_to_the_bundle=difference,
+        num_pairs=NUM_CHECKED,
+    )
     if not difference <= FLOAT32_TOLERANCE:
-        raise EdjeError(f"{name} differs from the bundle by {difference:.1e}")
+        raise EdjeError(f"{pairs.reference} differs from the bundle by {difference:.1e}")
 
 
 def measure_official(report: Report) -> None:
     """Measure PyTorch eager in float16 as the official code runs it, tokens here and there."""
-    import torch
-
     from .scorers import official_scorer
 
     folder = full_size_bundle()
     score = official_scorer(device="cuda", dtype="float16")
-
-    def point(pairs: Pairs, size: int) -> list[dict[str, Any]]:
-        return _measure_official_point(torch, score, pairs, size)
-
-    facts = {"engine": "PyTorch eager, official", "precision": "fp16"}
-    all_pairs = make_pairs(folder, NUM_WORDPIECES)
-    manifest = BundleManifest.read(folder)
-    contest.measure_points(report, facts, manifest, all_pairs, BATCH_SIZES, point)
+    contest.measure_points(
+        report,
+        {"engine": "PyTorch eager, official", "precision": "fp16"},
+        BundleManifest.read(folder).sizes,
+        make_pairs(folder, NUM_WORDPIECES),
+        BATCH_SIZES,
+        partial(_measure_official_point, score),
+    )
 
 
 def _measure_official_point(
-    torch: Any, score: Callable[[Batch], Float32], pairs: Pairs, size: int
+    score: Callable[[Batch], Float32], pairs: Pairs, size: int
 ) -> list[dict[str, Any]]:
     """Measure one batch size: tokens on the GPU, and from host memory as NumPy holds them."""
+    import torch
+
     num_batches = max(1, contest.NUM_PAIRS // size // 4)
     rows = np.arange(num_batches * size) % len(pairs.tokens)
     on_host = [pairs.batch(index * size, size) for index in range(num_batches)]
-    tokens = torch.from_numpy(pairs.tokens).cuda()
+    tokens: Any = torch.from_numpy(pairs.tokens).cuda()
     on_device = [
         replace(batch, visual_tokens=tokens[start : start + size])
         for index, batch in enumerate(on_host)
@@ -199,7 +184,7 @@ def _measure_official_point(
     def over(batches: list[Batch]) -> Float32:
         return np.concatenate([score(batch) for batch in batches])
 
-    runs = {_DEVICE: lambda: over(on_device), _HOST: lambda: over(on_host)}
+    runs = {contest.BARE: lambda: over(on_device), "from host": lambda: over(on_host)}
     return contest.compare(runs, rows, pairs)
 
 
@@ -222,8 +207,7 @@ def measure_cpu(report: Report) -> None:
     Raises:
         EdjeError: contestants disagree on the scores.
     """
-    settings = Settings(max(bench_precisions.BATCH_SIZES), NUM_WORDPIECES[0], CPU_ROUNDS, None)
-    report.put(cpu=bench_precisions.run_benchmark(settings, _tell))
+    report.put(cpu=bench_precisions.measure(CPU_ROUNDS, None, _tell))
 
 
 def _measure_opened(name: str, open_engine: Callable[[Path], Engine], report: Report) -> None:
@@ -249,16 +233,9 @@ def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _torch_facts() -> dict[str, Any]:
     try:
-        torch = importlib.import_module("torch")
+        import torch
     except ImportError as error:
         return {"fault": str(error)}
     if not torch.cuda.is_available():
@@ -273,12 +250,12 @@ def _torch_facts() -> dict[str, Any]:
     }
 
 
-def _providers() -> Sequence[str]:
+def _providers() -> list[str]:
     try:
-        providers: list[str] = importlib.import_module("onnxruntime").get_available_providers()
+        import onnxruntime
     except ImportError as error:
         return [str(error)]
-    return providers
+    return list(onnxruntime.get_available_providers())
 
 
 STEPS = (

@@ -1,4 +1,4 @@
-"""Compare in one process, interleaved; report ratios of minima, with every condition.
+"""The frame of every benchmark: turns in one process, minima, conditions, one command, one JSON.
 
 A loaded or throttling machine slows whoever runs at the moment. Taking turns gives everybody the
 same share of the bad moments, and the minimum is the run that was disturbed least.
@@ -11,30 +11,35 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
+from itertools import cycle
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from time import perf_counter, process_time
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from .. import __version__
+from ..arrays import Float32
 from ..errors import EdjeError
 from ..machine import cpu_features, cpu_model, usable_cores
+
+if TYPE_CHECKING:
+    from ..runtime.reranker import Reranker
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 SCRATCH = Path(".cache") / "perf"  # git ignores it: a trial run never touches the kept results
-LIBRARIES = (
-    "numpy",
-    "onnxruntime",
-    "openvino",
-    "tokenizers",
-    "torch",
-    "transformers",
-)
+LIBRARIES = ("numpy", "onnxruntime", "openvino", "tokenizers", "torch", "transformers")
+
+Item = TypeVar("Item")
+Progress = Callable[[str], None]  # called with a line that says what is being done
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,26 +64,60 @@ class Timing:
     num_runs: int
 
 
-def interleave(
-    contestants: Mapping[str, Callable[[], object]], *, pairs: int, num_rounds: int
-) -> dict[str, Timing]:
-    """Time `num_rounds` rounds in which every contestant runs once. They must be warm already.
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Milliseconds of a contestant's runs in their order: wall, and CPU time of all threads."""
+
+    wall_ms: list[float]
+    cpu_ms: list[float]
+
+
+def take_turns(
+    contestants: Mapping[str, Callable[[], object]], num_rounds: int
+) -> dict[str, Times]:
+    """Run `num_rounds` rounds in which every contestant runs once. They must be warm already.
 
     Every round starts with another contestant, so that none always follows the same one.
     """
     if num_rounds < 1:
         raise EdjeError(f"num_rounds is {num_rounds}, expected 1 or more")
     names = list(contestants)
-    walls: dict[str, list[float]] = {name: [] for name in names}
-    cpus: dict[str, list[float]] = {name: [] for name in names}
+    times = {name: Times([], []) for name in names}
     for round_index in range(num_rounds):
         first = round_index % len(names)
         for name in names[first:] + names[:first]:
             cpu, began = process_time(), perf_counter()
             contestants[name]()
-            walls[name].append((perf_counter() - began) * 1e3)
-            cpus[name].append((process_time() - cpu) * 1e3)
-    return {name: _timing(name, pairs, walls[name], cpus[name]) for name in names}
+            times[name].wall_ms.append((perf_counter() - began) * 1e3)
+            times[name].cpu_ms.append((process_time() - cpu) * 1e3)
+    return times
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[], object]], *, pairs: int, num_rounds: int
+) -> dict[str, Timing]:
+    """Let the contestants take turns; return what each took for its `pairs`."""
+    found = {}
+    for name, times in take_turns(contestants, num_rounds).items():
+        least = min(times.wall_ms)
+        found[name] = Timing(
+            name=name,
+            pairs=pairs,
+            min_ms=round(least, 3),
+            median_ms=round(median(times.wall_ms), 3),
+            min_cpu_ms=round(min(times.cpu_ms), 3),
+            pairs_per_s=round(pairs / least * 1e3, 3),
+            num_runs=num_rounds,
+        )
+    return found
+
+
+def in_turn(
+    run: Callable[[Item], object], items: Sequence[Item], first: int = 0
+) -> Callable[[], object]:
+    """Return what runs one item after the other, beginning with number `first`, round and round."""
+    turns = cycle([*items[first:], *items[:first]])
+    return lambda: run(next(turns))
 
 
 def speedup(fast: Timing, slow: Timing) -> float:
@@ -94,21 +133,76 @@ def conditions(**more: Any) -> dict[str, Any]:
         "cores": usable_cores(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
-        "versions": {"edje-runtime": __version__, **{name: _version(name) for name in LIBRARIES}},
+        "versions": {"edje-runtime": __version__, **versions(LIBRARIES)},
         "commit": _commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **more,
     }
 
 
-def add_out_option(parser: argparse.ArgumentParser) -> None:
-    """Give a benchmark its `--out`: the folder that its JSON is written to."""
+def conditions_line(where: Mapping[str, Any], *names: str) -> str:
+    """Return the conditions that stand below every summary, with those of `names`, in brackets."""
+    more = "".join(f"{name.replace('_', ' ')} {where[name]}, " for name in names)
+    return (
+        f"({where['cpu']}, {where['cores']} cores, {more}"
+        f"load {where['load_average'][0]}, commit {where['commit']})"
+    )
+
+
+def command_line(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """Return the parser of `bench_<name>`, with how its JSON is called and where it goes."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__}.bench_{name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--name", default=name, help="of the JSON file")
     parser.add_argument(
         "--out",
         type=Path,
         default=SCRATCH,
         help=f"folder of the JSON; default: {SCRATCH}; perf/results keeps it",
     )
+    return parser
+
+
+def run_benchmark(
+    options: argparse.Namespace,
+    measure: Callable[[Path, Progress], dict[str, Any]],
+    summary: Callable[[Mapping[str, Any]], str],
+) -> int:
+    """Measure in a scratch folder, print the summary, write the JSON; return the exit status.
+
+    It is 1 where the result has `faults` or is `broken`, 2 where nothing could be measured.
+    """
+    cache = ROOT / ".cache"  # a disk, which the system's temporary folder need not be
+    cache.mkdir(exist_ok=True)
+    try:
+        with TemporaryDirectory(dir=cache) as scratch:
+            result = measure(Path(scratch), lambda line: print(f"... {line}", flush=True))
+    except EdjeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(summary(result))
+    print(f"written to {write_result(options.name, result, options.out)}")
+    return 1 if result.get("faults") or result.get("broken") else 0
+
+
+def scores_in_order(
+    reranker: Reranker, query: str, candidates: Sequence[str] | None = None
+) -> Float32:
+    """Return the score of every candidate (None: of the whole store) in their order: float32 [N].
+
+    Raises:
+        EdjeError: a candidate has no score.
+    """
+    result = reranker.rank(query, candidates)
+    if result.errors:
+        raise EdjeError(f"{len(result.errors)} candidates of {query!r} have no score")
+    scores = np.empty(len(result), np.float32)
+    for hit in result:
+        scores[hit.index] = hit.score
+    return scores
 
 
 def write_result(name: str, values: Mapping[str, Any], folder: Path) -> Path:
@@ -119,34 +213,26 @@ def write_result(name: str, values: Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
-def table(timings: Mapping[str, Timing]) -> str:
-    """Return the timings as aligned lines of text."""
-    width = max(len(name) for name in timings)
-    head = f"{'':{width}}  {'pairs/s':>9}  {'min ms':>9}  {'median ms':>9}  {'CPU ms':>9}"
-    rows = [
-        f"{t.name:{width}}  {t.pairs_per_s:9.1f}  {t.min_ms:9.1f}  {t.median_ms:9.1f}"
-        f"  {t.min_cpu_ms:9.1f}"
-        for t in timings.values()
-    ]
-    return "\n".join([head, *rows])
-
-
 def timings_json(timings: Mapping[str, Timing]) -> list[dict[str, Any]]:
     """Return the timings as plain JSON values."""
     return [asdict(timing) for timing in timings.values()]
 
 
-def _timing(name: str, pairs: int, walls: list[float], cpus: list[float]) -> Timing:
-    least = min(walls)
-    return Timing(
-        name=name,
-        pairs=pairs,
-        min_ms=round(least, 3),
-        median_ms=round(median(walls), 3),
-        min_cpu_ms=round(min(cpus), 3),
-        pairs_per_s=round(pairs / least * 1e3, 3),
-        num_runs=len(walls),
-    )
+def timings_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return timings, as their JSON holds them, as aligned lines of text."""
+    width = max(len(row["name"]) for row in rows)
+    head = f"{'':{width}}  {'pairs/s':>9}  {'min ms':>9}  {'median ms':>9}  {'CPU ms':>9}"
+    lines = [
+        f"{row['name']:{width}}  {row['pairs_per_s']:9.1f}  {row['min_ms']:9.1f}"
+        f"  {row['median_ms']:9.1f}  {row['min_cpu_ms']:9.1f}"
+        for row in rows
+    ]
+    return "\n".join([head, *lines])
+
+
+def versions(names: Iterable[str]) -> dict[str, str | None]:
+    """Return the installed version of every distribution, None where it is not there."""
+    return {name: _version(name) for name in names}
 
 
 def _version(name: str) -> str | None:

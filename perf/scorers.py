@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from ..arrays import Float32
@@ -19,12 +20,12 @@ from ..engines.contract import Batch
 from .random_model import write_checkpoint
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from transformers import BertForMaskedLM
 
-
-Weights = dict[str, "Tensor"]
+Weights = dict[str, Tensor]
 EPSILON = 1e-12
-_PARTS = ("query", "key", "value")
+PARTS = ("query", "key", "value")
+HEAD = "classification_head"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,8 @@ class Scorer:
         for weights in self.layers[:-1]:
             x = self.layer(x, weights)
         cls = self.last_layer(x, self.layers[-1])
-        head = self.head
-        pooled = torch.tanh(functional.linear(cls, head["pooler.weight"], head["pooler.bias"]))
-        scores = functional.linear(pooled, head["classifier.weight"], head["classifier.bias"])
-        return scores.squeeze(-1).float()
+        pooled = torch.tanh(_linear(cls, self.head, "pooler"))
+        return _linear(pooled, self.head, "classifier").squeeze(-1).float()
 
     def _embed(self, text_ids: Tensor, query_of_pair: Tensor, visual_tokens: Tensor) -> Tensor:
         """Return the first layer's input [P, T + m + 1, H]."""
@@ -97,9 +96,16 @@ def load_scorer(
     layer: Callable[..., Any] = partial(_run_layer, num_heads=sizes.num_heads)
     last: Callable[..., Any] = partial(_run_last_layer, num_heads=sizes.num_heads)
     if compiled:
-        _allow_many_shapes()
+        from torch._dynamo import config
+
+        config.recompile_limit = 256  # a kernel for every shape: it would stop after eight
+        config.accumulated_recompile_limit = 1024
         layer, last = torch.compile(layer, dynamic=False), torch.compile(last, dynamic=False)
-    head = {name: _for_linear(name, tensors[name]) for name in tensors if _is_head(name)}
+    head = {
+        name: _for_linear(name, value)
+        for name, value in tensors.items()
+        if name.startswith(("pooler.", "classifier."))
+    }
     return Scorer(_below(tensors, "embeddings."), layers, head, sizes, layer, last)
 
 
@@ -159,18 +165,18 @@ def _initializers(graph: Path) -> dict[str, Any]:
     }
 
 
-def _layer_weights(weights: Mapping[str, Tensor]) -> Weights:
+def _layer_weights(weights: Weights) -> Weights:
     """Return a layer's tensors with query, key and value in one."""
-    qkv = {
-        "qkv.weight": torch.cat([weights[f"{part}.weight"].t() for part in _PARTS]),
-        "qkv.bias": torch.cat([weights[f"{part}.bias"] for part in _PARTS]),
-    }
     rest = {
         name: _for_linear(name, value)
         for name, value in weights.items()
-        if name.partition(".")[0] not in _PARTS
+        if name.partition(".")[0] not in PARTS
     }
-    return {**qkv, **rest}
+    return {
+        **rest,
+        "qkv.weight": torch.cat([weights[f"{part}.weight"].t() for part in PARTS]),
+        "qkv.bias": torch.cat([weights[f"{part}.bias"] for part in PARTS]),
+    }
 
 
 def _for_linear(name: str, value: Tensor) -> Tensor:
@@ -179,30 +185,12 @@ def _for_linear(name: str, value: Tensor) -> Tensor:
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> Weights:
+    """Return the tensors whose names begin with `prefix`, without it."""
     return {
-        name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
     }
-
-
-def _is_head(name: str) -> bool:
-    return name.startswith(("pooler.", "classifier."))
-
-
-def _allow_many_shapes() -> None:
-    """Let torch.compile keep a kernel for every shape: it gives up after eight."""
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = 256
-    torch._dynamo.config.accumulated_recompile_limit = 1024
-
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import BertForMaskedLM
-
-    State = dict[str, torch.Tensor]
-
-HEAD = "classification_head"
 
 
 def official_scorer(
@@ -214,46 +202,33 @@ def official_scorer(
     `dtype` are PyTorch's names. As in the official evaluation, a batch is one caption with its
     candidates, so nothing is padded. `visual_tokens` may be a tensor on the device already.
     """
-    import torch
+    from transformers import BertConfig, BertForMaskedLM
 
     with TemporaryDirectory() as scratch:
         checkpoint, language_model = write_checkpoint(Path(scratch))
-        state: State = torch.load(checkpoint, weights_only=True)["model"]
-        bert = _bert(state, language_model).to(device, getattr(torch, dtype))
-        head = {name: state[name].to(device, bert.dtype) for name in state if HEAD in name}
+        state: Weights = torch.load(checkpoint, weights_only=True)["model"]
+        config = BertConfig.from_pretrained(language_model)
+    config.vocab_size += 1  # `<image>`
+    bert = BertForMaskedLM(config).eval()  # its own head stays random, unused
+    bert.bert.load_state_dict(_below(state, "language_model.bert."))
+    bert = bert.to(device, getattr(torch, dtype))
+    head = {name: value.to(device, bert.dtype) for name, value in state.items() if HEAD in name}
     if num_threads is not None:
         torch.set_num_threads(num_threads)
 
     def score(batch: Batch) -> Float32:
         with torch.inference_mode():
-            inputs = _inputs(batch, bert)
-            states = bert(**inputs, output_hidden_states=True).hidden_states
-            pooled = torch.tanh(_head_linear(states[-1][:, 0], head, f"{HEAD}.0.dense"))
-            logits: Float32 = (
-                _head_linear(pooled, head, f"{HEAD}.1").squeeze(-1).float().cpu().numpy()
-            )
-            return logits
+            states = bert(**_inputs(batch, bert), output_hidden_states=True).hidden_states
+            pooled = torch.tanh(_linear(states[-1][:, 0], head, f"{HEAD}.0.dense"))
+            logits = _linear(pooled, head, f"{HEAD}.1").squeeze(-1)
+            scores: Float32 = logits.float().cpu().numpy()
+            return scores
 
     return score
 
 
-def _bert(state: State, language_model: Path) -> BertForMaskedLM:
-    """Return the language model with the checkpoint's body; its unused head stays random."""
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig.from_pretrained(language_model)
-    config.vocab_size += 1  # `<image>`
-    model = BertForMaskedLM(config).eval()
-    prefix = "language_model.bert."
-    body = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
-    model.bert.load_state_dict(body)
-    return model
-
-
-def _inputs(batch: Batch, bert: BertForMaskedLM) -> dict[str, torch.Tensor]:
+def _inputs(batch: Batch, bert: BertForMaskedLM) -> dict[str, Tensor]:
     """Return embeddings, types and mask of `[CLS] text [SEP] <visual tokens> [SEP]`."""
-    import torch
-
     words = bert.get_input_embeddings().weight
     length = int(batch.text_length[0])
     ids = torch.from_numpy(batch.text_ids[0, :length].astype(np.int64))
@@ -265,14 +240,5 @@ def _inputs(batch: Batch, bert: BertForMaskedLM) -> dict[str, torch.Tensor]:
     )
     types = torch.zeros(embeds.shape[:2], dtype=torch.long, device=words.device)
     types[:, length:] = 1
-    return {
-        "inputs_embeds": embeds,
-        "token_type_ids": types,
-        "attention_mask": torch.ones_like(types),
-    }
-
-
-def _head_linear(x: torch.Tensor, state: State, name: str) -> torch.Tensor:
-    import torch
-
-    return torch.nn.functional.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+    mask = torch.ones_like(types)
+    return {"inputs_embeds": embeds, "token_type_ids": types, "attention_mask": mask}

@@ -170,11 +170,13 @@ class Cascade:
         )
 
 
-def check_same_model(fast: EngineManifest, precise: EngineManifest) -> None:
-    """Check that two engines were built from one model and read the same tokens.
+def margin_of(fast: EngineManifest, precise: EngineManifest, given: float | None) -> float:
+    """Return the caller's margin for two engines, or the one that their fidelities give.
 
     Raises:
-        EngineError: they differ (both engines' values named).
+        RequestError: `given` is negative or not finite.
+        EngineError: the engines are of two models or read other tokens (both engines' values
+            named), or no margin can be learned.
     """
     pairs = [
         (name, getattr(fast.bundle, name), getattr(precise.bundle, name))
@@ -192,16 +194,6 @@ def check_same_model(fast: EngineManifest, precise: EngineManifest) -> None:
             faults=faults,
             hint="build both from one bundle: edje build BUNDLE --precision P --out ENGINE",
         )
-
-
-def margin_of(fast: EngineManifest, precise: EngineManifest, given: float | None) -> float:
-    """Return the caller's margin for two engines, or the one that their fidelities give.
-
-    Raises:
-        RequestError: `given` is negative or not finite.
-        EngineError: the engines are of two models, or no margin can be learned.
-    """
-    check_same_model(fast, precise)
     if given is None:
         return learned_margin(fast, precise)
     arguments = Arguments("a cascade")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
 
 from ..arguments import Arguments, StrPath
 from ..engines.contract import Engine, OpenOptions
@@ -15,8 +13,8 @@ from ..errors import RequestError, StoreError
 from ..kernels.device import NAMES, open_device
 from ..kernels.device.contract import Device
 from .pipeline import NUM_SLOTS, Pipeline
-from .residency import Place, ResidencyOptions, decide
-from .results import MARGIN, Residency
+from .residency import Place, Residency, ResidencyOptions, decide
+from .results import MARGIN
 from .source import tokens_for
 from .store import TokenStore
 from .streams import Streams
@@ -93,16 +91,6 @@ def open_pipelines(
     return pipelines, residency
 
 
-class Parts(NamedTuple):
-    """Opened parts, in the order that closing needs."""
-
-    engine: Engine
-    rescore: Engine | None
-    tokenizer: QueryTokenizer
-    store: TokenStore
-    runs: RunOptions
-
-
 @dataclass(frozen=True, slots=True)
 class OpenArguments:
     """What `Reranker.open` was given; see there."""
@@ -119,11 +107,7 @@ class OpenArguments:
     graphs: bool
 
     def check(self) -> None:
-        """Check all of it, before anything is opened.
-
-        Raises:
-            RequestError: what cannot be meant, all of it.
-        """
+        """Refuse what cannot be meant, all of it, before anything is opened."""
         given = Arguments("Reranker.open")
         given.path("engine", self.engine, "the folder of an engine")
         _check_store(given, self.store)
@@ -138,37 +122,42 @@ class OpenArguments:
             given.refuse("device", self.device, f"a name ({NAMES}), an open device, or None")
         given.flag("graphs", self.graphs)
         try:
-            self._residency()
+            self.runs(None)
         except RequestError as wrong:
             given.faults += wrong.faults
         given.check()
 
-    def open_parts(self, undo: ExitStack) -> Parts:
-        """Open everything that was given by name, once checked; the rest stays the caller's.
+    # What was given by name is opened, and `undo` gets what closes it; the rest is the caller's.
 
-        Args:
-            undo: gets what closes it again.
+    def open_store(self, undo: ExitStack) -> TokenStore:
+        """Return the store, opened for reading."""
+        if isinstance(self.store, TokenStore):
+            return self.store
+        return undo.enter_context(TokenStore.open(self.store))
 
-        Raises:
-            EngineError, StoreError: as `Reranker.open`.
-        """
-        store, engine, num_threads = self.store, Path(self.engine), self.num_threads
-        num_threads = None if num_threads is None else int(num_threads)
-        options = OpenOptions(num_threads, dict(self.backend_settings or {}))
-        if not isinstance(store, TokenStore):
-            store = undo.enter_context(TokenStore.open(store))
-        device = _open_device(self.device, engine, undo)
-        model = _open_engine(engine, options, device, undo)
-        precise = None
-        if self.rescore is not None:
-            precise = _open_engine(Path(self.rescore), options, device, undo)
-        tokenizer = QueryTokenizer.open(engine, model.manifest.bundle.text)
-        runs = RunOptions(device, self.stream, self._residency(), self.graphs)
-        return Parts(model, precise, tokenizer, store, runs)
+    def open_device(self, undo: ExitStack) -> Device:
+        """Return the device; None is what the engine was built for."""
+        if self.device is not None and not isinstance(self.device, str):
+            return self.device
+        device = open_device(self.device, EngineManifest.read(self.engine).device.get("kind"))
+        undo.callback(device.close)
+        return device
 
-    def _residency(self) -> ResidencyOptions:
-        wanted = self.residency
-        return wanted if isinstance(wanted, ResidencyOptions) else ResidencyOptions(wanted)
+    def open_engine(self, folder: StrPath, undo: ExitStack) -> Engine:
+        """Open an engine on the current device: a GPU's engine belongs to one GPU."""
+        from ..engines.registry import open_engine
+
+        num_threads = None if self.num_threads is None else int(self.num_threads)
+        engine = open_engine(folder, OpenOptions(num_threads, dict(self.backend_settings or {})))
+        undo.callback(engine.close)
+        return engine
+
+    def runs(self, device: Device | None) -> RunOptions:
+        """Return where and how the engines run; refuse a residency that cannot be meant."""
+        residency = self.residency
+        if not isinstance(residency, ResidencyOptions):
+            residency = ResidencyOptions(residency)
+        return RunOptions(device, self.stream, residency, self.graphs)
 
 
 def _check_store(given: Arguments, store: object) -> None:
@@ -185,21 +174,3 @@ def _names_a_device(device: object) -> bool:
     if isinstance(device, str):
         return bool(device)
     return device is None or hasattr(device, "shares_memory")
-
-
-def _open_device(device: str | Device | None, engine: Path, undo: ExitStack) -> Device:
-    if device is not None and not isinstance(device, str):
-        return device
-    opened = open_device(device, EngineManifest.read(engine).device.get("kind"))
-    undo.callback(opened.close)
-    return opened
-
-
-def _open_engine(folder: Path, options: OpenOptions, device: Device, undo: ExitStack) -> Engine:
-    """Open an engine where its device is current: a GPU's engine belongs to one GPU."""
-    from ..engines.registry import open_engine
-
-    with device.current():
-        engine = open_engine(folder, options)
-    undo.callback(engine.close)
-    return engine

@@ -15,8 +15,8 @@ from ..kernels.device.contract import Device, Stream
 from ..kernels.launch import KernelLibrary
 from ..kernels.records import GatherTokens, ScatterTokens
 from ..tokens import not_finite
+from .residency import Residency
 from .resident_map import NOWHERE, ResidentMap
-from .results import Residency
 from .slot import NO_PAIRS, NONE_UNUSABLE, Staged, StagedRecords, Unusable
 from .source import TokenSource, record_bytes
 from .store import BadRecord, TokenStore

@@ -18,7 +18,7 @@ from ..bundle import BundleManifest
 from ..engines.samples import SEED, RankingSample, fingerprint_of
 from ..errors import RequestError, StoreError, named
 from ..files import Closing
-from .source import float16_tokens
+from .source import encoder_faults, float16_tokens
 from .store import TokenStore
 from .text import QueryTokenizer
 
@@ -82,11 +82,11 @@ class StoreSamples(Closing):
         entries, text_ids = _usable(queries, tokenizer, store)
         order = np.random.default_rng(seed).permutation(len(entries))[:max_queries]
         chosen = sorted(order.tolist())
-        draw = _Draw(store.ids(), num_candidates, seed)
+        pool = store.ids(), num_candidates, seed
         self._store = store
         self._source = float16_tokens(store)
         self._text_ids = [text_ids[number] for number in chosen]
-        self._candidates = [draw(number, entries[number]) for number in chosen]
+        self._candidates = [_drawn(entries[number], number, *pool) for number in chosen]
         self._targets = [entries[number].target for number in chosen]
         drawn = len(store) > num_candidates and any(e.candidates is None for e in entries)
         seeded = drawn or len(chosen) < len(entries)
@@ -119,7 +119,12 @@ class StoreSamples(Closing):
         tokenizer = QueryTokenizer.open(bundle, manifest.text)
         opened = TokenStore.open(store)
         try:
-            _check_encoder(opened, manifest)
+            if faults := encoder_faults(opened, manifest, "bundle"):
+                raise StoreError(
+                    f"the store {opened.path} was not made for this bundle",
+                    faults=faults,
+                    hint="index the images again: edje index BUNDLE IMAGES --store NEW_STORE",
+                )
             return cls(
                 opened,
                 tokenizer,
@@ -209,25 +214,19 @@ def open_samples(
         yield samples
 
 
-class _Draw:
-    """Gives a query its candidates; which others are used does not change them."""
-
-    def __init__(self, ids: Sequence[str], num_candidates: int, seed: int):
-        self._ids = ids
-        self._num_candidates = num_candidates
-        self._seed = seed
-
-    def __call__(self, number: int, entry: QueryEntry) -> tuple[str, ...]:
-        if entry.candidates is not None:
-            return entry.candidates
-        if len(self._ids) <= self._num_candidates:
-            return tuple(self._ids)
-        random = np.random.default_rng([self._seed, number])
-        places = random.choice(len(self._ids), self._num_candidates, replace=False).tolist()
-        drawn = [self._ids[place] for place in places]
-        if entry.target is not None and entry.target not in drawn:
-            drawn[random.integers(len(drawn))] = entry.target
-        return tuple(drawn)
+def _drawn(
+    entry: QueryEntry, number: int, ids: Sequence[str], num_candidates: int, seed: int
+) -> tuple[str, ...]:
+    """Return a query's candidates; which other queries are used does not change them."""
+    if entry.candidates is not None:
+        return entry.candidates
+    if len(ids) <= num_candidates:
+        return tuple(ids)
+    random = np.random.default_rng([seed, number])
+    drawn = [ids[at] for at in random.choice(len(ids), num_candidates, replace=False).tolist()]
+    if entry.target is not None and entry.target not in drawn:
+        drawn[random.integers(len(drawn))] = entry.target
+    return tuple(drawn)
 
 
 def _usable(
@@ -335,22 +334,3 @@ def _check(num_candidates: int, max_queries: int | None, seed: int, **paths: obj
         given.whole("max_queries", max_queries, "1 or more, or None")
     given.whole("seed", seed, "0 or more", least=0)
     given.check()
-
-
-def _check_encoder(store: TokenStore, manifest: BundleManifest) -> None:
-    sizes = (manifest.sizes.num_tokens, manifest.sizes.hidden)
-    faults = []
-    if store.fingerprint_encoder != manifest.fingerprint_encoder:
-        faults.append(
-            f"encoder: the store's is {store.fingerprint_encoder}, "
-            f"the bundle's is {manifest.fingerprint_encoder}"
-        )
-    if store.record_shape != sizes:
-        got = list(store.record_shape)
-        faults.append(f"tokens: the store holds {got} an image, expected {list(sizes)}")
-    if faults:
-        raise StoreError(
-            f"the store {store.path} was not made for this bundle",
-            faults=faults,
-            hint="index the images again: edje index BUNDLE IMAGES --store NEW_STORE",
-        )

@@ -166,14 +166,18 @@ class Reranker(Closing):
         """Open all parts; the reranker closes those that were not the caller's."""
         arguments.check()
         with ExitStack() as undo:
-            parts = arguments.open_parts(undo)
+            store, device = arguments.open_store(undo), arguments.open_device(undo)
+            with device.current():
+                engine = arguments.open_engine(arguments.engine, undo)
+                precise = arguments.rescore
+                rescore = None if precise is None else arguments.open_engine(precise, undo)
             reranker = cls(
-                parts.engine,
-                parts.tokenizer,
-                parts.store,
-                rescore=parts.rescore,
+                engine,
+                QueryTokenizer.open(arguments.engine, engine.manifest.bundle.text),
+                store,
+                rescore=rescore,
                 rescore_margin=arguments.rescore_margin,
-                runs=parts.runs,
+                runs=arguments.runs(device),
             )
             reranker._owned.push(undo.pop_all())
         return reranker

@@ -60,28 +60,6 @@ class EngineLabel:
 
 
 @dataclass(frozen=True, slots=True)
-class Residency:
-    """Where a reranker reads its tokens from, and why.
-
-    Attributes:
-        place: `disk` (through the page cache, or past it), `host` (held in this machine's memory)
-            or `device` (held in the GPU's; what is not comes from the store).
-        policy: which images are held: `all`, `listed` or `recent` (those asked for last).
-        num_images: how many images there is room for; 0 where none is held.
-        num_bytes: memory that they take.
-        reason: in words.
-        pairs_per_s: what each place allowed when `auto` measured them; empty where it did not.
-    """
-
-    place: str
-    policy: str
-    num_images: int
-    num_bytes: int
-    reason: str
-    pairs_per_s: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
 class Rescoring:
     """How a cascade made sure of the top k.
 

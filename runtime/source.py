@@ -6,12 +6,12 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from ..arrays import Array, Float16, Int64
+from ..arrays import Array, CopyThreads, Float16, Int64
+from ..bundle import BundleManifest
 from ..engines.contract import Engine
 from ..errors import StoreError
 from ..tokens import dequantize_tokens
 from .store import BadRecord, TokenStore
-from .store.threads import CopyThreads
 
 
 class TokenSource(Protocol):
@@ -142,30 +142,32 @@ def check_store(engine: Engine, store: TokenStore) -> None:
         StoreError: another encoder made the tokens (both fingerprints named), their shape
             differs, or the engine takes int8 tokens and the store holds none.
     """
-    bundle, layout = engine.manifest.bundle, store.layout
-    faults = []
-    if layout.fingerprint_encoder != bundle.fingerprint_encoder:
-        faults.append(
-            f"encoder: the store's is {layout.fingerprint_encoder}, "
-            f"the engine's is {bundle.fingerprint_encoder}"
-        )
-    got, expected = store.record_shape, (bundle.sizes.num_tokens, bundle.sizes.hidden)
-    if got != expected:
-        faults.append(
-            f"tokens: the store holds {list(got)} an image, the engine reads {list(expected)}"
-        )
+    faults = encoder_faults(store, engine.manifest.bundle, "engine")
     hint = (
         "tokens of two encoders do not compare: index the same images with this one, "
         f"edje store ids {store.path} > ids.txt && "
         "edje index ENGINE_OR_BUNDLE IMAGES --into NEW_STORE --from ids.txt"
     )
-    if engine.manifest.token_dtype == "int8" and layout.dtype != "int8":
-        faults.append(f"dtype: the store holds {layout.dtype} tokens, the engine reads int8 ones")
+    dtype = store.layout.dtype
+    if engine.manifest.token_dtype == "int8" and dtype != "int8":
+        faults.append(f"dtype: the store holds {dtype} tokens, the engine reads int8 ones")
         hint += " --dtype int8; or build an engine without --tokens int8, which reads both"
     if faults:
         raise StoreError(
             f"the store {store.path} was not made for this engine", faults=faults, hint=hint
         )
+
+
+def encoder_faults(store: TokenStore, bundle: BundleManifest, reader: str) -> list[str]:
+    """Return why a store's tokens are none of a model's; `reader`: its `engine` or `bundle`."""
+    faults = []
+    theirs, ours = store.fingerprint_encoder, bundle.fingerprint_encoder
+    if theirs != ours:
+        faults.append(f"encoder: the store's is {theirs}, the {reader}'s is {ours}")
+    got, expected = list(store.record_shape), [bundle.sizes.num_tokens, bundle.sizes.hidden]
+    if got != expected:
+        faults.append(f"tokens: the store holds {got} an image, the {reader} reads {expected}")
+    return faults
 
 
 def tokens_for(engine: Engine, store: TokenStore) -> TokenSource:

@@ -38,11 +38,7 @@ def canonicalize(text: str) -> str:
     return " ".join(plain.split())
 
 
-def _unchanged(text: str) -> str:
-    return text
-
-
-_NORMALIZERS: dict[str, Callable[[str], str]] = {"openclip": canonicalize, "none": _unchanged}
+_NORMALIZERS: dict[str, Callable[[str], str]] = {"openclip": canonicalize, "none": str}
 
 
 @dataclass(frozen=True, slots=True)

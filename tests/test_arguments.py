@@ -1,11 +1,16 @@
-"""Promises of arguments: iterables are taken once, kinds are checked, faults come together."""
+"""What callers and files hand in: taken once, checked, text without marks, faults together."""
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +18,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edje.arguments import Arguments, path_of, read_fields, shown
+from edje.arguments import (
+    Arguments,
+    decode_text,
+    listed,
+    path_of,
+    read_fields,
+    read_ids,
+    read_text,
+    shown,
+)
 from edje.errors import RequestError
 
 WAYS: dict[str, Callable[[list[str]], Iterable[str]]] = {
@@ -195,3 +209,79 @@ def test_all_faults_of_a_json_object_are_named_with_their_place() -> None:
     }
     assert read_fields(Whole, [], "plan", faults) is None
     assert faults[-1] == "plan: expected an object, got list"
+
+
+MARK = codecs.BOM_UTF8
+LINES = st.lists(st.text(st.characters(exclude_characters="\0\n\ufeff", codec="utf-8")), max_size=5)
+
+
+@given(st.lists(LINES, min_size=1, max_size=3))
+def test_files_with_marks_joined_by_cat_are_the_text_without_marks(files: list[list[str]]) -> None:
+    plain = "".join(f"{line}\n" for lines in files for line in lines)
+    marked = b"".join(MARK + "".join(f"{line}\n" for line in lines).encode() for lines in files)
+    assert decode_text(marked, "x") == plain
+
+
+def test_bytes_that_are_no_text_are_refused_with_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_bytes(b"a.png\nb.png\ncaf\xe9.png\n")
+    with pytest.raises(RequestError, match=r"list\.txt is not UTF-8 text: line 3 .*0xe9"):
+        read_text(path)
+
+
+WIDE = {
+    "UTF-16": (codecs.BOM_UTF16_LE, "utf-16-le"),
+    "UTF-16 ": (codecs.BOM_UTF16_BE, "utf-16-be"),
+    "UTF-16LE": (b"", "utf-16-le"),
+    "UTF-16BE": (b"", "utf-16-be"),
+    "UTF-32": (codecs.BOM_UTF32_LE, "utf-32-le"),
+    "UTF-32 ": (codecs.BOM_UTF32_BE, "utf-32-be"),
+    "UTF-32LE": (b"", "utf-32-le"),
+    "UTF-32BE": (b"", "utf-32-be"),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("text", ["a.png\n", "a.png\nb.png\n日本.png\n"])
+def test_wide_text_is_refused_with_the_command_that_mends_it(name: str, text: str) -> None:
+    mark, encoding = WIDE[name]
+    with pytest.raises(RequestError, match=r"line 1 holds") as caught:
+        decode_text(mark + text.encode(encoding), "list")
+    told = re.search(r"iconv -f (\S+) -t UTF-8", str(caught.value))
+    assert told is not None
+    assert told[1] == name.strip()
+    assert (mark + text.encode(encoding)).decode(told[1]).lstrip("\ufeff") == text
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent", tmp_path):
+        with pytest.raises(RequestError, match=f"cannot read {path}: "):
+            read_text(str(path))
+
+
+@pytest.mark.parametrize("content", [MARK + b"a.png\r\nb.png\r\n", b"a.png\n" + MARK + b"b.png\n"])
+def test_a_byte_order_mark_is_no_part_of_an_id(
+    tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ids.txt").write_bytes(content)
+    assert read_ids(str(tmp_path / "ids.txt")) == ["a.png", "b.png"]
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+    assert read_ids("-") == ["a.png", "b.png"]
+
+
+def test_what_is_listed_is_read_back(tmp_path: Path) -> None:
+    ids = ["a.png", " b.png", "deep/é.png", "mid\ufeffdle.png"]
+    (tmp_path / "ids.txt").write_text(listed(ids), encoding="utf-8")
+    assert read_ids(str(tmp_path / "ids.txt")) == ids
+
+
+@pytest.mark.parametrize("bad", ["a\nb", "a\r", " ", "\ufeffa"])
+def test_an_id_that_a_line_would_change_is_not_listed(bad: str) -> None:
+    with pytest.raises(RequestError, match="1 ids cannot stand on a line"):
+        listed(["good", bad])
+
+
+def test_a_closed_stdin_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(RequestError, match=r"cannot read the candidates from stdin.*closed"):
+        read_ids("-", what="candidates")

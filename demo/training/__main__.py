@@ -1,4 +1,4 @@
-"""Train the tiny EDJE model on scenes: `python -m edje.demo.training --work .train`.
+"""Train the tiny EDJE model on scenes: `python -m edje.demo.training`; with `--pack`, keep it.
 
 Three stages, each resumable (the same command continues where it was stopped):
 
@@ -26,11 +26,12 @@ import torch
 
 from ..scenes import SEEDS
 from .data import NUM_EXTRA, make_bank
+from .pack import pack
 from .train import train_joint, train_tower
 
 
 def main() -> None:
-    """Run both stages and write what `edje.demo.pack` packs."""
+    """Run the three stages, or pack what they wrote into `demo/model`."""
     parser = argparse.ArgumentParser(description="Train the demo's tiny EDJE model.")
     parser.add_argument("--work", type=Path, default=Path(".train"))
     parser.add_argument("--groups", type=int, default=4000)
@@ -38,7 +39,11 @@ def main() -> None:
     parser.add_argument("--joint-steps", type=int, default=4200)
     parser.add_argument("--places-steps", type=int, default=2500)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--pack", action="store_true", help="pack a finished run")
     options = parser.parse_args()
+    if options.pack:
+        pack(options.work)
+        return
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     settings = {key: str(value) for key, value in vars(options).items()}

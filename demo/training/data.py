@@ -34,17 +34,11 @@ class Bank:
 
 def _dense_labels(scene: scenes.Scene, grid: int) -> npt.NDArray[np.int8]:
     cells = scenes.cell_labels(scene, grid).astype(int)
-    table = np.array(
-        [[0, -100, -100]]
-        + [
-            [
-                1 + list(scenes.COLORS).index(thing.color),
-                scenes.SHAPES.index(thing.shape),
-                scenes.SIZES.index(thing.size),
-            ]
-            for thing in scene.things
-        ]
-    )
+    things = [
+        (1 + list(scenes.COLORS).index(t.color), scenes.SHAPES.index(t.shape),
+         scenes.SIZES.index(t.size)) for t in scene.things
+    ]  # fmt: skip
+    table = np.array([(0, -100, -100), *things])
     rows, columns = np.mgrid[:grid, :grid]
     ground = np.full_like(cells, list(scenes.BACKGROUNDS).index(scene.background))
     labels = np.concatenate([table[cells], np.stack([ground, rows, columns], -1)], -1)

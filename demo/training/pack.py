@@ -1,4 +1,4 @@
-"""Pack a finished training run into `demo/model`: `python -m edje.demo.training.pack`.
+"""Pack a finished training run into `demo/model`.
 
 Measures the test scores by the training code itself (float32 PyTorch, tokens in float16), so
 that the card's figures do not come from the runtime they are later compared with.
@@ -6,9 +6,9 @@ that the card's figures do not come from the runtime they are later compared wit
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..scenes import SEEDS, groups
-from ..tiny_model import CARD, MODEL, WEIGHTS, State, packed
+from ..tiny_model import CARD, DECODER, MODEL, WEIGHTS, State
 from .data import GROUP, NUM_EXTRA, Captions, make_bank
 from .models import Joint, Tower
 from .train import first_stage_order, rerank_ranks
@@ -46,6 +46,12 @@ def official_state(tower: Tower, joint: Joint) -> State:
     return state
 
 
+def packed(state: Mapping[str, torch.Tensor]) -> State:
+    """Drop from an official state dict what `tiny_model.official_layout` can repeat."""
+    repeated = ("text_embeddings.", "clip.vision_model.", f"{DECODER}.")
+    return {k: v.contiguous() for k, v in state.items() if not k.startswith(repeated)}
+
+
 def _recalls(ranks: np.ndarray[Any, Any]) -> dict[str, float]:
     return {f"R@{k}": round(100 * float((ranks < k).mean()), 2) for k in (1, 5, 10, 50)}
 
@@ -71,19 +77,16 @@ def test_scores(tower: Tower, joint: Joint, num_groups: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Write the weights and the card's figures."""
-    parser = argparse.ArgumentParser(description="Pack a training run into demo/model.")
-    parser.add_argument("--work", type=Path, default=Path(".train"))
-    options = parser.parse_args()
+def pack(work: Path) -> None:
+    """Write the weights and the card's figures of the run in the folder `work`."""
     tower, joint = Tower(), Joint()
     runs = {}
     for name, model in (("tower", tower), ("joint", joint), ("places", joint)):
-        state = torch.load(options.work / f"{name}.pt", weights_only=True)
+        state = torch.load(work / f"{name}.pt", weights_only=True)
         model.load_state_dict(state["model"])  # the last stage's weights stay
         model.eval().requires_grad_(False)
         runs[name] = {"steps": state["step"], "seconds": round(state["seconds"])}
-    settings = json.loads((options.work / "settings.json").read_text())
+    settings = json.loads((work / "settings.json").read_text())
     state = packed(official_state(tower, joint))
     MODEL.mkdir(exist_ok=True)
     save_file(state, MODEL / WEIGHTS)
@@ -97,7 +100,3 @@ def main() -> None:
     }
     (MODEL / CARD).write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
-
-
-if __name__ == "__main__":
-    main()

@@ -133,14 +133,6 @@ IMAGES_A_QUERY = 4  # the right one, its twin of opposite relation, one of its g
 RELATION_BIT = 2  # of a scene's number in its group (see `scenes.neighbours`)
 
 
-def _false_words(captions: Captions, right: int, other: int) -> npt.NDArray[np.float32] | None:
-    """For the caption `right` shown with the image of `other`: 1 for each word false of it."""
-    a, b = captions.ids[right], captions.ids[other]
-    if len(a) != len(b):
-        return None
-    return np.array([left != right for left, right in zip(a, b, strict=True)], np.float32)
-
-
 class MatchingBatches:
     """Draws queries of one length class and, for each, its image, neighbours and a stranger."""
 
@@ -178,15 +170,11 @@ class MatchingBatches:
 
     def word_labels(self, texts: Rows, images: Rows, length: int) -> torch.Tensor:
         """float [n*4, length]: 1 false, 0 true, -1 not asked (strangers, other templates)."""
-        labels = np.full((len(texts), length), -1, np.float32)
-        for i, (text, image) in enumerate(zip(texts, images, strict=True)):
-            words = (
-                _false_words(self.captions, text, image)
-                if text // GROUP == image // GROUP
-                else None
-            )
-            if words is not None:
-                labels[i, 1 : 1 + len(words)] = words
+        labels, ids = np.full((len(texts), length), -1, np.float32), self.captions.ids
+        for row, text, image in zip(labels, texts, images, strict=True):
+            shown, true = ids[text], ids[image]
+            if text // GROUP == image // GROUP and len(shown) == len(true):
+                row[1 : 1 + len(shown)] = np.not_equal(shown, true)
         return torch.from_numpy(labels)
 
 

@@ -13,7 +13,7 @@ from ...bundle import node_name, path_of_node, weight_name
 from ..contract import Batch
 from .emulate import runner
 from .graph import Graph, node, with_inputs
-from .quantize import LARGEST, Linear, find_linears, round_to, storage_type
+from .lower import LARGEST, Linear, find_linears, numpy_type, round_to
 
 # Largest channel over the median one. Gaussian channels stay below 2 (seen: random full-size
 # weights 1.6); smoothing where nothing stands out would only cost a multiplication.
@@ -156,7 +156,7 @@ def amax_by(method: str, seen: Mapping[str, Activations], precision: str) -> dic
 
 def _rounded(values: Array, amax: float, precision: str) -> Array:
     scale = max(amax, 1e-30) / LARGEST[precision]
-    rounded = round_to(values / scale, storage_type(precision), LARGEST[precision])
+    rounded = round_to(values / scale, numpy_type(precision), LARGEST[precision])
     result: Array = rounded.astype(np.float64) * scale
     return result
 

@@ -18,8 +18,7 @@ from ...machine import thread_limit
 from ..contract import OUTPUT, Batch
 from ..cpu import why_no_int8
 from .graph import Graph, node, with_inputs
-from .lower import ONNX_TYPES
-from .quantize import find_linears, quantize
+from .lower import ONNX_TYPES, find_linears, quantize
 
 if TYPE_CHECKING:
     import onnx
@@ -50,10 +49,11 @@ def emulated(graph: Graph, *, fold_int8: bool = False) -> Graph:
         plain = _in_float32(new, item)
         if item.op_type == "DequantizeLinear" and _is_folded(graph, item, fold_int8):
             _fold(new, item)
-        elif types.get(item.output[0]) == _FLOAT8:
+        elif low == _FLOAT8:
             new.nodes += round_to_float8(new, plain)
         elif item.op_type == "DequantizeLinear" and types.get(item.input[0]) == _FLOAT8:
-            new.nodes += _maybe_rounding(_scaled(plain), low)
+            product = node("Mul", list(plain.input[:2]), plain.output[0], plain.name)
+            new.nodes += _maybe_rounding(product, low)
         elif item.op_type in _MOVES:
             new.nodes.append(plain)
         else:
@@ -164,11 +164,6 @@ def _fold(graph: Graph, item: onnx.NodeProto) -> None:
     stored, scale = (graph.array(name) for name in item.input[:2])
     values = stored.astype(np.float32) * scale.astype(np.float32)
     graph.set_weight(item.output[0], values.astype(scale.dtype).astype(np.float32))
-
-
-def _scaled(item: onnx.NodeProto) -> onnx.NodeProto:
-    """Return the dequantising node of an emulated float8 value: a product."""
-    return node("Mul", list(item.input[:2]), item.output[0], item.name)
 
 
 def round_to_float8(graph: Graph, item: onnx.NodeProto) -> list[onnx.NodeProto]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,12 +122,3 @@ def with_inputs(old: onnx.NodeProto, inputs: Sequence[str]) -> onnx.NodeProto:
 def in_layers(item: onnx.NodeProto) -> bool:
     """Tell whether a node belongs to the encoder's layers: not embeddings, mask, pooler, head."""
     return layer_of(item.name) is not None
-
-
-def linears(graph: Graph) -> Iterator[onnx.NodeProto]:
-    """Go through the layers' matrix products with weights: [..., K] x [K, N]."""
-    return (
-        item
-        for item in graph.nodes
-        if item.op_type == "MatMul" and in_layers(item) and item.input[1] in graph.weights
-    )

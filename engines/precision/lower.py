@@ -1,17 +1,34 @@
-"""float32 -> float16 or bfloat16, typed value by value: nothing is left to an engine's choice.
+"""A graph in lower precision, typed value by value: nothing is left to an engine's choice.
 
-The layers run in the low type. Embeddings and their norms stay float32 (raw visual tokens may be
-large), and so do mask and softmax, pooler and classifier; LayerNorm keeps its statistics in float32
-by its `stash_type`.
+`lower`: the layers in float16 or bfloat16. Embeddings and their norms stay float32 (raw visual
+tokens may be large), and so do mask and softmax, pooler and classifier; LayerNorm keeps its
+statistics in float32 by its `stash_type`.
+
+`quantize`: explicit Q/DQ around the layers' linears, int8 or fp8 (E4M3); attention never.
+Activations have one symmetric scale a tensor; query, key and value read one quantiser. int8 weights
+have a scale an output channel, fp8 weights one. Biases stay float: TensorRT refuses int32 ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from ...bundle import ATTENTION_SCORES, WORD_EMBEDDINGS, node_name
+from ...arrays import Array
+from ...bundle import (
+    ATTENTION_SCORES,
+    WORD_EMBEDDINGS,
+    group_of,
+    layer_of,
+    layer_path,
+    linear_of,
+    node_name,
+    path_of_node,
+)
 from ...errors import EngineError
 from .graph import Graph, in_layers, node, with_inputs
 
@@ -51,17 +68,24 @@ def lower(graph: Graph, element: str) -> Graph:
             caster.low.update(item.output)
         elif item.op_type == "QuantizeLinear":
             caster.untouched.update(item.output)
-    _raise_overflows(caster)
+    if caster.overflows:
+        raise EngineError(
+            "weights of this model do not fit into the precision",
+            faults=[f"{name}: largest is {most:.3g}" for name, most in caster.overflows.items()],
+            hint="build with --precision bf16 or fp32",
+        )
     return new
 
 
 def numpy_type(element: str) -> np.dtype[Any]:
-    """Return the NumPy type of an ONNX element type; bfloat16 is `ml_dtypes`'."""
-    if element != "bfloat16":
+    """Return the NumPy type of an element: a name of ONNX, `int8` or `fp8`."""
+    if element not in ("bfloat16", "fp8"):
         return np.dtype(element)
     import ml_dtypes
 
-    kind: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    kind: np.dtype[Any] = np.dtype(
+        ml_dtypes.bfloat16 if element == "bfloat16" else ml_dtypes.float8_e4m3fn
+    )
     return kind
 
 
@@ -71,7 +95,7 @@ class _Caster:
     def __init__(self, graph: Graph, element: str):
         self._graph = graph
         self._element = element
-        self._cast: dict[str, str] = {}
+        self._cast: set[str] = set()
         self.low: set[str] = set()
         self.untouched: set[str] = set()  # quantised integers
         self.overflows: dict[str, float] = {}
@@ -87,7 +111,7 @@ class _Caster:
         if key not in self._cast:
             path = f"{name.removesuffix('_output')}/to_{element}/Cast"
             self._graph.nodes.append(node("Cast", [name], key, path, to=ONNX_TYPES[element]))
-            self._cast[key] = key
+            self._cast.add(key)
         return key
 
     def gather_low(self, item: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -118,10 +142,122 @@ def _stays(item: onnx.NodeProto) -> bool:
     return item.op_type == "Softmax" or item.name.endswith(f"/{ATTENTION_SCORES}/Add")
 
 
-def _raise_overflows(caster: _Caster) -> None:
-    if caster.overflows:
-        raise EngineError(
-            "weights of this model do not fit into the precision",
-            faults=[f"{name}: largest is {most:.3g}" for name, most in caster.overflows.items()],
-            hint="build with --precision bf16 or fp32",
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One matrix product that can be quantised.
+
+    Attributes:
+        name: as `layers.3.ffn2`.
+        group: its layer group, the name under which it is kept or quantised.
+        value: its activation input.
+        weight: its weight, [K, N].
+    """
+
+    name: str
+    group: str
+    value: str
+    weight: str
+
+
+def find_linears(graph: Graph) -> list[Linear]:
+    """Return the layers' matrix products with weights, in the graph's order."""
+    return [
+        Linear(name := linear_of(item.name), group_of(name), item.input[0], item.input[1])
+        for item in graph.nodes
+        if item.op_type == "MatMul" and in_layers(item) and item.input[1] in graph.weights
+    ]
+
+
+def quantize(
+    graph: Graph,
+    precision: str,
+    amax: Mapping[str, float],
+    *,
+    keep: Collection[str] = (),
+    scale_type: str = "float32",
+) -> Graph:
+    """Return the graph with Q/DQ around every linear but those of the layer groups `keep`.
+
+    Args:
+        precision: `int8` or `fp8`.
+        amax: the largest |activation| that is still exact, for every linear's input value.
+        scale_type: type that the scales will have in the end; values are rounded to it here, so
+            that lowering the graph does not move them.
+    """
+    new = graph.replaced([])
+    writer = _Writer(new, precision, np.dtype(scale_type))
+    chosen = {linear.name: linear for linear in find_linears(graph) if linear.group not in keep}
+    for item in graph.nodes:
+        linear = chosen.get(linear_of(item.name)) if item.op_type == "MatMul" else None
+        if linear is None:
+            new.nodes.append(item)
+            continue
+        value = writer.activation(linear.value, amax[linear.value])
+        new.nodes.append(with_inputs(item, [value, writer.weight(item, linear.weight)]))
+    return new
+
+
+class _Writer:
+    """Adds quantisers to a graph, each once."""
+
+    def __init__(self, graph: Graph, precision: str, scale_type: np.dtype[Any]):
+        self._graph = graph
+        self._type = numpy_type(precision)
+        self._largest = LARGEST[precision]
+        self._per_channel = precision == "int8"
+        self._scale_type = scale_type
+        self._done: dict[str, str] = {}
+
+    def activation(self, value: str, amax: float) -> str:
+        """Add Q and DQ behind `value`; return the dequantised value."""
+        if value not in self._done:
+            path = value.removesuffix("_output")
+            # A node of the layers, whatever it reads: the passes that follow go by names.
+            if layer_of(path) is None:
+                path = f"/{layer_path(0)}{path}"
+            scale, zero = self._parameters(path, self._scale(np.float32(amax)))
+            quantized, output = f"{value}.quantized", f"{value}.dequantized"
+            self._graph.nodes += [
+                node("QuantizeLinear", [value, scale, zero], quantized, f"{path}/QuantizeLinear"),
+                node("DequantizeLinear", [quantized, scale, zero], output, f"{path}/Dequantize"),
+            ]
+            self._done[value] = output
+        return self._done[value]
+
+    def weight(self, item: onnx.NodeProto, name: str) -> str:
+        """Store a weight quantised and add its DQ; return the dequantised value."""
+        values = self._graph.array(name)
+        scale = self._scale(np.abs(values).max(axis=0 if self._per_channel else None))
+        stored = round_to(values / scale.astype(np.float32), self._type, self._largest)
+        path = f"/{path_of_node(item.name)}"
+        quantized = self._graph.set_weight(f"{name}.quantized", stored)
+        inputs = [quantized, *self._parameters(f"{path}/weight", scale)]
+        output = f"{name}.dequantized"
+        axis = {"axis": 1} if self._per_channel else {}
+        path = f"{path}/weight/Dequantize"
+        self._graph.nodes.append(node("DequantizeLinear", inputs, output, path, **axis))
+        return output
+
+    def _scale(self, amax: npt.ArrayLike) -> Array:
+        """Return the scale; a channel of zeros gets the smallest that is not zero."""
+        least = np.finfo(self._scale_type).smallest_subnormal
+        scale: Array = np.maximum(np.asarray(amax) / self._largest, least)
+        return scale.astype(self._scale_type)
+
+    def _parameters(self, path: str, scale: Array) -> tuple[str, str]:
+        """Store scale (float32 for now) and zero point."""
+        name = path.strip("/").replace("/", ".")
+        zero = np.zeros(scale.shape, self._type)
+        return (
+            self._graph.set_weight(f"{name}.scale", scale.astype(np.float32)),
+            self._graph.set_weight(f"{name}.zero_point", zero),
         )
+
+
+def round_to(values: Array, kind: np.dtype[Any], largest: float) -> Array:
+    """Round scaled values to the nearest of `kind`, ties to even, cut at +-`largest`."""
+    cut = np.clip(values, -largest, largest)
+    return (np.rint(cut) if kind == np.int8 else cut).astype(kind)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,12 +21,8 @@ from ..fidelity import FidelityLimits
 from ..manifest import QUANTIZED, Profile
 from ..samples import Samples, sample_batches
 from .graph import Graph, node
-from .lower import ONNX_TYPES, STAYS_FLOAT32, lower
-from .quantize import find_linears
+from .lower import ONNX_TYPES, STAYS_FLOAT32, find_linears, lower
 from .search import Choice, choose
-
-if TYPE_CHECKING:
-    import onnx
 
 
 def take_int8_tokens(graph: Graph) -> Graph:
@@ -37,12 +33,8 @@ def take_int8_tokens(graph: Graph) -> Graph:
     from onnx import TensorProto, helper
 
     new = graph.replaced([])
-    shape = [
-        dim.dim_param or dim.dim_value
-        for value in graph.inputs
-        if value.name == TOKENS
-        for dim in value.type.tensor_type.shape.dim
-    ]
+    (given,) = (value for value in graph.inputs if value.name == TOKENS)
+    shape = [dim.dim_param or dim.dim_value for dim in given.type.tensor_type.shape.dim]
     tokens = helper.make_tensor_value_info(TOKENS, TensorProto.INT8, shape)
     scales = helper.make_tensor_value_info(SCALES, TensorProto.FLOAT16, shape[:2])
     new.inputs = [value for value in graph.inputs if value.name != TOKENS] + [tokens, scales]
@@ -52,20 +44,15 @@ def take_int8_tokens(graph: Graph) -> Graph:
             continue
         if item.op_type != "Cast":
             raise EngineError(f"{item.name} reads {TOKENS} uncast, expected a Cast to float32")
-        new.nodes += _dequantize(new, item.output[0])
+        axis = new.set_weight(f"{SCALES}.axis", np.array([2], np.int64))
+        path, wide, float32 = f"/{SCALES}", f"/{TOKENS}/int8_output", ONNX_TYPES["float32"]
+        new.nodes += [
+            node("Cast", [TOKENS], wide, f"/{TOKENS}/int8/Cast", to=float32),
+            node("Cast", [SCALES], f"{path}/Cast_output", f"{path}/Cast", to=float32),
+            node("Unsqueeze", [f"{path}/Cast_output", axis], f"{path}/column", f"{path}/Unsqueeze"),
+            node("Mul", [wide, f"{path}/column"], item.output[0], f"{path}/Mul"),
+        ]
     return new
-
-
-def _dequantize(graph: Graph, output: str) -> list[onnx.NodeProto]:
-    """Return the nodes that make `output`: float32 [P, m, H]."""
-    axis = graph.set_weight(f"{SCALES}.axis", np.array([2], np.int64))
-    path, float32 = f"/{SCALES}", ONNX_TYPES["float32"]
-    return [
-        node("Cast", [TOKENS], f"/{TOKENS}/int8_output", f"/{TOKENS}/int8/Cast", to=float32),
-        node("Cast", [SCALES], f"{path}/Cast_output", f"{path}/Cast", to=float32),
-        node("Unsqueeze", [f"{path}/Cast_output", axis], f"{path}/column", f"{path}/Unsqueeze"),
-        node("Mul", [f"/{TOKENS}/int8_output", f"{path}/column"], output, f"{path}/Mul"),
-    ]
 
 
 # What calibration pairs must hold: 0.97 on other pairs, and 0.005 for what a thousand pairs miss
@@ -107,21 +94,18 @@ def prepare_graph(
             that the type cannot hold, or `onnx` is missing.
     """
     plan: dict[str, Any] = {"compute_type": recipe.compute_type}
-    if (recipe.precision not in QUANTIZED, recipe.compute_type, recipe.token_dtype) == (
-        True,
-        "float32",
-        "float16",
-    ):
+    is_quantized, is_float32 = recipe.precision in QUANTIZED, recipe.compute_type == "float32"
+    if not is_quantized and is_float32 and recipe.token_dtype == "float16":
         shutil.copyfile(source, out)
         return plan
     graph = Graph.read(source)
-    if recipe.precision in QUANTIZED:
+    if is_quantized:
         choice = _quantized(graph, recipe, bundle, profile, progress)
         plan |= _quantization(graph, choice, recipe)
         graph = choice.graph
-    elif recipe.compute_type != "float32":
+    elif not is_float32:
         graph = lower(graph, recipe.compute_type)
-    if recipe.compute_type != "float32":
+    if not is_float32:
         plan["float32"] = STAYS_FLOAT32
     if recipe.token_dtype == "int8":
         graph = take_int8_tokens(graph)
@@ -194,8 +178,5 @@ def _quantization(graph: Graph, choice: Choice, recipe: Recipe) -> dict[str, Any
         "calibration_data": "" if samples is None else samples.data,
         "calibration_random": samples is not None and samples.random,
         **choice.facts,
-        "agreement": {
-            "kendall_tau": choice.agreement.kendall_tau,
-            "top_1": choice.agreement.top_1,
-        },
+        "agreement": {name: getattr(choice.agreement, name) for name in ("kendall_tau", "top_1")},
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,10 @@ from ...errors import EngineError
 from ..agreement import Agreement, rank_agreement
 from ..contract import Batch, Progress
 from ..fidelity import FidelityLimits
-from .calibrate import METHODS, Activations, amax_by, observe, outlier_values, smooth
+from .calibrate import METHODS, amax_by, observe, outlier_values, smooth
 from .emulate import Switches, scorer
 from .graph import Graph
-from .lower import lower
-from .quantize import quantize
+from .lower import lower, quantize
 
 Query = Sequence[Batch]  # one query's candidates, cut into batches
 
@@ -80,35 +79,34 @@ class _Try:
     agreement: Agreement
 
     def to_json(self) -> dict[str, Any]:
-        figures = {key: round(value, 6) for key, value in asdict(self.agreement).items()}
         names = ("kendall_tau", "top_1", "mean_abs_diff", "max_abs_diff")
+        figures = {name: round(getattr(self.agreement, name), 6) for name in names}
         kept = {"kept": len(self.kept)} if self.kept else {}
         way = f"{self.method}, smoothed" if self.form == "smoothed" else self.method
-        return {"method": way, **kept, **{name: figures[name] for name in names}}
+        return {"method": way, **kept, **figures}
 
 
-@dataclass(slots=True)
 class _Search:
-    graph: Graph
-    queries: Sequence[Query]
-    precision: str
-    compute_type: str
-    limits: FidelityLimits
-    forms: dict[str, tuple[Graph, dict[str, Activations]]] = field(init=False)
-    expected: list[Float32] = field(init=False)
-    smoothed: dict[str, float] = field(init=False)
-    effects: dict[str, float] = field(default_factory=dict, init=False)
-    tried: list[_Try] = field(default_factory=list, init=False)
-
-    def __post_init__(self) -> None:
-        batches = _spread(self.queries, OBSERVED_PAIRS)
-        seen = observe(self.graph, batches)
-        self.expected = score_queries(scorer(self.graph), self.queries)
-        self.forms = {"plain": (self.graph, seen)}
+    def __init__(
+        self,
+        graph: Graph,
+        queries: Sequence[Query],
+        precision: str,
+        compute_type: str,
+        limits: FidelityLimits,
+    ):
+        self.queries, self.limits = queries, limits
+        self.precision, self.compute_type = precision, compute_type
+        batches = _spread(queries, OBSERVED_PAIRS)
+        seen = observe(graph, batches)
+        self.expected = score_queries(scorer(graph), queries)
+        self.forms = {"plain": (graph, seen)}
         self.smoothed = outlier_values(seen)
         if self.smoothed:
-            even = smooth(self.graph, seen)
+            even = smooth(graph, seen)
             self.forms["smoothed"] = (even, observe(even, batches))
+        self.effects: dict[str, float] = {}
+        self.tried: list[_Try] = []
 
     def best_method(self, progress: Progress) -> _Try:
         """Try every form and method with everything quantised."""
@@ -141,8 +139,14 @@ class _Search:
             if self.holds(attempt):
                 return attempt
             if high == most:
-                raise self._refusal(attempt)
+                break
             high += 1
+        raise EngineError(
+            f"{self.precision} does not hold the fidelity limits, even with all layer groups "
+            f"but one kept in {self.compute_type}",
+            faults=self.limits.broken_by(attempt.agreement),
+            hint="build with --precision fp16, bf16 or fp32, or set the limits lower",
+        )
 
     def keeping(
         self, best: _Try, switches: Switches, kept: Sequence[str], progress: Progress
@@ -160,20 +164,12 @@ class _Search:
     def measured_effects(self, switches: Switches) -> dict[str, float]:
         """Return the mean |score difference| that quantising each layer group alone makes."""
         batches = _spread(self.queries, EFFECT_PAIRS)
-        exact = [switches.score(batch, ()) for batch in batches]
-        return {
-            group: float(
-                np.mean(
-                    np.concatenate(
-                        [
-                            np.abs(switches.score(batch, (group,)) - scores)
-                            for batch, scores in zip(batches, exact, strict=True)
-                        ]
-                    )
-                )
-            )
-            for group in switches.groups
-        }
+
+        def scores(*quantized: str) -> Float32:
+            return np.concatenate([switches.score(batch, quantized) for batch in batches])
+
+        exact = scores()
+        return {group: float(np.abs(scores(group) - exact).mean()) for group in switches.groups}
 
     def attempt(self, form: str, method: str, kept: tuple[str, ...]) -> _Try:
         """Quantise and score; note what came of it."""
@@ -202,14 +198,6 @@ class _Search:
         graph = self.quantized(chosen.form, chosen.method, chosen.kept)
         return Choice(graph, chosen.kept, chosen.agreement, facts)
 
-    def _refusal(self, attempt: _Try) -> EngineError:
-        return EngineError(
-            f"{self.precision} does not hold the fidelity limits, even with all layer groups "
-            f"but one kept in {self.compute_type}",
-            faults=self.limits.broken_by(attempt.agreement),
-            hint="build with --precision fp16, bf16 or fp32, or set the limits lower",
-        )
-
 
 def score_queries(score: Callable[[Batch], Float32], queries: Sequence[Query]) -> list[Float32]:
     """Return the scores of every query's candidates: float32 [C] each."""
@@ -218,10 +206,6 @@ def score_queries(score: Callable[[Batch], Float32], queries: Sequence[Query]) -
 
 def _spread(queries: Sequence[Query], num_pairs: int) -> list[Batch]:
     """Return about `num_pairs` pairs, the same share of every query."""
-    total = sum(len(batch) for query in queries for batch in query)
-    share = min(1.0, num_pairs / total)
-    parts = []
-    for query in queries:
-        for batch in query:
-            parts.append(batch.part(slice(0, max(1, round(share * len(batch))))))
-    return parts
+    batches = [batch for query in queries for batch in query]
+    share = min(1.0, num_pairs / sum(map(len, batches)))
+    return [batch.part(slice(0, max(1, round(share * len(batch))))) for batch in batches]

@@ -11,7 +11,7 @@ from typing import Any
 from ...kernels.device.facts import Gpu, capability_fault, capability_key, current_gpu, gpu_fault
 from ..contract import BuildJob, BuildOptions, Engine, OpenOptions
 from ..manifest import EngineManifest
-from .build import PlanTarget, build_plan
+from .build import build_plan
 from .library import load_trt
 from .run import open_plan, read_settings
 
@@ -87,7 +87,7 @@ def device_faults(manifest: EngineManifest) -> list[str]:
 
 def build(job: BuildJob) -> Mapping[str, Any]:
     """Build the plan, with the kernel timings that this kind of GPU gave before."""
-    return build_plan(LIBRARY, job, PlanTarget(timing_cache=timing_cache(current_gpu())))
+    return build_plan(LIBRARY, job, timing_cache(current_gpu()))
 
 
 def timing_cache(gpu: Gpu) -> Path:

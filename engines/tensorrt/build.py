@@ -1,4 +1,4 @@
-"""Graph -> plan, by TensorRT and TensorRT-RTX alike: typed network, a profile a bucket, a plan.
+"""Graph -> plan, by TensorRT and TensorRT-RTX alike: typed network, a profile a bucket, a report.
 
 Precision is the graph's alone: networks are strongly typed and no precision flag is ever set.
 """
@@ -6,42 +6,34 @@ Precision is the graph's alone: networks are strongly typed and no precision fla
 from __future__ import annotations
 
 import json
-import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ...bundle import ATTENTION, ATTENTION_SCORES, CONTEXT, layer_of, layer_path, node_name
 from ...errors import EngineError
+from ...files import rewrite_file
 from ..contract import OUTPUT, BuildJob, BuildOptions, Progress
 from .library import TrtLibrary, one_line
-from .report import REPORT, read_report
 
-PLAN = "joint_encoder.plan"
+PLAN, REPORT = "joint_encoder.plan", "report.json"
 MAX_FAULTS = 12
 _FAULT_LENGTH = 300
 _STEPS_SHOWN = 10  # of a phase: 900 layers would be 900 lines
 
-Limits = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
-
-@dataclass(frozen=True, slots=True)
-class PlanTarget:
-    """What the plan is built for, beyond the job's own options.
-
-    Attributes:
-        compute_capabilities: as `8.9`; TensorRT-RTX only, empty for TensorRT.
-        timing_cache: file of kernel timings to read and renew; TensorRT only, None for none.
-    """
-
-    compute_capabilities: tuple[str, ...] = ()
-    timing_cache: Path | None = None
-
-
-def build_plan(library: TrtLibrary, job: BuildJob, target: PlanTarget) -> dict[str, Any]:
+def build_plan(
+    library: TrtLibrary, job: BuildJob, timing_cache: Path | None = None
+) -> dict[str, Any]:
     """Write `joint_encoder.plan` (and `report.json` if asked for) into `job.out`.
 
     Blocks other builds with the same library: they share its log.
+
+    Args:
+        timing_cache: file of kernel timings to read and renew; None for none.
 
     Returns:
         The build flags worth recording.
@@ -55,11 +47,11 @@ def build_plan(library: TrtLibrary, job: BuildJob, target: PlanTarget) -> dict[s
         builder = library.module.Builder(library.logger)
         network, _parser = parsed_network(library, builder, job.graph)
         _check_graph(library, network, job)
-        config = _config(library, builder, job, target)
+        config = _config(library, builder, job)
         _add_profiles(builder, config, job)
         monitor = make_monitor(library.module, job.progress)
         config.progress_monitor = monitor
-        cache = _attach_timing_cache(config, target.timing_cache)
+        _attach_timing_cache(config, timing_cache)
         plan = builder.build_serialized_network(network, config)
         monitor.raise_what_stopped()
         if plan is None:
@@ -69,8 +61,10 @@ def build_plan(library: TrtLibrary, job: BuildJob, target: PlanTarget) -> dict[s
                 hint="build another --precision",
             )
         (job.out / PLAN).write_bytes(plan)
-        if cache is not None and target.timing_cache is not None:
-            write_atomically(target.timing_cache, config.get_timing_cache().serialize())
+        if timing_cache is not None:
+            timing_cache.parent.mkdir(parents=True, exist_ok=True)
+            with rewrite_file(timing_cache) as file:
+                file.write(config.get_timing_cache().serialize())
         return {**_chosen(job.options), **_write_report(library, job)}
 
 
@@ -93,47 +87,21 @@ def parsed_network(library: TrtLibrary, builder: Any, graph: Path) -> tuple[Any,
     return network, parser
 
 
-def graph_tensors(job: BuildJob) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-    """Return the type (TensorRT's name) and shape of every tensor that the graph must have."""
-    sizes = job.bundle.sizes
-    tokens = ("INT8" if job.token_dtype == "int8" else "HALF", (-1, sizes.num_tokens, sizes.hidden))
-    tensors = {
-        "text_ids": ("INT32", (-1, -1)),
-        "text_length": ("INT32", (-1,)),
-        "query_of_pair": ("INT32", (-1,)),
-        "visual_tokens": tokens,
-        OUTPUT: ("FLOAT", (-1,)),
-    }
-    scales = {"visual_scales": ("HALF", (-1, sizes.num_tokens))}
-    return {**tensors, **scales} if job.token_dtype == "int8" else tensors
+def _inputs(job: BuildJob, slots: int) -> dict[str, tuple[str, bool, tuple[int, ...]]]:
+    """Return each input's type (TensorRT's name), whether it has a row a pair, and a row's shape.
 
-
-def profile_limits(job: BuildJob, bucket: int) -> Mapping[str, Limits]:
-    """Return least, best and largest shape of every input for one text bucket.
-
-    Kernels are chosen for one query with as many pairs as a batch takes: the common case.
+    The others have a row a query.
     """
-    sizes, most = job.bundle.sizes, job.profile.max_pairs
-    queries, pairs = (1, 1, most), (1, most, most)
-    limits = {
-        "text_ids": _limits(queries, (bucket,)),
-        "text_length": _limits(queries, ()),
-        "query_of_pair": _limits(pairs, ()),
-        "visual_tokens": _limits(pairs, (sizes.num_tokens, sizes.hidden)),
+    tokens = (job.bundle.sizes.num_tokens, job.bundle.sizes.hidden)
+    is_int8 = job.token_dtype == "int8"
+    scales = {"visual_scales": ("HALF", True, tokens[:1])}
+    return {
+        "text_ids": ("INT32", False, (slots,)),
+        "text_length": ("INT32", False, ()),
+        "query_of_pair": ("INT32", True, ()),
+        "visual_tokens": ("INT8" if is_int8 else "HALF", True, tokens),
+        **(scales if is_int8 else {}),
     }
-    scales = {"visual_scales": _limits(pairs, (sizes.num_tokens,))}
-    return {**limits, **scales} if job.token_dtype == "int8" else limits
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that other processes may be reading or writing: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        scratch.write_bytes(content)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def make_monitor(module: Any, progress: Progress) -> Any:
@@ -181,14 +149,10 @@ def _is_shown(step: int, num_steps: int) -> bool:
     return (step + 1) * _STEPS_SHOWN // num_steps > step * _STEPS_SHOWN // num_steps
 
 
-def _limits(counts: tuple[int, int, int], rest: tuple[int, ...]) -> Limits:
-    least, best, most = ((count, *rest) for count in counts)
-    return least, best, most
-
-
 def _check_graph(library: TrtLibrary, network: Any, job: BuildJob) -> None:
     """Refuse a graph whose tensors are not the joint encoder's (all differences named)."""
-    expected = dict(graph_tensors(job))
+    expected = {name: (kind, (-1, *row)) for name, (kind, _, row) in _inputs(job, -1).items()}
+    expected[OUTPUT] = ("FLOAT", (-1,))
     found = {tensor.name: _described(tensor) for tensor in _tensors(network)}
     faults = [f"{name}: missing" for name in expected.keys() - found.keys()]
     faults += [f"{name}: not expected" for name in found.keys() - expected.keys()]
@@ -216,7 +180,7 @@ def _shown(tensor: tuple[str, tuple[int, ...]]) -> str:
     return f"{tensor[0]} {list(tensor[1])}"
 
 
-def _config(library: TrtLibrary, builder: Any, job: BuildJob, target: PlanTarget) -> Any:
+def _config(library: TrtLibrary, builder: Any, job: BuildJob) -> Any:
     trt, options = library.module, job.options
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default: fp32 would round to 10 bits
@@ -230,45 +194,47 @@ def _config(library: TrtLibrary, builder: Any, job: BuildJob, target: PlanTarget
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if target.compute_capabilities:
-        config.num_compute_capabilities = len(target.compute_capabilities)
-        for index, capability in enumerate(target.compute_capabilities):
+    if options.compute_capabilities:
+        config.num_compute_capabilities = len(options.compute_capabilities)
+        for index, capability in enumerate(options.compute_capabilities):
             member = getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}")
             config.set_compute_capability(member, index)
     return config
 
 
 def _add_profiles(builder: Any, config: Any, job: BuildJob) -> None:
+    """Add the least, best and largest shapes of every text bucket.
+
+    Kernels are chosen for one query with as many pairs as a batch takes: the common case.
+    """
+    most = job.profile.max_pairs
     for bucket in job.profile.text_buckets:
         profile = builder.create_optimization_profile()
-        for name, limits in profile_limits(job, bucket).items():
-            profile.set_shape(name, *limits)
+        for name, (_, is_per_pair, row) in _inputs(job, bucket).items():
+            best = most if is_per_pair else 1
+            profile.set_shape(name, (1, *row), (best, *row), (most, *row))
         config.add_optimization_profile(profile)
 
 
-def _attach_timing_cache(config: Any, path: Path | None) -> Any:
+def _attach_timing_cache(config: Any, path: Path | None) -> None:
     """Give the builder the timings of earlier builds; those it refuses are made anew."""
     if path is None:
-        return None
+        return
     earlier = config.create_timing_cache(path.read_bytes()) if path.is_file() else None
-    if earlier is not None and config.set_timing_cache(earlier, ignore_mismatch=False):
-        return earlier
-    cache = config.create_timing_cache(b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache
+    if earlier is None or not config.set_timing_cache(earlier, ignore_mismatch=False):
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
 
 def _write_report(library: TrtLibrary, job: BuildJob) -> dict[str, Any]:
     """Write what the builder said of the plan's layers; return what the manifest keeps of it."""
     if not job.options.report:
         return {}
-    report = read_report(library.log.layer_report)
-    header = {
+    values = {
         "library": f"{library.title} {library.version}",
         "precision": job.precision,
         "text_buckets": list(job.profile.text_buckets),
+        **read_report(library.log.layer_report),
     }
-    values = report.to_json(header)
     (job.out / REPORT).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     return {"report": REPORT, "attention": values["attention"]}
 
@@ -293,3 +259,68 @@ def _shortened(lines: Sequence[str]) -> list[str]:
     shown = [f"{line[:_FAULT_LENGTH]}…" if len(line) > _FAULT_LENGTH else line for line in lines]
     rest = len(shown) - MAX_FAULTS
     return [*shown[:MAX_FAULTS], f"and {rest} more"] if rest > 0 else shown
+
+
+# The inspector's one-line format, which the builder logs: that needs no GPU, an inspector one.
+_LAYER = re.compile(r"^Name: (.*?), LayerType: (\w*), (.*)$", re.MULTILINE)
+_TENSOR = re.compile(r"\{ Name: (.*?), Dimensions: \[([^\]]*)\].*?Datatype: (\w+)")
+_IO = re.compile(
+    r"^ Name: (.*?), IOMode: (\w+), DataType: (\w+), Dimensions: \[([^\]]*)\].*?"
+    r"ProfileInfo: \[(.*)\]$",
+    re.MULTILINE,
+)
+_LIMITS = re.compile(r"MinShape: \[([^\]]*)\], OptShape: \[([^\]]*)\], MaxShape: \[([^\]]*)\]")
+_ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+_PROFILE = re.compile(r"_myl(\d+)_\d+$")
+# Path and kind of the nodes that one fused attention kernel computes.
+FUSED = ((ATTENTION_SCORES, "MatMul"), (ATTENTION, "Softmax"), (CONTEXT, "MatMul"))
+
+
+def read_report(text: str) -> dict[str, Any]:
+    """Return the layers and tensors of a plan as JSON values; lines of another form are left out.
+
+    A layer is one kernel, with the graph's nodes that it computes and the types it touches. A
+    tensor's `limits` are least, best and largest shape for every profile; -1 is any size.
+    """
+    layers = [_layer(*found.groups()) for found in _LAYER.finditer(text)]
+    fused = _fused_attention(layers)
+    return {
+        "attention": {"layers": len(fused), "fused": sum(fused.values())},
+        "kernels": dict(Counter(layer["kind"] for layer in layers)),
+        "types": dict(Counter("+".join(layer["types"]) for layer in layers if layer["types"])),
+        "tensors": [_tensor(*found.groups()) for found in _IO.finditer(text)],
+        "layers": layers,
+    }
+
+
+def _layer(name: str, kind: str, rest: str) -> dict[str, Any]:
+    kernel = re.search(r"TacticName: ([^,]*)", rest)
+    profile = _PROFILE.search(name)
+    return {
+        "name": name,
+        "kind": kind,
+        "kernel": kernel[1] if kernel else "",
+        "profile": int(profile[1]) if profile else 0,
+        "nodes": _ONNX_NODE.findall(rest),
+        "types": sorted({dtype for _, _, dtype in _TENSOR.findall(rest)}),
+    }
+
+
+def _tensor(name: str, mode: str, dtype: str, shape: str, profiles: str) -> dict[str, Any]:
+    limits = [[_shape(each) for each in found] for found in _LIMITS.findall(profiles)]
+    return {"name": name, "mode": mode, "dtype": dtype, "shape": _shape(shape), "limits": limits}
+
+
+def _shape(text: str) -> list[int]:
+    return [int(size) for size in text.split(",") if size.strip()]
+
+
+def _fused_attention(layers: Sequence[Mapping[str, Any]]) -> dict[int, bool]:
+    """Return whether one kernel computes an encoder layer's attention, in every profile."""
+    fused: dict[int, bool] = {}
+    for nodes in (layer["nodes"] for layer in layers):
+        for number in {n for name in nodes if (n := layer_of(name)) is not None}:
+            parts = [node_name(layer_path(number, part), kind) for part, kind in FUSED]
+            if parts[1] in nodes:  # the softmax tells which kernel it is
+                fused[number] = fused.get(number, True) and set(parts) <= set(nodes)
+    return fused

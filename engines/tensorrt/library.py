@@ -23,38 +23,31 @@ _LAYER_REPORT = "LayerType: "
 
 
 class MessageLog:
-    """What a library logged of late: errors and warnings, and its last report of layers."""
+    """What a library logged of late: its errors, and its last report of layers."""
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._messages: deque[tuple[bool, str]] = deque(maxlen=MAX_MESSAGES)
+        self._errors: deque[str] = deque(maxlen=MAX_MESSAGES)
         self.layer_report = ""
 
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
-            self._messages.clear()
+            self._errors.clear()
             self.layer_report = ""
 
     def add(self, severity: str, text: str) -> None:
         """Take a message as the library's logger hands it over, from any thread."""
         with self._lock:
-            if severity in ("INTERNAL_ERROR", "ERROR", "WARNING"):
-                self._messages.append((severity != "WARNING", one_line(text)))
+            if severity in ("INTERNAL_ERROR", "ERROR"):
+                self._errors.append(one_line(text))
             elif _LAYER_REPORT in text:
                 self.layer_report = text
 
     def errors(self) -> list[str]:
         """Return the errors in the order they came, each once and in one line."""
-        return self._texts(True)
-
-    def warnings(self) -> list[str]:
-        """Return the warnings in the order they came, each once and in one line."""
-        return self._texts(False)
-
-    def _texts(self, wanted: bool) -> list[str]:
         with self._lock:
-            return list(dict.fromkeys(text for error, text in self._messages if error == wanted))
+            return list(dict.fromkeys(self._errors))
 
 
 @dataclass(frozen=True, slots=True)

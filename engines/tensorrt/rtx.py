@@ -12,7 +12,7 @@ from typing import Any
 from ...kernels.device.facts import Gpu, capability_fault, capability_key, current_gpu, gpu_fault
 from ..contract import BuildJob, BuildOptions, Engine, OpenOptions
 from ..manifest import EngineManifest
-from .build import PlanTarget, build_plan
+from .build import build_plan
 from .library import load_trt
 from .run import RUNTIME_CACHE, open_plan, read_settings
 
@@ -144,7 +144,7 @@ def device_faults(manifest: EngineManifest) -> list[str]:
 
 def build(job: BuildJob) -> Mapping[str, Any]:
     """Build the plan. No timing cache: asking for one makes the library look for a GPU."""
-    return build_plan(LIBRARY, job, PlanTarget(job.options.compute_capabilities))
+    return build_plan(LIBRARY, job)
 
 
 def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -11,13 +11,15 @@ from typing import Any, cast
 import numpy as np
 
 from ...arrays import DeviceArray, Float32
+from ...bundle import VISUAL_SCALES
 from ...errors import EngineError
+from ...files import rewrite_file
 from ...kernels.device import open_gpu
 from ...kernels.device.contract import Device, Stream
 from ...kernels.device.facts import current_index
-from ..contract import OUTPUT, Batch, Engine, OpenOptions, raise_faults
+from ..contract import INPUTS, OUTPUT, Batch, Engine, OpenOptions, raise_faults
 from ..manifest import EngineManifest
-from .build import PLAN, write_atomically
+from .build import PLAN
 from .library import TrtLibrary
 
 _LEAST_BYTES = 1 << 20
@@ -69,13 +71,9 @@ class Scratch:
 
 RUNTIME_CACHE = "runtime_cache"
 _GRAPHS, _KERNELS = "cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy"
-_CHOICES = {
-    _GRAPHS: ("disabled", "whole_graph_capture"),
-    _KERNELS: ("lazy", "eager", "none"),
-}
-_CHOICE_CLASSES = {
-    _GRAPHS: "CudaGraphStrategy",
-    _KERNELS: "DynamicShapesKernelSpecializationStrategy",
+_CHOICES = {  # the library's enumeration, and the names of its members
+    _GRAPHS: ("CudaGraphStrategy", ("disabled", "whole_graph_capture")),
+    _KERNELS: ("DynamicShapesKernelSpecializationStrategy", ("lazy", "eager", "none")),
 }
 
 
@@ -109,7 +107,7 @@ def read_settings(
     faults = [f"{name}: unknown setting" for name in given if name not in known]
     faults += [
         f"{name}: got {given[name]!r}, expected {' or '.join(choices)}"
-        for name, choices in _CHOICES.items()
+        for name, (_, choices) in _CHOICES.items()
         if name in known and name in given and given[name] not in choices
     ]
     if options.num_threads is not None:
@@ -204,9 +202,13 @@ class TrtEngine(Engine):
         Raises:
             EngineError: the engine is closed, or the GPU's memory is full.
         """
-        key = stream.handle, self._profiles[bucket]
-        context = self._contexts.get(key)
-        return context if context is not None else self._new_context(*key)
+        key = handle, profile = stream.handle, self._profiles[bucket]
+        if key not in self._contexts:
+            with self._lock:
+                if key not in self._contexts:  # for their own profile only, not for the largest
+                    made = self._make_context(handle, profile, "ON_PROFILE_CHANGE")
+                    self._contexts[key] = made
+        return self._contexts[key]
 
     @property
     def cuda_graph_strategy(self) -> str:
@@ -256,7 +258,9 @@ class TrtEngine(Engine):
         if path is None or cache is None:
             return False
         try:
-            write_atomically(path, bytes(cache.serialize()))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with rewrite_file(path) as file:
+                file.write(bytes(cache.serialize()))
         except OSError:
             return False
         return True
@@ -278,21 +282,13 @@ class TrtEngine(Engine):
             return None, None
         config = self._engine.create_runtime_config()
         for name, choice in self._settings.choices.items():
-            kind = getattr(self._library.module, _CHOICE_CLASSES[name])
+            kind = getattr(self._library.module, _CHOICES[name][0])
             setattr(config, name, getattr(kind, choice.upper()))
         cache, path = config.create_runtime_cache(), self._settings.runtime_cache
         if path is not None and path.is_file():
             cache.deserialize(path.read_bytes())  # another driver's kernels are left aside
         config.set_runtime_cache(cache)
         return config, cache
-
-    def _new_context(self, handle: int, profile: int) -> Any:
-        with self._lock:
-            key = handle, profile
-            if key not in self._contexts:
-                # For their own profile only, not for the largest of all.
-                self._contexts[key] = self._make_context(handle, profile, "ON_PROFILE_CHANGE")
-            return self._contexts[key]
 
     def _make_context(self, handle: int, profile: int, allocation: str) -> Any:
         """Make a context that gets its scratch memory as `allocation` says; the lock is held."""
@@ -312,23 +308,15 @@ class TrtEngine(Engine):
         return context
 
 
-def _inputs(batch: Batch) -> Iterator[tuple[str, Any]]:
-    yield "text_ids", batch.text_ids
-    yield "text_length", batch.text_length
-    yield "query_of_pair", batch.query_of_pair
-    yield "visual_tokens", batch.visual_tokens
-    if batch.visual_scales is not None:
-        yield "visual_scales", batch.visual_scales
-
-
 def _bind_all(context: Any, batch: Batch, scores: Any) -> bool:
-    done = all(_bind(context, name, array) for name, array in _inputs(batch))
-    return bool(done and context.set_tensor_address(OUTPUT, scores.address))
-
-
-def _bind(context: Any, name: str, array: Any) -> bool:
-    bound = context.set_input_shape(name, array.shape)
-    return bool(bound and context.set_tensor_address(name, array.address))
+    """Set shapes and addresses; return whether the context takes them."""
+    given = {name: getattr(batch, name) for name in (*INPUTS, VISUAL_SCALES)}
+    return context.set_tensor_address(OUTPUT, scores.address) and all(
+        context.set_input_shape(name, array.shape)
+        and context.set_tensor_address(name, array.address)
+        for name, array in given.items()
+        if array is not None
+    )
 
 
 def _check_validity(library: TrtLibrary, runtime: Any, plan: bytes, folder: Path) -> None:

@@ -9,7 +9,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -53,7 +53,7 @@ class DeviceMemory:
         return cast(Array, replace(self.array, shape=shape))
 
 
-class GpuStream(ABC):
+class GpuStream:
     """The part of a stream that needs no library; `raw` is the library's own."""
 
     def __init__(self, raw: Any, handle: int):
@@ -62,22 +62,6 @@ class GpuStream(ABC):
 
     def submit(self, work: Callable[[], None]) -> None:
         raise EngineError("a GPU's stream takes no host work: it orders the GPU's only")
-
-    @abstractmethod
-    def upload(
-        self, target: protocol.DeviceBuffer, source: protocol.PinnedBuffer, num_elements: int
-    ) -> None: ...
-
-    @abstractmethod
-    def download(
-        self, target: protocol.PinnedBuffer, source: protocol.DeviceBuffer, num_elements: int
-    ) -> None: ...
-
-    @abstractmethod
-    def record(self, event: protocol.Event) -> None: ...
-
-    @abstractmethod
-    def wait(self, event: protocol.Event) -> None: ...
 
 
 class GpuDevice(ABC):
@@ -103,21 +87,17 @@ class GpuDevice(ABC):
         self._closed = False
 
     @contextmanager
-    def _entered(self) -> Iterator[None]:
+    def current(self) -> Iterator[None]:
         self._push()
         try:
             yield
         finally:
             self._pop()
 
-    def current(self) -> AbstractContextManager[object]:
-        return self._entered()
-
     def pinned(self, num_elements: int, dtype: np.dtype[Any]) -> PinnedMemory:
         num_bytes = max(num_elements * dtype.itemsize, 1)
         memory, free = self._allocated("pinned", num_bytes, self._allocate_pinned)
-        self._owned.append(free)
-        self._usage = replace(self._usage, pinned_bytes=self._usage.pinned_bytes + num_bytes)
+        self._take(free, "pinned_bytes", num_bytes)
         return PinnedMemory(memory[: num_elements * dtype.itemsize].view(dtype))
 
     def mirror(self, pinned: protocol.PinnedBuffer) -> DeviceMemory:
@@ -127,25 +107,27 @@ class GpuDevice(ABC):
     def memory(self, num_elements: int, dtype: np.dtype[Any]) -> DeviceMemory:
         num_bytes = max(num_elements * dtype.itemsize, 1)
         address, free = self._allocated("device", num_bytes, self._allocate_device)
-        self._owned.append(free)
-        self._usage = replace(self._usage, device_bytes=self._usage.device_bytes + num_bytes)
+        self._take(free, "device_bytes", num_bytes)
         return DeviceMemory(DeviceArray(address, (num_elements,), dtype))
 
     def free_bytes(self) -> int:
         with self.current():
             return self._free_bytes()
 
-    def stream(self) -> GpuStream:
+    def stream(self) -> protocol.Stream:
         stream, free = self._make_stream()
-        self._owned.append(free)
-        self._usage = replace(self._usage, num_streams=self._usage.num_streams + 1)
+        self._take(free, "num_streams", 1)
         return stream
 
     def event(self) -> protocol.Event:
         event, free = self._make_event()
-        self._owned.append(free)
-        self._usage = replace(self._usage, num_events=self._usage.num_events + 1)
+        self._take(free, "num_events", 1)
         return event
+
+    def _take(self, free: Free, counter: str, more: int) -> None:
+        """Own what `free` frees, and count it."""
+        self._owned.append(free)
+        self._usage = replace(self._usage, **{counter: getattr(self._usage, counter) + more})
 
     def usage(self) -> protocol.DeviceUsage:
         return replace(self._usage, num_graphs=len(self._graphs))
@@ -210,7 +192,7 @@ class GpuDevice(ABC):
         """Return the free bytes of the GPU's memory."""
 
     @abstractmethod
-    def _make_stream(self) -> tuple[GpuStream, Free]: ...
+    def _make_stream(self) -> tuple[protocol.Stream, Free]: ...
 
     @abstractmethod
     def _make_event(self) -> tuple[protocol.Event, Free]: ...

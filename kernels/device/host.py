@@ -69,15 +69,6 @@ class HostEvent:
         self.mark = _Mark()
         self.mark.fire(None)
 
-    @property
-    def error(self) -> BaseException | None:
-        """What failed before the point, once it was passed."""
-        return self.mark.error
-
-    def block(self) -> None:
-        """Wait until the point was passed, with an error or without."""
-        self.mark.block()
-
     def synchronize(self) -> None:
         mark = self.mark
         mark.block()

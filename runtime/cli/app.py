@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ... import __version__
 from ...errors import EdjeError
-from ...notes import be_quiet
-from .build import build
+from ...show import be_quiet, print_json, print_table, progress_steps, warn
+from .build import build, print_fidelity
 from .index import IndexCommand, index
-from .options import Json, Overwrite, require
+from .options import (
+    EXIT_NO_READER,
+    Json,
+    Overwrite,
+    Verbs,
+    finish_output,
+    require,
+    start_output,
+)
 from .rerank import rerank
 from .store import store_app
-from .streams import EXIT_NO_READER, Verbs, finish_output, start_output
+
+if TYPE_CHECKING:
+    from ...bundle import BundleManifest
 
 EXIT_BROKEN_LIMITS = 1
 EXIT_BAD_INPUT = 2
@@ -129,8 +139,6 @@ def export(
     require("export", "torch", "transformers", "onnx")
     from ...bundle import read_parity
     from ...export.export import export_bundle
-    from ...show import print_json, progress_steps
-    from .tables import print_exported
 
     with progress_steps("export") as progress:
         manifest = export_bundle(
@@ -146,7 +154,61 @@ def export(
     if as_json:
         print_json({"bundle": str(out), **manifest.to_json(), "parity": parity})
     else:
-        print_exported(str(out), manifest, parity)
+        _print_exported(str(out), manifest, parity)
+
+
+def _print_exported(out: str, manifest: BundleManifest, parity: Mapping[str, Any]) -> None:
+    """Write what a bundle holds, and how far its graphs are from PyTorch."""
+    print_table("exported", ("", ""), [("bundle", out), *_bundle_rows(manifest)])
+    rows = [
+        (graph, f"{found['max_abs_difference']:.1e}", f"{found['limit']:.1e}", _outputs(found))
+        for graph, found in parity.items()
+    ]
+    runtime = next((found["runtime"] for found in parity.values()), "")
+    print_table(
+        f"parity: the same inputs through PyTorch and through {runtime}",
+        ("graph", "largest difference", "allowed", "of outputs"),
+        rows,
+    )
+
+
+def _bundle_rows(manifest: BundleManifest) -> list[tuple[str, str]]:
+    sizes, text, image = manifest.sizes, manifest.text, manifest.image
+    token_bytes = 2 * sizes.num_tokens * sizes.hidden
+    images = "none: the bundle scores but does not index (no --vision-model was given)"
+    if image is not None:
+        images = f"{image.size} x {image.size} pixels, {sizes.num_features} features"
+    dropped = manifest.provenance.get("dropped_from_keys", {})
+    wrappers = "; ".join(f"{part} dropped from {count:,} keys" for part, count in dropped.items())
+    rows = [
+        (
+            "queries",
+            f"{text.normalization} normalization, at most {text.max_wordpieces} wordpieces",
+        ),
+        ("images", images),
+        ("visual tokens", f"{sizes.num_tokens} x {sizes.hidden}: {token_bytes:,} bytes an image"),
+        (
+            "joint encoder",
+            f"{sizes.num_layers} layers, {sizes.num_heads} heads, width {sizes.hidden}, "
+            f"intermediate {sizes.intermediate}, vocabulary {sizes.vocab_size:,}",
+        ),
+        *_origins(manifest.provenance),
+        ("encoder", f"fingerprint {manifest.fingerprint_encoder}"),
+        ("scorer", f"fingerprint {manifest.fingerprint_scorer}"),
+    ]
+    return [*rows, ("checkpoint keys", wrappers)] if wrappers else rows
+
+
+def _origins(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield each input that came from the Hugging Face Hub, with its commit."""
+    for name, origin in provenance.get("sources", {}).items():
+        if origin and "repository" in origin:
+            file = f"{origin['file']} in " if "file" in origin else ""
+            yield name.replace("_", " "), f"{file}{origin['repository']} at {origin['commit']}"
+
+
+def _outputs(found: Mapping[str, Any]) -> str:
+    return f"up to {found['max_abs_output']:.3g}, {found['output_dtype']}"
 
 
 app.command()(build)
@@ -186,10 +248,7 @@ def verify(
     """
     from ...engines.fidelity import FidelityLimits
     from ...engines.verify import verify_engine
-    from ...notes import warn
-    from ...show import print_json, progress_steps
     from ..queries import open_samples
-    from .tables import print_fidelity
 
     limits = FidelityLimits(min_kendall_tau, max_top1_change)
     drawn = {"num_candidates": num_candidates, "max_queries": max_queries}
@@ -213,9 +272,7 @@ def doctor(as_json: Json = False) -> None:
     Example:
       edje doctor --json
     """
-    from ...show import print_json
-    from .doctor import examine
-    from .tables import print_diagnosis
+    from .doctor import examine, print_diagnosis
 
     diagnosis = examine()
     if as_json:

@@ -12,12 +12,12 @@ import typer
 
 from ...engines.manifest import DEFAULT_MAX_PAIRS, DEFAULT_TEXT_BUCKETS, EngineManifest
 from ...errors import RequestError
+from ...show import note, print_facts, print_json, print_table, progress_steps
 from .options import Json, Overwrite, refuse, verb_of
 
 if TYPE_CHECKING:
     from ...engines.builder.options import EngineOptions
     from ...engines.contract import BuildOptions
-    from ...engines.fidelity import FidelityLimits
     from ...engines.samples import Samples
 
 AUTO = "auto"
@@ -26,98 +26,83 @@ TEXT_BUCKETS = ",".join(map(str, DEFAULT_TEXT_BUCKETS))
 CALIBRATION_QUERIES, CALIBRATION_CANDIDATES = 48, 24
 
 
-Bundle = Annotated[Path, typer.Argument(help="Bundle folder, written by `edje export`.")]
-Out = Annotated[Path, typer.Option(help="Engine folder to write.")]
-BackendName = Annotated[
-    str, typer.Option(help="auto (the fastest faithful one), or one that `edje doctor` lists.")
-]
-Precision = Annotated[
-    str | None, typer.Option(help="fp32 (default), bf16, fp16, int8, fp8; not with auto.")
-]
-MaxPairs = Annotated[int, typer.Option(help="Largest batch.")]
-TextBuckets = Annotated[str, typer.Option(help="Text lengths (CLS and SEP included) to build for.")]
-Tokens = Annotated[str, typer.Option(help="Stored tokens: float16, or int8.")]
-CalibrationStore = Annotated[
-    Path | None, typer.Option(help="Token store with images to calibrate int8 and fp8 on.")
-]
-CalibrationQueries = Annotated[
-    Path | None, typer.Option(help="Queries over them: a line each, `query[TAB]target id`.")
-]
-CalibrationRandom = Annotated[
-    bool, typer.Option("--calibration-random", help="Made-up pairs: for speed tests only.")
-]
-MinKendallTau = Annotated[
-    float | None, typer.Option(help="Least rank agreement with float32; default: 0.975.")
-]
-MaxTop1Change = Annotated[
-    float | None, typer.Option(help="Largest share of changed first places; default: 0.02.")
-]
-WorkspaceMb = Annotated[
-    int | None, typer.Option(help="tensorrt, tensorrt-rtx: most memory of a kernel.")
-]
-OptimizationLevel = Annotated[int | None, typer.Option(help="tensorrt, tensorrt-rtx: 0 to 5.")]
-ComputeCapability = Annotated[
-    list[str] | None, typer.Option(help="tensorrt-rtx: GPUs to build for, as 8.9; default: all.")
-]
-HardwareCompatible = Annotated[
-    bool, typer.Option("--hardware-compatible", help="tensorrt: run on later GPUs too.")
-]
-VersionCompatible = Annotated[
-    bool, typer.Option("--version-compatible", help="tensorrt: run with later versions too.")
-]
-Report = Annotated[
-    bool,
-    typer.Option(
-        "--report", help="tensorrt, tensorrt-rtx: write report.json, the kernels of the layers."
-    ),
-]
-ImageEncoder = Annotated[
-    bool, typer.Option("--image-encoder", help="Add the image encoder, to index with.")
-]
-
-
 @dataclass(frozen=True, slots=True)
 class BuildArguments:
     """The words of `edje build`: each field is an argument or an option of the command line."""
 
-    bundle: Bundle
-    out: Out
-    backend: BackendName = AUTO
-    precision: Precision = None
-    max_pairs: MaxPairs = DEFAULT_MAX_PAIRS
-    text_buckets: TextBuckets = TEXT_BUCKETS
-    tokens: Tokens = "float16"
-    calibration_store: CalibrationStore = None
-    calibration_queries: CalibrationQueries = None
-    calibration_random: CalibrationRandom = False
-    min_kendall_tau: MinKendallTau = None
-    max_top1_change: MaxTop1Change = None
-    workspace_mb: WorkspaceMb = None
-    optimization_level: OptimizationLevel = None
-    compute_capability: ComputeCapability = None
-    hardware_compatible: HardwareCompatible = False
-    version_compatible: VersionCompatible = False
-    report: Report = False
-    image_encoder: ImageEncoder = False
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, written by `edje export`.")]
+    out: Annotated[Path, typer.Option(help="Engine folder to write.")]
+    backend: Annotated[
+        str, typer.Option(help="auto (the fastest faithful one), or one that `edje doctor` lists.")
+    ] = AUTO
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 (default), bf16, fp16, int8, fp8; not with auto.")
+    ] = None
+    max_pairs: Annotated[int, typer.Option(help="Largest batch.")] = DEFAULT_MAX_PAIRS
+    text_buckets: Annotated[
+        str, typer.Option(help="Text lengths (CLS and SEP included) to build for.")
+    ] = TEXT_BUCKETS
+    tokens: Annotated[str, typer.Option(help="Stored tokens: float16, or int8.")] = "float16"
+    calibration_store: Annotated[
+        Path | None, typer.Option(help="Token store with images to calibrate int8 and fp8 on.")
+    ] = None
+    calibration_queries: Annotated[
+        Path | None, typer.Option(help="Queries over them: a line each, `query[TAB]target id`.")
+    ] = None
+    calibration_random: Annotated[
+        bool, typer.Option("--calibration-random", help="Made-up pairs: for speed tests only.")
+    ] = False
+    min_kendall_tau: Annotated[
+        float | None, typer.Option(help="Least rank agreement with float32; default: 0.975.")
+    ] = None
+    max_top1_change: Annotated[
+        float | None, typer.Option(help="Largest share of changed first places; default: 0.02.")
+    ] = None
+    workspace_mb: Annotated[
+        int | None, typer.Option(help="tensorrt, tensorrt-rtx: most memory of a kernel.")
+    ] = None
+    optimization_level: Annotated[
+        int | None, typer.Option(help="tensorrt, tensorrt-rtx: 0 to 5.")
+    ] = None
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(help="tensorrt-rtx: GPUs to build for, as 8.9; default: all."),
+    ] = None
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="tensorrt: run on later GPUs too.")
+    ] = False
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="tensorrt: run with later versions too.")
+    ] = False
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report", help="tensorrt, tensorrt-rtx: write report.json, the kernels of the layers."
+        ),
+    ] = False
+    image_encoder: Annotated[
+        bool, typer.Option("--image-encoder", help="Add the image encoder, to index with.")
+    ] = False
     overwrite: Overwrite = False
     as_json: Json = False
 
     def engine_options(self) -> EngineOptions:
-        """Return what the engine shall be.
-
-        Raises:
-            RequestError: options that contradict each other, or are no numbers.
-            EngineError: values that no backend can take.
-        """
+        """Return what the engine shall be; refuse options that cannot be meant."""
         from ...engines.builder.options import EngineOptions
+        from ...engines.fidelity import FidelityLimits
+        from ...engines.precision.prepare import DEFAULT_LIMITS
 
         backend_options = self._backend_options()
         self._check(backend_options)
+        tau, change = self.min_kendall_tau, self.max_top1_change
         return EngineOptions(
             max_pairs=self.max_pairs,
             text_buckets=_whole_numbers(self.text_buckets, "--text-buckets"),
             token_dtype=self.tokens,
-            limits=self._limits(),
+            limits=FidelityLimits(
+                DEFAULT_LIMITS.min_kendall_tau if tau is None else tau,
+                DEFAULT_LIMITS.max_top1_change if change is None else change,
+            ),
             image_encoder=self.image_encoder,
             backend_options=backend_options,
         )
@@ -153,17 +138,6 @@ class BuildArguments:
             faults.append("--calibration-random: there is a --calibration-store already")
         refuse(faults)
 
-    def _limits(self) -> FidelityLimits:
-        """Return the defaults with what the user set."""
-        from ...engines.fidelity import FidelityLimits
-        from ...engines.precision.prepare import DEFAULT_LIMITS
-
-        tau, change = self.min_kendall_tau, self.max_top1_change
-        return FidelityLimits(
-            DEFAULT_LIMITS.min_kendall_tau if tau is None else tau,
-            DEFAULT_LIMITS.max_top1_change if change is None else change,
-        )
-
     def _backend_options(self) -> BuildOptions:
         from ...engines.contract import BuildOptions
 
@@ -187,7 +161,6 @@ def _build(arguments: BuildArguments) -> None:
       edje build bundle --backend onnxruntime-cuda --precision fp16 --out engine
     """
     from ...engines.builder.build import build_engine
-    from ...show import progress_steps
 
     options = arguments.engine_options()
     with arguments.samples() as samples, progress_steps("build") as progress:
@@ -201,21 +174,14 @@ def _build(arguments: BuildArguments) -> None:
             overwrite=arguments.overwrite,
             progress=progress,
         )
-    _show(arguments.out, manifest, arguments.as_json)
+    if arguments.as_json:
+        print_json({"engine": str(arguments.out), **manifest.to_json()})
+    else:
+        print_facts("built", {"engine": arguments.out, **_facts(manifest)})
+        print_fidelity("fidelity", manifest.fidelity)
 
 
 build = verb_of(BuildArguments, _build)
-
-
-def _show(out: Path, manifest: EngineManifest, as_json: bool) -> None:
-    from ...show import print_facts, print_json
-    from .tables import print_fidelity
-
-    if as_json:
-        print_json({"engine": str(out), **manifest.to_json()})
-    else:
-        print_facts("built", {"engine": out, **_facts(manifest)})
-        print_fidelity("fidelity", manifest.fidelity)
 
 
 def _facts(manifest: EngineManifest) -> Mapping[str, Any]:
@@ -242,3 +208,40 @@ def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
         raise RequestError(
             f"{option} is {text!r}, expected whole numbers with commas between", hint="16,32,64"
         ) from error
+
+
+def print_fidelity(title: str, values: Mapping[str, Any]) -> None:
+    """Write a manifest's `fidelity`: what was measured, and what was only emulated beside it."""
+    from ...engines.fidelity import NOT_MEASURED, is_measured
+
+    if is_measured(values):
+        print_table(title, ("measure", "value", "what it says"), _fidelity_rows(values))
+    else:
+        note(f"fidelity: {NOT_MEASURED}; `edje verify` measures it where the engine runs")
+    if "emulated" in values:
+        rows = _fidelity_rows(values["emulated"])
+        print_table(f"{title}, emulated", ("measure", "value", "what it says"), rows)
+
+
+def _fidelity_rows(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    share, score = "{:.2%}".format, "{:.2g}".format
+    rows = [
+        ("same first place", share(values["top_1"]), "queries whose best image is float32's"),
+        ("same first ten", share(values["top_10"]), "of float32's ten best are among its ten"),
+        ("Kendall tau", f"{values['kendall_tau']:.4f}", "order of all candidates: 1 is the same"),
+        ("mean difference", score(values["mean_abs_diff"]), "of a pair's score (raw logit)"),
+        ("99.9 % differ by", score(values["p999_abs_diff"]), "or less"),
+        ("max difference", score(values["max_abs_diff"]), "of any pair"),
+    ]
+    for name, found in (values["recall"] or {}).items():
+        exact = share(values["reference_recall"][name])
+        says = f"of {values['num_targets']:,} targets found; float32 finds {exact}"
+        rows.append((name, share(found), says))
+    size = f"{values['num_queries']:,} queries, {values['num_pairs']:,} pairs"
+    warning = "; made-up data shows rounding, not how a ranking fares" if values["random"] else ""
+    return [
+        *rows,
+        ("scored", size, values["data"] + warning),
+        ("reference", "float32", values["reference"]),
+        ("ran on", "", values["measured_on"]),
+    ]

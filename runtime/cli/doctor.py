@@ -5,18 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...engines.registry import BackendStatus, probe_backends
+from ...engines.registry import BackendStatus, by_reason, probe_backends
 from ...errors import EdjeError
 from ...kernels.device import GPU_DEVICES, open_gpu
-from ...kernels.device.copies import CopySpeed, measure_copies
 from ...kernels.device.facts import driver_fault
+from ...kernels.device.measuring import CopySpeed, measure_copies
 from ...machine import cpu_features, cpu_model, memory_bytes, usable_cores
+from ...show import print_facts, print_table
 
 DISTRIBUTION = "edje-runtime"
 # "openvino>=2025.0; extra == "cpu"" -> openvino, cpu
@@ -168,3 +169,42 @@ def _nvidia_driver() -> str | None:
     except OSError:
         return None
     return found[1] if found else None
+
+
+def print_diagnosis(diagnosis: Diagnosis) -> None:
+    """Write what this machine can run, and why not the rest."""
+    print_facts(
+        "machine",
+        {
+            "edje": f"{diagnosis.edje} on Python {diagnosis.python}, {diagnosis.system}",
+            "cpu": f"{diagnosis.cpu_model} ({diagnosis.num_cpus} usable)",
+            "features": " ".join(diagnosis.cpu_features) or "none that matter",
+            "memory": f"{diagnosis.memory_bytes / 2**30:.1f} GiB",
+            "nvidia driver": diagnosis.nvidia_driver or "none",
+            **({} if diagnosis.gpu is None else {"gpu": diagnosis.gpu.describe()}),
+        },
+    )
+    backends = [
+        (s.name, s.version or "-", _listed(s.buildable), _listed(s.usable))
+        for s in diagnosis.backends
+    ]
+    print_table("backends", ("backend", "version", "builds", "runs"), backends)
+    reasons = [row for status in diagnosis.backends for row in _why_not(status)]
+    if reasons:
+        print_table("why not", ("", ""), reasons)
+    extras = [
+        (extra.name, extra.command if extra.missing else "installed", ", ".join(extra.missing))
+        for extra in diagnosis.extras
+    ]
+    print_table("optional parts", ("extra", "state or mend", "missing"), extras)
+
+
+def _why_not(status: BackendStatus) -> Iterator[tuple[str, str]]:
+    """Yield each reason for which a backend does not build or run, with its precisions."""
+    verdicts = [*status.runs.items(), *status.builds.items()]
+    for reason, precisions in by_reason(verdicts).items():
+        yield f"{status.name} {_listed(precisions)}", reason
+
+
+def _listed(precisions: Sequence[str]) -> str:
+    return " ".join(precisions) or "none"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,79 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ...arguments import Progress
+from ...arguments import Progress, read_ids
 from ...errors import RequestError
+from ...show import note, progress_bar
 from .options import Json, refuse, require, verb_of, write_facts
 
 if TYPE_CHECKING:
+    from ..indexing.flow import OnSkip
     from ..indexing.index import IndexReport
-    from ..indexing.sources import SkippedImage
 
 EXIT_SKIPPED = 1
 MAX_NOTES = 20  # skipped images that the terminal names; `skipped.jsonl` names all
-
-Model = Annotated[
-    Path, typer.Argument(help="Bundle, or engine with image encoder; bundle for --features.")
-]
-Images = Annotated[
-    list[str] | None,
-    typer.Argument(help="Folder, list file of `id<TAB>path` lines, or tars ('{000..099}.tar')."),
-]
-Store = Annotated[
-    Path, typer.Option("--store", "--into", help="Token store, made if there is none.")
-]
-FeaturesPath = Annotated[
-    Path | None,
-    typer.Option(help="Patch features in place of images: .npy, .safetensors, or a folder."),
-]
-Ids = Annotated[
-    Path | None, typer.Option(help="Ids of a --features .npy, one a line; default: ids.txt.")
-]
-Only = Annotated[
-    str | None,
-    typer.Option("--only", "--from", help="Index only the ids listed here, one a line; - stdin."),
-]
-Dtype = Annotated[
-    str | None, typer.Option(help="Of a new store: float16 (default), or int8: half the size.")
-]
-DeviceName = Annotated[
-    str, typer.Option(help="cpu, cuda, or auto: CUDA where ONNX Runtime runs on it.")
-]
-Workers = Annotated[
-    int | None, typer.Option(help="Decoder processes; default: the usable cores but one.")
-]
-BatchSize = Annotated[int, typer.Option(help="Images a forward.")]
-Ray = Annotated[
-    str | None,
-    typer.Option(
-        metavar="[ADDRESS]",
-        help="Spread the work over a Ray cluster: HOST:PORT, auto, local, or as Ray finds it.",
-    ),
-]
-NumWorkers = Annotated[
-    int | None, typer.Option(help="With --ray, workers; default: one a machine, or one a GPU.")
-]
-ImagesPerTask = Annotated[
-    int | None, typer.Option(help="With --ray, images done again if a worker dies; default: 2048.")
-]
-FollowLinks = Annotated[
-    bool, typer.Option("--follow-links", help="Go into links to folders too; never round in rings.")
-]
-MaxPixels = Annotated[
-    int | None,
-    typer.Option(help="Skip images of more pixels; 0: no limit; default: Pillow's 89,478,485."),
-]
-Plugin = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="MODULE[:FUNCTION]",
-        help="Load one that registers image formats in Pillow: pillow_heif.HeifImagePlugin.",
-    ),
-]
-Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 if anything was skipped.")]
-MaxSkipped = Annotated[
-    int | None, typer.Option(help="Exit with 1 if more than so many were skipped.")
-]
 
 
 _ADDRESS = re.compile(r"auto|local|ray://.*|\[?[\w.:-]+\]?:\d+")
@@ -106,39 +42,89 @@ class IndexCommand(TyperCommand):
 class IndexArguments:
     """The words of `edje index`: each field is an argument or an option of the command line."""
 
-    model: Model
-    store: Store
-    images: Images = None
-    features: FeaturesPath = None
-    ids: Ids = None
-    only: Only = None
-    dtype: Dtype = None
-    device: DeviceName = "auto"
-    workers: Workers = None
-    batch_size: BatchSize = 32
-    ray: Ray = None
-    num_workers: NumWorkers = None
-    images_per_task: ImagesPerTask = None
-    follow_links: FollowLinks = False
-    max_pixels: MaxPixels = None
-    plugin: Plugin = None
-    strict: Strict = False
-    max_skipped: MaxSkipped = None
+    model: Annotated[
+        Path, typer.Argument(help="Bundle, or engine with image encoder; bundle for --features.")
+    ]
+    store: Annotated[
+        Path, typer.Option("--store", "--into", help="Token store, made if there is none.")
+    ]
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Folder, list file of `id<TAB>path` lines, or tars ('{000..099}.tar')."
+        ),
+    ] = None
+    features: Annotated[
+        Path | None,
+        typer.Option(help="Patch features in place of images: .npy, .safetensors, or a folder."),
+    ] = None
+    ids: Annotated[
+        Path | None, typer.Option(help="Ids of a --features .npy, one a line; default: ids.txt.")
+    ] = None
+    only: Annotated[
+        str | None,
+        typer.Option(
+            "--only", "--from", help="Index only the ids listed here, one a line; - stdin."
+        ),
+    ] = None
+    dtype: Annotated[
+        str | None, typer.Option(help="Of a new store: float16 (default), or int8: half the size.")
+    ] = None
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, or auto: CUDA where ONNX Runtime runs on it.")
+    ] = "auto"
+    workers: Annotated[
+        int | None, typer.Option(help="Decoder processes; default: the usable cores but one.")
+    ] = None
+    batch_size: Annotated[int, typer.Option(help="Images a forward.")] = 32
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            help="Spread the work over a Ray cluster: HOST:PORT, auto, local, or as Ray finds it.",
+        ),
+    ] = None
+    num_workers: Annotated[
+        int | None, typer.Option(help="With --ray, workers; default: one a machine, or one a GPU.")
+    ] = None
+    images_per_task: Annotated[
+        int | None,
+        typer.Option(help="With --ray, images done again if a worker dies; default: 2048."),
+    ] = None
+    follow_links: Annotated[
+        bool,
+        typer.Option("--follow-links", help="Go into links to folders too; never round in rings."),
+    ] = False
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(help="Skip images of more pixels; 0: no limit; default: Pillow's 89,478,485."),
+    ] = None
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE[:FUNCTION]",
+            help="Load one that registers image formats in Pillow: pillow_heif.HeifImagePlugin.",
+        ),
+    ] = None
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 if anything was skipped.")
+    ] = False
+    max_skipped: Annotated[
+        int | None, typer.Option(help="Exit with 1 if more than so many were skipped.")
+    ] = None
     as_json: Json = False
 
     def check(self) -> None:
-        """Refuse options that contradict each other, and a missing Pillow before anything loads.
-
-        Raises:
-            RequestError: they do (all faults), or --max-skipped is negative.
-            EdjeError: there is no Pillow.
-        """
+        """Refuse options that contradict each other, and a missing Pillow before anything loads."""
         faults = []
         if bool(self.images) == (self.features is not None):
             faults.append("IMAGES and --features: expected one of them")
         if self.strict and self.max_skipped is not None:
             faults.append("--strict allows no skip and --max-skipped some: give one of them")
-        faults += self._image_faults() if self.features is None else self._feature_faults()
+        if self.features is not None:
+            faults += self._feature_faults()
+        elif self.ids is not None:
+            faults.append("--ids: it names the rows of --features")
         if self.ray is None:
             given = {"--num-workers": self.num_workers, "--images-per-task": self.images_per_task}
             faults += [f"{name}: it goes with --ray" for name in given if given[name] is not None]
@@ -147,9 +133,6 @@ class IndexArguments:
             raise RequestError(f"--max-skipped is {self.max_skipped}, expected 0 or more")
         if self.features is None:
             require("index", "PIL")
-
-    def _image_faults(self) -> list[str]:
-        return ["--ids: it names the rows of --features"] if self.ids is not None else []
 
     def _feature_faults(self) -> list[str]:
         faults = []
@@ -161,17 +144,7 @@ class IndexArguments:
             faults.append("--ray spreads images, not --features: the adapter is fast without")
         return faults
 
-    @property
-    def allowed_skips(self) -> int | None:
-        """How many entries may be skipped, None for any number."""
-        return 0 if self.strict else self.max_skipped
-
-    def run(
-        self,
-        only: set[str] | None,
-        progress: Progress,
-        on_skip: Callable[[SkippedImage], None],
-    ) -> IndexReport:
+    def run(self, only: set[str] | None, progress: Progress, on_skip: OnSkip) -> IndexReport:
         """Index what was asked for, as it was asked for."""
         from ...engines.image import FeatureEncoder, ImageEncoder
         from ..indexing.index import IndexOptions, index_features, index_images
@@ -186,7 +159,7 @@ class IndexArguments:
             workers = RayOptions(*where, self.device, self.workers, batch_size)
             return index_on_ray(self.model, images, self.store, workers, options)
         how: dict[str, Any] = {f.name: getattr(options, f.name) for f in fields(options)}
-        how |= {"batch_size": batch_size}
+        how["batch_size"] = batch_size
         if self.features is not None:
             adapter = FeatureEncoder.open(self.model, device=self.device)
             return index_features(adapter, self.features, self.store, ids=self.ids, **how)
@@ -209,30 +182,49 @@ def _index(arguments: IndexArguments) -> None:
       edje index bundle photos --into new.store --from ids-to-redo.txt
       edje index bundle photos --store photos.store --ray head:6379
     """
-    from ..id_list import read_ids
-    from ..indexing.pillow_settings import pillow_set
+    from ..indexing.images import pillow_set
 
     arguments.check()
     only = None if arguments.only is None else set(read_ids(arguments.only))
+    num_skipped = 0
+
+    def on_skip(_: object) -> None:
+        nonlocal num_skipped
+        num_skipped += 1
+
+    def text(images_per_s: float) -> str:
+        return f"{images_per_s:,.0f} images/s, {num_skipped:,} skipped"
+
     with (
         pillow_set(arguments.max_pixels, arguments.plugin or []),
-        _watched("index") as (progress, on_skip),
+        progress_bar("index", text=text) as progress,
     ):
         report = arguments.run(only, progress, on_skip)
     _show(report, arguments)
-    _exit_unless_enough(report, arguments.store, arguments.allowed_skips)
+    _exit_unless_enough(report, arguments.store, 0 if arguments.strict else arguments.max_skipped)
 
 
 index = verb_of(IndexArguments, _index)
 
 
 def _show(report: IndexReport, arguments: IndexArguments) -> None:
-    _note_skipped(report, arguments.store)
-    _note_links(report.num_links, arguments.follow_links)
+    """Write what was done; what was skipped or passed by goes to stderr."""
+    from ..indexing.flow import SKIPPED
+
+    for image in report.skipped[:MAX_NOTES]:
+        note(f"{image.id!r} was skipped: {image.reason}")
+    rest = report.num_skipped - min(MAX_NOTES, len(report.skipped))
+    if rest > 0:
+        note(f"{rest:,} more were skipped: {arguments.store / SKIPPED} names all")
+    links = f"{report.num_links:,} links to folders"
+    if report.num_links and arguments.follow_links:
+        note(f"{links} lead back to one above and were not followed")
+    elif report.num_links:
+        note(f"{links} were not followed; --follow-links follows them")
     facts = {"store": str(arguments.store), **asdict(report)}
     skipped = facts.pop("skipped")
     if arguments.as_json:
-        facts["skipped"] = [entry._asdict() for entry in skipped]
+        facts["skipped"] = [image._asdict() for image in skipped]
     write_facts("indexed", facts, arguments.as_json)
 
 
@@ -242,8 +234,7 @@ def _exit_unless_enough(report: IndexReport, store: Path, allowed: int | None) -
     Only now, when all that can be indexed is: a job that stopped at the first skips too many would
     stop there every night, and the good images behind them would never come in.
     """
-    from ...notes import note
-    from ..indexing.skipped import SKIPPED
+    from ..indexing.flow import SKIPPED
 
     skipped, where = report.num_skipped, f"{store / SKIPPED} says why"
     if skipped and not report.indexed and not report.already_present:
@@ -252,43 +243,3 @@ def _exit_unless_enough(report: IndexReport, store: Path, allowed: int | None) -
     if allowed is not None and skipped > allowed:
         note(f"{skipped:,} skipped, {allowed:,} allowed; all else is indexed: {where}")
         raise typer.Exit(EXIT_SKIPPED)
-
-
-def _note_skipped(report: IndexReport, store: Path) -> None:
-    from ...notes import note
-    from ..indexing.skipped import SKIPPED
-
-    for skipped in report.skipped[:MAX_NOTES]:
-        note(f"{skipped.id!r} was skipped: {skipped.reason}")
-    rest = report.num_skipped - min(MAX_NOTES, len(report.skipped))
-    if rest > 0:
-        note(f"{rest:,} more were skipped: {store / SKIPPED} names all")
-
-
-def _note_links(num_links: int, followed: bool) -> None:
-    from ...notes import note
-
-    if num_links and followed:
-        note(f"{num_links:,} links to folders lead back to one above and were not followed")
-    elif num_links:
-        note(f"{num_links:,} links to folders were not followed; --follow-links follows them")
-
-
-@contextmanager
-def _watched(
-    description: str,
-) -> Iterator[tuple[Progress, Callable[[SkippedImage], None]]]:
-    """Yield `progress` and `on_skip`, shown as a bar with images/s, ETA and skips on stderr."""
-    from ...show import progress_bar
-
-    num_skipped = 0
-
-    def on_skip(_: SkippedImage) -> None:
-        nonlocal num_skipped
-        num_skipped += 1
-
-    def text(images_per_s: float) -> str:
-        return f"{images_per_s:,.0f} images/s, {num_skipped:,} skipped"
-
-    with progress_bar(description, text=text) as progress:
-        yield progress, on_skip

@@ -1,18 +1,24 @@
-"""What several verbs share: options declared once, their checks, and how results are written."""
+"""What several verbs share: options, their checks, stdout and stderr as users leave them."""
 
 from __future__ import annotations
 
 import inspect
+import io
 import os
+import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
+from typer.core import TyperGroup
 
 from ...errors import EdjeError, RequestError
+from ...show import print_facts, print_json, speak
 
 Words = TypeVar("Words")
+
+EXIT_NO_READER = 141  # as the shell says of a program that SIGPIPE ended
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
@@ -41,11 +47,7 @@ def verb_of(words: Callable[..., Words], run: Callable[[Words], None]) -> Callab
 
 
 def require(extra: str, *modules: str) -> None:
-    """Refuse a verb whose optional libraries are not installed; looks without importing them.
-
-    Raises:
-        EdjeError: some are missing (all named), with the command that installs them.
-    """
+    """Refuse a verb whose optional libraries are not installed, without importing them."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise EdjeError(
@@ -61,11 +63,7 @@ def refuse(faults: list[str]) -> None:
 
 
 def as_text(argument: str, option: str) -> str:
-    """Return an argument that the locale could not decode (`LC_ALL=C`) as the UTF-8 that it is.
-
-    Raises:
-        RequestError: it is not UTF-8 either.
-    """
+    """Return an argument that the locale could not decode (`LC_ALL=C`) as the UTF-8 that it is."""
     try:
         argument.encode("utf-8")
     except UnicodeEncodeError:
@@ -78,9 +76,76 @@ def as_text(argument: str, option: str) -> str:
 
 def write_facts(title: str, facts: Mapping[str, Any], as_json: bool) -> None:
     """Write name/value pairs to stdout, for people or as JSON."""
-    from ...show import print_facts, print_json
-
     if as_json:
         print_json(facts)
     else:
         print_facts(title, facts)
+
+
+class Verbs(TyperGroup):
+    """Verbs that know the root's `--quiet`, and end without a word when nobody reads on."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a verb, which takes `--quiet` as the root does."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            shared = [p for p in ctx.find_root().command.params if p.name == "quiet"]
+            command.params += [option for option in shared if option not in command.params]
+        return command
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            _write_nowhere()
+            raise typer.Exit(EXIT_NO_READER) from error
+
+
+def start_output() -> None:
+    """Let both streams take any text: what their encoding lacks becomes an escape (`\\xe9`)."""
+    speak()
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller: `>&-`
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            setattr(sys, name, os.fdopen(nowhere, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+            for method in ("write", "writelines", "flush"):
+                if method not in vars(stream):
+                    setattr(stream, method, _naming(name, getattr(stream, method)))
+
+
+def _naming(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Let what a stream raises say which stream it was, as a file's errors do."""
+
+    def named(*args: Any) -> Any:
+        try:
+            return call(*args)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, name) from error
+
+    return named
+
+
+def finish_output() -> None:
+    """Write out what stdout still holds; a reader that left ends the process with its code."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _write_nowhere()
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(EXIT_NO_READER) from error
+        raise
+
+
+def _write_nowhere() -> None:
+    """Send what is buffered to /dev/null: Python would complain when it cannot flush at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

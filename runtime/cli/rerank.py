@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
-from ...arguments import Arguments
-from ...errors import StoppedError
+from ...arguments import Arguments, read_ids
+from ...errors import StoppedError, named
+from ...show import escaped, note, print_json, print_table, warn
 from .options import Json, as_text, verb_of
 
 if TYPE_CHECKING:
@@ -20,65 +21,49 @@ if TYPE_CHECKING:
     from ..results import Missing, RankResult
 
 EXIT_NOT_WHOLE = 1
+MAX_NOTES = 20  # faults that are told one a line
 _HELD = ("device", "auto")  # places for which --resident-gb means something
-
-EngineFolder = Annotated[Path, typer.Argument(help="Engine folder, written by `edje build`.")]
-Store = Annotated[Path, typer.Option(help="Token store, written by `edje index`.")]
-Query = Annotated[str, typer.Option(help="Plain text.")]
-CandidatesFile = Annotated[
-    str | None, typer.Option(help="File with an id a line, or - for stdin; default: all ids.")
-]
-TopK = Annotated[int | None, typer.Option(help="Hits to show; default: all.")]
-Rescore = Annotated[Path | None, typer.Option(help="Precise engine: the top K becomes its own.")]
-RescoreMargin = Annotated[
-    float | None,
-    typer.Option(help="How far ENGINE may score below RESCORE; default: as measured."),
-]
-NumThreads = Annotated[int | None, typer.Option(help="CPU threads of the engine.")]
-DeviceName = Annotated[
-    str | None, typer.Option(help="host, cuda_core (:1 for the next GPU) or pycuda.")
-]
-PlaceName = Annotated[
-    str | None, typer.Option(help="Read tokens from disk (default), host, device or auto.")
-]
-ResidentGb = Annotated[
-    float | None, typer.Option(help="GPU memory for tokens, in 1e9 bytes; default: most.")
-]
-MissingIds = Annotated[
-    str, typer.Option(help="Candidates that STORE lacks: error (default), or skip.")
-]
-Strict = Annotated[
-    bool, typer.Option("--strict", help="Exit with 1 if a candidate was not ranked.")
-]
-Timeout = Annotated[float | None, typer.Option(help="Stop after this many seconds.")]
 
 
 @dataclass(frozen=True, slots=True)
 class RerankArguments:
     """The words of `edje rerank`: each field is an argument or an option of the command line."""
 
-    engine: EngineFolder
-    store: Store
-    query: Query
-    candidates: CandidatesFile = None
-    top_k: TopK = None
-    rescore: Rescore = None
-    rescore_margin: RescoreMargin = None
-    num_threads: NumThreads = None
-    device: DeviceName = None
-    residency: PlaceName = None
-    resident_gb: ResidentGb = None
-    missing: MissingIds = "error"
-    timeout: Timeout = None
-    strict: Strict = False
+    engine: Annotated[Path, typer.Argument(help="Engine folder, written by `edje build`.")]
+    store: Annotated[Path, typer.Option(help="Token store, written by `edje index`.")]
+    query: Annotated[str, typer.Option(help="Plain text.")]
+    candidates: Annotated[
+        str | None, typer.Option(help="File with an id a line, or - for stdin; default: all ids.")
+    ] = None
+    top_k: Annotated[int | None, typer.Option(help="Hits to show; default: all.")] = None
+    rescore: Annotated[
+        Path | None, typer.Option(help="Precise engine: the top K becomes its own.")
+    ] = None
+    rescore_margin: Annotated[
+        float | None,
+        typer.Option(help="How far ENGINE may score below RESCORE; default: as measured."),
+    ] = None
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None
+    device: Annotated[
+        str | None, typer.Option(help="host, cuda_core (:1 for the next GPU) or pycuda.")
+    ] = None
+    residency: Annotated[
+        str | None, typer.Option(help="Read tokens from disk (default), host, device or auto.")
+    ] = None
+    resident_gb: Annotated[
+        float | None, typer.Option(help="GPU memory for tokens, in 1e9 bytes; default: most.")
+    ] = None
+    missing: Annotated[
+        str, typer.Option(help="Candidates that STORE lacks: error (default), or skip.")
+    ] = "error"
+    timeout: Annotated[float | None, typer.Option(help="Stop after this many seconds.")] = None
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 if a candidate was not ranked.")
+    ] = False
     as_json: Json = False
 
     def check(self) -> None:
-        """Refuse what cannot be meant, in the words of the command line, before anything loads.
-
-        Raises:
-            RequestError: all faults at once.
-        """
+        """Refuse what cannot be meant, in the words of the command line, before anything loads."""
         from ..residency import Place
         from ..results import MARGIN, Missing
 
@@ -151,7 +136,6 @@ def _rerank(arguments: RerankArguments) -> None:
     Example:
       edje rerank engine --store photos.store --query "a dog in the snow" --top-k 10
     """
-    from ..id_list import read_ids
 
     arguments.check()
     query, source = as_text(arguments.query, "--query"), arguments.candidates
@@ -163,39 +147,24 @@ def _rerank(arguments: RerankArguments) -> None:
         warm = perf_counter()
         result, stop = arguments.rank(reranker, query, ids)
     seconds = {"open_s": opened - began, "warm_up_s": warm - opened}
-    told = {"query": query, "stopped": stop is not None}
-    _show(arguments, told, result, seconds, asdict(reranker.residency))
+    if arguments.as_json:
+        told = {"query": query, "stopped": stop is not None, **result.to_json(), **seconds}
+        print_json({**told, "residency": asdict(reranker.residency)})
+    else:
+        if arguments.residency is not None:
+            place = reranker.residency
+            note(f"tokens are read from {place.place}: {place.reason}")
+        print_ranking(result, **seconds)
     _exit_unless_scored(result, stop, arguments)
 
 
 rerank = verb_of(RerankArguments, _rerank)
 
 
-def _show(
-    arguments: RerankArguments,
-    told: dict[str, Any],
-    result: RankResult,
-    seconds: dict[str, float],
-    place: dict[str, Any],
-) -> None:
-    from ...notes import note
-    from ...show import print_json
-    from .tables import print_ranking
-
-    if arguments.as_json:
-        print_json({**told, **result.to_json(), **seconds, "residency": place})
-        return
-    if arguments.residency is not None:
-        note(f"tokens are read from {place['place']}: {place['reason']}")
-    print_ranking(result, **seconds)
-
-
 def _exit_unless_scored(
     result: RankResult, stop: StoppedError | None, arguments: RerankArguments
 ) -> None:
     """Exit with 1 where nothing was scored, or not all of it and that was asked for."""
-    from ...notes import warn
-
     failed, absent = len(result.errors), len(result.missing)
     rest = "the others were" if result.hits else "none was"
     if stop is not None:
@@ -212,3 +181,36 @@ def _exit_unless_scored(
             empty = f"the list --candidates {arguments.candidates} is empty"
         warn(f"nothing was scored: {empty}")
     raise typer.Exit(EXIT_NOT_WHOLE)
+
+
+def print_ranking(result: RankResult, *, open_s: float, warm_up_s: float) -> None:
+    """Write the hits to stdout; what could not be ranked goes to stderr.
+
+    Args:
+        open_s, warm_up_s: seconds that were spent before the ranking.
+    """
+    rows = [(str(n), f"{hit.score:.4f}", escaped(hit.id)) for n, hit in enumerate(result, 1)]
+    engine, rescoring, total_ms = result.engine, result.rescoring, result.timings_ms.total
+    ran = f"{engine.backend} {engine.precision}"
+    if engine.tokens != "float16":
+        ran += f" from {engine.tokens} tokens"
+    if rescoring is not None:
+        precise = rescoring.engine
+        ran += f", {rescoring.num_rescored} rescored on {precise.backend} {precise.precision}"
+    asked = f" of {result.num_asked:,}" if result.num_asked != result.num_scored else ""
+    print_table(
+        f"{result.num_scored:,}{asked} images scored in {total_ms:,.1f} ms "
+        f"({result.num_scored / total_ms * 1e3:,.0f} pairs/s) on {ran}\n"
+        f"before: opened in {open_s:.2f} s, warmed up in {warm_up_s:.2f} s",
+        ("rank", "score", "id"),
+        rows,
+    )
+    if result.truncated:
+        note("the query was cut to the wordpieces that the model takes")
+    if result.missing:
+        names = named([fault.id for fault in result.missing])
+        note(f"{len(result.missing)} candidates are not in the store: {names}")
+    for fault in result.errors[:MAX_NOTES]:
+        warn(f"{fault.id!r} was not ranked: {fault.reason}")
+    if len(result.errors) > MAX_NOTES:
+        warn(f"{len(result.errors) - MAX_NOTES:,} more were not ranked: --json names all")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...arguments import Arguments
+from ...arguments import Arguments, listed, read_ids
 from ...errors import RequestError
-from .options import Json, Overwrite, as_text, write_facts
-from .streams import Verbs
+from ...show import note, print_facts, print_json, progress_bar, warn
+from .options import Json, Overwrite, Verbs, as_text, write_facts
 
 if TYPE_CHECKING:
     from ..store.verify import VerifyReport
@@ -32,7 +32,6 @@ def stat(store: Store, as_json: Json = False) -> None:
     Example:
       edje store stat photos.store
     """
-    from ...notes import warn
     from ..store import TokenStore
 
     with TokenStore.open(store) as opened:
@@ -51,8 +50,6 @@ def ids(store: Store, as_json: Json = False) -> None:
     Example:
       edje store ids photos.store > ids.txt
     """
-    from ...show import print_json
-    from ..id_list import listed
     from ..store import TokenStore
 
     with TokenStore.open(store) as opened:
@@ -78,7 +75,6 @@ def delete(
     Example:
       edje store delete photos.store --from gone.txt
     """
-    from ..id_list import read_ids
     from ..store import TokenStore
 
     gone = [
@@ -110,9 +106,8 @@ def compact(
     Example:
       edje store compact photos.store --max-dead-share 0.2
     """
-    from ...notes import note
     from ..store import TokenStore
-    from ..store.folder import disk_bytes
+    from ..store.disk import disk_bytes
 
     before = disk_bytes(store)
     with TokenStore.open(store, mode="a") as opened:
@@ -140,7 +135,6 @@ def export_shards(
     Example:
       edje store export photos.store --out photos.shards
     """
-    from ...show import progress_bar
     from ..store import TokenStore
     from ..store.shards import export_store
 
@@ -175,7 +169,6 @@ def import_shards(
     Example:
       edje store import photos.store photos.shards
     """
-    from ...show import progress_bar
     from ..store.shards import import_store
 
     with progress_bar("import") as progress:
@@ -209,8 +202,6 @@ def verify(
     Example:
       edje store verify photos.store --repair --bad-ids bad.txt
     """
-    from ...show import print_json, progress_bar
-    from ..id_list import listed
     from ..store.verify import verify_store
 
     with progress_bar("verify") as progress:
@@ -226,9 +217,6 @@ def verify(
 
 
 def _show_verified(report: VerifyReport) -> None:
-    from ...notes import warn
-    from ...show import print_facts
-
     facts = report.to_json()
     names = ("damaged", "faults", "repaired", "leftovers")
     lists = {name: facts.pop(name) for name in names}

@@ -15,8 +15,8 @@ from ...lazy import lazily as _lazily
 if TYPE_CHECKING:
     from .cluster import SegmentEncoder
     from .features import FeatureSource
+    from .flow import read_skipped
     from .index import IndexReport, index_features, index_images
-    from .skipped import read_skipped
     from .sources import SkippedImage, open_source
 
 __all__ = [
@@ -41,6 +41,6 @@ if not TYPE_CHECKING:
             "index_features": ".index",
             "index_images": ".index",
             "open_source": ".sources",
-            "read_skipped": ".skipped",
+            "read_skipped": ".flow",
         },
     )

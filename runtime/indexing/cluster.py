@@ -34,16 +34,14 @@ from .decoders import DecoderPool
 from .flow import (
     DEFAULT_BATCH_SIZE,
     NUM_AHEAD,
-    Batch,
     Group,
     decoded_batches,
     encode_batch,
     groups,
     read_ahead,
 )
-from .names import name_of, place_of
-from .pillow_settings import PillowSettings
-from .sources import ImageFile, SkippedImage
+from .images import PillowSettings
+from .sources import ImageFile, SkippedImage, name_of, place_of
 
 PLAN = "plan.jsonl"
 RUN_PREFIX = "run-"
@@ -71,7 +69,6 @@ class TaskResult:
     Attributes:
         task: its number.
         segments: names of the sealed segments in the run's folder.
-        skipped: images without a record, and why.
         encoder: the library that ran the image encoder; empty if none did.
     """
 
@@ -157,14 +154,18 @@ class SegmentEncoder(Closing):
         segments: list[Path] = []
         skipped: list[SkippedImage] = []
         size = min(self._batch_size, self._layout.max_rows)
-        batches_a_segment = self._layout.max_rows // size
         decoded = decoded_batches(self._pool, groups(entries, size))
         with closing(read_ahead(decoded, NUM_AHEAD)) as batches:
-            num_batches = batches_a_segment
-            while num_batches == batches_a_segment:
+            num_batches = most = self._layout.max_rows // size
+            while num_batches == most:
+                num_batches = 0
                 with SegmentWriter(Path(folder) / incoming_name(task), self._layout) as writer:
-                    some = islice(batches, batches_a_segment)
-                    num_batches = sum(self._add(writer, batch, skipped) for batch in some)
+                    for batch in islice(batches, most):
+                        num_batches += 1
+                        ids, tokens, bad = encode_batch(self.encoder.encode_rgb, batch)
+                        skipped += bad
+                        if tokens is not None and ids:
+                            writer.append(ids, tokens)
                     path = writer.close()
                 segments += [path] if path else []
         return segments, skipped
@@ -173,21 +174,12 @@ class SegmentEncoder(Closing):
         """End the decoder processes."""
         self._pool.close()
 
-    def _add(self, writer: SegmentWriter, batch: Batch, skipped: list[SkippedImage]) -> int:
-        """Encode one batch into the segment; return 1."""
-        ids, tokens, bad = encode_batch(self.encoder.encode_rgb, batch)
-        skipped += bad
-        if tokens is not None and ids:
-            writer.append(ids, tokens)
-        return 1
-
 
 @contextmanager
 def open_run(store: TokenStore) -> Iterator[Path]:
     """Yield the folder of a new run of `store`, which is open for appending; remove it at the end.
 
-    What its workers sealed and nobody committed is committed before the folder goes, also when
-    the block ends by an exception.
+    However the block ends, what its workers sealed is committed before the folder goes.
     """
     folder = store.path / INCOMING / f"{RUN_PREFIX}{uuid.uuid4().hex}"
     folder.mkdir(parents=True)
@@ -258,7 +250,8 @@ def read_task(folder: Path, task: IndexTask) -> list[ImageFile]:
         raise _not_shared(folder, error.strerror or str(error)) from error
     if len(content) < task.stop - task.start:
         raise _not_shared(folder, f"{PLAN} ends early")
-    return [_image(line) for line in content.splitlines()]
+    lines = map(json.loads, content.splitlines())
+    return [ImageFile(name, Path(name_of(path)), *rest) for name, path, *rest in lines]
 
 
 def run_task(segments: SegmentEncoder, folder: Path, task: IndexTask) -> TaskResult:
@@ -312,11 +305,6 @@ def _line(image: ImageFile) -> bytes:
     path = place_of(image.path)  # the worker's locale may be another
     # JSON's \u escapes carry names that are no UTF-8 as well.
     return json.dumps([image.id, path, image.source, image.start, image.num_bytes]).encode() + b"\n"
-
-
-def _image(line: bytes) -> ImageFile:
-    image_id, path, source, start, num_bytes = json.loads(line)
-    return ImageFile(image_id, Path(name_of(path)), source, start, num_bytes)
 
 
 def _not_shared(folder: Path, why: str) -> StoreError:

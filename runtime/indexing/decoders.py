@@ -20,8 +20,7 @@ from ...bundle import ImageSpec
 from ...errors import EdjeError, RequestError
 from ...files import Closing
 from ...machine import usable_cores
-from .images import Unreadable, decode_entry, import_pillow
-from .pillow_settings import PillowSettings
+from .images import PillowSettings, Unreadable, decode_entry, import_pillow
 from .sources import ImageFile
 
 Decoded = UInt8 | Unreadable
@@ -107,9 +106,8 @@ class DecoderPool(Closing):
         try:
             return self._idle.get_nowait()
         except Empty:
-            decoder = _Decoder(self._spec, self._settings)
-        self._decoders.append(decoder)
-        return decoder
+            self._decoders.append(decoder := _Decoder(self._spec, self._settings))
+            return decoder
 
 
 class _Decoder:

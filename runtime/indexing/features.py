@@ -13,11 +13,21 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from ...arguments import read_ids
 from ...bundle import ModelSizes
 from ...errors import RequestError, named
-from ..id_list import read_ids
-from .names import name_of, place_of, text_of
-from .sources import FolderWalk, SkippedImage, Unlisted, Wanted, id_hash, repeated
+from .sources import (
+    FolderWalk,
+    SkippedImage,
+    Source,
+    Unlisted,
+    Wanted,
+    id_hash,
+    name_of,
+    place_of,
+    repeated,
+    text_of,
+)
 
 Features = npt.NDArray[np.floating]
 Read = Callable[[], Features]
@@ -40,7 +50,7 @@ class FeatureEntry:
         return self.features.nbytes
 
 
-class FeatureSource:
+class FeatureSource(Source[FeatureEntry]):
     """Features by id, each read from its file when its turn comes.
 
     Takes a `.npy` [images, N, D] with a list of ids, a `.safetensors` (a tensor [N, D] under each
@@ -57,18 +67,10 @@ class FeatureSource:
             is not installed.
     """
 
-    countable = True
-
     def __init__(
-        self,
-        path: Path,
-        sizes: ModelSizes,
-        *,
-        ids: Path | None = None,
-        follow_links: bool = False,
+        self, path: Path, sizes: ModelSizes, *, ids: Path | None = None, follow_links: bool = False
     ):
         self.names = frozenset({place_of(path)})
-        self.num_ignored = 0
         self._walk = FolderWalk(path, follow_links=follow_links)
         self._unlisted: list[Unlisted] = []
         self._sizes = sizes
@@ -84,15 +86,12 @@ class FeatureSource:
 
     @property
     def num_links(self) -> int:
-        """Links to folders that were passed by."""
         return self._walk.num_links
 
     def ids(self) -> Iterator[str]:
-        """Yield every id, in order; reads no features."""
-        return (image_id for file in self._files for image_id in file.ids())
+        return (image_id for file in self._files for image_id in file.ids)
 
     def entries(self, wanted: Wanted) -> Iterator[FeatureEntry | SkippedImage]:
-        """Yield the wanted features, and what cannot be used, with the reason."""
         (source,) = self.names
         for name, reason in self._unlisted:
             yield SkippedImage(text_of(name), reason, source)
@@ -104,10 +103,6 @@ class FeatureSource:
                         yield SkippedImage(image_id, found, source)
                     else:
                         yield FeatureEntry(image_id, found, source)
-
-    def estimate(self, num_met: int) -> int:
-        """Return `num_met`: whoever counted `ids` knows better."""
-        return num_met
 
     def _open(self, path: Path, ids: Path | None) -> Sequence[_NpyStack | _NpyFiles | _Shard]:
         if path.is_dir():
@@ -149,7 +144,7 @@ class _NpyStack:
     """One array [images, N, D]; its rows are read one by one, never mapped."""
 
     def __init__(self, path: Path, ids: Sequence[str]):
-        self._path, self._ids = path, ids
+        self._path, self.ids = path, ids
         with path.open("rb") as file:
             self._shape, self._dtype = _npy_header(path, file)
             self._start = file.tell()
@@ -165,12 +160,9 @@ class _NpyStack:
         if faults:
             raise RequestError(f"{path} cannot be indexed", faults=faults)
 
-    def ids(self) -> Iterator[str]:
-        return iter(self._ids)
-
     def readers(self) -> Iterator[tuple[str, Read]]:
         with self._path.open("rb", buffering=0) as file:
-            for number, image_id in enumerate(self._ids):
+            for number, image_id in enumerate(self.ids):
                 yield image_id, partial(self._row, file, number)
 
     def _row(self, file: BinaryIO, number: int) -> Features:
@@ -201,17 +193,12 @@ class _NpyFiles:
 
     def __init__(self, root: Path, names: Sequence[str]):
         self._root = root
-        self._ids = sorted(text_of(name)[: -len(".npy")] for name in names if name.endswith(".npy"))
-
-    def ids(self) -> Iterator[str]:
-        return iter(self._ids)
+        self.ids = sorted(text_of(name)[: -len(".npy")] for name in names if name.endswith(".npy"))
 
     def readers(self) -> Iterator[tuple[str, Read]]:
-        for image_id in self._ids:
-            yield (
-                image_id,
-                partial(np.load, self._root / name_of(f"{image_id}.npy"), allow_pickle=False),
-            )
+        for image_id in self.ids:
+            path = self._root / name_of(f"{image_id}.npy")
+            yield image_id, partial(np.load, path, allow_pickle=False)
 
 
 class _Shard:
@@ -220,14 +207,11 @@ class _Shard:
     def __init__(self, path: Path):
         self._path = path
         with self._opened() as shard:
-            self._ids = sorted(shard.keys())
-
-    def ids(self) -> Iterator[str]:
-        return iter(self._ids)
+            self.ids = sorted(shard.keys())
 
     def readers(self) -> Iterator[tuple[str, Read]]:
         with self._opened() as shard:
-            for image_id in self._ids:
+            for image_id in self.ids:
                 yield image_id, partial(shard.get_tensor, image_id)
 
     def _opened(self) -> Any:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ...arguments import Progress
+from ...arguments import Progress, StrPath
 from ...arrays import Float16
+from ...files import Closing, rewrite_file, sync_folder
 from ..store import TokenStore
 from ..store.format import id_fault
 from .decoders import Decoded, DecoderPool
 from .features import FeatureEntry
 from .images import Unreadable
-from .skipped import SkippedLog
 from .sources import ImageFile, SkippedImage, Source
 
 Encode = Callable[[npt.NDArray[Any]], Float16]
@@ -48,10 +51,8 @@ class Batch:
     """What one forward takes, and what gave no input on the way.
 
     Attributes:
-        ids: of the inputs.
-        sources: where each comes from.
+        ids, sources: of the inputs.
         inputs: RGB uint8 [n, R, R, 3] or features [n, N, D], host; None where n is 0.
-        skipped: with the reasons.
     """
 
     ids: list[str]
@@ -156,6 +157,90 @@ def read_ahead(items: Iterator[Item], depth: int) -> Generator[Item, None, None]
             reader.shutdown(cancel_futures=True)
 
 
+SKIPPED = "skipped.jsonl"
+
+
+class SkippedLog(Closing):
+    """Lines `{"id", "reason", "source"}`, appended as a run goes and put in order at its end.
+
+    A kill leaves the lines of that run behind those of earlier ones; the next run replaces them.
+    """
+
+    def __init__(self, store: Path):
+        self._path = store / SKIPPED
+        for draft in store.glob(f".{SKIPPED}.*"):  # of a run that was killed
+            draft.unlink()
+        self._file = self._path.open("a+b")
+        self._mend_tail()
+        self._start = self._file.tell()
+
+    def add(self, skipped: SkippedImage) -> None:
+        """Append one line."""
+        line = json.dumps(skipped.as_text()._asdict(), ensure_ascii=False)
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+
+    def finish(self, is_stale: Callable[[SkippedImage], bool]) -> None:
+        """Rewrite the file: the lines of this run, and the older ones that are not stale.
+
+        A kill in between leaves the file as it was. Without a line there is no file.
+        """
+        seen: set[str] = set()
+        with rewrite_file(self._path) as file:
+            for line, is_new in self._lines():
+                entry = _parsed(line)
+                if entry is None or entry.id in seen or (not is_new and is_stale(entry)):
+                    continue
+                seen.add(entry.id)
+                file.write(line + b"\n")
+        if not seen:
+            self._path.unlink()
+            sync_folder(self._path.parent)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _lines(self) -> Iterator[tuple[bytes, bool]]:
+        """Yield every line, and whether this run wrote it: these first."""
+        with self._path.open("rb") as file:
+            file.seek(self._start)
+            for line in file:
+                yield line.rstrip(b"\n"), True
+            file.seek(0)
+            left = self._start
+            for line in file:
+                left -= len(line)
+                if left < 0:
+                    return
+                yield line.rstrip(b"\n"), False
+
+    def _mend_tail(self) -> None:
+        """End a line that a kill has torn."""
+        end = self._file.seek(0, os.SEEK_END)
+        if end and os.pread(self._file.fileno(), 1, end - 1) != b"\n":
+            self._file.write(b"\n")
+            self._file.flush()
+
+
+def read_skipped(store: StrPath) -> list[SkippedImage]:
+    """Return what `STORE/skipped.jsonl` holds, a new list; empty where there is no such file."""
+    path = Path(store) / SKIPPED
+    if not path.exists():
+        return []
+    entries = (_parsed(line) for line in path.read_bytes().split(b"\n") if line)
+    return [entry for entry in entries if entry is not None]
+
+
+def _parsed(line: bytes) -> SkippedImage | None:
+    """Return a line's entry, None for one that is torn or not ours."""
+    try:
+        values = json.loads(line)
+        return SkippedImage(values["id"], values["reason"], values["source"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 class Run:
     """An index run: which ids it takes, how far it is, and what gave no record.
 
@@ -236,11 +321,7 @@ class Run:
 
 
 def index_batches(run: Run, encode: Encode, batches: Iterator[Batch]) -> None:
-    """Encode every batch and have a thread append it; what `run` has counted is durable.
-
-    Args:
-        encode: inputs -> tokens.
-    """
+    """Encode every batch and have a thread append it; what `run` has counted is durable."""
     appends: deque[tuple[Future[None], int, list[SkippedImage]]] = deque()
 
     def append(ids: list[str], tokens: Float16 | None) -> None:

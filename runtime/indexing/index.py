@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +23,13 @@ from .flow import (
     DEFAULT_BATCH_SIZE,
     OnSkip,
     Run,
+    SkippedLog,
     decoded_batches,
     feature_batches,
     groups,
     index_batches,
 )
 from .images import import_pillow
-from .skipped import SkippedLog
 from .sources import Paths, SkippedImage, Source, open_source
 
 DEFAULT_DTYPE = "float16"
@@ -115,14 +115,12 @@ def index_images(
         workers: decoder processes; default: the usable cores but one.
         dtype: `float16` or `int8`, of a new store (default: float16); one that exists must agree.
         only: index just these ids.
-        progress: called with (done, total) after every batch. The total is an estimate while a
-            tar is being read.
+        progress: called with (done, total) after every batch; of a tar, the total is estimated.
         on_skip: called with every entry that gives no record.
         follow_links: go into links to folders too; where one leads back up, the walk ends.
 
     Returns:
-        The report; files that are no readable image, or whose tokens are not finite, are in
-        `skipped` with the reason.
+        The report; what is no readable image, or has no finite tokens, is in `skipped`.
 
     Raises:
         RequestError: nothing to index, a faulty list file (all lines named), ids of `only` that
@@ -132,11 +130,13 @@ def index_images(
     given = Arguments("index_images")
     options = IndexOptions(dtype, only, progress, on_skip, follow_links).taken(given)
     batch_size, folder = _common(given, encoder, ImageEncoder, batch_size, store)
-    images, num_workers = _images(given, images), _num_workers(given, workers)
+    paths = _paths(given, images)
+    if workers is not None:
+        workers = given.whole("workers", workers, "at least 1, or None")
     given.check()
     import_pillow()
-    source = open_source(images, leave_out=folder, follow_links=follow_links)
-    with DecoderPool(encoder.image, num_workers) as pool:
+    source = open_source(paths, leave_out=folder, follow_links=follow_links)
+    with DecoderPool(encoder.image, workers or default_workers()) as pool:
 
         def work(run: Run) -> str:
             files = groups(source.entries(run.wants), batch_size)
@@ -164,19 +164,11 @@ def index_features(
     Args:
         encoder: the adapter.
         features: a `.npy`, a `.safetensors` or a folder of such files: see `FeatureSource`.
-        store: folder of the store.
         ids: list of the ids of a `.npy`, one a line; default: `ids.txt` beside it.
-        batch_size: images a forward.
-        dtype: as for `index_images`; so are `only`, `progress` and `on_skip`.
-        only: index just these ids.
-        progress: called with (done, total) after every batch.
-        on_skip: called with every entry that gives no record.
-        follow_links: go into links to folders too.
 
     Raises:
-        RequestError: nothing to index, a file that is no such thing, ids that do not fit it; as
-            `index_images`.
-        StoreError: a store of another encoder or dtype, or one that cannot be written.
+        RequestError: a file that holds no features, ids that do not fit it; else as `index_images`.
+        StoreError: as `index_images`.
     """
     given = Arguments("index_features")
     options = IndexOptions(dtype, only, progress, on_skip, follow_links).taken(given)
@@ -204,17 +196,11 @@ def _common(
     return size, given.path("store", store, "the folder of a token store")
 
 
-def _num_workers(given: Arguments, workers: int | None) -> int:
-    if workers is None:
-        return default_workers()
-    return given.whole("workers", workers, "at least 1, or None")
-
-
-def _images(given: Arguments, images: Paths) -> Paths:
+def _paths(given: Arguments, images: Paths) -> list[Any]:
     """Return one path, or several, as they were given; what is none is noted."""
     expected = "a path, or several"
     lone = isinstance(images, str | os.PathLike)
-    paths: list[Any] = [images] if lone else given.items("images", images, expected)
+    paths = [images] if lone else given.items("images", images, expected)
     for path in paths:
         given.path("images", path, expected)
     return paths
@@ -230,22 +216,17 @@ def run_index(
     """Index a source: `work` takes what its run selects to the store, and names the encoder.
 
     Raises:
-        RequestError: nothing to index, ids of `options.only` that the source lacks, or options of
-            another kind.
+        RequestError: nothing to index, or ids of `options.only` that the source lacks.
         StoreError: a store of another encoder or dtype, or one that cannot be written.
     """
     started = time.perf_counter()
-    given = Arguments("an index run")
-    options = options.taken(given)
-    given.check()
     only = None if options.only is None else frozenset(options.only)
     _check_only(source, only)
     with ExitStack() as stack:
         store = stack.enter_context(_open_store(folder, manifest, options.dtype))
         adopt_leftovers(store)
         log = stack.enter_context(SkippedLog(folder))
-        watched = (options.progress, options.on_skip)
-        run = Run(store, source, log, only, *watched)
+        run = Run(store, source, log, only, options.progress, options.on_skip)
         encoder = work(run)
         run.finish()
     if run.num_done == 0:
@@ -264,7 +245,7 @@ def run_index(
     )
 
 
-def _check_only(source: Source[Any], only: Collection[str] | None) -> None:
+def _check_only(source: Source[Any], only: frozenset[str] | None) -> None:
     """Refuse ids that the source lacks, and a list of none, before any work."""
     if only is None:
         return
@@ -273,13 +254,11 @@ def _check_only(source: Source[Any], only: Collection[str] | None) -> None:
             "the list of ids to index (only) is empty, expected at least one id",
             hint="leave only (--only, --from) out to index everything",
         )
-    lacking = set(only)
-    for image_id in source.ids():
-        lacking.discard(image_id)
+    lacking = sorted(only.difference(source.ids()))
     if lacking:
-        found = f"{len(lacking)} of {len(set(only))} ids"
+        found = f"{len(lacking)} of {len(only)} ids"
         raise RequestError(
-            f"{found} are not in {' '.join(sorted(source.names))}: {named(sorted(lacking))}",
+            f"{found} are not in {' '.join(sorted(source.names))}: {named(lacking)}",
             hint="an id is the path below the folder, the name in the list, or the tar's member",
         )
 
@@ -295,20 +274,20 @@ def _open_store(folder: Path, manifest: BundleManifest, dtype: str | None) -> To
             fingerprint_encoder=fingerprint,
             dtype=dtype or DEFAULT_DTYPE,
         )
-    store = TokenStore.open(folder, mode="a")
-    if store.fingerprint_encoder != fingerprint:
-        store.close()
-        raise StoreError(
-            f"the store {folder} was made by another image encoder",
-            faults=[f"store: {store.fingerprint_encoder}", f"this encoder: {fingerprint}"],
-            hint="tokens of two encoders do not compare: index the same images into a new store, "
-            f"edje store ids {folder} > ids.txt && "
-            "edje index ENGINE_OR_BUNDLE IMAGES --into NEW_STORE --from ids.txt",
-        )
-    if dtype not in (None, store.layout.dtype):
-        store.close()
-        raise StoreError(
-            f"the store {folder} holds {store.layout.dtype} tokens, asked for were {dtype}",
-            hint="leave --dtype out, or index into a new store",
-        )
+    with ExitStack() as undo:
+        store = undo.enter_context(TokenStore.open(folder, mode="a"))
+        if store.fingerprint_encoder != fingerprint:
+            raise StoreError(
+                f"the store {folder} was made by another image encoder",
+                faults=[f"store: {store.fingerprint_encoder}", f"this encoder: {fingerprint}"],
+                hint="tokens of two encoders do not compare: index the same images into a new "
+                f"store, edje store ids {folder} > ids.txt && "
+                "edje index ENGINE_OR_BUNDLE IMAGES --into NEW_STORE --from ids.txt",
+            )
+        if dtype not in (None, store.layout.dtype):
+            raise StoreError(
+                f"the store {folder} holds {store.layout.dtype} tokens, asked for were {dtype}",
+                hint="leave --dtype out, or index into a new store",
+            )
+        undo.pop_all()
     return store

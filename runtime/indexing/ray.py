@@ -23,9 +23,8 @@ from .cluster import (
     write_plan,
 )
 from .flow import DEFAULT_BATCH_SIZE, Run, groups
-from .images import import_pillow
+from .images import PillowSettings, import_pillow
 from .index import IndexOptions, IndexReport, run_index
-from .pillow_settings import PillowSettings
 from .ray_connect import connect
 from .sources import Paths, open_source
 
@@ -62,12 +61,10 @@ class RayOptions:
         Raises:
             RequestError: all of them named.
         """
-        counts = asdict(self)
-        names = ("num_workers", "images_per_task", "decoders", "batch_size")
         faults = [
-            f"{name} is {counts[name]}, expected at least 1"
-            for name in names
-            if counts[name] is not None and counts[name] < 1
+            f"{name} is {number}, expected at least 1"
+            for name, number in asdict(self).items()
+            if isinstance(number, int) and number < 1
         ]
         if self.device not in DEVICES:
             faults.append(f"device is {self.device!r}, expected one of {', '.join(DEVICES)}")
@@ -89,13 +86,9 @@ class WorkerJob:
     """All that a worker needs to know: folders that every machine sees, and options.
 
     Attributes:
-        model: bundle or engine folder.
         folder: of the run.
-        layout: of the store.
-        device: for the image encoder.
-        batch_size: images a forward.
         decoders: decoder processes of a worker.
-        settings: of Pillow in the decoders: those of the process that leads the run.
+        settings: of Pillow in them: those of the process that leads the run.
     """
 
     model: Path
@@ -117,29 +110,24 @@ class IndexWorker:
     def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:
         """Run the tasks of a batch, one a row; return a line of JSON and an error each."""
         columns = (batch["number"], batch["start"], batch["stop"])
-        tasks = [IndexTask(*map(int, row)) for row in zip(*columns, strict=True)]
-        rows = [self._run(task) for task in tasks]
+        rows = [self._run(IndexTask(*map(int, row))) for row in zip(*columns, strict=True)]
         return {"result": [result for result, _ in rows], "error": [error for _, error in rows]}
 
     def _run(self, task: IndexTask) -> tuple[str, str]:
         """Return the result, or an error in its own words: Ray would wrap it in a stack."""
         try:
             if self._segments is None:
-                self._segments = self._open()
+                job = self._job
+                self._segments = SegmentEncoder(
+                    ImageEncoder.open(job.model, device=job.device),
+                    job.layout,
+                    batch_size=job.batch_size,
+                    workers=job.decoders,
+                    settings=job.settings,
+                )
             return run_task(self._segments, self._job.folder, task).to_json(), ""
         except EdjeError as error:
             return "", f"{socket.gethostname()}: {error}"
-
-    def _open(self) -> SegmentEncoder:
-        job = self._job
-        encoder = ImageEncoder.open(job.model, device=job.device)
-        return SegmentEncoder(
-            encoder,
-            job.layout,
-            batch_size=job.batch_size,
-            workers=job.decoders,
-            settings=job.settings,
-        )
 
 
 def index_on_ray(
@@ -179,16 +167,19 @@ def index_on_ray(
             tasks, skipped = write_plan(folder, groups(source.entries(run.wants), size))
             run.add(0, skipped)
             names = set()
-            for result in run_on_ray(ray, job_of(run, folder), tasks, pool):
+            job = WorkerJob(
+                model=Path(model).resolve(),
+                folder=folder.resolve(),
+                layout=run.store.layout,
+                device=ray_options.device,
+                batch_size=ray_options.batch_size,
+                decoders=ray_options.decoders or max(1, pool.num_cpus - 1),
+                settings=settings,
+            )
+            for result in run_on_ray(ray, job, tasks, pool):
                 run.add(commit_result(run.store, folder, result), result.skipped)
                 names.add(result.encoder)
         return ", ".join(sorted(names - {""}))
-
-    def job_of(run: Run, folder: Path) -> WorkerJob:
-        decoders = ray_options.decoders or max(1, pool.num_cpus - 1)
-        device, batch_size = ray_options.device, ray_options.batch_size
-        paths = (Path(model).resolve(), folder.resolve())
-        return WorkerJob(*paths, run.store.layout, device, batch_size, decoders, settings)
 
     with connect(ray_options.address) as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

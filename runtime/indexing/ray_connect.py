@@ -64,11 +64,7 @@ def connect(address: str | None) -> Iterator[Any]:
 
 
 def import_ray() -> Any:
-    """Return the module `ray`, with Ray Data.
-
-    Raises:
-        RequestError: one of them is not installed.
-    """
+    """Return the module `ray`, with Ray Data; a RequestError says what is missing."""
     try:
         import ray
         import ray.data
@@ -147,12 +143,7 @@ def _no_cluster(address: str | None, why: str) -> EngineError:
 
 
 def _within(seconds: float, call: Callable[[], Result]) -> Result:
-    """Return what `call` returns or raise what it raises; Ctrl-C ends the wait at once.
-
-    Raises:
-        concurrent.futures.TimeoutError: it takes longer; its thread goes on, and does not keep
-            the process alive.
-    """
+    """Return what `call` returns, or raise `NotYet`: its thread goes on. Ctrl-C ends the wait."""
     done: Future[Result] = Future()
 
     def run() -> None:

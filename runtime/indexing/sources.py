@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol, TypeVar
+from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
@@ -19,9 +19,25 @@ import xxhash
 from ...arrays import UInt64
 from ...errors import RequestError, named
 from ...files import LOST_AND_FOUND, is_mount
-from .names import name_of, place_of, text_of
 
-Identity = tuple[int, int]
+Identities = tuple[tuple[int, int], ...]  # device and inode of each folder
+
+
+# Ids are UTF-8 in every locale; in one of Latin-1 or plain ASCII Python decodes the bytes of a
+# file's name otherwise.
+def text_of(name: str | os.PathLike[str]) -> str:
+    """Return a name as Python has it as UTF-8 text; a byte that is none is a lone surrogate."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def name_of(text: str) -> str:
+    """Return UTF-8 text as the name by which Python opens the file."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
+def place_of(path: str | os.PathLike[str]) -> str:
+    """Return the absolute path as UTF-8 text, as `source` says it."""
+    return text_of(os.path.abspath(path))
 
 
 class Unlisted(NamedTuple):
@@ -40,13 +56,7 @@ class FolderWalk:
     """
 
     def __init__(self, root: Path, *, leave_out: Path | None = None, follow_links: bool = False):
-        """Get ready to walk.
-
-        Args:
-            root: where to begin; may itself be a link.
-            leave_out: a folder below whose files do not count.
-            follow_links: go into links to folders too, as `find -L` does.
-        """
+        """Get ready to walk from `root`, itself a link perhaps; `leave_out` is not met."""
         self.num_links = 0
         self._root = root
         self._hidden = os.path.realpath(leave_out) if leave_out else None
@@ -57,9 +67,7 @@ class FolderWalk:
         self.num_links = 0
         return self._below(self._root, "", ())
 
-    def _below(
-        self, folder: Path, prefix: str, above: tuple[Identity, ...]
-    ) -> Iterator[str | Unlisted]:
+    def _below(self, folder: Path, prefix: str, above: Identities) -> Iterator[str | Unlisted]:
         try:
             above = (*above, _identity(folder))
             with os.scandir(folder) as found:
@@ -73,11 +81,8 @@ class FolderWalk:
             elif not self._is_hidden(folder, prefix, name):
                 yield from self._below(folder / name, prefix + name, above)
 
-    def _sort_name(self, entry: os.DirEntry[str], above: tuple[Identity, ...]) -> str | None:
-        """Return the name, with `/` behind a folder's: so sorted, the whole paths are in order.
-
-        None for a link to a folder that is not followed.
-        """
+    def _sort_name(self, entry: os.DirEntry[str], above: Identities) -> str | None:
+        """Return the name, `/` behind a folder's (so paths sort); None: a link not followed."""
         if entry.is_dir(follow_symlinks=False):
             return f"{entry.name}/"
         if not (entry.is_symlink() and _leads_to_folder(entry)):
@@ -94,7 +99,7 @@ class FolderWalk:
         return self._hidden == os.path.realpath(folder / name)
 
 
-def _identity(folder: Path | os.DirEntry[str]) -> Identity:
+def _identity(folder: Path | os.DirEntry[str]) -> tuple[int, int]:
     found = os.stat(folder)
     return found.st_dev, found.st_ino
 
@@ -167,34 +172,35 @@ Wanted = Callable[[str], bool]
 Entry_co = TypeVar("Entry_co", covariant=True)
 
 
-class Source(Protocol[Entry_co]):
+class Source(Generic[Entry_co]):
     """Images, or features, in a fixed order.
 
     Attributes:
         names: what the `source` of its skipped images says.
         countable: whether going through `ids` once more is cheap.
         num_ignored: files of other kinds that the last `entries` has passed by.
-        num_links: links to folders that the last `entries` has passed by.
     """
 
     names: frozenset[str]
-    countable: bool
-    num_ignored: int
+    countable = True
+    num_ignored = 0
 
     @property
-    def num_links(self) -> int: ...
+    def num_links(self) -> int:
+        """Links to folders that the last `entries` has passed by."""
+        return 0
 
     def ids(self) -> Iterator[str]:
         """Yield every id, without opening an image."""
-        ...
+        raise NotImplementedError
 
     def entries(self, wanted: Wanted) -> Iterator[Entry_co | SkippedImage]:
         """Yield the entries whose id is wanted, and what cannot be one, with the reason."""
-        ...
+        raise NotImplementedError
 
     def estimate(self, num_met: int) -> int:
         """Return about how many ids there are, where `entries` has met `num_met` of them."""
-        ...
+        return num_met
 
 
 def open_source(
@@ -212,7 +218,7 @@ def open_source(
     Raises:
         RequestError: missing, empty, or a faulty list file (all faults at once).
     """
-    from .tars import TarSource, is_tar
+    from .tars import TarSource, is_tar, refuse_archive
 
     given = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     paths = [Path(path) for text in given for path in _expanded(os.fspath(text))]
@@ -223,16 +229,11 @@ def open_source(
             f"got {len(paths)} sources of images, expected one folder, one list file, or tars",
             hint="index them one after the other, into the same store",
         )
-    return _open_one(paths[0], leave_out, follow_links)
-
-
-def _open_one(path: Path, leave_out: Path | None, follow_links: bool) -> Source[ImageFile]:
-    source: FolderSource | ListSource
+    (path,) = paths
+    source: Source[ImageFile]
     if path.is_dir():
         source = FolderSource(path, leave_out, follow_links)
     elif path.is_file():
-        from .tars import refuse_archive
-
         refuse_archive(path)
         source = ListSource(path)
     else:
@@ -260,28 +261,22 @@ def _expanded(text: str) -> Iterator[str]:
         yield from _expanded(text[: braces.start()] + name + text[braces.end() :])
 
 
-class FolderSource:
+class FolderSource(Source[ImageFile]):
     """Every file below a folder, sorted by id; holds one folder's names at a time."""
-
-    countable = True
 
     def __init__(self, root: Path, leave_out: Path | None = None, follow_links: bool = False):
         self.names = frozenset({place_of(root)})
-        self.num_ignored = 0
         self._root = root
         self._walk = FolderWalk(root, leave_out=leave_out, follow_links=follow_links)
 
     @property
     def num_links(self) -> int:
-        """Links to folders that the last walk has passed by."""
         return self._walk.num_links
 
     def ids(self) -> Iterator[str]:
-        """Yield the path of every file below the folder."""
         return (text_of(found) for found in self._walk.names() if isinstance(found, str))
 
     def entries(self, wanted: Wanted) -> Iterator[ImageFile | SkippedImage]:
-        """Yield the wanted files, and the folders that cannot be listed."""
         (source,) = self.names
         for found in self._walk.names():
             if isinstance(found, Unlisted):
@@ -289,20 +284,12 @@ class FolderSource:
             elif wanted(image_id := text_of(found)):
                 yield ImageFile(image_id, self._root / found, source)
 
-    def estimate(self, num_met: int) -> int:
-        """Return `num_met`: whoever counted `ids` knows better."""
-        return num_met
 
-
-class ListSource:
+class ListSource(Source[ImageFile]):
     """The lines `id<TAB>path` of a text file, in its order; checked whole when opened."""
-
-    countable = True
-    num_links = 0
 
     def __init__(self, path: Path):
         self.names = frozenset({place_of(path)})
-        self.num_ignored = 0
         self._path = path
         faults = list(islice(self._faults(), 21))
         if faults:
@@ -310,19 +297,13 @@ class ListSource:
             raise RequestError(f"{path} is not a list of images", faults=faults[:20] + more)
 
     def ids(self) -> Iterator[str]:
-        """Yield the id of every line."""
         return (image_id for _, image_id, _ in self._lines())
 
     def entries(self, wanted: Wanted) -> Iterator[ImageFile | SkippedImage]:
-        """Yield the wanted lines."""
         (source,) = self.names
         for _, image_id, where in self._lines():
             if wanted(image_id):
                 yield ImageFile(image_id, self._path.parent / name_of(where), source)
-
-    def estimate(self, num_met: int) -> int:
-        """Return `num_met`: whoever counted `ids` knows better."""
-        return num_met
 
     def _lines(self) -> Iterator[tuple[int, str, str]]:
         """Yield (number, id, path) of every line that is not empty."""

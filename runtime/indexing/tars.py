@@ -15,9 +15,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from ...errors import RequestError, named
-from .names import place_of, text_of
-from .pillow_settings import registered_extensions
-from .sources import ImageFile, SkippedImage, Wanted, id_hash
+from .images import registered_extensions
+from .sources import ImageFile, SkippedImage, Source, Wanted, id_hash, place_of, text_of
 
 # Members with other endings (captions, labels, metadata) belong to a sample, but are no images.
 IMAGE_SUFFIXES = frozenset(
@@ -31,13 +30,11 @@ IMAGE_SUFFIXES = frozenset(
 MAX_LATEST = 1 << 16  # hashes in a set, at some 70 bytes each
 END_BYTES = 1 << 20  # read at once of what follows the members
 MAX_MEMBER_BYTES = 1 << 28  # of a compressed tar, whose members pass through memory
-
-
 TAR_SUFFIXES = (
     *(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2"),
     *(".tar.xz", ".txz", ".tar.zst", ".tzst"),
 )
-_USTAR = (b"ustar", 257)  # where tars of every kind but that of Unix V7 have it
+USTAR_PLACE = 257  # where tars of every kind but that of Unix V7 say `ustar`
 _OTHERS = (
     (b"PK\3\4", "a zip archive"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
@@ -86,12 +83,10 @@ COMPRESSIONS = (
 
 def damages() -> tuple[type[Exception], ...]:
     """Return what reading a damaged tar raises, compressed or not."""
-    found: list[type[Exception]] = [tarfile.TarError, EOFError, OSError, ValueError]
-    for compression in COMPRESSIONS:
-        if compression.is_here:
-            error = getattr(import_module(compression.module), compression.error, OSError)
-            found.append(error)
-    return tuple(found)
+    return (
+        *(tarfile.TarError, EOFError, OSError, ValueError),
+        *(getattr(import_module(c.module), c.error, OSError) for c in COMPRESSIONS if c.is_here),
+    )
 
 
 def compression_of(path: Path) -> Compression | None:
@@ -117,19 +112,18 @@ def is_tar(path: Path) -> bool:
         return True
     if not path.is_file():
         return False
-    magic, place = _USTAR
-    if _head(path)[place:].startswith(magic):
+    if _head(path)[USTAR_PLACE:].startswith(b"ustar"):
         return True
     try:
         compression = compression_of(path)
-        if compression is not None:
-            tarfile.open(path, f"r:{compression.suffix}").close()  # type: ignore[call-overload]
-            return True
-    except RequestError:  # said where it is refused
-        pass
+        if compression is None:
+            return False
+        tarfile.open(path, f"r:{compression.suffix}").close()  # type: ignore[call-overload]
     except damages():
-        pass
-    return False
+        return False
+    except RequestError:  # said where it is refused
+        return False
+    return True
 
 
 def refuse_archive(path: Path) -> None:
@@ -155,7 +149,7 @@ def _head(path: Path) -> bytes:
         return file.read(512)
 
 
-class TarSource:
+class TarSource(Source[ImageFile]):
     """The image members of tars, in their order; ids are the members' names.
 
     An id that comes twice, a member that is no file, and a tar that is damaged or cut off are
@@ -164,7 +158,6 @@ class TarSource:
     """
 
     countable = False
-    num_links = 0
 
     def __init__(self, paths: Sequence[Path]):
         missing = [str(path) for path in paths if not path.is_file()]
@@ -173,7 +166,6 @@ class TarSource:
                 f"{len(missing)} of {len(paths)} tars are not there: {named(missing)}"
             )
         self.names = frozenset(place_of(path) for path in paths)
-        self.num_ignored = 0
         self._paths = list(paths)
         self._sizes = [path.stat().st_size for path in paths]
         self._compressions = [compression_of(path) for path in paths]
@@ -181,14 +173,12 @@ class TarSource:
         self._bytes_read = 0
 
     def ids(self) -> Iterator[str]:
-        """Yield the name of every image member; reads the tars through."""
         met: list[str] = []
         for _ in self._walk(lambda image_id: met.append(image_id) or False):  # type: ignore[func-returns-value]
             yield from met
             met.clear()
 
     def entries(self, wanted: Wanted) -> Iterator[ImageFile | SkippedImage]:
-        """Yield the wanted image members, and what cannot be one."""
         return (entry for entry in self._walk(wanted) if entry is not None)
 
     def estimate(self, num_met: int) -> int:
@@ -209,17 +199,12 @@ class TarSource:
             self._bytes_read = before
 
     def _read(
-        self,
-        path: Path,
-        file: BinaryIO,
-        compression: Compression | None,
-        seen: _Seen,
-        wanted: Wanted,
+        self, path: Path, file: BinaryIO, packed: Compression | None, seen: _Seen, wanted: Wanted
     ) -> Iterator[ImageFile | SkippedImage | None]:
         """Yield what the members of one tar give; last, how the tar is damaged."""
         source, last = place_of(path), "its start"
-        suffix = compression.suffix if compression else ""
-        size = None if compression else os.fstat(file.fileno()).st_size
+        suffix = packed.suffix if packed else ""
+        size = None if packed else os.fstat(file.fileno()).st_size
         try:
             with tarfile.open(fileobj=file, mode=f"r:{suffix}", encoding="utf-8") as tar:  # type: ignore[call-overload]
                 for member in _members(tar, size):
@@ -291,10 +276,7 @@ class _LateDamage(Exception):
 
 
 def _members(tar: tarfile.TarFile, size: int | None) -> Iterator[tarfile.TarInfo]:
-    """Yield every member that is there whole; raise where the tar does not end as it should.
-
-    `size` is the file's, where it is not compressed.
-    """
+    """Yield every whole member; raise where the tar, of `size` bytes, ends as it should not."""
     end = 0
     file = tar.fileobj
     if file is None:
@@ -323,11 +305,7 @@ def _end_of(member: tarfile.TarInfo) -> int:
 
 
 def _read_to_end(tar: tarfile.TarFile) -> None:
-    """Read what follows the mark of a tar's end: zeros, and the checksum of its compression.
-
-    Raises:
-        _LateDamage: there is more, or the checksum says that what was read is not what was packed.
-    """
+    """Read what follows the mark of a tar's end: zeros, and the checksum of its compression."""
     file = tar.fileobj
     try:
         while file is not None and (block := file.read(END_BYTES)):

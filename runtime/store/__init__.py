@@ -9,19 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .format import StoreLayout
-from .read import BadRecord
+from .records import BadRecord
 from .store import TokenStore
 
 if TYPE_CHECKING:
-    from .compact import CompactReport
-    from .folder import StoreStat
+    from .disk import StoreStat
     from .incoming import CommitReport, SegmentWriter, incoming_name
+    from .writer import CompactReport
 
 _HOMES = {
     "CommitReport": ".incoming",
-    "CompactReport": ".compact",
+    "CompactReport": ".writer",
     "SegmentWriter": ".incoming",
-    "StoreStat": ".folder",
+    "StoreStat": ".disk",
     "incoming_name": ".incoming",
 }
 

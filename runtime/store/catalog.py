@@ -2,52 +2,27 @@
 
 One row of `batches` holds the records of one append in one segment, packed: a million records load
 in a fraction of a second. When a segment is sealed its batches are joined to 1,024 records a row.
-Every row carries a check of its own, and stands in two tables: what is damaged in one is read from
-the other.
 """
 
 from __future__ import annotations
 
 import shutil
 import sqlite3
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...arrays import Int64
 from ...errors import StoreError
 from .format import CATALOG, ROW_BITS, ROW_MASK
-from .records import CHECKSUM_BYTES, DIGEST_BYTES, Records
-from .tables import CheckedTables, schema
+from .records import CHECKSUM_BYTES, DIGEST_BYTES, RecordBatch, Records
+from .tables import APPLICATION_ID, SCHEMA_VERSION, CheckedTables, Row, create_tables
 
-APPLICATION_ID = 0x45444A45  # "EDJE"
-SCHEMA_VERSION = 2
-ROWS_A_BATCH = 1024
 LEAST_ROOM = 1 << 16  # SQLite's -shm file takes 32 KiB
-
-
-class RecordBatch(NamedTuple):
-    """Records that lie one after the other in one segment."""
-
-    segment: int
-    first_row: int
-    records: Records
-
-    @property
-    def first_location(self) -> int:
-        """The row handle of the first record; the others follow one by one."""
-        return self.segment << ROW_BITS | self.first_row
-
-    @property
-    def stop_row(self) -> int:
-        """The row behind the last record."""
-        return self.first_row + len(self.records)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +66,11 @@ class Change:
 
 
 class Catalog:
-    """A connection to `catalog.sqlite`. The writer keeps one, a reader only while it opens."""
+    """A connection to `catalog.sqlite`. The writer keeps one, a reader only while it opens.
+
+    Its methods raise a StoreError where the catalog cannot be read or written; then nothing has
+    changed.
+    """
 
     def __init__(self, folder: Path, connection: sqlite3.Connection):
         self._folder = folder
@@ -106,13 +85,8 @@ class Catalog:
     @classmethod
     def create(cls, folder: Path, store_json: bytes, *, name: str = CATALOG) -> None:
         """Write an empty catalog into `folder`; the caller makes it durable (fsync)."""
-        connection = sqlite3.connect(folder / name, isolation_level=None)
+        connection = create_tables(folder / name)
         try:
-            connection.execute("PRAGMA synchronous = OFF")  # the caller syncs the whole folder
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            connection.executescript(f"BEGIN; {schema()} COMMIT;")
             CheckedTables(connection).insert("state", [(0, 1, 0, 0, store_json)])
         finally:
             connection.close()
@@ -136,34 +110,33 @@ class Catalog:
 
     @contextmanager
     def snapshot(self) -> Iterator[CatalogState]:
-        """Hold one generation while the block runs, so that `batches` belongs to the state.
-
-        Raises:
-            StoreError: the state cannot be read.
-        """
+        """Hold one generation while the block runs, so that `batches` belongs to the state."""
         with sqlite_errors(self._folder), self._tables.transaction("BEGIN"):
             yield self._state()
+
+    def state(self) -> CatalogState:
+        """Return the newest generation."""
+        with self.snapshot() as state:
+            return state
 
     def batches(self, segment: int, num_rows: int) -> list[RecordBatch]:
         """Return the batches of a segment with `num_rows` records, by row.
 
         What neither table holds whole is left out, and named in `faults`.
         """
-        where = _within(segment)
-        found = _batches(self._tables.rows("batches", where), num_rows)
-        if _gaps(found, num_rows):
-            found = _batches(self._tables.merged_rows("batches", where), num_rows)
-        for start, stop in _gaps(found, num_rows):
+        found: list[RecordBatch] = []
+        for read in (self._tables.rows, self._tables.merged_rows):
+            batches = batches_in(read("batches", _within(segment)))
+            found = [batch for batch in batches if batch.stop_row <= num_rows]
+            if not gaps_of(found, num_rows):
+                return found
+        for start, stop in gaps_of(found, num_rows):
             rows = f"rows {start} to {stop - 1}" if stop > start + 1 else f"row {start}"
             self._tables.note(f"segment {segment}, {rows}: the catalog's entry is lost, twice")
         return found
 
-    def commit(self, change: Change) -> int:
-        """Make one change in one transaction that is on disk when this returns the generation.
-
-        Raises:
-            StoreError: the catalog cannot be written; then nothing has changed.
-        """
+    def commit(self, change: Change) -> None:
+        """Make one change in one transaction that is on disk when this returns."""
         tables = self._tables
         with sqlite_errors(self._folder), tables.transaction("BEGIN IMMEDIATE"):
             generation, next_segment, num_segments, num_deleted, store_json = self._head()
@@ -184,14 +157,9 @@ class Catalog:
             tables.delete("state")
             head = (generation, next_segment, num_segments, num_deleted, store_json)
             tables.insert("state", [head])
-        return int(generation)
 
     def forget_retired(self, segments: Sequence[int]) -> None:
-        """Note that the files of these retired segments are gone.
-
-        Raises:
-            StoreError: the catalog cannot be written.
-        """
+        """Note that the files of these retired segments are gone."""
         with sqlite_errors(self._folder), self._tables.transaction("BEGIN IMMEDIATE"):
             for segment in segments:
                 self._tables.delete("retired", f"segment = {segment}")
@@ -208,7 +176,7 @@ class Catalog:
         """Close the connection. Calling it twice is allowed."""
         self._connection.close()
 
-    def _head(self) -> tuple[Any, ...]:
+    def _head(self) -> Row:
         rows = self._tables.rows("state")
         if len(rows) != 1:
             raise damaged(self._folder, f"its state has {len(rows)} whole rows, expected 1")
@@ -217,21 +185,21 @@ class Catalog:
     def _state(self) -> CatalogState:
         generation, next_segment, num_segments, num_deleted, store_json = self._head()
         segments = self._tables.rows("segments")
-        deleted = _locations(self._tables.rows("deletions"))
+        deleted = locations_in(self._tables.rows("deletions"))
         if len(segments) != num_segments:
             segments = self._tables.merged_rows("segments")
         if len(deleted) != num_deleted:
-            deleted = _locations(self._tables.merged_rows("deletions"))
+            deleted = locations_in(self._tables.merged_rows("deletions"))
         if (len(segments), len(deleted)) != (num_segments, num_deleted):
             got = f"{len(segments)} of {num_segments} segments"
             got += f" and {len(deleted)} of {num_deleted} deletions"
             raise damaged(self._folder, f"{got} can be read, from both copies")
         self._check_sizes(segments)
-        known = {row[0]: Segment(row[1], bool(row[2]), row[3] % (1 << 64)) for row in segments}
-        retired = dict(self._tables.rows("retired"))
+        retired: dict[int, int] = dict(self._tables.rows("retired"))
+        known = segments_in(segments)
         return CatalogState(generation, next_segment, store_json, known, deleted, retired)
 
-    def _check_sizes(self, segments: Sequence[tuple[Any, ...]]) -> None:
+    def _check_sizes(self, segments: Sequence[Row]) -> None:
         """Believe no number before it fits the file: digests and checksums stand in it twice."""
         (num_pages,) = self._connection.execute("PRAGMA page_count").fetchone()
         (page_bytes,) = self._connection.execute("PRAGMA page_size").fetchone()
@@ -246,7 +214,7 @@ class Catalog:
         """Add the deleted locations, forget those in dropped segments; return how many more."""
         new, before = change.deleted, 0
         if change.dropped:
-            deleted = _locations(self._tables.rows("deletions"))
+            deleted = locations_in(self._tables.rows("deletions"))
             kept = deleted[~np.isin(deleted >> ROW_BITS, np.array(change.dropped))]
             new, before = np.concatenate([kept, change.deleted]), len(deleted)
             self._tables.delete("deletions")
@@ -255,14 +223,34 @@ class Catalog:
         return len(new) - before
 
 
-def _batches(rows: Sequence[tuple[Any, ...]], num_rows: int) -> list[RecordBatch]:
-    """Unpack rows of `batches`; one whose columns do not fit each other or the segment is none."""
-    found = []
-    for location, ids, digests, checksums in rows:
-        row, records = location & ROW_MASK, Records(ids, digests, checksums)
-        if records.is_sound() and row + len(records) <= num_rows:
-            found.append(RecordBatch(location >> ROW_BITS, row, records))
-    return found
+def batches_in(rows: Sequence[Row]) -> list[RecordBatch]:
+    """Unpack rows of `batches`, but for those whose columns do not fit each other."""
+    found = [
+        RecordBatch(location >> ROW_BITS, location & ROW_MASK, Records(*columns))
+        for location, *columns in rows
+    ]
+    return [batch for batch in found if batch.records.is_sound()]
+
+
+def segments_in(rows: Sequence[Row]) -> dict[int, Segment]:
+    """Unpack rows of `segments`."""
+    return {row[0]: Segment(row[1], bool(row[2]), row[3] % (1 << 64)) for row in rows}
+
+
+def locations_in(rows: Sequence[Row]) -> Int64:
+    """Unpack rows of `deletions`: int64 [N]."""
+    parts = [np.frombuffer(blob, "<i8") for _, blob in rows]
+    return np.concatenate([np.empty(0, np.int64), *parts])
+
+
+def gaps_of(batches: Sequence[RecordBatch], num_rows: int) -> list[tuple[int, int]]:
+    """Return the [start, stop) of rows that no batch covers."""
+    gaps, at = [], 0
+    for batch in batches:
+        if batch.first_row > at:
+            gaps.append((at, batch.first_row))
+        at = max(at, batch.stop_row)
+    return [*gaps, (at, num_rows)] if at < num_rows else gaps
 
 
 def _within(segment: int) -> str:
@@ -275,24 +263,9 @@ def _segment_row(segment: int, info: Segment) -> tuple[int, ...]:
     return (segment, info.num_rows, int(info.sealed), key)
 
 
-def _packed(batch: RecordBatch) -> tuple[Any, ...]:
+def _packed(batch: RecordBatch) -> Row:
     records = batch.records
     return (batch.first_location, records.packed_ids, records.digests, records.checksums)
-
-
-def _gaps(batches: Sequence[RecordBatch], num_rows: int) -> list[tuple[int, int]]:
-    """Return the [start, stop) of rows that no batch covers."""
-    gaps, at = [], 0
-    for batch in batches:
-        if batch.first_row > at:
-            gaps.append((at, batch.first_row))
-        at = max(at, batch.stop_row)
-    return [*gaps, (at, num_rows)] if at < num_rows else gaps
-
-
-def _locations(rows: Sequence[tuple[Any, ...]]) -> Int64:
-    parts = [np.frombuffer(blob, "<i8") for _, blob in rows]
-    return np.concatenate([np.empty(0, np.int64), *parts])
 
 
 def _connect(folder: Path, *, writable: bool) -> sqlite3.Connection:
@@ -354,43 +327,3 @@ def damaged(folder: Path, reason: str) -> StoreError:
         f"{folder / CATALOG} is damaged: {reason}",
         hint=f"`edje store verify --repair {folder}` rebuilds it from what the segments know",
     )
-
-
-# In the first page: u32 number of pages; u32 first free page and u32 number of free pages, which
-# a reader does not need.
-NUM_PAGES_AT, FREE_PAGES_AT = 28, 32
-PAGE_SIZE_AT = 16
-
-
-@contextmanager
-def sound_copy(path: Path) -> Iterator[Path]:
-    """Yield the path of a copy of the catalog at `path`, with what SQLite has logged beside it.
-
-    Raises:
-        StoreError: there is no room for the copy.
-    """
-    with tempfile.TemporaryDirectory(prefix="edje-catalog-") as name:
-        folder = Path(name)
-        copy, log = folder / CATALOG, f"{CATALOG}-wal"
-        try:
-            Catalog.create(folder, b"", name="empty")
-            shutil.copyfile(path, copy)
-            if path.with_name(log).exists():
-                shutil.copyfile(path.with_name(log), folder / log)
-            _replace_first_page(copy, (folder / "empty").read_bytes())
-        except (OSError, sqlite3.OperationalError) as error:
-            raise StoreError(
-                f"cannot copy {path} to {folder.parent}: {getattr(error, 'strerror', error)}",
-                hint="make room there, or name another folder with TMPDIR",
-            ) from error
-        yield copy
-
-
-def _replace_first_page(copy: Path, empty: bytes) -> None:
-    page_bytes = int.from_bytes(empty[PAGE_SIZE_AT : PAGE_SIZE_AT + 2], "big")
-    page = bytearray(empty[:page_bytes])
-    num_pages = copy.stat().st_size // page_bytes
-    page[NUM_PAGES_AT:FREE_PAGES_AT] = num_pages.to_bytes(4, "big")
-    page[FREE_PAGES_AT : FREE_PAGES_AT + 8] = bytes(8)
-    with copy.open("r+b") as file:
-        file.write(page)

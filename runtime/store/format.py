@@ -1,23 +1,4 @@
-"""The bytes of a store: `store.json`, the segment header page, where a record lies.
-
-A store folder holds
-
-- `store.json`: immutable; exactly the bytes that `StoreLayout.to_bytes` gives.
-- `catalog.sqlite`: which record lies where (see `catalog.py`). The only truth about what exists.
-- `segments/NNNNNN.tokens`: a header page of 4,096 bytes, records, and, once the segment is sealed,
-  a footer (see `footer.py`).
-- `incoming/`: sealed segments of other processes, waiting to be committed.
-- `writer.lock`: locked (`flock`) by the one writer. `readers.lock`: see `pins.py`.
-
-All numbers are little-endian. A record is the tokens of one image, C order, padded with zeros up
-to `stride` bytes, a multiple of 4,096 (49,152 and 24,576 bytes need none). float16 records follow
-one another. int8 records come in groups: a page of float16 scales, one a token, 128 bytes a
-record, then the records these scales belong to (32 of 64 tokens each).
-
-A record's checksum, kept in the catalog, is xxh3-64 over its unpadded bytes, seeded with the low
-half of xxh3-128 of the id's UTF-8 bytes (int8: seeded with xxh3-64 of the scales, which is seeded
-so). It finds a record that stands under a wrong id or in a wrong place as well.
-"""
+"""The bytes of a store: `store.json`, a segment's header page, where a record lies."""
 
 from __future__ import annotations
 
@@ -28,10 +9,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import xxhash
 
 from ...arguments import StrPath, path_of
-from ...arrays import Int64
+from ...arrays import Array, Float16, Int64
 from ...errors import StoreError
 from ...files import is_free
 
@@ -65,7 +47,6 @@ HEADER = struct.Struct("<8sIIIIIIQQQQ")
 FINGERPRINT_AT = 64
 CHECKSUM_AT = PAGE_BYTES - 8
 
-
 Row = TypeVar("Row", int, Int64)
 
 
@@ -98,7 +79,7 @@ class StoreLayout:
     @property
     def stride(self) -> int:
         """Bytes from one record to the next: `record_bytes` rounded up to whole pages."""
-        return _pages(self.record_bytes)
+        return pages(self.record_bytes)
 
     @property
     def scale_bytes(self) -> int:
@@ -136,9 +117,14 @@ class StoreLayout:
         """Return the bytes of a segment file with `num_rows` records and no footer."""
         return self.offset(num_rows - 1) + self.stride if num_rows else PAGE_BYTES
 
+    def buffers(self, count: int) -> tuple[Array, Float16 | None]:
+        """Return new memory for `count` records: tokens [N, m, H]; for int8, scales [N, m]."""
+        tokens = np.empty((count, self.num_tokens, self.hidden), self.dtype)
+        return tokens, np.empty(tokens.shape[:2], np.float16) if self.scale_bytes else None
+
     @property
     def _scales_pages(self) -> int:
-        return _pages(self.group_records * self.scale_bytes)
+        return pages(self.group_records * self.scale_bytes)
 
     @property
     def _group_bytes(self) -> int:
@@ -146,16 +132,15 @@ class StoreLayout:
 
     def faults(self) -> list[str]:
         """Return one sentence for every value that no store can have."""
-        kinds: dict[str, type] = {"num_tokens": int, "hidden": int, "segment_bytes": int}
-        kinds |= {"dtype": str, "fingerprint_encoder": str, "created_by": str}
+        kinds: dict[str, type] = dict.fromkeys(("num_tokens", "hidden", "segment_bytes"), int)
+        kinds |= dict.fromkeys(("dtype", "fingerprint_encoder", "created_by"), str)
         found = [
             f"{name}: got {value!r}, expected {kind.__name__}"
             for name, kind in kinds.items()
             if type(value := getattr(self, name)) is not kind
         ]
-        return found or [*self._size_faults(), *self._text_faults()]
-
-    def _size_faults(self) -> list[str]:
+        if found:
+            return found
         limits = {"num_tokens": MAX_RECORD_BYTES, "hidden": MAX_RECORD_BYTES}
         limits["segment_bytes"] = MAX_SEGMENT_BYTES
         found = [
@@ -163,14 +148,10 @@ class StoreLayout:
             for name, most in limits.items()
             if not 1 <= getattr(self, name) <= most
         ]
-        if not found and self.dtype in DTYPES and self.record_bytes > MAX_RECORD_BYTES:
-            found.append(f"record: {self.record_bytes} bytes, expected at most {MAX_RECORD_BYTES}")
-        return found
-
-    def _text_faults(self) -> list[str]:
-        found = []
         if self.dtype not in DTYPES:
             found.append(f"dtype: got {self.dtype!r}, expected one of {list(DTYPES)}")
+        elif not found and self.record_bytes > MAX_RECORD_BYTES:
+            found.append(f"record: {self.record_bytes} bytes, expected at most {MAX_RECORD_BYTES}")
         text = self.fingerprint_encoder
         if not is_id(text) or len(text.encode()) > MAX_FINGERPRINT_BYTES:
             limit = f"1 to {MAX_FINGERPRINT_BYTES} bytes of UTF-8"
@@ -261,28 +242,11 @@ def segment_name(segment: int) -> str:
 
 
 def header_page(layout: StoreLayout, key: int) -> bytes:
-    """Return the first 4,096 bytes of the segment file with this random u64 key.
-
-    Offset 0: magic, u32 version, header bytes, dtype code, num_tokens, hidden, records a scales
-    page (0 for float16); u64 record bytes, stride, scale bytes, key. 64: the fingerprint, padded
-    with zeros to 128 bytes. 4,088: xxh3-64 of all bytes before. Everything else is zero.
-    """
+    """Return the first 4,096 bytes of the segment file with this random u64 key."""
     page = bytearray(PAGE_BYTES)
-    HEADER.pack_into(
-        page,
-        0,
-        MAGIC,
-        FORMAT_VERSION,
-        PAGE_BYTES,
-        DTYPES[layout.dtype][0],
-        layout.num_tokens,
-        layout.hidden,
-        layout.group_records,
-        layout.record_bytes,
-        layout.stride,
-        layout.scale_bytes,
-        key,
-    )
+    values = (DTYPES[layout.dtype][0], layout.num_tokens, layout.hidden, layout.group_records)
+    sizes = (layout.record_bytes, layout.stride, layout.scale_bytes)
+    HEADER.pack_into(page, 0, MAGIC, FORMAT_VERSION, PAGE_BYTES, *values, *sizes, key)
     fingerprint = layout.fingerprint_encoder.encode()
     page[FINGERPRINT_AT : FINGERPRINT_AT + len(fingerprint)] = fingerprint
     page[CHECKSUM_AT:] = _header_checksum(page)
@@ -295,10 +259,15 @@ def header_fault(page: bytes, layout: StoreLayout, key: int) -> str | None:
         return None
     if len(page) < PAGE_BYTES:
         return f"its header page ends after {len(page)} of {PAGE_BYTES} bytes"
-    if page[CHECKSUM_AT:] != _header_checksum(page):
+    if not is_whole_page(page):
         return "its header page is damaged (checksum)"
     found = HEADER.unpack_from(page)[-1]
     return f"it is another segment's file (its key is {found:016x}, expected {key:016x})"
+
+
+def is_whole_page(page: bytes) -> bool:
+    """Return whether a header page, of whatever segment, fits its own checksum."""
+    return page[CHECKSUM_AT:] == _header_checksum(page)
 
 
 def _header_checksum(page: bytes | bytearray) -> bytes:
@@ -328,6 +297,6 @@ def is_id(image_id: object) -> bool:
     return id_fault(image_id) is None
 
 
-def _pages(size: int) -> int:
+def pages(size: int) -> int:
     """Round bytes up to whole pages."""
     return -(-size // PAGE_BYTES) * PAGE_BYTES

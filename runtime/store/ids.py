@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import compress, pairwise
 from threading import Lock
 from typing import NamedTuple
 
@@ -18,10 +18,8 @@ import xxhash
 
 from ...arrays import Int64, UInt64
 from ...errors import RequestError, StoreError
-from .catalog import RecordBatch
 from .format import ROW_BITS, ROW_MASK, is_id
-from .read import BadRecord, ReadPlan
-from .records import Records
+from .records import BadRecord, ReadPlan, RecordBatch, Records
 
 # Records appended since the last merge are found through a dict; past this they are merged.
 MAX_FRESH = 1 << 16
@@ -81,10 +79,12 @@ class _Table:
         """Return the places of a segment's rows; none if it has none."""
         return self._rows.get(segment, slice(0, 0))
 
-    def kill(self, locations: Int64) -> None:
-        """Mark records as deleted."""
+    def kill(self, locations: Int64) -> int:
+        """Mark records as deleted; return how many of them are here."""
         places = self.places(locations)
-        self.live[places[places >= 0]] = False
+        places = places[places >= 0]
+        self.live[places] = False
+        return len(places)
 
     def places(self, locations: Int64) -> Int64:
         """Return int64 [N] places of row handles; -1 for what was never given out."""
@@ -100,7 +100,7 @@ class _Table:
         Raises:
             RequestError: row handles that were never given out.
         """
-        first, last = int(locations[0]), int(locations[-1])
+        first, last = locations.item(0), locations.item(-1)
         base = first >> ROW_BITS << ROW_BITS
         there = self.rows_of(first >> ROW_BITS)
         if last - base < there.stop - there.start:
@@ -216,7 +216,9 @@ class RecordIndex:
                 self._fresh_rows.update((i, at) for at, i in pairs if at not in gone)
                 self._num_rows[batch.segment] = batch.stop_row
             self._fresh += batches
-            self._kill(dead)  # last: who looks an id up meanwhile finds the old one or the new
+            # Last: who looks an id up meanwhile finds the old one or the new.
+            self._num_dead += self._table.kill(dead)
+            self._dead.append(dead)
         if len(self._fresh_rows) > MAX_FRESH:
             self._merged()
 
@@ -225,7 +227,8 @@ class RecordIndex:
         with self._lock:
             for image_id in ids:
                 self._fresh_rows.pop(image_id, None)
-            self._kill(locations)
+            self._num_dead += self._table.kill(locations)
+            self._dead.append(locations)
 
     def rows(self, ids: Sequence[str]) -> tuple[Int64, list[str]]:
         """Return int64 [N] row handles, and the ids that are unknown."""
@@ -261,8 +264,13 @@ class RecordIndex:
 
     def ids(self) -> list[str]:
         """Return the ids of the live records in the order these lie in the store."""
-        table = self._merged()
-        return [name for entry in table.ids for name in _live_ids(table, entry)]
+        table, names = self._merged(), list[str]()
+        for entry in table.ids:
+            live = table.live[table.places(np.arange(entry.num_rows) + entry.location)]
+            if live.any():
+                found = _unpacked(table, entry)
+                names += found if live.all() else compress(found, live.tolist())
+        return names
 
     def ids_of(self, rows: Int64) -> list[str]:
         """Return the ids of row handles int64 [N], unpacking no more than these need."""
@@ -294,12 +302,6 @@ class RecordIndex:
         with self._lock:
             table, fresh_rows = self._table, self._fresh_rows
         return image_id in fresh_rows or table.holds(xxhash.xxh3_128_intdigest(image_id.encode()))
-
-    def _kill(self, locations: Int64) -> None:
-        places = self._table.places(locations)
-        self._table.live[places[places >= 0]] = False
-        self._num_dead += int(np.count_nonzero(places >= 0))
-        self._dead.append(locations)
 
     def _merged(self) -> _Table:
         """Return the table with everything that was added since the last call."""
@@ -334,11 +336,3 @@ def _unpacked(table: _Table, entry: _Ids) -> list[str]:
     except StoreError:
         places = table.places(np.arange(entry.num_rows) + entry.location)
         return [f"(id with digest ...{low:016x})" for low in table.lows[places].tolist()]
-
-
-def _live_ids(table: _Table, entry: _Ids) -> list[str]:
-    live = table.live[table.places(np.arange(entry.num_rows) + entry.location)]
-    if not live.any():
-        return []
-    names = _unpacked(table, entry)
-    return names if live.all() else [names[at] for at in np.flatnonzero(live).tolist()]

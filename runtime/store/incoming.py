@@ -10,26 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from ...arguments import Arguments, StrPath
+from ...arrays import Array, Bool, Float16
 from ...errors import StoreError, named
 from . import disk
-from .batches import NewRecords
-from .catalog import ROWS_A_BATCH, Change, RecordBatch, Segment
+from .catalog import Change, Segment
 from .format import (
     PAGE_BYTES,
     ROW_BITS,
     SEGMENTS,
     StoreLayout,
     header_fault,
-    id_fault,
     is_id,
     segment_name,
 )
 from .ids import RecordIndex
-from .records import Records, digests_of, read_footer, repeated
-from .segment import RecordBytes, SegmentFile
+from .records import NewRecords, RecordBytes, Records, batches_of, digests_of, no_ids, repeated
+from .segment import SegmentFile, read_footer
 from .writer import StoreWriter
 
 SUFFIX = ".tokens"
@@ -61,7 +59,6 @@ class SegmentWriter:
         given.check()
         self._layout = layout
         self._parts: list[Records] = []
-        self._num_rows = 0
         self._ids: set[str] = set()
         self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}.partial")
         self._file: SegmentFile | None = None
@@ -75,8 +72,8 @@ class SegmentWriter:
     def append(
         self,
         ids: Iterable[str],
-        tokens: npt.NDArray[np.generic],
-        scales: npt.NDArray[np.float16] | None = None,
+        tokens: Array,
+        scales: Float16 | None = None,
         *,
         allow_nonfinite: bool = False,
     ) -> None:
@@ -87,13 +84,25 @@ class SegmentWriter:
             StoreError: the segment is closed or full; ids twice or no ids; wrong arrays; tokens
                 that are not finite; no room.
         """
-        file = self._file
-        if file is None:
+        if self._file is None:
             raise StoreError(f"the segment {self.path} is closed")
         new = NewRecords.take(ids, tokens, scales, allow_nonfinite)
-        self._check(new)
-        if new.ids:
-            self._put(file, new.ids, new.packed(self._layout))
+        faults = [*new.faults(self._layout), *(no_ids(new.ids) or repeated(new.ids, self._ids))]
+        room = self._layout.max_rows - len(self._ids)
+        if len(new.ids) > room:
+            count = len(new.ids)
+            faults.append(f"{count} records, but a segment of this store has room for {room}")
+        if faults:
+            raise StoreError(f"cannot add to the segment {self.path}", faults=faults)
+        if not new.ids:
+            return
+        digests, records = digests_of(new.ids), new.packed(self._layout)
+        try:
+            self._file.put(len(self._ids), records)
+        except OSError as error:
+            raise StoreError(f"cannot write to {self.path}: {error.strerror}") from error
+        self._parts.append(Records.pack(new.ids, digests, records.checksums(digests)))
+        self._ids.update(new.ids)
 
     def close(self) -> Path | None:
         """Seal the segment, make it durable, and give it its name.
@@ -104,7 +113,7 @@ class SegmentWriter:
         Raises:
             StoreError: it cannot be written; then there is no file.
         """
-        if self._file is None or not self._num_rows:
+        if self._file is None or not self._ids:
             self.discard()
             return None
         try:
@@ -133,30 +142,6 @@ class SegmentWriter:
             self.close()
         else:
             self.discard()
-
-    def _put(self, file: SegmentFile, ids: Sequence[str], records: RecordBytes) -> None:
-        """Write records behind the others."""
-        digests = digests_of(ids)
-        try:
-            file.put(self._num_rows, records)
-        except OSError as error:
-            raise StoreError(f"cannot write to {self.path}: {error.strerror}") from error
-        self._parts.append(Records.pack(ids, digests, records.checksums(digests)))
-        self._num_rows += len(ids)
-        self._ids.update(ids)
-
-    def _check(self, new: NewRecords) -> None:
-        ids, faults = new.ids, new.faults(self._layout)
-        wrong = [f"{image_id!r:.80} {why}" for image_id in ids if (why := id_fault(image_id))]
-        if wrong:
-            faults.append(f"{len(wrong)} are no ids: {'; '.join(wrong[:20])}")
-        elif twice := repeated([*self._ids.intersection(ids), *ids]):
-            faults.append(f"{len(twice)} ids come twice: {named(twice)}")
-        room = self._layout.max_rows - self._num_rows
-        if len(ids) > room:
-            faults.append(f"{len(ids)} records, but a segment of this store has room for {room}")
-        if faults:
-            raise StoreError(f"cannot add to the segment {self.path}", faults=faults)
 
 
 def incoming_name(task: str) -> str:
@@ -192,13 +177,10 @@ def commit_segments(writer: StoreWriter, index: RecordIndex, paths: Sequence[Pat
     added, present, taken = 0, 0, []
     for path in paths:
         key, records = _checked(path, writer.layout)
-        ids = records.ids()
-        rows, _ = index.rows(ids)
-        old = rows >= 0
+        old = index.rows(records.ids())[0] >= 0
         present += int(np.count_nonzero(old))
         if not old.all():
-            segment = _commit(writer, index, path, key, records, ids, old)
-            taken.append(segment)
+            taken.append(_commit(writer, index, path, key, records, old))
             added += int(np.count_nonzero(~old))
         with suppress(OSError):  # it is in the store: whoever commits it again adds nothing
             disk.unlink(path)
@@ -206,13 +188,7 @@ def commit_segments(writer: StoreWriter, index: RecordIndex, paths: Sequence[Pat
 
 
 def _commit(
-    writer: StoreWriter,
-    index: RecordIndex,
-    path: Path,
-    key: int,
-    records: Records,
-    ids: Sequence[str],
-    old: np.ndarray[tuple[int], np.dtype[np.bool_]],
+    writer: StoreWriter, index: RecordIndex, path: Path, key: int, records: Records, old: Bool
 ) -> int:
     """Link one checked file into the store and commit it, without the records that are `old`."""
     with writer.writing("add a segment to"):
@@ -221,12 +197,10 @@ def _commit(
         disk.unlink(target)
         _link(path, target)
         disk.sync_folder(target.parent)
-    parts = records.split(ROWS_A_BATCH)
-    batches = [RecordBatch(segment, at * ROWS_A_BATCH, part) for at, part in enumerate(parts)]
+    batches = batches_of(segment, records)
     locations = np.flatnonzero(old) + (segment << ROW_BITS)
-    info = Segment(len(records), True, key)
-    writer.commit(Change(batches, {segment: info}, locations))
-    index.add(batches, ids, locations)
+    writer.commit(Change(batches, {segment: Segment(len(records), True, key)}, locations))
+    index.add(batches, records.ids(), locations)
     return segment
 
 
@@ -235,16 +209,12 @@ def _link(source: Path, target: Path) -> None:
     try:
         disk.link(source, target)
     except OSError:
-        descriptor = disk.create(target)
-        try:
-            with source.open("rb") as file:
-                offset = 0
-                while content := file.read(1 << 24):
-                    disk.write(descriptor, [content], offset)
-                    offset += len(content)
+        with disk.closed_after(disk.create(target)) as descriptor, source.open("rb") as file:
+            offset = 0
+            while content := file.read(1 << 24):
+                disk.write(descriptor, [content], offset)
+                offset += len(content)
             disk.sync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _checked(path: Path, layout: StoreLayout) -> tuple[int, Records]:
@@ -278,9 +248,7 @@ def _id_fault(records: Records) -> str | None:
     wrong = [image_id for image_id in ids if not is_id(image_id)]
     if wrong or digests_of(ids) != records.digests:
         return f"its footer names ids that are none, or others than its digests: {named(wrong)}"
-    if len(set(ids)) < len(ids):
-        return "an id comes twice in it"
-    return None
+    return "an id comes twice in it" if len(set(ids)) < len(ids) else None
 
 
 def _damaged_records(descriptor: int, layout: StoreLayout, records: Records) -> list[str]:
@@ -288,22 +256,15 @@ def _damaged_records(descriptor: int, layout: StoreLayout, records: Records) -> 
     faults, ids, sums = [], records.ids(), records.checksum_array()
     for start in range(0, len(records), RECORDS_A_READ):
         stop = min(start + RECORDS_A_READ, len(records))
-        found = _read(descriptor, layout, start, stop)
+        found = RecordBytes.zeros(layout, stop - start)  # what the file lacks stays zero
+        for at, row in enumerate(range(start, stop)):
+            os.preadv(descriptor, [found.tokens[at].data], layout.offset(row))
+            if found.scales is not None:
+                os.preadv(descriptor, [found.scales[at].data], layout.scales_offset(row))
         wrong = found.checksums(records.digests[16 * start : 16 * stop]) != sums[start:stop]
         bad = (np.flatnonzero(wrong) + start).tolist()
         faults += [f"id {ids[row]!r}, row {row}: its bytes do not fit its checksum" for row in bad]
     return faults
-
-
-def _read(descriptor: int, layout: StoreLayout, start: int, stop: int) -> RecordBytes:
-    """Read the bytes of rows [start, stop); what the file lacks is zero."""
-    tokens = np.zeros((stop - start, layout.record_bytes), np.uint8)
-    scales = np.zeros((stop - start, layout.scale_bytes), np.uint8) if layout.scale_bytes else None
-    for row in range(start, stop):
-        os.preadv(descriptor, [tokens[row - start].data], layout.offset(row))
-        if scales is not None:
-            os.preadv(descriptor, [scales[row - start].data], layout.scales_offset(row))
-    return RecordBytes(tokens, scales)
 
 
 def _refused(path: Path, faults: Sequence[str]) -> StoreError:

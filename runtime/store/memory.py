@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import mmap
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 
-from ...arrays import Int64, UInt8
+from ...arrays import CopyThreads, Int64, UInt8
 from ...errors import StoreError
 from ...machine import available_memory_bytes
 from .format import StoreLayout
 from .open_files import CACHED
-from .read import ReadPlan, SegmentReader, address
-from .threads import CopyThreads
+from .read import SegmentReader
+from .records import ReadPlan
 
 NOT_HELD = "it is not among the records that were loaded into memory"
 
@@ -24,21 +23,18 @@ class ResidentRecords:
 
     Attributes:
         bad: place among the held records -> why it could not be read; its bytes are zero.
-        num_bytes: bytes held, scales included.
-        huge_page_bytes: how many of them the system put into huge pages (0: it gives none).
     """
 
     def __init__(self, layout: StoreLayout, locations: Int64):
         count, record_bytes, scale_bytes = len(locations), layout.record_bytes, layout.scale_bytes
-        self.num_bytes = count * (record_bytes + scale_bytes)
         # One row more than there are records, which stays zero, for what is not held.
-        memory = _huge_memory(self.num_bytes, more=record_bytes + scale_bytes)
+        each = record_bytes + scale_bytes
+        memory = _huge_memory(count * each, more=each)
         token_bytes = (count + 1) * record_bytes
         self._tokens = _rows(memory[:token_bytes], record_bytes)
         self._scales = _rows(memory[token_bytes:], scale_bytes) if scale_bytes else None
         self._locations = np.append(locations, np.iinfo(np.int64).max)
         self.bad: dict[int, str] = {}
-        self.huge_page_bytes = 0
         self._threads = CopyThreads()
 
     @classmethod
@@ -52,21 +48,17 @@ class ResidentRecords:
         scales = None if held._scales is None else held._scales[:count].reshape(-1).data
         tokens = held._tokens[:count].reshape(-1).data
         held.bad = reader.gather(plan._replace(positions=np.arange(count)), tokens, scales)
-        held.huge_page_bytes = _huge_page_bytes(held._tokens[:count])
         return held
 
     def gather(
         self,
         plan: ReadPlan,
         tokens: memoryview,
-        scales: memoryview | None = None,
+        scales: memoryview | None,
         *,
         verify: bool = True,
     ) -> dict[int, str]:
-        """Copy records into the caller's buffers; see `SegmentReader.gather`.
-
-        `verify` changes nothing: every record was verified when it was loaded.
-        """
+        """As `SegmentReader.gather`; `verify` changes nothing, since `load` has verified all."""
         held, held_scales, locations = self._tokens, self._scales, self._locations
         places = np.searchsorted(locations, plan.locations)
         known, bad = locations[places] == plan.locations, dict[int, str]()
@@ -116,29 +108,9 @@ def _huge_memory(num_bytes: int, more: int) -> memoryview:
     try:
         memory = mmap.mmap(-1, num_bytes + more, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, MemoryError) as error:
-        raise StoreError(
-            f"the memory does not suffice to hold the store's {num_bytes} bytes of records",
-            hint=CACHED,
-        ) from error
+        what = f"the memory does not suffice to hold the store's {num_bytes} bytes of records"
+        raise StoreError(what, hint=CACHED) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(memory)
-
-
-def _huge_page_bytes(array: UInt8) -> int:
-    """Return how many bytes around the array Linux holds in huge pages; 0 where it cannot tell."""
-    first = address(array)
-    try:
-        lines = Path("/proc/self/smaps").read_text("ascii", "replace").splitlines()
-    except OSError:
-        return 0
-    found, inside = 0, False
-    for line in lines:
-        name, _, rest = line.partition(" ")
-        if not name.endswith(":"):
-            start, _, stop = name.partition("-")
-            inside = int(start, 16) < first + array.nbytes and first < int(stop, 16)
-        elif inside and name == "AnonHugePages:":
-            found += int(rest.split()[0]) << 10
-    return min(found, array.nbytes)

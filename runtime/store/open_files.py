@@ -43,7 +43,12 @@ class SegmentFiles:
         direct: bool = False,
     ):
         self._folder, self._layout, self._key_of = folder / SEGMENTS, layout, key_of
-        self._flags = os.O_RDONLY | os.O_CLOEXEC | (_direct_flag(folder) if direct else 0)
+        self._flags = os.O_RDONLY | os.O_CLOEXEC
+        if direct and not hasattr(os, "O_DIRECT"):
+            what = f"cannot read the store {folder} past the page cache"
+            raise StoreError(f"{what}: this system has no O_DIRECT", hint=CACHED)
+        if direct:
+            self._flags |= os.O_DIRECT
         self._open: OrderedDict[int, _Descriptor] = OrderedDict()  # the oldest first
         self._is_closed = False
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -67,11 +72,7 @@ class SegmentFiles:
         return [-1 if isinstance(file := files[each], str) else file for each in segments]
 
     def open(self, segment: int) -> _Descriptor | str:
-        """Return the file of a segment, or why it cannot be used.
-
-        Raises:
-            StoreError: as `of`.
-        """
+        """Return the file of a segment, or why it cannot be used; raises as `of`."""
         if self._is_closed:
             raise StoreError(f"the store {self._folder.parent} is closed")
         file = self._open.get(segment)
@@ -98,8 +99,7 @@ class SegmentFiles:
 
     def _open_checked(self, segment: int) -> _Descriptor | str:
         """Open a segment file and check its header page."""
-        name = segment_name(segment)
-        key = self._key_of(segment)
+        name, key = segment_name(segment), self._key_of(segment)
         if key is None:
             return f"the catalog knows no segment {segment}"
         try:
@@ -110,40 +110,27 @@ class SegmentFiles:
         try:
             size = os.preadv(file, [page], 0)
         except OSError as error:
-            return (
-                f"its file {name} cannot be used: its header page cannot be read ({error.strerror})"
-            )
-        fault = header_fault(page[:size], self._layout, key)
+            fault: str | None = f"its header page cannot be read ({error.strerror})"
+        else:
+            fault = header_fault(page[:size], self._layout, key)
         return file if fault is None else f"its file {name} cannot be used: {fault}"
 
     def _open_file(self, path: Path) -> _Descriptor:
-        try:
-            return _Descriptor(os.open(path, self._flags))
-        except OSError as error:
-            if error.errno == errno.EINVAL:
-                raise StoreError(
-                    f"cannot open {path} with O_DIRECT: its file system has none",
-                    hint=CACHED,
-                ) from error
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-        self._open.clear()  # files of ours that nobody uses may be in the way
-        try:
-            return _Descriptor(os.open(path, self._flags))
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            raise StoreError(
-                f"cannot open {path}: {error.strerror}",
-                hint="raise the limit of open files (`ulimit -n`)",
-            ) from error
-
-
-def _direct_flag(folder: Path) -> int:
-    flag = getattr(os, "O_DIRECT", 0)
-    if not flag:
-        raise StoreError(
-            f"cannot read the store {folder} past the page cache: this system has no O_DIRECT",
-            hint=CACHED,
-        )
-    return int(flag)
+        """Open a file; where too many are open, once more without those that nobody uses."""
+        for is_last in (False, True):
+            try:
+                return _Descriptor(os.open(path, self._flags))
+            except OSError as error:
+                if error.errno == errno.EINVAL:
+                    raise StoreError(
+                        f"cannot open {path} with O_DIRECT: its file system has none", hint=CACHED
+                    ) from error
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise
+                if is_last:
+                    raise StoreError(
+                        f"cannot open {path}: {error.strerror}",
+                        hint="raise the limit of open files (`ulimit -n`)",
+                    ) from error
+            self._open.clear()
+        raise AssertionError("the last attempt returns or raises")

@@ -1,35 +1,38 @@
 """Reading records: rows -> the caller's buffer by plain `preadv`, every record verified.
 
 A chunk of records is read, then hashed while its bytes are in the core's cache: by the calling
-thread, and where it pays by a few beside it.
+thread, and where it pays by others beside it. Where one call of the system reads a whole chunk
+(`scattered.py`), threads take turns: one hashes with the GIL while the others read without it.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from mmap import mmap
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import xxhash
 
-from ...arrays import Int64, UInt8, UInt64
+from ...arrays import CopyThreads, Int64, copying_threads
 from .format import PAGE_BYTES, ROW_BITS, ROW_MASK, StoreLayout
 from .open_files import SegmentFiles
-from .threads import CopyThreads, copying_threads
-
-Access = Literal["cached", "direct"]
+from .records import ReadPlan
+from .scattered import MOST_READS, address, is_offered, read_places
 
 # Stays in a core's second-level cache until it is hashed.
 CHUNK_BYTES = 1536 << 10
-# A thread's turn at hashing holds the GIL, and waking a thread takes as long as reading a few
-# records: below this a second one is no help.
-BYTES_A_THREAD, MOST_READING = 8 << 20, 4
+# One thread more for every so many, where they take turns. Elsewhere whoever reads wants the GIL
+# after every record, while another hashes: a second thread is of little help.
+BYTES_IN_TURNS, BYTES_A_THREAD, MOST_READING = 2 << 20, 8 << 20, 4
+# So many records that follow one another in a file are read as well by one `preadv`.
+LONG_RUN = 4
 # Past the page cache threads wait for the disk, not for each other: it should have much to do.
 DIRECT_CHUNK_BYTES, DIRECT_BYTES_A_THREAD, MOST_DIRECT = 256 << 10, 128 << 10, 16
 # Records that are looked for in the page cache before the system is asked to fetch a batch. Once
@@ -40,45 +43,8 @@ MASK = np.array(ROW_MASK)
 MISFIT = "its bytes do not fit its checksum"
 
 
-@dataclass(frozen=True, slots=True)
-class BadRecord:
-    """A record that could not be read whole. `position` is its place in the requested rows."""
-
-    position: int
-    id: str
-    segment: int
-    row: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"id {self.id!r} (segment {self.segment}, row {self.row}): {self.reason}"
-
-
-class ReadPlan(NamedTuple):
-    """What to read, sorted by location, each [N]: where to, from where, and what it must hash to.
-
-    `positions` int64: rows of the caller's buffer; `locations` int64; `seeds`, `checksums` uint64.
-    """
-
-    positions: Int64
-    locations: Int64
-    seeds: UInt64
-    checksums: UInt64
-
-
 class SegmentReader:
-    """Reads records of one store; safe to use from several threads, and in a forked child.
-
-    Args:
-        folder: the store's.
-        layout: the store's.
-        key_of: returns the key that a segment's header page must hold, None for no segment.
-        access: `"cached"` reads through the system's page cache; `"direct"` past it (O_DIRECT),
-            for a store much larger than memory.
-
-    Raises:
-        StoreError: this system has no O_DIRECT.
-    """
+    """Reads records of one store; safe to use from several threads, and in a forked child."""
 
     def __init__(
         self,
@@ -86,8 +52,18 @@ class SegmentReader:
         layout: StoreLayout,
         *,
         key_of: Callable[[int], int | None],
-        access: Access = "cached",
+        access: Literal["cached", "direct"] = "cached",
     ):
+        """Open no file yet.
+
+        Args:
+            key_of: returns the key that a segment's header page must hold, None for no segment.
+            access: `"cached"` reads through the system's page cache; `"direct"` past it (O_DIRECT),
+                for a store much larger than memory.
+
+        Raises:
+            StoreError: this system has no O_DIRECT.
+        """
         self._layout = layout
         self._record_bytes, self._stride = layout.record_bytes, layout.stride
         self._scale_bytes, self._group = layout.scale_bytes, layout.group_records
@@ -102,30 +78,29 @@ class SegmentReader:
             self._threads = CopyThreads(MOST_DIRECT, DIRECT_BYTES_A_THREAD)
         else:
             self._threads = CopyThreads(min(MOST_READING, copying_threads()), BYTES_A_THREAD)
+        self._bytes_in_turns = sys.maxsize if self._direct else BYTES_IN_TURNS
         size = DIRECT_CHUNK_BYTES if self._direct else CHUNK_BYTES
         # A chunk's files are all in use at once, however many segments it touches.
         self._chunk = max(1, min(size // self._stride, self._files.most_open // 8))
-        self._own = threading.local()  # `memory`: aligned, for what is read past the page cache
+        self._own = threading.local()  # `room`: aligned, for what is read past the page cache
         self._num_cached = 0  # batches in a row that prefetching found in the page cache
 
     def gather(
         self,
         plan: ReadPlan,
         tokens: memoryview,
-        scales: memoryview | None = None,
+        scales: memoryview | None,
         *,
         verify: bool = True,
     ) -> dict[int, str]:
         """Read every record of `plan` into the caller's buffers.
 
         Args:
-            plan: which records, and where to.
             tokens: bytes [N * record_bytes], writable; with `"direct"` best at a page's start.
-            scales: bytes [N * scale_bytes] (int8), or None when they are not wanted.
-            verify: compare each record with its checksum.
+            scales: bytes [N * scale_bytes]; None for float16.
 
         Returns:
-            The reason of each bad record by its place in the plan, in no certain order. Its bytes
+            Why each bad record is bad, by its place in the plan, in no certain order. Its bytes
             and scales are zero, so that nothing damaged leaves this function.
 
         Raises:
@@ -133,25 +108,42 @@ class SegmentReader:
         """
         bad: dict[int, str] = {}
         num_records = len(plan.locations)
-        if not self._scale_bytes:
-            scales = None
-        elif scales is None:  # without them nothing can be verified
-            room = len(tokens) // self._record_bytes * self._scale_bytes
-            scales = memoryview(bytearray(room))
+
+        num_bytes = num_records * self._stride
+        num_threads = min(self._threads.most, num_bytes // self._bytes_in_turns)
+        in_turns = num_threads > 1 and is_offered()
 
         def read(part: slice) -> None:
             some = (plan.positions[part], plan.locations[part], plan.seeds[part])
             chunk = ReadPlan(*some, plan.checksums[part])
-            self._read(chunk, part.start, tokens, scales, verify, bad)
+            self._read(chunk, part.start, tokens, scales, verify, bad, in_turns)
 
-        if 0 < num_records <= self._chunk and not self._direct:
+        if in_turns:
+            self._take_turns(num_records, num_threads, read)
+        elif 0 < num_records <= self._chunk and not self._direct:
             self._read(plan, 0, tokens, scales, verify, bad)
-        elif num_records * self._stride < 2 * self._threads.bytes_a_thread:
+        elif num_bytes < 2 * self._threads.bytes_a_thread:
             for start in range(0, num_records, self._chunk):
                 read(slice(start, start + self._chunk))
         else:
-            self._threads.share(num_records, num_records * self._stride, read, self._chunk)
+            self._threads.share(num_records, num_bytes, read, self._chunk)
         return bad
+
+    def _take_turns(
+        self, num_records: int, num_threads: int, read: Callable[[slice], None]
+    ) -> None:
+        """Let threads read and hash, as many chunks each."""
+        rounds = -(-num_records // (min(self._chunk, MOST_READS) * num_threads))
+        size = -(-num_records // (rounds * num_threads))
+        # Half of one comes first: with equal ones all would want to hash at the same time.
+        edges = [0, *range(-(-size // 2), num_records, size), num_records]
+        parts = iter([*map(slice, edges, edges[1:])])
+
+        def work() -> None:
+            for part in parts:
+                read(part)
+
+        self._threads.run(work, num_threads)
 
     def _read(
         self,
@@ -161,13 +153,14 @@ class SegmentReader:
         scales: memoryview | None,
         verify: bool,
         bad: dict[int, str],
+        in_turns: bool = False,
     ) -> None:
         """Read and verify one chunk; note what is bad, and leave zeros in its place."""
         positions = plan.positions
         views = [_views(tokens, positions, self._record_bytes)]
         if scales is not None:
             views.append(_views(scales, positions, self._scale_bytes))
-        reasons = self._fill(plan.locations, views)
+        reasons = self._fill(plan, views, in_turns)
         if verify:
             seeds: list[int] = plan.seeds.tolist()
             for each in reversed(views):  # the hash of its scales is the seed of an int8 record
@@ -181,22 +174,29 @@ class SegmentReader:
             for each in views:
                 each[at][:] = bytes(len(each[at]))
 
-    def _fill(self, locations: Int64, views: list[list[memoryview]]) -> dict[int, str]:
-        """Read the tokens (and scales) at `locations` into `views`; return why some cannot be."""
-        first, last, count = int(locations[0]), int(locations[-1]), len(locations)
-        segments = [first >> ROW_BITS] * count
-        if first >> ROW_BITS != last >> ROW_BITS:
-            segments = (locations >> ROW_BITS).tolist()
+    def _fill(
+        self, plan: ReadPlan, views: list[list[memoryview]], in_turns: bool
+    ) -> dict[int, str]:
+        """Read the tokens (and scales) of `plan` into `views`; return why some cannot be."""
+        locations, count = plan.locations, len(plan.locations)
+        first, last = locations.item(0), locations.item(-1)
+        is_one_file = first >> ROW_BITS == last >> ROW_BITS
+        segments = [first >> ROW_BITS] if is_one_file else (locations >> ROW_BITS).tolist()
         is_dense = last - first < 2 * count and self._stride == self._record_bytes
         starts = self._run_starts(locations) if is_dense else None
         rows: Int64 = locations & MASK
         files, offsets = self._files.of(segments), [self._offsets(rows)]
+        if is_one_file:
+            files, segments = files * count, segments * count
         read = self._read_direct if self._direct else _read_runs
+        if in_turns and (starts is None or len(starts) * LONG_RUN > count):
+            read = partial(_read_at_once, plan.positions)
         is_whole = read(files, views[0], offsets[0], starts)
         if len(views) > 1:
             offsets.append(self._layout.scales_offset(rows))
-            files = self._cached.of(segments) if self._direct else files
-            is_whole = is_whole and _read_runs(files, views[1], offsets[1], starts)
+            if self._direct:
+                files, read = self._cached.of(segments), _read_runs
+            is_whole = is_whole and read(files, views[1], offsets[1], starts)
         if is_whole:
             return {}
         reasons: dict[int, str] = {}
@@ -212,11 +212,9 @@ class SegmentReader:
         self, files: list[int], views: list[memoryview], offsets: Int64, starts: Int64 | None
     ) -> bool:
         """As `_read_runs`, through aligned memory where the caller's is not: O_DIRECT wants it."""
-        stride = self._stride
-        if (
-            stride == self._record_bytes
-            and address(np.frombuffer(views[0], np.uint8)) % PAGE_BYTES == 0
-        ):
+        stride, first = self._stride, np.frombuffer(views[0], np.uint8)
+        address: int = first.__array_interface__["data"][0]
+        if stride == self._record_bytes and address % PAGE_BYTES == 0:
             return _read_runs(files, views, offsets, starts)
         room: memoryview = getattr(self._own, "room", memoryview(b""))
         if len(room) < len(views) * stride:
@@ -294,11 +292,6 @@ class SegmentReader:
         self._threads.close()
 
 
-def address(array: UInt8) -> int:
-    """Return where an array begins in memory."""
-    return int(array.__array_interface__["data"][0])
-
-
 def _views(buffer: memoryview, positions: Int64, size: int) -> list[memoryview]:
     """Return the rows of `size` bytes at `positions`."""
     return [buffer[at * size : (at + 1) * size] for at in positions.tolist()]
@@ -320,6 +313,19 @@ def _read_runs(
         return list(map(os.preadv, files, buffers, places)) == wanted
     except OSError:
         return False
+
+
+def _read_at_once(
+    positions: Int64,
+    files: list[int],
+    views: list[memoryview],
+    offsets: Int64,
+    starts: Int64 | None,
+) -> bool:
+    """As `_read_runs`, in one call of the system. `positions`: where `views` lie in one buffer."""
+    size, first = len(views[0]), address(np.frombuffer(views[0], np.uint8))
+    addresses = positions * size + (first - positions.item(0) * size)
+    return read_places(files, addresses, size, offsets) or _read_runs(files, views, offsets, starts)
 
 
 def _read_whole(file: int, buffer: memoryview, offset: int) -> str | None:

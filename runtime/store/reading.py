@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ...arguments import Arguments
+from ...arguments import Arguments, is_whole, shown
 from ...arrays import Float16, Int64, UInt64
 from ...errors import RequestError, StoreError, named
 from .format import StoreLayout
 from .ids import RecordIndex
-from .memory import Reader
-from .read import BadRecord
+from .records import BadRecord
+
+if TYPE_CHECKING:
+    from .memory import Reader
 
 Tokens = npt.NDArray[Any]
 
@@ -98,15 +100,12 @@ class ReadableStore:
         """
         reader, layout = self._open_reader(), self.layout
         rows = _rows_of(rows)
-        if not _fit(layout, len(rows), out, scales):
-            from .batches import check_buffers
-
-            check_buffers(layout, rows, out, scales)  # says what is wrong
+        _check_buffers(layout, len(rows), out, scales)
         if bad not in ("raise", "mark"):
             raise RequestError(f'bad is {bad!r}, expected "raise" or "mark"')
         if len(rows) == 0:
             return []
-        plan = self._index.plan(rows)
+        plan = self._records.plan(rows)
         # Views of numbers, since memoryview cannot cast every dtype to bytes.
         buffer = out.view(np.uint8).data.cast("B")
         scale_bytes = None if scales is None else scales.view(np.uint8).data.cast("B")
@@ -151,9 +150,7 @@ class ReadableStore:
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
             self.prefetch(rows[start + batch_size : start + 2 * batch_size])
-            out = np.empty((len(part), *self.record_shape), self.layout.dtype)
-            scaled = self.layout.dtype == "int8"
-            scales = np.empty((len(part), self.layout.num_tokens), np.float16) if scaled else None
+            out, scales = self.layout.buffers(len(part))
             found = self.read(part, out, scales, bad=bad)
             yield TokenBatch(tuple(self._index.ids_of(part)), out, scales, tuple(found))
 
@@ -204,42 +201,54 @@ class ReadableStore:
     @property
     def _index(self) -> RecordIndex:
         """What the store holds, as long as it is open."""
-        self._check_open()
+        self._open_reader()
         return self._records
 
     def _open_reader(self) -> Reader:
-        reader = self._reader
-        if reader is None or self._closed:
-            raise self._closed_error()
-        return reader
-
-    def _check_open(self) -> None:
-        """Refuse what a closed store cannot do."""
-        if self._closed:
-            raise self._closed_error()
-
-    def _closed_error(self) -> StoreError:
-        hint = "open it again with TokenStore.open"
-        return StoreError(f"the store {self.path} is closed", hint=hint)
+        """Return what reads the records, as long as the store is open."""
+        if self._reader is None or self._closed:
+            hint = "open it again with TokenStore.open"
+            raise StoreError(f"the store {self.path} is closed", hint=hint)
+        return self._reader
 
 
 def _rows_of(rows: Int64 | Iterable[int]) -> Int64:
-    if isinstance(rows, np.ndarray) and rows.dtype == np.int64 and rows.ndim == 1:
-        return rows
-    from .batches import rows_of
+    """Return row handles of any iterable as int64 [N]; an array of them is not copied."""
+    if not isinstance(rows, np.ndarray):
+        given = Arguments("rows")
+        found = given.items("rows", rows, "int64 [N], from `TokenStore.rows`")
+        wrong = [shown(row) for row in found if not (is_whole(row, 0) and row < 1 << 63)]
+        if wrong:
+            given.faults.append(f"{len(wrong)} rows are no row handles: {', '.join(wrong[:20])}")
+        given.check()
+        return np.array(found, np.int64)
+    if rows.dtype != np.int64 or rows.ndim != 1:
+        raise RequestError(f"rows is {rows.dtype} {list(rows.shape)}, expected int64 [N]")
+    return rows
 
-    return rows_of(rows)
+
+def _check_buffers(layout: StoreLayout, count: int, out: object, scales: object) -> None:
+    """Refuse arrays of a dtype, shape or kind that `count` records cannot be read into."""
+    is_int8, shape = layout.dtype == "int8", (count, layout.num_tokens, layout.hidden)
+    fits = _fits(out, np.int8 if is_int8 else np.float16, shape)
+    if fits and (_fits(scales, np.float16, shape[:2]) if is_int8 else scales is None):
+        return
+    given = Arguments("read")
+    for name, array in {"out": out, "scales": scales}.items():
+        if not isinstance(array, np.ndarray) and (name == "out" or array is not None):
+            given.refuse(name, array, "a NumPy array")
+    given.check()
+    faults = [] if fits else [_misfit("out", out, layout.dtype, shape)]
+    if is_int8 and scales is None:
+        faults.append("scales: got none, an int8 store needs float16 [N, m]")
+    elif not is_int8 and scales is not None:
+        faults.append(f"scales: got an array, a {layout.dtype} store has none")
+    elif is_int8 and not _fits(scales, np.float16, shape[:2]):
+        faults.append(_misfit("scales", scales, "float16", shape[:2]))
+    raise RequestError("cannot read into these buffers", faults=faults)
 
 
-def _fit(layout: StoreLayout, count: int, out: object, scales: object) -> bool:
-    """Whether the buffers are, plainly, what `count` records are read into."""
-    shape = (count, layout.num_tokens, layout.hidden)
-    if layout.dtype == "float16":
-        return scales is None and _is_plain(out, np.float16, shape)
-    return _is_plain(out, np.int8, shape) and _is_plain(scales, np.float16, shape[:2])
-
-
-def _is_plain(array: object, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> bool:
+def _fits(array: object, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> bool:
     return (
         isinstance(array, np.ndarray)
         and array.dtype == dtype
@@ -247,3 +256,9 @@ def _is_plain(array: object, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> bo
         and array.flags.c_contiguous
         and array.flags.writeable
     )
+
+
+def _misfit(name: str, array: Any, dtype: str, shape: tuple[int, ...]) -> str:
+    usable = array.flags.c_contiguous and array.flags.writeable
+    got = f"{array.dtype} {list(array.shape)}, C-contiguous and writeable: {usable}"
+    return f"{name}: got {got}; expected {dtype} {list(shape)}, True"

@@ -1,4 +1,4 @@
-"""What is still known of a store, whatever is damaged: read from every copy of it.
+"""What is still known of a store, whatever is damaged; and a catalog that says it anew.
 
 `store.json` stands in the catalog too, every row of the catalog twice, the records of a sealed
 segment in its footer, the sizes and the encoder in every header page.
@@ -6,20 +6,19 @@ segment in its footer, the sizes and the encoder in every header page.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ...arrays import Int64
 from ...errors import StoreError
-from .catalog import APPLICATION_ID, ROWS_A_BATCH, SCHEMA_VERSION, RecordBatch, Segment, sound_copy
+from . import disk
+from .catalog import Catalog, Change, Segment, batches_in, locations_in, segments_in, sqlite_errors
 from .format import (
     CATALOG,
     DEFAULT_SEGMENT_BYTES,
@@ -31,14 +30,17 @@ from .format import (
     MAX_FINGERPRINT_BYTES,
     PAGE_BYTES,
     ROW_BITS,
-    ROW_MASK,
     SEGMENTS,
     StoreLayout,
     header_page,
     segment_name,
 )
-from .records import Records, read_footer
-from .tables import COPY, DAMAGE, CheckedTables
+from .records import RecordBatch, Records, batches_of
+from .segment import read_footer
+from .tables import APPLICATION_ID, COPY, DAMAGE, SCHEMA_VERSION, CheckedTables, Row, sound_copy
+
+REBUILT = "catalog.rebuilt"
+DAMAGED = "catalog.sqlite.damaged"  # what SQLite could not open, kept aside
 
 
 @dataclass(slots=True)
@@ -64,28 +66,11 @@ class Contents:
     lost: list[str] = field(default_factory=list)
     lost_segments: bool = False
 
-    @property
-    def is_damaged(self) -> bool:
-        """Whether the catalog must be written anew."""
-        return bool(self.faults or self.lost)
-
-    def lose_all(self, fault: str) -> None:
-        """Note that nothing of the catalog can be read."""
-        self.faults.append(fault)
-        self.lost.append("deletions: records that were deleted may be back")
-        self.lost_segments = True
-        # Larger than any number of commits, so that readers of older generations are told apart.
-        self.generation = int(time.time())
-
-    def live_locations(self) -> Int64:
-        """Return int64 [N]: the row handles of the records that are not deleted."""
-        spans = [
-            np.arange(batch.first_location, batch.first_location + len(batch.records))
-            for batches in self.batches.values()
-            for batch in batches
-        ]
-        found = np.concatenate([np.empty(0, np.int64), *spans])
-        return found[~np.isin(found, self.deleted)]
+    @classmethod
+    def of_nothing(cls, fault: str) -> Contents:
+        """Return what is known where nothing of the catalog can be read."""
+        lost = ["deletions: records that were deleted may be back"]
+        return cls(generation=_late(), faults=[fault], lost=lost, lost_segments=True)
 
     def drop(self, segment: int) -> list[tuple[int, str]]:
         """Forget a segment; return row and id of its live records."""
@@ -101,6 +86,11 @@ class Contents:
         return found
 
 
+def _late() -> int:
+    """Return a generation larger than any number of commits, so that older ones are told apart."""
+    return int(time.time())
+
+
 def read_contents(folder: Path) -> Contents:
     """Read every row of the catalog from both its tables; never raises for damage.
 
@@ -109,9 +99,7 @@ def read_contents(folder: Path) -> Contents:
     """
     path = folder / CATALOG
     if not path.is_file():
-        contents = Contents()
-        contents.lose_all(f"{CATALOG} is missing")
-        return contents
+        return Contents.of_nothing(f"{CATALOG} is missing")
     contents = _read_catalog(path)
     if contents.lost:
         with sound_copy(path) as copy:
@@ -129,19 +117,18 @@ def layout_of(folder: Path, contents: Contents) -> tuple[StoreLayout, str | None
         StoreError: no store there, another version's, or nothing is left that says the layout.
     """
     try:
-        layout = StoreLayout.read(folder)
+        return StoreLayout.read(folder), None
     except StoreError as error:
-        layout_left = _layout_left(folder, contents)
-        if layout_left is None:
+        layout = _layout_left(folder, contents)
+        if layout is None:
             raise
-        return layout_left, error.message
-    return layout, None
+        return layout, error.message
 
 
 def add_sealed_segments(folder: Path, layout: StoreLayout, contents: Contents) -> list[Path]:
     """Add every segment that the catalog has lost and whose footer is whole; return the others."""
     left = []
-    for segment, path in segment_files(folder):
+    for segment, path in _segment_files(folder):
         contents.next_segment = max(contents.next_segment, segment + 1)
         if segment in contents.segments or segment in contents.retired:
             continue
@@ -162,28 +149,15 @@ def add_sealed_segments(folder: Path, layout: StoreLayout, contents: Contents) -
     return left
 
 
-def batches_of(segment: int, records: Records) -> list[RecordBatch]:
-    """Return all records of a sealed segment as the catalog keeps them."""
-    parts = records.split(ROWS_A_BATCH)
-    return [RecordBatch(segment, at * ROWS_A_BATCH, part) for at, part in enumerate(parts)]
-
-
 def keep_newest(contents: Contents) -> int:
     """Delete all but the last record of every id; return how many there were."""
-    locations = contents.live_locations()
     batches = [batch for many in contents.batches.values() for batch in many]
-    batches.sort(key=lambda batch: batch.first_location)
-    locations.sort()
+    locations = np.concatenate([np.empty(0, np.int64), *(batch.locations for batch in batches)])
     digests = np.concatenate(
         [np.empty((0, 2), np.uint64), *(batch.records.digest_array() for batch in batches)]
-    )
-    everywhere = np.concatenate(
-        [
-            np.empty(0, np.int64),
-            *(np.arange(len(batch.records)) + batch.first_location for batch in batches),
-        ]
-    )
-    digests = digests[np.isin(everywhere, locations)].astype(np.uint64)
+    ).astype(np.uint64)
+    live = ~np.isin(locations, contents.deleted)
+    locations, digests = locations[live], digests[live]
     order = np.lexsort((locations, digests[:, 1], digests[:, 0]))
     ordered = digests[order]
     older = order[:-1][(ordered[1:] == ordered[:-1]).all(axis=1)]
@@ -194,15 +168,10 @@ def keep_newest(contents: Contents) -> int:
 def footer_of(path: Path, layout: StoreLayout, key: int | None = None) -> tuple[int, Records] | str:
     """Return what the footer of a segment file says, or why it says nothing."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        return f"cannot be opened ({error.strerror})"
-    try:
-        return read_footer(descriptor, layout, key)
+        with path.open("rb", buffering=0) as file:
+            return read_footer(file.fileno(), layout, key)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    finally:
-        os.close(descriptor)
 
 
 def _read_catalog(path: Path) -> Contents:
@@ -211,10 +180,9 @@ def _read_catalog(path: Path) -> Contents:
         with closing(_connect(path)) as connection:
             _read_tables(connection, contents)
     except DAMAGE as error:
-        if is_busy(error):
+        if _is_busy(error):
             raise StoreError(f"cannot read {path}: {error}") from error
-        contents = Contents()
-        contents.lose_all(f"{CATALOG}: {error}")
+        return Contents.of_nothing(f"{CATALOG}: {error}")
     return contents
 
 
@@ -223,13 +191,11 @@ def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(f"{uri}?mode=ro", uri=True, isolation_level=None)
     try:
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    except sqlite3.OperationalError as error:
+    except BaseException as error:
         connection.close()
-        if not is_busy(error):  # see `catalog._connect`: a folder that nobody can write
+        # See `catalog._connect`: a folder that nobody can write.
+        if isinstance(error, sqlite3.OperationalError) and not _is_busy(error):
             return sqlite3.connect(f"{uri}?immutable=1", uri=True, isolation_level=None)
-        raise
-    except BaseException:
-        connection.close()
         raise
     return connection
 
@@ -239,9 +205,11 @@ def _read_tables(connection: sqlite3.Connection, contents: Contents) -> None:
     tables = CheckedTables(connection)
     connection.execute("BEGIN")
     head = _whole_rows(tables, "state")
-    segments = _whole_rows(tables, "segments")
-    batches = _whole_rows(tables, "batches")
-    deletions = _whole_rows(tables, "deletions")
+    contents.segments = segments_in(_whole_rows(tables, "segments"))
+    for batch in batches_in(_whole_rows(tables, "batches")):
+        if batch.segment in contents.segments:
+            contents.batches.setdefault(batch.segment, []).append(batch)
+    contents.deleted = locations_in(_whole_rows(tables, "deletions"))
     contents.retired = dict(_whole_rows(tables, "retired"))
     try:
         for (text,) in connection.execute("PRAGMA quick_check(20)").fetchall():
@@ -249,29 +217,16 @@ def _read_tables(connection: sqlite3.Connection, contents: Contents) -> None:
                 tables.note(f"{CATALOG}: {text}")
     except DAMAGE as error:
         tables.note(f"{CATALOG}: {error}")
-    _check_identity(connection, tables, head)
+    _check_identity(tables, head)
     contents.faults += tables.faults
-    contents.segments = {
-        row[0]: Segment(row[1], bool(row[2]), row[3] % (1 << 64)) for row in segments
-    }
-    contents.deleted = np.concatenate(
-        [np.empty(0, np.int64), *(np.frombuffer(blob, "<i8") for _, blob in deletions)]
-    )
-    for location, ids, digests, checksums in batches:
-        batch = RecordBatch(
-            location >> ROW_BITS, location & ROW_MASK, Records(ids, digests, checksums)
-        )
-        if batch.segment in contents.segments and batch.records.is_sound():
-            contents.batches.setdefault(batch.segment, []).append(batch)
     _take_head(contents, head)
 
 
-def _take_head(contents: Contents, head: Sequence[tuple[int, int, int, int, bytes]]) -> None:
+def _take_head(contents: Contents, head: Sequence[Row]) -> None:
     """Compare what was found with what the state counts."""
     if len(head) != 1:
         contents.lost.append(f"the state of the catalog ({len(head)} whole rows, expected 1)")
-        contents.lost_segments = True
-        contents.generation = int(time.time())
+        contents.lost_segments, contents.generation = True, _late()
         return
     contents.generation, contents.next_segment, num_segments, num_deleted, store_json = head[0]
     contents.store_json = store_json
@@ -283,7 +238,7 @@ def _take_head(contents: Contents, head: Sequence[tuple[int, int, int, int, byte
         contents.lost.append(f"{gone} deletions: records that were deleted may be back")
 
 
-def _whole_rows(tables: CheckedTables, table: str) -> list[tuple[Any, ...]]:
+def _whole_rows(tables: CheckedTables, table: str) -> list[Row]:
     """Return every row that one of the two copies has whole; note those that one lacks."""
     rows = tables.merged_rows(table)
     for name in (table, table + COPY):
@@ -294,12 +249,10 @@ def _whole_rows(tables: CheckedTables, table: str) -> list[tuple[Any, ...]]:
     return rows
 
 
-def _check_identity(
-    connection: sqlite3.Connection, tables: CheckedTables, head: Sequence[tuple[Any, ...]]
-) -> None:
+def _check_identity(tables: CheckedTables, head: Sequence[Row]) -> None:
     """Note damage to the numbers that say what the file is; refuse a file of another edje."""
     for name, expected in (("application_id", APPLICATION_ID), ("user_version", SCHEMA_VERSION)):
-        (got,) = connection.execute(f"PRAGMA {name}").fetchone()
+        (got,) = tables.connection.execute(f"PRAGMA {name}").fetchone()
         if got != expected:
             tables.note(f"{CATALOG}: its {name} is {got}, expected {expected}")
             if not head and name == "user_version" and got > expected:
@@ -309,7 +262,7 @@ def _check_identity(
                 )
 
 
-def is_busy(error: Exception) -> bool:
+def _is_busy(error: Exception) -> bool:
     """Return whether SQLite failed for a reason that is no damage of the file."""
     text = str(error)
     return any(
@@ -322,13 +275,10 @@ def _layout_left(folder: Path, contents: Contents) -> StoreLayout | None:
     if contents.store_json:
         with suppress(StoreError):
             return StoreLayout.parse(contents.store_json, folder / CATALOG)
-    files = list(segment_files(folder))
-    largest = max([path.stat().st_size for _, path in files], default=0)
-    for _, path in files:
-        layout = _layout_of_header(path, max(DEFAULT_SEGMENT_BYTES, largest))
-        if layout is not None:
-            return layout
-    return None
+    files = list(_segment_files(folder))
+    largest = max([DEFAULT_SEGMENT_BYTES, *(path.stat().st_size for _, path in files)])
+    layouts = (_layout_of_header(path, largest) for _, path in files)
+    return next((layout for layout in layouts if layout), None)
 
 
 def _layout_of_header(path: Path, segment_bytes: int) -> StoreLayout | None:
@@ -352,8 +302,83 @@ def _layout_of_header(path: Path, segment_bytes: int) -> StoreLayout | None:
     return layout if not layout.faults() and header_page(layout, key) == page else None
 
 
-def segment_files(folder: Path) -> Iterator[tuple[int, Path]]:
+def _segment_files(folder: Path) -> Iterator[tuple[int, Path]]:
     """Yield number and path of every file that is called as a segment is, by number."""
     for path in sorted((folder / SEGMENTS).glob("*.tokens")):
         if path.stem.isdecimal() and path.name == segment_name(int(path.stem)):
             yield int(path.stem), path
+
+
+def write_contents(folder: Path, contents: Contents) -> None:
+    """Replace the catalog by one that says exactly `contents`, at the next generation.
+
+    The caller holds the writer's lock. Whoever reads the old one meanwhile is not disturbed.
+
+    Raises:
+        StoreError: the catalog cannot be written; the old one is as it was.
+    """
+    with sqlite_errors(folder):
+        _remove(folder / REBUILT)
+        Catalog.create(folder, contents.store_json, name=REBUILT)
+        with closing(sqlite3.connect(folder / REBUILT, isolation_level=None)) as connection:
+            _fill(folder, connection, contents)
+            replaced = _copy_over(connection, folder / CATALOG)
+        if not replaced:
+            _put_in_place(folder)
+        _remove(folder / REBUILT)
+
+
+def _fill(folder: Path, connection: sqlite3.Connection, contents: Contents) -> None:
+    """Write `contents` into an empty catalog and onto the disk."""
+    connection.execute("PRAGMA synchronous = FULL")
+    added = [batch for batches in contents.batches.values() for batch in batches]
+    change = Change(added=added, segments=contents.segments, deleted=contents.deleted)
+    Catalog(folder, connection).commit(change)
+    tables = CheckedTables(connection)
+    with tables.transaction("BEGIN IMMEDIATE"):
+        ((_, next_segment, num_segments, num_deleted, store_json),) = tables.rows("state")
+        tables.delete("state")
+        following = max(next_segment, contents.next_segment)
+        head = (contents.generation + 1, following, num_segments, num_deleted, store_json)
+        tables.insert("state", [head])
+        tables.insert("retired", sorted(contents.retired.items()))
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _copy_over(source: sqlite3.Connection, path: Path) -> bool:
+    """Replace what is in the catalog in one transaction; return whether it could be done."""
+    if not path.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(path, isolation_level=None)) as target:
+            target.execute("PRAGMA synchronous = FULL")
+            source.backup(target)
+    except DAMAGE as error:
+        if _is_busy(error):
+            raise
+        return False
+    return True
+
+
+def _put_in_place(folder: Path) -> None:
+    """Rename the rebuilt catalog to where one was that SQLite cannot open; keep that one aside."""
+    with disk.closed_after(disk.open_write(folder / REBUILT)) as descriptor:
+        disk.sync(descriptor)
+    path, aside = folder / CATALOG, folder / DAMAGED
+    if path.exists():  # it stays where it is until the new one takes its place
+        disk.unlink(aside)
+        disk.link(path, aside)
+    _remove_log(path)  # another catalog's log would be played into the new one
+    disk.rename(folder / REBUILT, path)
+    disk.sync_folder(folder)
+
+
+def _remove(path: Path) -> None:
+    """Remove a catalog and SQLite's files beside it."""
+    _remove_log(path)
+    disk.unlink(path)
+
+
+def _remove_log(path: Path) -> None:
+    for suffix in ("-wal", "-shm"):
+        disk.unlink(path.with_name(path.name + suffix))

@@ -9,27 +9,35 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from ...arguments import Arguments, Progress, StrPath, path_of
-from ...arrays import Int64
+from ...arrays import Array, Float16, Int64
 from ...errors import RequestError, StoreError
 from ...files import is_free, publish_folder
-from .batches import BatchBuffers, nonfinite_records
 from .format import DEFAULT_SEGMENT_BYTES, StoreLayout
-from .shard import ShardReader, ShardWriter
-from .shard_header import FORMAT, FORMAT_VERSION, ShardError, ShardHeader, read_header
+from .records import nonfinite_records
+from .shard import (
+    FORMAT,
+    FORMAT_VERSION,
+    ShardError,
+    ShardHeader,
+    ShardReader,
+    ShardWriter,
+    read_header,
+)
 from .store import TokenStore
 
 INDEX_JSON = "index.json"
 MAX_INDEX_BYTES = 64 << 20  # a line of 400 bytes for every GiB: 160 TB of tokens
 DEFAULT_SHARD_BYTES = 1 << 30
 MAX_FAULTS = 20
+MAX_BATCH_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,15 +164,12 @@ def _write_shard(
     store: TokenStore, path: Path, ids: list[str], rows: Int64, progress: Progress
 ) -> dict[str, Any]:
     """Write one shard; return its entry of the index."""
-    buffers = BatchBuffers(store.layout, len(ids))
     try:
         with ShardWriter(path, store.layout, ids) as shard:
-            for start in range(0, len(rows), buffers.size):
-                batch = rows[start : start + buffers.size]
-                tokens, scales = buffers.views(len(batch))
-                store.read(batch, tokens, scales)
+            for part, tokens, scales in _batches(store.layout, len(rows)):
+                store.read(rows[part], tokens, scales)
                 shard.write(tokens, scales)
-                progress(start + len(batch), len(rows))
+                progress(part.stop, len(rows))
             hashes = shard.hashes()
     except OSError as error:
         raise StoreError(f"cannot write {path.name}: {error.strerror}") from error
@@ -183,18 +188,16 @@ def _add_shard(
 
     Those that are not finite are named in `left_out`, or added where that is None.
     """
-    added = 0
-    buffers = BatchBuffers(_layout_of(header, store.fingerprint_encoder), header.num_records)
+    added, layout = 0, _layout_of(header, store.fingerprint_encoder)
     with ShardReader(header) as shard:
         if hashes is not None:
             shard.verify(hashes)
         ids = shard.ids()
-        for start in range(0, len(ids), buffers.size):
-            batch = ids[start : start + buffers.size]
+        for part, tokens, scales in _batches(layout, len(ids)):
+            batch = ids[part]
             missing = [place for place, image_id in enumerate(batch) if image_id not in store]
             if missing:
-                tokens, scales = buffers.views(len(batch))
-                shard.read(start, tokens, scales)
+                shard.read(part.start, tokens, scales)
                 if left_out is not None:
                     odd = set(nonfinite_records(tokens, scales).tolist())
                     names = [batch[place] for place in missing if place in odd]
@@ -204,8 +207,17 @@ def _add_shard(
                 new = [batch[place] for place in missing]
                 store.append(new, tokens[missing], kept, allow_nonfinite=left_out is None)
             added += len(missing)
-            progress(start + len(batch), len(ids))
+            progress(part.stop, len(ids))
     return added
+
+
+def _batches(layout: StoreLayout, count: int) -> Iterator[tuple[slice, Array, Float16 | None]]:
+    """Yield parts of `count` records with memory for each, 32 MiB that the next one overwrites."""
+    size = max(1, min(count, MAX_BATCH_BYTES // (layout.record_bytes + layout.scale_bytes)))
+    tokens, scales = layout.buffers(size)
+    for start in range(0, count, size):
+        num = min(size, count - start)
+        yield slice(start, start + num), tokens[:num], None if scales is None else scales[:num]
 
 
 def _read_source(source: Path) -> tuple[list[ShardHeader], dict[str, dict[str, str]]]:
@@ -219,11 +231,9 @@ def _read_source(source: Path) -> tuple[list[ShardHeader], dict[str, dict[str, s
     entries = _read_index(folder / INDEX_JSON)
     faults = []
     if entries is not None and source.is_dir():
-        here = {path.name for path in paths}
-        faults += [
-            f"{name}: missing, {INDEX_JSON} lists it" for name in sorted(entries.keys() - here)
-        ]
-        faults += [f"{name}: not in {INDEX_JSON}" for name in sorted(here - entries.keys())]
+        here, known = {path.name for path in paths}, entries.keys()
+        faults += [f"{name}: missing, {INDEX_JSON} lists it" for name in sorted(known - here)]
+        faults += [f"{name}: not in {INDEX_JSON}" for name in sorted(here - known)]
     elif not paths:
         faults.append("it holds no .safetensors files")
     headers = []
@@ -316,27 +326,8 @@ def _layout_of(header: ShardHeader, fingerprint: str) -> StoreLayout:
 
 def _open_target(path: Path, source: StoreLayout, dtype: str | None) -> TokenStore:
     """Open the store to append to, or make it; refuse one that cannot take the records."""
-    wanted = dtype or source.dtype
-    if is_free(path):
-        _check_dtypes(source, wanted)
-        return TokenStore.create(
-            path,
-            num_tokens=source.num_tokens,
-            hidden=source.hidden,
-            dtype=wanted,
-            fingerprint_encoder=source.fingerprint_encoder,
-        )
-    store = TokenStore.open(path, mode="a")
-    try:
-        _check_target(store, source, dtype)
-    except BaseException:
-        store.close()
-        raise
-    return store
-
-
-def _check_target(store: TokenStore, source: StoreLayout, dtype: str | None) -> None:
-    layout = store.layout
+    is_new = is_free(path)
+    layout = replace(source, dtype=dtype or source.dtype) if is_new else StoreLayout.read(path)
     faults = [
         f"{name}: the store has {getattr(layout, name)}, the shards have {getattr(source, name)}"
         for name in ("fingerprint_encoder", "num_tokens", "hidden")
@@ -346,19 +337,24 @@ def _check_target(store: TokenStore, source: StoreLayout, dtype: str | None) -> 
         faults.append(f"dtype: the store has {layout.dtype}, asked for was {dtype}")
     if faults:
         raise StoreError(
-            f"the store {store.path} cannot take these shards",
+            f"the store {path} cannot take these shards",
             faults=faults,
             hint="import into a new store: tokens of two encoders do not compare",
         )
-    _check_dtypes(source, layout.dtype)
-
-
-def _check_dtypes(source: StoreLayout, dtype: str) -> None:
-    if source.dtype == "int8" and dtype == "float16":
+    if source.dtype == "int8" and layout.dtype == "float16":
         raise StoreError(
             "int8 tokens cannot go into a float16 store: it would look exact and not be",
             hint="import into an int8 store; every engine reads one",
         )
+    if not is_new:
+        return TokenStore.open(path, mode="a")
+    return TokenStore.create(
+        path,
+        num_tokens=layout.num_tokens,
+        hidden=layout.hidden,
+        dtype=layout.dtype,
+        fingerprint_encoder=layout.fingerprint_encoder,
+    )
 
 
 def _from(progress: Progress | None, first: int, total: int) -> Progress:

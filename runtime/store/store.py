@@ -12,20 +12,18 @@ from ...arguments import Arguments, Progress, StrPath, is_whole, path_of, plain
 from ...arrays import Float16
 from ...errors import StoreError
 from ...files import Closing
+from . import disk
 from .catalog import Catalog, CatalogState
 from .format import DEFAULT_SEGMENT_BYTES, StoreLayout
 from .ids import RecordIndex
-from .memory import Reader, ResidentRecords
-from .pins import Pin
+from .memory import ResidentRecords
 from .read import SegmentReader
 from .reading import ReadableStore, Tokens
 
 if TYPE_CHECKING:  # the writer's half of the store waits until it is asked for
-    from .compact import CompactReport
-    from .folder import StoreStat
     from .incoming import CommitReport
     from .verify import VerifyReport
-    from .writer import StoreWriter
+    from .writer import CompactReport, StoreWriter
 
 Access = Literal["cached", "direct", "resident"]
 
@@ -42,11 +40,15 @@ class TokenStore(ReadableStore, Closing):
         self.layout = layout
         self.access: Access = access
         self._mutex = RLock()
-        self._pin = Pin(None)
-        self._writer = _writer_of(path, layout) if writable else None
+        self._lock = disk.Lock()
+        self._writer: StoreWriter | None = None
+        if writable:
+            from .writer import StoreWriter
+
+            self._writer = StoreWriter(path, layout)
         try:
             if self._writer is None:
-                self._pin = Pin.take(path)
+                self._lock = disk.lock_reader(path)
             self._load()
         except BaseException:
             self.close()
@@ -78,8 +80,6 @@ class TokenStore(ReadableStore, Closing):
             StoreError: `path` holds something or cannot be written; sizes that no store can have
                 (all of them).
         """
-        from .folder import create_folder
-
         folder = path_of("path", path)
         sizes = (num_tokens, hidden, segment_bytes)
         num_tokens, hidden, segment_bytes = (int(n) if is_whole(n) else n for n in sizes)
@@ -87,7 +87,7 @@ class TokenStore(ReadableStore, Closing):
         layout = StoreLayout(
             num_tokens, hidden, dtype, fingerprint_encoder, segment_bytes, created_by
         )
-        create_folder(folder, layout)
+        disk.create_folder(folder, layout)
         return cls(folder, layout, writable=True, access="cached")
 
     @classmethod
@@ -145,7 +145,7 @@ class TokenStore(ReadableStore, Closing):
             StoreError: opened for reading; ids twice, present or no ids; wrong dtype or shape;
                 tokens that are not finite (all named); the disk is full. Then nothing was added.
         """
-        from .batches import NewRecords
+        from .records import NewRecords
 
         new = NewRecords.take(ids, tokens, scales, allow_nonfinite)
         with self._mutex:
@@ -164,7 +164,7 @@ class TokenStore(ReadableStore, Closing):
         Raises:
             As `append`; StoreError: ids that the store does not hold.
         """
-        from .batches import NewRecords
+        from .records import NewRecords
 
         new = NewRecords.take(ids, tokens, scales, allow_nonfinite)
         with self._mutex:
@@ -216,8 +216,7 @@ class TokenStore(ReadableStore, Closing):
             RequestError: arguments of another kind (all of them), or a share that is none.
             StoreError: opened for reading; no room for one segment more; then nothing is lost.
         """
-        from .compact import CompactReport, move_records
-        from .folder import disk_bytes, waiting_bytes
+        from .writer import CompactReport, move_records
 
         given = Arguments("compact")
         expected = "0 or more, less than 1"
@@ -225,7 +224,7 @@ class TokenStore(ReadableStore, Closing):
         given.callback("progress", progress)
         given.check()
         with self._mutex:
-            writer, before = self._writing(), disk_bytes(self.path)
+            writer, before = self._writing(), disk.disk_bytes(self.path)
             reader = self._open_reader()
             try:
                 moved, dropped, left = move_records(
@@ -235,8 +234,8 @@ class TokenStore(ReadableStore, Closing):
                 if not self._closed and writer.is_open:
                     self._load()
             writer.catalog.shorten_log()
-            freed = before - disk_bytes(self.path)
-            waiting = waiting_bytes(self.path, self._state)
+            freed = before - disk.disk_bytes(self.path)
+            waiting = disk.waiting_bytes(self.path, self._state)
             return CompactReport(moved, dropped, freed, waiting, tuple(left))
 
     @property
@@ -261,7 +260,9 @@ class TokenStore(ReadableStore, Closing):
                     hint='open it with mode="r"',
                 )
             if isinstance(reader, SegmentReader):
-                self._reader, self.access = self._loaded(reader), "resident"
+                plan = self._records.plan(self._records.live_rows())
+                self._reader = ResidentRecords.load(reader, plan, self.layout)
+                self.access = "resident"
                 reader.retire()
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
@@ -281,19 +282,17 @@ class TokenStore(ReadableStore, Closing):
         given = Arguments("verify")
         given.callback("progress", progress)
         given.check()
-        self._check_open()
+        self._open_reader()
         return verify_store(self.path, progress=progress)
 
-    def stat(self) -> StoreStat:
+    def stat(self) -> disk.StoreStat:
         """Return what the store holds and what it takes on disk."""
-        from .folder import stat_of
-
-        self._check_open()
+        self._open_reader()
         state = self._state
         if self._writer is not None and self._writer.is_open:
-            with self._mutex, self._writer.catalog.snapshot() as state:
-                pass
-        return stat_of(self.path, self.layout, state, self._faults)
+            with self._mutex:
+                state = self._writer.catalog.state()
+        return disk.stat_of(self.path, self.layout, state, self._faults)
 
     def close(self) -> None:
         """Close all files and release the writer's lock. Calling it twice is allowed."""
@@ -303,14 +302,14 @@ class TokenStore(ReadableStore, Closing):
                 self._writer.close()
             if self._reader is not None:
                 self._reader.close()
-            self._pin.close()
+            self._lock.close()
 
     def _load(self) -> None:
         """Read the catalog: a reader once, a writer again after it has moved records."""
         catalog = self._writer.catalog if self._writer else Catalog.open(self.path, writable=False)
         try:
             with catalog.snapshot() as state:
-                self._pin.keep(state.generation)
+                self._lock.keep(state.generation)
                 counts = {segment: info.num_rows for segment, info in state.segments.items()}
                 batches = (
                     batch
@@ -327,26 +326,14 @@ class TokenStore(ReadableStore, Closing):
             self._writer.start(state)
         if self._reader is not None:
             self._reader.close()
-        self._reader = self._make_reader()
-
-    def _make_reader(self) -> Reader:
-        direct = self.access == "direct"
-        access: Literal["cached", "direct"] = "direct" if direct else "cached"
-        reader = SegmentReader(self.path, self.layout, key_of=self._key_of, access=access)
-        if self.access != "resident":
-            return reader
-        try:
-            return self._loaded(reader)
-        finally:
-            reader.close()
-
-    def _loaded(self, reader: SegmentReader) -> ResidentRecords:
-        plan = self._index.plan(self._index.live_rows())
-        return ResidentRecords.load(reader, plan, self.layout)
+        access: Literal["cached", "direct"] = "direct" if self.access == "direct" else "cached"
+        self._reader = SegmentReader(self.path, self.layout, key_of=self._key_of, access=access)
+        if self.access == "resident":
+            self.load_into_memory()
 
     def _key_of(self, segment: int) -> int | None:
         if self._writer is not None:
-            return self._writer.keys.get(segment)
+            return self._writer.appender.keys.get(segment)
         info = self._state.segments.get(segment)
         return None if info is None else info.key
 
@@ -358,9 +345,3 @@ class TokenStore(ReadableStore, Closing):
                 hint='open it (again) with TokenStore.open(path, mode="a")',
             )
         return self._writer
-
-
-def _writer_of(path: Path, layout: StoreLayout) -> StoreWriter:
-    from .writer import StoreWriter
-
-    return StoreWriter(path, layout)

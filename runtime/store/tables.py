@@ -1,15 +1,27 @@
-"""Tables that find and survive damage: every row carries a check and stands in two tables."""
+"""The catalog's tables find and survive damage: each row carries a check and stands in two tables.
+
+What is damaged in one is read from the other; of a damaged first page a copy is made readable.
+"""
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from .format import ROW_BITS
+from ...errors import StoreError
+from .format import CATALOG, ROW_BITS
+
+Row = tuple[Any, ...]
+
+APPLICATION_ID = 0x45444A45  # "EDJE"
+SCHEMA_VERSION = 2
 
 # Table -> its columns; the first is the primary key, `self_check` (xxh3-64 of the others) follows.
 # location: segment << 32 | row. num_rows of a segment counts committed rows: what an unsealed file
@@ -33,8 +45,8 @@ COPY = "_copy"
 DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
 
 
-def schema() -> str:
-    """Return the SQL that makes every table, its copy, and the triggers that keep them equal."""
+def create_tables(path: Path) -> sqlite3.Connection:
+    """Make a catalog whose tables are empty, not durable yet; return the connection to it."""
     parts = []
     for table, (key, *others) in TABLES.items():
         columns = [key, *others, "self_check"]
@@ -49,7 +61,17 @@ def schema() -> str:
             f"CREATE TRIGGER {table}_out AFTER DELETE ON {table} "
             f"BEGIN DELETE FROM {copy} WHERE {key} = OLD.{key}; END;",
         ]
-    return "\n".join(parts)
+    connection = sqlite3.connect(path, isolation_level=None)
+    try:
+        connection.execute("PRAGMA synchronous = OFF")  # the caller syncs the whole folder
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        connection.executescript("\n".join(["BEGIN;", *parts, "COMMIT;"]))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 class CheckedTables:
@@ -59,10 +81,10 @@ class CheckedTables:
         self.connection = connection
         self.faults: list[str] = []
 
-    def rows(self, table: str, where: str = "TRUE") -> list[tuple[Any, ...]]:
+    def rows(self, table: str, where: str = "TRUE") -> list[Row]:
         """Return the rows of a table without their checks, from both copies if one is damaged."""
         try:
-            rows = self._select(table, where)
+            rows = list(self._select(table, where, "ASC"))
         except DAMAGE as error:
             self.note(f"table {table}: {error}")
             return self.merged_rows(table, where)
@@ -70,9 +92,9 @@ class CheckedTables:
             return [row[:-1] for row in rows]
         return self.merged_rows(table, where)
 
-    def merged_rows(self, table: str, where: str = "TRUE") -> list[tuple[Any, ...]]:
+    def merged_rows(self, table: str, where: str = "TRUE") -> list[Row]:
         """Return every row that is whole in the table or in its copy, by primary key."""
-        found: dict[int, tuple[Any, ...]] = {}
+        found: dict[int, Row] = {}
         for name in (table, table + COPY):
             for row in self._salvaged(name, where):
                 if _is_whole(row):
@@ -81,21 +103,20 @@ class CheckedTables:
                     self.note(f"table {name}, {TABLES[table][0]} {_shown(row[0])}: a damaged row")
         return [found[key] for key in sorted(found)]
 
-    def _salvaged(self, table: str, where: str) -> Iterator[tuple[Any, ...]]:
+    def _salvaged(self, table: str, where: str) -> Iterator[Row]:
         """Yield the rows in front of a page that SQLite cannot read, and those behind it."""
         for direction in ("ASC", "DESC"):
             try:
-                yield from self.connection.execute(
-                    f"SELECT * FROM {table} WHERE {where} ORDER BY 1 {direction}"
-                )
+                yield from self._select(table, where, direction)
                 return
             except DAMAGE as error:
                 self.note(f"table {table}: {error}")
 
-    def _select(self, table: str, where: str) -> list[tuple[Any, ...]]:
-        return self.connection.execute(f"SELECT * FROM {table} WHERE {where} ORDER BY 1").fetchall()
+    def _select(self, table: str, where: str, direction: str) -> Iterator[Row]:
+        query = f"SELECT * FROM {table} WHERE {where} ORDER BY 1 {direction}"
+        return self.connection.execute(query)
 
-    def insert(self, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    def insert(self, table: str, rows: Sequence[Row]) -> None:
         """Add rows, each with its check."""
         marks = ", ".join("?" * (len(TABLES[table]) + 1))
         checked = [(*row, _self_check(row)) for row in rows]
@@ -123,7 +144,7 @@ class CheckedTables:
             raise
 
 
-def _is_whole(row: tuple[Any, ...]) -> bool:
+def _is_whole(row: Row) -> bool:
     check = _self_check(row[:-1])
     return check is not None and bool(row[-1] == check)
 
@@ -146,3 +167,43 @@ def _shown(value: Any) -> str:
     if not isinstance(value, int):
         return repr(value)[:40]
     return f"{value} (segment {value >> ROW_BITS})" if value >> ROW_BITS else str(value)
+
+
+# In the first page: u32 number of pages; u32 first free page and u32 number of free pages, which
+# a reader does not need.
+NUM_PAGES_AT, FREE_PAGES_AT = 28, 32
+PAGE_SIZE_AT = 16
+
+
+@contextmanager
+def sound_copy(path: Path) -> Iterator[Path]:
+    """Yield a copy of the catalog at `path`, and of its log, with a first page that is whole.
+
+    Raises:
+        StoreError: there is no room for the copy.
+    """
+    with tempfile.TemporaryDirectory(prefix="edje-catalog-") as name:
+        folder = Path(name)
+        copy, log = folder / CATALOG, f"{CATALOG}-wal"
+        try:
+            create_tables(folder / "empty").close()
+            shutil.copyfile(path, copy)
+            if path.with_name(log).exists():
+                shutil.copyfile(path.with_name(log), folder / log)
+            _replace_first_page(copy, (folder / "empty").read_bytes())
+        except (OSError, sqlite3.OperationalError) as error:
+            raise StoreError(
+                f"cannot copy {path} to {folder.parent}: {getattr(error, 'strerror', error)}",
+                hint="make room there, or name another folder with TMPDIR",
+            ) from error
+        yield copy
+
+
+def _replace_first_page(copy: Path, empty: bytes) -> None:
+    page_bytes = int.from_bytes(empty[PAGE_SIZE_AT : PAGE_SIZE_AT + 2], "big")
+    page = bytearray(empty[:page_bytes])
+    num_pages = copy.stat().st_size // page_bytes
+    page[NUM_PAGES_AT:FREE_PAGES_AT] = num_pages.to_bytes(4, "big")
+    page[FREE_PAGES_AT : FREE_PAGES_AT + 8] = bytes(8)
+    with copy.open("r+b") as file:
+        file.write(page)

@@ -1,194 +1,39 @@
-"""The one writer of a store: appends, replacements, deletions; segments sealed and committed."""
+"""The one writer of a store: appends, replacements, deletions, segments sealed; compaction."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
+from ...arguments import Progress
 from ...arrays import Int64
-from ...errors import StoreError, named
-from ...files import LOCKS_HINT, lock_fault, open_lock, try_lock
+from ...errors import RequestError, StoreError, named
+from ...files import Closing
 from . import disk
-from .batches import NewRecords
-from .catalog import ROWS_A_BATCH, Catalog, CatalogState, Change, RecordBatch, Segment
-from .format import LOCK, SEGMENTS, StoreLayout, id_fault, segment_name
+from .catalog import Catalog, CatalogState, Change, Segment
+from .format import SEGMENTS, StoreLayout, segment_name
 from .ids import RecordIndex
-from .pins import is_pinned_before
-from .records import DIGEST_BYTES, Records, digests_of, repeated
-from .segment import RecordBytes, SegmentFile
+from .memory import Reader
+from .records import NewRecords, RecordBatch, RecordBytes, digests_of, no_ids, repeated
+from .segment import Appender, seal
 
 
-def lock_writer(folder: Path) -> int:
-    """Take the writer's lock of a store; return the descriptor that holds it until closed.
-
-    Raises:
-        StoreError: another writer holds it, the folder cannot be written, or its file system
-            offers no locks.
-    """
-    try:
-        descriptor = open_lock(folder / LOCK)
-    except OSError as error:
-        raise StoreError(
-            f"cannot write the store {folder}: {error.strerror}",
-            hint='make the folder writable, or open the store with mode="r"',
-        ) from error
-    try:
-        owner = try_lock(descriptor)
-    except OSError as error:
-        os.close(descriptor)
-        raise StoreError(lock_fault(folder / LOCK, error), hint=LOCKS_HINT) from error
-    if owner is not None:
-        os.close(descriptor)
-        raise StoreError(
-            f"the store {folder} has a writer already ({owner}); a store takes one at a time",
-            hint="wait until it has finished; readers need not wait",
-        )
-    return descriptor
-
-
-class Mark(NamedTuple):
-    """Where the next record goes: a place to come back to when a change fails."""
-
-    segment: int | None
-    num_rows: int
-    next_segment: int
-
-
-class Appender:
-    """Puts records behind the committed rows of the active segment, or into new segments.
-
-    Nothing it writes exists before the catalog says so: after a failed or killed append the next
-    one overwrites what was left.
-    """
-
-    def __init__(self, folder: Path, layout: StoreLayout, state: CatalogState):
-        self._folder = folder / SEGMENTS
-        self._layout = layout
-        self._keys = {segment: info.key for segment, info in state.segments.items()}
-        room = [
-            segment
-            for segment, info in state.segments.items()
-            if not info.sealed and info.num_rows < layout.max_rows
-        ]
-        self._segment = max(room, default=None)
-        self._num_rows = state.segments[self._segment].num_rows if self._segment else 0
-        self._next_segment = state.next_segment
-        self._file: SegmentFile | None = None
-
-    @property
-    def active(self) -> int | None:
-        """The segment that takes the next record, if there is one with room."""
-        return self._segment
-
-    def mark(self) -> Mark:
-        """Return where the next record goes."""
-        return Mark(self._segment, self._num_rows, self._next_segment)
-
-    def rollback(self, mark: Mark) -> None:
-        """Go back to `mark`, and give a full disk its space back."""
-        self.close()
-        with suppress(OSError):  # only space: the next append overwrites what stays
-            for made in range(mark.next_segment, self._next_segment):
-                disk.unlink(self._folder / segment_name(made))
-            if mark.segment is not None:
-                path = self._folder / segment_name(mark.segment)
-                disk.truncate(path, self._layout.end(mark.num_rows))
-        self._segment, self._num_rows, self._next_segment = mark
-
-    def write(self, ids: Sequence[str], digests: bytes, records: RecordBytes) -> list[RecordBatch]:
-        """Write N records and return when their bytes are on disk (fdatasync).
-
-        The returned batches become records when the catalog has committed them; until then the
-        caller may `rollback` to the mark it took before.
-
-        Raises:
-            OSError: the bytes cannot be written.
-            StoreError: the active segment is damaged.
-        """
-        sums = records.checksums(digests)
-        batches, start = [], 0
-        while start < len(ids):
-            file = self._open_active()
-            stop = start + min(len(ids) - start, self._layout.max_rows - self._num_rows)
-            file.put(self._num_rows, records.cut(start, stop))
-            file.sync()
-            part = digests[start * DIGEST_BYTES : stop * DIGEST_BYTES]
-            packed = Records.pack(ids[start:stop], part, sums[start:stop])
-            batches.append(RecordBatch(self._segment or 0, self._num_rows, packed))
-            self._num_rows += stop - start
-            start = stop
-        return batches
-
-    def segments_of(self, batches: Sequence[RecordBatch]) -> dict[int, Segment]:
-        """Return the segments that `batches` were written to, as they are with them."""
-        return {
-            batch.segment: Segment(batch.stop_row, False, self._keys[batch.segment])
-            for batch in batches
-        }
-
-    def start_anew(self) -> None:
-        """Let the next record begin a new segment."""
-        self.close()
-        self._segment = None
-
-    def take_number(self) -> int:
-        """Return the number of a new segment, which somebody else will fill."""
-        self._next_segment += 1
-        return self._next_segment - 1
-
-    def close(self) -> None:
-        """Close the open segment file. Calling it twice is allowed."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _open_active(self) -> SegmentFile:
-        """Return the file of the active segment; start the next when it is full."""
-        if self._segment is None or self._num_rows >= self._layout.max_rows:
-            self.close()
-            path = self._folder / segment_name(self._next_segment)
-            self._file = SegmentFile.create(path, self._layout)
-            self._segment, self._num_rows = self._next_segment, 0
-            self._keys[self._segment] = self._file.key
-            self._next_segment += 1
-        elif self._file is None:
-            path = self._folder / segment_name(self._segment)
-            self._file = SegmentFile.open(path, self._layout, self._keys[self._segment])
-        return self._file
-
-
-def seal(folder: Path, layout: StoreLayout, catalog: Catalog, segment: int, info: Segment) -> None:
-    """Write the footer of a full segment and tell the catalog that it will not change any more.
-
-    Raises:
-        OSError: the footer cannot be written. StoreError: the catalog, or it lacks records.
-    """
-    batches = catalog.batches(segment, info.num_rows)
-    records = Records.join([batch.records for batch in batches])
-    if len(records) != info.num_rows:
-        raise StoreError(f"the catalog names {len(records)} of {info.num_rows} records")
-    file = SegmentFile.open(folder / SEGMENTS / segment_name(segment), layout, info.key)
-    try:
-        file.seal(records)
-    finally:
-        file.close()
-    parts = records.split(ROWS_A_BATCH)
-    rebatched = [RecordBatch(segment, at * ROWS_A_BATCH, part) for at, part in enumerate(parts)]
-    sealed = Segment(info.num_rows, True, info.key)
-    catalog.commit(Change(segments={segment: sealed}, rebatched={segment: rebatched}))
-
-
-class StoreWriter:
+class StoreWriter(Closing):
     """The one writer of a store, as long as it lives: lock, catalog, active segment.
 
     After a commit of which nobody knows whether it reached the disk it closes itself: opening the
     store again reads the truth.
+
+    Attributes:
+        appender: where new records go, once it was started.
+        is_open: whether it can still write.
     """
+
+    appender: Appender
 
     def __init__(self, folder: Path, layout: StoreLayout):
         """Become the writer of the store at `folder`; `close` ends it.
@@ -196,44 +41,22 @@ class StoreWriter:
         Raises:
             StoreError: there is another writer, or the catalog cannot be used.
         """
-        self.folder = folder
-        self.layout = layout
-        self._lock: int | None = lock_writer(folder)
+        self.folder, self.layout = folder, layout
+        self._lock = disk.lock_writer(folder)
         try:
             self.catalog = Catalog.open(folder, writable=True)
         except BaseException:
-            self._unlock()
+            self._lock.close()
             raise
-        self._appender: Appender | None = None
-        self.keys: dict[int, int] = {}
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it can still write."""
-        return self._appender is not None
-
-    @property
-    def appender(self) -> Appender:
-        """Where new records go.
-
-        Raises:
-            StoreError: the writer has closed itself.
-        """
-        if self._appender is None:
-            raise StoreError(
-                f"the store {self.folder} is not open for writing",
-                hint='open it (again) with TokenStore.open(path, mode="a")',
-            )
-        return self._appender
+        self.is_open = False
 
     def start(self, state: CatalogState) -> None:
         """Begin to write behind `state`; finish what a writer before could not."""
-        if self._appender is not None:
-            self._appender.close()
-        self._appender = Appender(self.folder, self.layout, state)
-        self.keys = {segment: info.key for segment, info in state.segments.items()}
+        if self.is_open:
+            self.appender.close()
+        self.appender, self.is_open = Appender(self.folder, self.layout, state), True
         self.seal_full(state)
-        self.collect(state)
+        self._collect(state)
 
     def append(self, index: RecordIndex, new: NewRecords) -> None:
         """Add records of new ids."""
@@ -255,61 +78,51 @@ class StoreWriter:
         self.commit(Change(deleted=locations))
         index.remove(ids, locations)
 
-    def commit(self, change: Change) -> int:
+    def commit(self, change: Change) -> None:
         """Commit; when that fails, close the writer, since nobody knows what is on disk."""
         try:
-            generation = self.catalog.commit(change)
+            self.catalog.commit(change)
         except BaseException:
             self.close()
             raise
-        self.keys.update((segment, info.key) for segment, info in change.segments.items())
-        return generation
+        self.appender.keys.update((segment, info.key) for segment, info in change.segments.items())
 
     def seal_full(self, state: CatalogState | None = None) -> None:
         """Seal the full segments. What fails is tried again later: no record depends on it."""
         with suppress(OSError, StoreError):
-            if state is None:
-                with self.catalog.snapshot() as state:
-                    pass
-            for segment, info in state.segments.items():
+            for segment, info in (state or self.catalog.state()).segments.items():
                 if info.num_rows >= self.layout.max_rows and not info.sealed:
                     seal(self.folder, self.layout, self.catalog, segment, info)
 
-    def collect(self, state: CatalogState | None = None) -> None:
-        """Remove files that no generation in use needs.
-
-        What fails is tried again later: only space depends on it.
-        """
+    def _collect(self, state: CatalogState) -> None:
+        """Remove files that no generation in use needs; what fails is tried again later."""
+        folder = self.folder / SEGMENTS
         with suppress(OSError, StoreError):
-            if state is None:
-                with self.catalog.snapshot() as state:
-                    pass
-            for path in sorted((self.folder / SEGMENTS).glob("*.tokens")):
+            for path in sorted(folder.glob("*.tokens")):
                 segment = int(path.stem) if path.stem.isdigit() else None
                 if segment is None or segment in state.segments:
                     continue
                 # Neither in use nor retired: left by a change that was never acknowledged.
-                if not is_pinned_before(self.folder, state.retired.get(segment, 0)):
+                if not disk.is_read_before(self.folder, state.retired.get(segment, 0)):
                     disk.unlink(path)
-            names = {segment: segment_name(segment) for segment in state.retired}
-            done = [s for s, name in names.items() if not (self.folder / SEGMENTS / name).exists()]
+            done = [each for each in state.retired if not (folder / segment_name(each)).exists()]
             if done:
-                disk.sync_folder(self.folder / SEGMENTS)
+                disk.sync_folder(folder)
                 self.catalog.forget_retired(done)
 
     def close(self) -> None:
         """Release everything. Calling it twice is allowed."""
-        if self._appender is not None:
-            self._appender.close()
-        self._appender = None
+        if self.is_open:
+            self.appender.close()
+        self.is_open = False
         self.catalog.close()
-        self._unlock()
+        self._lock.close()
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:
         """Undo what the block wrote if it fails, and say that nothing has changed."""
         appender = self.appender
-        mark = appender.mark()
+        mark = appender.mark
         try:
             yield
         except OSError as error:
@@ -345,18 +158,12 @@ class StoreWriter:
         *,
         present: bool,
     ) -> Int64:
-        """Return the rows of `ids`, which must all be there, or must all be new (`present`).
-
-        Raises:
-            StoreError: what is wrong with them, after the `faults` of what belongs to them.
-        """
-        wrong = [f"{image_id!r:.80} {why}" for image_id in ids if (why := id_fault(image_id))]
-        faults += [f"{len(wrong)} are no ids: {'; '.join(wrong[:20])}"] if wrong else []
-        rows = np.empty(0, np.int64)
+        """Return the rows of `ids`, which must all be `present`, or all be new; name all faults."""
+        wrong, rows = no_ids(ids), np.empty(0, np.int64)
+        faults += wrong
         if not wrong:
+            faults += repeated(ids)
             rows, unknown = index.rows(ids)
-            twice = repeated(ids)
-            faults += [f"{len(twice)} ids come twice: {named(twice)}"] if twice else []
             known = [ids[at] for at in np.flatnonzero(rows >= 0).tolist()]
             if present and unknown:
                 faults.append(f"{len(unknown)} ids are not in the store: {named(unknown)}")
@@ -367,7 +174,97 @@ class StoreWriter:
             raise StoreError(what, faults=faults)
         return rows
 
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+
+RECORDS_A_READ = 512
+
+
+@dataclass(frozen=True, slots=True)
+class CompactReport:
+    """What `compact` did.
+
+    Attributes:
+        num_moved: records that were written again.
+        num_dropped: segments that the store does without now.
+        freed_bytes: how much less the store's folder takes on disk than before, as `du` counts
+            it; negative where files that open readers need stay beside their successors.
+        waiting_bytes: of these files: they go when the store is opened for changes, or compacted,
+            after the readers have closed.
+        left: segments that stay because they hold damaged records, with the reason.
+    """
+
+    num_moved: int
+    num_dropped: int
+    freed_bytes: int
+    waiting_bytes: int
+    left: tuple[str, ...]
+
+
+def move_records(
+    writer: StoreWriter,
+    index: RecordIndex,
+    reader: Reader,
+    max_dead_share: float,
+    progress: Progress | None = None,
+) -> tuple[int, int, list[str]]:
+    """Move the live records out of segments with too many deleted ones, one commit a segment.
+
+    Segments less than half full are joined as well. `index` is out of date afterwards.
+
+    Returns:
+        How many records were moved, how many segments dropped, and why others stay.
+
+    Raises:
+        RequestError: `max_dead_share` is no share.
+        StoreError: no room on the disk; what was committed before stays.
+    """
+    if not 0 <= max_dead_share < 1:
+        raise RequestError(f"max_dead_share is {max_dead_share}, expected 0 or more, less than 1")
+    victims = _victims(writer, index, max_dead_share)
+    if writer.appender.mark.segment in victims:
+        writer.appender.start_anew()
+    moved, left = 0, []
+    for number, segment in enumerate(victims):
+        rows = index.live_rows(segment)
+        damaged = _move(writer, index, reader, segment, rows)
+        if damaged:
+            left.append(f"segment {segment} stays: {damaged}")
+        else:
+            moved += len(rows)
+        if progress:
+            progress(number + 1, len(victims))
+    writer.seal_full()
+    return moved, len(victims) - len(left), left
+
+
+def _victims(writer: StoreWriter, index: RecordIndex, max_dead_share: float) -> list[int]:
+    """Return the segments with too many deleted records, and the small ones if there are two."""
+    num_rows = {each: info.num_rows for each, info in writer.catalog.state().segments.items()}
+    live = {segment: len(index.live_rows(segment)) for segment in num_rows}
+    dead = [each for each, n in num_rows.items() if n - live[each] > max_dead_share * n]
+    small = [each for each, count in live.items() if 2 * count < writer.layout.max_rows]
+    return sorted({*dead, *(small if len(small) > 1 else [])})
+
+
+def _move(
+    writer: StoreWriter, index: RecordIndex, reader: Reader, segment: int, rows: Int64
+) -> str | None:
+    """Write the live records of a segment anew and drop it; return why it cannot go."""
+    ids = index.ids_of(rows)
+    batches: list[RecordBatch] = []
+    segments: dict[int, Segment] = {}
+    with writer.writing("compact"):
+        mark = writer.appender.mark
+        for start in range(0, len(rows), RECORDS_A_READ):
+            plan = index.plan(rows[start : start + RECORDS_A_READ])
+            records = RecordBytes.zeros(writer.layout, len(plan.locations))
+            scales = None if records.scales is None else records.scales.reshape(-1).data
+            for place, reason in reader.gather(
+                plan, records.tokens.reshape(-1).data, scales
+            ).items():
+                writer.appender.rollback(mark)
+                return str(index.bad_record(plan, place, reason))
+            names = ids[start : start + RECORDS_A_READ]
+            batches += writer.appender.write(names, digests_of(names), records)
+            segments |= writer.appender.segments_of(batches)
+    writer.commit(Change(batches, segments, dropped=[segment]))
+    return None

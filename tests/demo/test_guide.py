@@ -45,14 +45,13 @@ def test_reranking_finds_the_right_image(result: DemoResult) -> None:
     assert recalls["reranked"]["R@1"] >= recalls["first stage"]["R@1"] + 25
 
 
-def test_every_candidate_comes_back(result: DemoResult) -> None:
+def test_every_candidate_comes_back_and_the_folder_holds_what_is_promised(
+    result: DemoResult, folder: Path
+) -> None:
     assert len(result.queries) == NUM_QUERIES
     for query in result.queries:
         assert sorted(query.before) == sorted(query.after)
         assert len(query.after) == result.num_candidates == 50
-
-
-def test_the_folder_holds_what_the_guide_promises(result: DemoResult, folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     assert {"index.html", "contact-sheet.png", "demo.json", "bundle", "engine"} <= names
     values = json.loads((folder / "demo.json").read_text())
@@ -94,9 +93,7 @@ def test_rtx_engines_of_the_demo_are_built_without_a_gpu(
     assert manifest.fidelity["emulated"]["recall"]["R@1"] == 1.0
 
 
-def test_the_demo_spares_folders_it_did_not_write(
-    result: DemoResult, folder: Path, tmp_path: Path
-) -> None:
+def test_the_demo_spares_folders_it_did_not_write(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(EdjeError, match="no demo wrote"):
         run_demo(tmp_path, num_queries=8)

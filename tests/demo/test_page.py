@@ -1,4 +1,4 @@
-"""The demo's page and contact sheet: bars of one scale on any screen, and what explains them."""
+"""The demo's figures, page and contact sheet: what they show, and what explains it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from edje.demo.contact_sheet import HEAD, MARGIN, RIGHT, draw_contact_sheet
-from edje.demo.evaluation import DemoResult, QueryResult
+from edje.demo.evaluation import DemoResult, QueryResult, recall, spread
 from edje.demo.page import write_page
 
 NAMES = tuple(f"{number}.png" for number in range(6))
@@ -33,7 +33,10 @@ def result() -> DemoResult:
         QueryResult(CAPTIONS[NAMES[0]], NAMES[0], before, NAMES if number % 2 else before)
         for number in range(8)
     ]
-    return DemoResult(queries, num_candidates=6, num_images=6, engine="openvino fp32")
+    result = DemoResult(queries, num_candidates=6, num_images=6, engine="openvino fp32")
+    with result.step("rerank <all>") as detail:
+        detail.append("64 pairs")
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,27 @@ def page(result: DemoResult, images: Path, tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.mktemp("page") / "index.html"
     write_page(result, images, CAPTIONS, path)
     return path.read_text(encoding="utf-8")
+
+
+def test_recall_counts_targets_among_the_first_k(result: DemoResult) -> None:
+    orders = [("a", "b", "c"), ("b", "a", "c"), ("b", "c", "d"), ("x", "y", "a")]
+    assert recall(orders, ["a"] * 4) == {"R@1": 25.0, "R@5": 75.0, "R@10": 75.0, "R@3": 75.0}
+    assert recall([], [])["R@1"] == 0.0
+    recalls = result.to_json()["recall"]
+    assert [recalls[stage]["R@1"] for stage in ("first stage", "reranked")] == [0.0, 50.0]
+
+
+@pytest.mark.parametrize(("total", "count"), [(1024, 12), (12, 12), (5, 12), (13, 12)])
+def test_spread_shows_different_queries(total: int, count: int) -> None:
+    shown = spread([QueryResult("", str(i), (), ()) for i in range(total)], count)
+    assert len({query.target for query in shown}) == len(shown) == min(total, count)
+
+
+def test_the_page_shows_both_orders_and_frames_the_right_image(page: str) -> None:
+    assert page.count('src="data:image/png;base64,') == 8 * 2 * 5
+    assert page.count('<figure class="right">') == 4  # first after reranking, sixth before
+    assert "caption &lt;0.png&gt;" in page
+    assert "rerank &lt;all&gt;" in page
 
 
 def test_a_bar_fills_as_much_of_its_track_as_its_figure_says(page: str) -> None:
@@ -105,11 +129,13 @@ def luminance(color: str) -> float:
     return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
-def test_the_contact_sheet_explains_its_frame_above_the_first_row(
+def test_the_contact_sheet_frames_the_right_image_and_says_so_above_the_first_row(
     result: DemoResult, images: Path, tmp_path: Path
 ) -> None:
     draw_contact_sheet(result, images, tmp_path / "sheet.png")
-    head = np.asarray(Image.open(tmp_path / "sheet.png"))[:HEAD]
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert (sheet[HEAD:] == RIGHT).all(-1).any(), "the right image of a row"
+    head = sheet[:HEAD]
     framed = np.argwhere((head == RIGHT).all(-1))
     assert len(framed) > 100, "a sample of the frame"
     assert framed[:, 1].min() >= MARGIN

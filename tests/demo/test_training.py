@@ -10,9 +10,15 @@ import torch
 from torch import nn
 
 from edje.demo import scenes
-from edje.demo.training.data import GROUP, IMAGE_ID, NUM_EXTRA, Captions, make_bank
+from edje.demo.training.data import GROUP, IMAGE_ID, NUM_EXTRA, Bank, Captions, make_bank
 from edje.demo.training.models import Joint
 from edje.demo.training.train import MatchingBatches, Run, joint_losses, schedule
+
+
+@pytest.fixture(scope="module")
+def bank() -> Bank:
+    return make_bank(1, 12, num_extra=NUM_EXTRA, supersample=1)
+
 
 CAPTIONS = ["a small red circle above a large blue star on a grey background", "a red circle"]
 
@@ -37,8 +43,7 @@ def test_scores_do_not_depend_on_padding() -> None:
     torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=0)
 
 
-def test_false_words_are_those_that_differ() -> None:
-    bank = make_bank(1, 3, num_extra=NUM_EXTRA, supersample=1)
+def test_false_words_are_those_that_differ(bank: Bank) -> None:
     captions = Captions(bank.captions)
     batches = MatchingBatches(bank, captions, num_queries=1)
     texts, images = np.array([0, 0, 0]), np.array([0, 1, GROUP])
@@ -49,8 +54,7 @@ def test_false_words_are_those_that_differ() -> None:
     assert (labels[2] == -1).all()
 
 
-def test_each_word_of_a_thing_is_asked_for_its_cell() -> None:
-    bank = make_bank(1, 2, num_extra=NUM_EXTRA, supersample=1)
+def test_each_word_of_a_thing_is_asked_for_its_cell(bank: Bank) -> None:
     scene = next(scenes.groups(1, num_extra=NUM_EXTRA))[0]
     words = bank.captions[0].split()
     asked = {word: cell for word, cell in zip(words, bank.cells[0], strict=True) if cell >= 0}
@@ -60,8 +64,7 @@ def test_each_word_of_a_thing_is_asked_for_its_cell() -> None:
     assert {"a", "on", "background", scene.background}.isdisjoint(asked)
 
 
-def test_the_second_image_turns_the_relation() -> None:
-    bank = make_bank(1, 12, num_extra=NUM_EXTRA, supersample=1)
+def test_the_second_image_turns_the_relation(bank: Bank) -> None:
     texts, images = MatchingBatches(bank, Captions(bank.captions), 2).draw(np.random.default_rng(0))
     assert (texts[::4] == images[::4]).all()
     for text, twin in zip(texts[::4], images[1::4], strict=True):
@@ -70,8 +73,7 @@ def test_the_second_image_turns_the_relation() -> None:
             assert differ <= {"left", "right", "above", "below"}
 
 
-def test_losses_are_finite_and_reach_every_online_weight() -> None:
-    bank = make_bank(1, 12, num_extra=NUM_EXTRA, supersample=1)
+def test_losses_are_finite_and_reach_every_online_weight(bank: Bank) -> None:
     torch.manual_seed(0)
     joint, captions = Joint(), Captions(bank.captions)
     tokens = np.random.default_rng(0).normal(size=(len(bank.captions), 64, 128))
@@ -103,8 +105,8 @@ def run_steps(work: Path, *, stop_at: int | None = None) -> torch.Tensor:
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    whole.mkdir()
-    broken.mkdir()
+    for folder in (whole, broken):
+        folder.mkdir()
     with pytest.raises(KeyboardInterrupt):
         run_steps(broken, stop_at=3)
     assert torch.equal(run_steps(broken), run_steps(whole))

@@ -37,15 +37,10 @@ def test_tau_is_what_its_definition_says(pairs):
         assert tau == pytest.approx(expected)
 
 
-@unhurried
-@given(st.lists(small, min_size=2, max_size=12))
-def test_a_ranking_agrees_with_itself(scores):
-    table = np.array(scores, np.float32)
-    assert kendall_tau(table, table) == pytest.approx(1.0)
-    assert top_agreement(table, table, 10) == 1.0
-
-
-def test_a_reversed_ranking():
+def test_a_ranking_agrees_with_itself_and_not_with_its_reverse():
+    scores = np.array([*range(20), 3, 3], np.float32)
+    assert kendall_tau(scores, scores) == pytest.approx(1.0)
+    assert top_agreement(scores, scores, 10) == 1.0
     scores = np.arange(20.0)
     assert kendall_tau(scores, -scores) == pytest.approx(-1.0)
     assert top_agreement(scores, -scores, 10) == 0.0
@@ -85,14 +80,11 @@ def test_recall_is_the_place_in_the_stable_ranking(pairs, data):
     assert recall([scores], [None]) is None
 
 
-def test_scores_that_are_not_finite_rank_last_and_differ_by_infinity():
+def test_scores_that_are_not_finite_rank_last_and_the_underrating_is_signed():
     agreement = rank_agreement([np.array([3.0, 2.0, 1.0])], [np.array([np.nan, 2.0, 1.0])])
     assert agreement.max_abs_diff == np.inf
     assert agreement.top_1 == 0.0
     assert agreement.kendall_tau == pytest.approx(-1 / 3)
-
-
-def test_the_underrating_is_signed():
     expected = [np.array([1.0, 2.0])]
     assert rank_agreement(expected, [expected[0] - [0.5, 0.25]]).max_underrating == 0.5
     assert rank_agreement(expected, [expected[0] + [0.5, 0.25]]).max_underrating == -0.25

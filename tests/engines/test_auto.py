@@ -63,20 +63,17 @@ def test_what_no_engine_can_have_is_said_once_and_not_per_backend(
 
 
 def test_int8_tokens_are_timed_as_int8(tiny_bundle, tmp_path):
-    manifest = build_engine(
-        tiny_bundle, tmp_path / "engine", options=EngineOptions(token_dtype="int8")
-    )
-    assert manifest.token_dtype == "int8"
+    options = EngineOptions(token_dtype="int8")
+    assert build_engine(tiny_bundle, tmp_path / "engine", options=options).token_dtype == "int8"
 
 
-def test_an_existing_engine_is_left_before_anything_is_built(tiny_bundle, built_engines):
+def test_an_existing_engine_is_left_and_where_nothing_is_faithful_every_reason_is_told(
+    tiny_bundle, built_engines, tmp_path, monkeypatch
+):
     told = []
     with pytest.raises(EdjeError, match="exists already"):
         build_engine(tiny_bundle, built_engines["openvino"], progress=told.append)
     assert told == []
-
-
-def test_where_nothing_is_faithful_every_reason_is_told(tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(FidelityLimits, "broken_by", lambda *_: ["too far off"])
     with pytest.raises(EngineError, match="no backend of this machine") as caught:
         build_engine(tiny_bundle, tmp_path / "engine")

@@ -39,30 +39,18 @@ def test_a_folder_holds_all_that_production_needs(built_engines, tiny_bundle):
         ).read_bytes()
         assert "image_encoder.onnx" not in on_disk
         assert manifest.build_seconds > 0
-
-
-def test_fidelity_says_what_it_was_measured_on(built_engines):
-    for folder in built_engines.values():
-        fidelity = EngineManifest.read(folder).fidelity
-        assert fidelity["data"] == "random wordpieces and random tokens, seed 0"
-        assert fidelity["max_abs_diff"] < 1e-4
-        assert fidelity["mean_abs_diff"] <= fidelity["max_abs_diff"]
-        assert fidelity["top_1"] == 1.0
-        assert fidelity["kendall_tau"] > 0.99
-
-
-def test_progress_is_told(tiny_bundle, tmp_path):
-    lines = []
-    build(tiny_bundle, tmp_path / "engine", progress=lines.append)
-    assert lines == [
-        "building onnxruntime fp32",
-        "measuring fidelity: query 1 of 4",
-    ]
+        assert manifest.fidelity["data"] == "random wordpieces and random tokens, seed 0"
+        assert manifest.fidelity["mean_abs_diff"] <= manifest.fidelity["max_abs_diff"] < 1e-4
+        assert manifest.fidelity["top_1"] == 1.0
+        assert manifest.fidelity["kendall_tau"] > 0.99
 
 
 def test_a_small_profile(tiny_bundle, tmp_path, official_pairs, run):
     out = tmp_path / "engine"
-    manifest = build(tiny_bundle, out, max_pairs=5, text_buckets=[64, 16, 16])
+    lines = []
+    options = {"max_pairs": 5, "text_buckets": [64, 16, 16]}
+    manifest = build(tiny_bundle, out, progress=lines.append, **options)
+    assert lines == ["building onnxruntime fp32", "measuring fidelity: query 1 of 4"]
     assert manifest.profile == Profile(5, (16, 64))
     engine = open_engine(out)
     assert np.isfinite(run(engine, official_pairs.batch([(0, i) for i in range(5)], 64))).all()
@@ -80,19 +68,19 @@ def test_the_image_encoder_comes_along_when_asked(tiny_bundle, tmp_path):
         open_engine(tmp_path / "engine")
 
 
-def test_a_bundle_without_an_image_encoder(tiny_bundle, tmp_path):
+def test_a_bundle_that_lacks_files_or_is_none_and_an_unwritable_place(tiny_bundle, tmp_path):
     bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     for name in ("image_encoder.onnx", "tokenizer.json"):
         (bundle / name).unlink()
     with pytest.raises(EngineError, match="lacks what this engine needs") as caught:
         build(bundle, tmp_path / "engine", image_encoder=True)
     assert caught.value.faults == ("tokenizer.json: missing", "image_encoder.onnx: missing")
-    assert not (tmp_path / "engine").exists()
-
-
-def test_no_bundle_there(tmp_path):
     with pytest.raises(CheckpointError, match="not a model bundle"):
         build(tmp_path, tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(EdjeError, match="cannot write"):
+        build(tiny_bundle, tmp_path / "file" / "engine")
 
 
 def test_an_existing_folder_is_left_as_it_was(tiny_bundle, built_engines, tmp_path):
@@ -126,12 +114,6 @@ def test_a_failed_build_leaves_nothing(tiny_bundle, tmp_path, built_engines):
             build(bundle, out, backend=backend, overwrite=True)
     open_engine(out).close()
     assert sorted(os.listdir(tmp_path)) == ["bundle", "engine"]
-
-
-def test_an_unwritable_place(tiny_bundle, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(EdjeError, match="cannot write"):
-        build(tiny_bundle, tmp_path / "file" / "engine")
 
 
 def test_all_faults_of_a_profile_come_at_once():

@@ -1,6 +1,6 @@
 """Every fault of a batch is named, all at once, before anything runs."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -22,11 +22,6 @@ def batch(official_pairs):
 
 def scores_for(batch):
     return np.zeros(len(batch), np.float32)
-
-
-def test_a_good_batch_has_no_faults(engine, batch):
-    assert shape_faults(batch, scores_for(batch), engine.manifest) == []
-    assert value_faults(batch, engine.manifest) == []
 
 
 def test_all_shape_faults_come_at_once(engine, batch):
@@ -61,12 +56,9 @@ def test_too_many_pairs_and_none(engine, official_pairs, run):
         run(engine, none)
 
 
-def test_arrays_of_another_rank(engine, batch, run):
+def test_arrays_of_another_rank_strided_and_read_only_ones(engine, batch, run):
     with pytest.raises(EngineError, match=r"expected \[Q, T\] and \[P\]"):
         run(engine, replace(batch, text_ids=batch.text_ids[0]))
-
-
-def test_strided_and_read_only_arrays(engine, batch):
     wide = np.zeros((3, 64, 64), np.float16)
     scores = scores_for(batch)
     scores.flags.writeable = False
@@ -87,6 +79,7 @@ def test_int8_tokens_need_scales(engine, batch):
 
 
 def test_all_values_out_of_range_come_at_once(engine, batch, run):
+    assert value_faults(batch, engine.manifest) == []
     vocab_size = engine.manifest.bundle.sizes.vocab_size
     batch.text_ids[0, 1] = vocab_size
     batch.text_length[1] = 17
@@ -99,31 +92,12 @@ def test_all_values_out_of_range_come_at_once(engine, batch, run):
     assert "query_of_pair: got values from -1 to 1, expected 0 to 1" in text
 
 
-def test_a_closed_engine_says_so(built_engines, batch, run):
-    for folder in built_engines.values():
-        engine = open_engine(folder)
-        engine.close()
-        engine.close()
-        with pytest.raises(EngineError, match="closed"):
-            run(engine, batch)
-
-
 def test_many_threads_may_run_one_engine(engine, official_pairs, run):
     pairs = [(caption, image) for caption in range(5) for image in range(12)]
     batch, expected = official_pairs.batch(pairs, 63), official_pairs.expected(pairs)
-    results = {}
-
-    def work(number):
-        results[number] = [run(engine, batch) for _ in range(3)]
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 4
-    for scores in (scores for runs in results.values() for scores in runs):
-        np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-4)
+    with ThreadPoolExecutor(4) as pool:
+        for scores in pool.map(lambda _: run(engine, batch), range(12)):
+            np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-4)
 
 
 def test_non_finite_tokens_spoil_their_own_pair_only(engine, official_pairs, run):
@@ -143,14 +117,18 @@ def test_parts_cover_every_pair_once_and_evenly(num_pairs, most):
     sizes = [part.stop - part.start for part in parts]
     assert [place for part in parts for place in range(num_pairs)[part]] == list(range(num_pairs))
     assert len(parts) == -(-num_pairs // most)
-    assert 1 <= min(sizes) <= max(sizes) <= most
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_a_large_batch_runs_in_parts_with_the_same_scores(built_engines, official_pairs, run):
+def test_a_large_batch_runs_in_parts_and_a_closed_engine_says_so(
+    built_engines, official_pairs, run
+):
     pairs = [(caption, image) for caption in range(5) for image in range(12)]
     batch, expected = official_pairs.batch(pairs, 63), official_pairs.expected(pairs)
     for folder in built_engines.values():
         engine = open_engine(folder, OpenOptions(num_threads=1))  # 16 pairs a forward
         np.testing.assert_allclose(run(engine, batch), expected, rtol=0, atol=1e-4)
         engine.close()
+        engine.close()
+        with pytest.raises(EngineError, match="closed"):
+            run(engine, batch)

@@ -61,7 +61,9 @@ def measured(tiny_bundle, bundle, score, **arguments):
 
 
 def test_a_function_that_scores_as_the_reference_agrees_in_everything(tiny_bundle, bundle):
-    fidelity = measured(tiny_bundle, bundle, reference_scorer(tiny_bundle))
+    steps = []
+    fidelity = measured(tiny_bundle, bundle, reference_scorer(tiny_bundle), progress=steps.append)
+    assert steps == ["measuring fidelity: query 1 of 3"]
     assert fidelity.max_abs_diff == fidelity.p999_abs_diff == fidelity.max_underrating == 0.0
     assert (fidelity.kendall_tau, fidelity.top_1, fidelity.top_10) == (1.0, 1.0, 1.0)
     assert (fidelity.num_queries, fidelity.num_pairs, fidelity.num_targets) == (3, 50, 2)
@@ -95,29 +97,20 @@ def test_batches_fit_the_profile_and_int8_tokens_carry_scales(tiny_bundle, bundl
     assert 0 < fidelity.max_abs_diff < 0.1
 
 
-def test_progress_is_told(tiny_bundle, bundle):
-    steps = []
-    measured(tiny_bundle, bundle, reference_scorer(tiny_bundle), progress=steps.append)
-    assert steps == ["measuring fidelity: query 1 of 3"]
-
-
-def test_scores_that_are_not_finite_are_refused_with_their_count(tiny_bundle, bundle):
+def test_scores_that_are_not_finite_and_nothing_to_measure_on_are_refused(tiny_bundle, bundle):
     def score(batch):
         scores = np.zeros(len(batch), np.float32)
         scores[0] = np.nan
         return scores
 
-    with pytest.raises(EngineError, match="5 of 50 scores of here are not finite"):
-        measured(tiny_bundle, bundle, score)
-
-
-def test_nothing_to_measure_on_is_refused(tiny_bundle, bundle):
     class Nothing(RaggedSamples):
         def __iter__(self):
             return iter(())
 
+    with pytest.raises(EngineError, match="5 of 50 scores of here are not finite"):
+        measured(tiny_bundle, bundle, score)
     with pytest.raises(EngineError, match="nothing to measure"):
-        measured(tiny_bundle, bundle, reference_scorer(tiny_bundle), samples=Nothing(bundle))
+        measured(tiny_bundle, bundle, score, samples=Nothing(bundle))
 
 
 def test_a_graph_that_cannot_be_read_is_one_sentence(tmp_path):
@@ -150,7 +143,7 @@ def test_a_device_engine_is_scored_through_device_memory_and_names_the_gpu(
     assert found["measured_on"].endswith(f" fp32 on {GPU_NAME}")
 
 
-def test_a_fidelity_survives_its_json(tiny_bundle, bundle):
+def test_a_fidelity_survives_its_json_and_what_was_emulated_is_kept_apart(tiny_bundle, bundle):
     fidelity = measured(tiny_bundle, bundle, reference_scorer(tiny_bundle))
     values = json.loads(json.dumps(fidelity.to_json()))
     assert is_measured(values)
@@ -159,11 +152,7 @@ def test_a_fidelity_survives_its_json(tiny_bundle, bundle):
     with pytest.raises(EngineError) as caught:
         Fidelity.from_json(values)
     assert caught.value.faults == ("fidelity.kendall_tau: missing", "fidelity.top_1: missing")
-
-
-def test_what_was_not_measured_says_so_and_keeps_what_was_emulated(tiny_bundle, bundle):
     assert not_measured() == {"measured_on": NOT_MEASURED}
-    fidelity = measured(tiny_bundle, bundle, reference_scorer(tiny_bundle))
     entry = not_measured(fidelity)
     assert not is_measured(entry)
     assert Fidelity.from_json(entry) is None

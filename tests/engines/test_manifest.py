@@ -24,14 +24,6 @@ def test_what_is_written_is_read_back(engine_folder, tmp_path):
     assert (copy / "engine.json").read_bytes() == (engine_folder / "engine.json").read_bytes()
 
 
-def test_another_format_version_prints_the_rebuild_command(engine_folder):
-    edit(engine_folder, lambda values: values.update(format_version=3, new_field=1))
-    with pytest.raises(EngineError) as caught:
-        EngineManifest.read(engine_folder)
-    assert "format version is 3, this edje reads 2" in str(caught.value)
-    assert f"--out {engine_folder} --overwrite" in str(caught.value)
-
-
 def test_every_damaged_field_is_named(engine_folder):
     def damage(values):
         del values["onnx_sha256"]
@@ -58,19 +50,25 @@ def test_every_damaged_field_is_named(engine_folder):
         assert fault in text
 
 
-@pytest.mark.parametrize("section", ["profile", "bundle"])
 @pytest.mark.parametrize("value", [None, [], "x", 3])
-def test_a_section_of_another_kind(engine_folder, section, value):
-    edit(engine_folder, lambda values: values.update({section: value}))
-    with pytest.raises(EngineError, match=f"{section}: expected an object, got "):
+def test_a_section_of_another_kind(engine_folder, value):
+    edit(engine_folder, lambda values: values.update(profile=value, bundle=value))
+    with pytest.raises(EngineError) as caught:
         EngineManifest.read(engine_folder)
+    for section in ("profile", "bundle"):
+        assert f"{section}: expected an object, got " in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[1]", b"null", b"\xff\xfe", b""])
-def test_a_file_that_is_no_json_object(engine_folder, content):
-    (engine_folder / "engine.json").write_bytes(content)
-    with pytest.raises(EngineError, match=r"engine\.json (is not JSON|holds)"):
+def test_a_file_that_is_no_json_object_and_another_format_version(engine_folder):
+    edit(engine_folder, lambda values: values.update(format_version=3, new_field=1))
+    with pytest.raises(EngineError) as caught:
         EngineManifest.read(engine_folder)
+    assert "format version is 3, this edje reads 2" in str(caught.value)
+    assert f"--out {engine_folder} --overwrite" in str(caught.value)
+    for content in (b"{", b"[1]", b"null", b"\xff\xfe", b""):
+        (engine_folder / "engine.json").write_bytes(content)
+        with pytest.raises(EngineError, match=r"engine\.json (is not JSON|holds)"):
+            EngineManifest.read(engine_folder)
 
 
 def test_folders_that_are_no_engines(tmp_path, tiny_bundle):

@@ -22,8 +22,7 @@ from edje.bundle import (
     weight_name,
 )
 from edje.engines.precision.graph import Graph
-from edje.engines.precision.lower import WORD_GATHER
-from edje.engines.precision.quantize import find_linears
+from edje.engines.precision.lower import WORD_GATHER, find_linears
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +35,9 @@ def num_layers(tiny_bundle: Path) -> int:
     return BundleManifest.read(tiny_bundle).sizes.num_layers
 
 
-def test_the_graph_has_the_contracts_inputs_and_output(exported: onnx.GraphProto) -> None:
+def test_names_follow_the_contract_and_values_their_nodes(exported):
     assert tuple(value.name for value in exported.input) == bundle.INPUTS
     assert tuple(value.name for value in exported.output) == (bundle.OUTPUT,)
-
-
-def test_every_node_is_named_after_its_path_and_kind_and_its_value_after_it(
-    exported: onnx.GraphProto,
-) -> None:
-    names = [node.name for node in exported.node]
-    assert len(set(names)) == len(names)
     for node in exported.node:
         path = path_of_node(node.name)
         assert node.name == node_name(path, node.op_type)
@@ -54,9 +46,7 @@ def test_every_node_is_named_after_its_path_and_kind_and_its_value_after_it(
         assert list(node.output) in ([value], [bundle.OUTPUT], several)
 
 
-def test_every_layer_has_its_linears_and_its_attention(
-    exported: onnx.GraphProto, num_layers: int
-) -> None:
+def test_every_layer_has_its_linears_and_its_attention(exported, num_layers):
     nodes = {node.name: node for node in exported.node}
     weights = {weight.name for weight in exported.initializer}
     for number in range(num_layers):
@@ -75,9 +65,7 @@ def test_every_layer_has_its_linears_and_its_attention(
     assert WORD_GATHER in nodes
 
 
-def test_the_precision_passes_find_every_linear_of_the_layers_in_its_group(
-    tiny_bundle: Path, num_layers: int
-) -> None:
+def test_the_precision_passes_find_every_linear_in_its_group(tiny_bundle, num_layers):
     linears = find_linears(Graph.read(tiny_bundle / bundle.JOINT_ENCODER))
     names = [f"{layer_path(number)}.{part}" for number in range(num_layers) for part in LINEARS]
     assert sorted(linear.name for linear in linears) == sorted(names)

@@ -30,13 +30,10 @@ def test_a_model_compiled_in_another_precision_is_refused(built_engines):
         ov.check_precision(compiled, "bf16")
 
 
-def test_the_precision_cannot_be_changed_at_opening(built_engines):
+def test_the_precision_is_fixed_when_built_and_float32_weights_stay_so(built_engines, tiny_bundle):
     options = OpenOptions(backend_settings={"INFERENCE_PRECISION_HINT": "bf16"})
     with pytest.raises(EngineError, match="fixed when built"):
         open_engine(built_engines["openvino"], options)
-
-
-def test_float32_weights_are_not_rounded_on_disk(built_engines, tiny_bundle):
     weights = (built_engines["openvino"] / "joint_encoder.bin").stat().st_size
     assert weights > 0.9 * (tiny_bundle / "joint_encoder.onnx").stat().st_size
 
@@ -63,44 +60,38 @@ def test_the_hardware_decides_what_runs(monkeypatch, precision, capabilities, ru
     assert (ov.why_not(precision) is None) == runs
 
 
-def test_bfloat16_that_is_kept_from_use_is_refused_by_that_name(monkeypatch):
-    if ov.why_not("bf16") is not None:
-        pytest.skip(ov.why_not("bf16"))
-    monkeypatch.setenv("EDJE_CPU_FEATURES", "avx2,fma,avx512f,asimd")
-    assert "EDJE_CPU_FEATURES keeps this CPU's bfloat16" in ov.why_not("bf16")
-
-
-def test_bfloat16_stays_close_to_float32(tiny_bundle, tmp_path, official_pairs, run):
-    reason = ov.why_not("bf16")
-    if reason is not None:
+@pytest.fixture(scope="module")
+def bf16_engine(tiny_bundle, tmp_path_factory):
+    if (reason := ov.why_not("bf16")) is not None:
         pytest.skip(reason)
-    out = tmp_path / "engine"
-    manifest = build_engine(tiny_bundle, out, backend="openvino", precision="bf16")
-    assert 0 < manifest.fidelity["max_abs_diff"] < BF16_TOLERANCE
-    engine = open_engine(out)
+    folder = tmp_path_factory.mktemp("bf16") / "engine"
+    build_engine(tiny_bundle, folder, backend="openvino", precision="bf16")
+    return folder
+
+
+def test_bfloat16_stays_close_to_float32(bf16_engine, official_pairs, run, monkeypatch):
+    fidelity = EngineManifest.read(bf16_engine).fidelity
+    assert 0 < fidelity["max_abs_diff"] < BF16_TOLERANCE
+    engine = open_engine(bf16_engine)
     pairs = [(caption, image) for caption in range(5) for image in range(12)]
     scores = run(engine, official_pairs.batch(pairs, 63))
     engine.close()
     expected = official_pairs.expected(pairs)
     np.testing.assert_allclose(scores, expected, rtol=0, atol=BF16_TOLERANCE)
     assert np.abs(scores - expected).max() > 0
+    monkeypatch.setenv("EDJE_CPU_FEATURES", "avx2,fma,avx512f,asimd")
+    assert "EDJE_CPU_FEATURES keeps this CPU's bfloat16" in ov.why_not("bf16")
 
 
-def test_in_bfloat16_no_two_scores_are_tied_by_rounding(tiny_bundle, tmp_path):
+def test_in_bfloat16_no_two_scores_are_tied_by_rounding(bf16_engine):
     """Scores rounded to bfloat16 would be multiples of 1/8 from 16 on."""
-    reason = ov.why_not("bf16")
-    if reason is not None:
-        pytest.skip(reason)
-    build_engine(tiny_bundle, tmp_path / "engine", backend="openvino", precision="bf16")
-    open_engine(tmp_path / "engine").close()
-    settings = {ov.PRECISION_KEY: "bf16"}
-    compiled = openvino.Core().compile_model(tmp_path / "engine" / ov.MODEL, "CPU", settings)
-    types = {
-        node.get_rt_info()["layerType"].astype(str): node.get_rt_info()["runtimePrecision"]
-        for node in compiled.get_runtime_model().get_ordered_ops()
+    infos = [
+        node.get_rt_info()
+        for node in compile_as(bf16_engine, "bf16").get_runtime_model().get_ordered_ops()
         if node.get_friendly_name() == "/classifier/MatMul"
-    }
-    assert {name: kind.astype(str) for name, kind in types.items()} == {"Reduce": "f32"}
+    ]
+    types = {i["layerType"].astype(str): i["runtimePrecision"].astype(str) for i in infos}
+    assert types == {"Reduce": "f32"}
 
 
 def test_a_wide_score_is_the_same_score(tiny_bundle, official_pairs):
@@ -121,10 +112,9 @@ def test_a_wide_score_is_the_same_score(tiny_bundle, official_pairs):
     np.testing.assert_allclose(scores[1], scores[0], rtol=0, atol=1e-5)
 
 
-def test_bfloat16_is_refused_where_the_cpu_lacks_it(tiny_bundle, tmp_path):
-    if ov.why_not("bf16") is None:
-        pytest.skip("this CPU has bfloat16")
-    with pytest.raises(EngineError, match="cannot build bf16 here"):
+def test_bfloat16_is_refused_where_the_cpu_lacks_it(tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(ov, "why_not", lambda precision: f"no {precision} units")
+    with pytest.raises(EngineError, match="cannot build bf16 here: no bf16 units"):
         build_engine(tiny_bundle, tmp_path / "engine", backend="openvino", precision="bf16")
     assert not (tmp_path / "engine").exists()
 

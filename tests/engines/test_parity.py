@@ -13,36 +13,27 @@ def assert_parity(engine, run, official_pairs, pairs, bucket):
     np.testing.assert_allclose(scores, official_pairs.expected(pairs), rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("caption", range(NUM_CAPTIONS))
 @pytest.mark.parametrize("bucket", [15, 23, 31, 47, 63])
-def test_a_caption_alone_in_every_bucket_that_holds_it(
-    engine, run, official_pairs, caption, bucket
-):
+def test_a_caption_alone_in_every_bucket_that_holds_it(engine, run, official_pairs, bucket):
     assert engine.manifest.profile.text_buckets == (15, 23, 31, 47, 63)
-    if len(official_pairs.caption_ids[caption]) > bucket:
-        with pytest.raises(ValueError, match="broadcast"):
-            official_pairs.batch([(caption, 0)], bucket)
-        return
-    pairs = [(caption, image) for image in range(NUM_IMAGES)]
-    assert_parity(engine, run, official_pairs, pairs, bucket)
-
-
-def test_all_captions_in_one_batch(engine, run, official_pairs):
-    assert_parity(engine, run, official_pairs, EVERY_PAIR, 63)
+    for caption, ids in enumerate(official_pairs.caption_ids):
+        if len(ids) <= bucket:
+            pairs = [(caption, image) for image in range(NUM_IMAGES)]
+            assert_parity(engine, run, official_pairs, pairs, bucket)
 
 
 def test_pairs_of_several_queries_in_any_order(engine, run, official_pairs):
     random = np.random.default_rng(7)
-    for _ in range(5):
-        order = random.permutation(len(EVERY_PAIR))[:23]
+    for num_pairs in (len(EVERY_PAIR), 23, 23, 23):
+        order = random.permutation(len(EVERY_PAIR))[:num_pairs]
         assert_parity(engine, run, official_pairs, [EVERY_PAIR[i] for i in order], 63)
 
 
-@pytest.mark.parametrize("num_pairs", range(1, 18))
-def test_every_batch_size(engine, run, official_pairs, num_pairs):
+def test_every_batch_size(engine, run, official_pairs):
     short = [pair for pair in EVERY_PAIR if len(official_pairs.caption_ids[pair[0]]) <= 23]
-    pairs = [short[(7 * i) % len(short)] for i in range(num_pairs)]
-    assert_parity(engine, run, official_pairs, pairs, 23)
+    for num_pairs in range(1, 18):
+        pairs = [short[(7 * i) % len(short)] for i in range(num_pairs)]
+        assert_parity(engine, run, official_pairs, pairs, 23)
 
 
 def test_shapes_may_change_from_batch_to_batch(engine, run, official_pairs):
@@ -51,16 +42,11 @@ def test_shapes_may_change_from_batch_to_batch(engine, run, official_pairs):
         assert_parity(engine, run, official_pairs, pairs, bucket)
 
 
-def test_what_lies_in_the_padding_does_not_matter(engine, run, official_pairs):
+def test_padding_does_not_matter_and_inputs_stay_as_they_were(engine, run, official_pairs):
     batch = official_pairs.batch([(0, 0), (0, 1)], 31)
     clean = run(engine, batch)
     batch.text_ids[:, batch.text_length[0] :] = 99
-    np.testing.assert_allclose(run(engine, batch), clean, rtol=0, atol=1e-6)
-
-
-def test_inputs_stay_as_they_were(engine, run, official_pairs):
-    batch = official_pairs.batch(EVERY_PAIR, 63)
     before = [batch.text_ids.copy(), batch.visual_tokens.copy()]
-    run(engine, batch)
+    np.testing.assert_allclose(run(engine, batch), clean, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(batch.text_ids, before[0])
     np.testing.assert_array_equal(batch.visual_tokens, before[1])

@@ -12,33 +12,27 @@ from edje.engines.tensorrt import library as trt_library
 from edje.errors import EngineError
 
 
-def test_names_are_those_of_the_manifest():
-    gpus = {"tensorrt", "tensorrt-rtx", "onnxruntime-cuda"}
+def test_names_are_those_of_the_manifest_and_every_cpu_runs_float32():
+    gpus = {"native", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda"}
     assert set(REGISTRY) == {"openvino", "onnxruntime", *gpus}
     assert {p for entry in REGISTRY.values() for p in entry.precisions} <= set(PRECISIONS)
-
-
-def test_every_cpu_runs_float32():
     statuses = {status.name: status for status in probe_backends()}
     assert set(statuses) == set(REGISTRY)
     for name in ("onnxruntime", "openvino"):
-        assert "fp32" in statuses[name].usable
+        assert "fp32" in statuses[name].usable, "every CPU runs float32"
         assert statuses[name].version
 
 
-@pytest.mark.parametrize("name", ["tensorflow", "", "OpenVINO", "onnx-runtime"])
-def test_an_unknown_backend_lists_what_runs(name):
-    with pytest.raises(EngineError, match="unknown backend") as caught:
-        load_backend(name)
-    assert "openvino (fp32" in caught.value.hint
-    assert "onnxruntime (fp32" in caught.value.hint
-
-
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_an_unknown_precision_lists_what_runs(backend):
-    with pytest.raises(EngineError, match="no precision 'fp64'") as caught:
-        require_backend(backend, "fp64")
-    assert "this machine can run" in caught.value.hint
+def test_an_unknown_backend_or_precision_lists_what_runs():
+    for name in ("tensorflow", "", "OpenVINO", "onnx-runtime"):
+        with pytest.raises(EngineError, match="unknown backend") as caught:
+            load_backend(name)
+        assert "openvino (fp32" in caught.value.hint
+        assert "onnxruntime (fp32" in caught.value.hint
+    for backend in ("onnxruntime", "openvino"):
+        with pytest.raises(EngineError, match="no precision 'fp64'") as caught:
+            require_backend(backend, "fp64")
+        assert "this machine can run" in caught.value.hint
 
 
 def test_a_precision_without_hardware_is_refused(monkeypatch):
@@ -121,7 +115,3 @@ def test_features_follow_the_precision(monkeypatch):
     assert cpu_features("int8") == ("avx2", "fma", "avx512f", "avx512_vnni")
     assert cpu_features() == usable
     assert describe_cpu("fp32")["features"] == ["avx2", "fma", "avx512f"]
-
-
-def test_backends_are_called_by_name_only():
-    assert backends.REGISTRY["openvino"].module == ".openvino"

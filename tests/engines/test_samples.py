@@ -21,6 +21,9 @@ def test_random_samples_fit_every_profile_and_repeat(built_engines, profile):
         for _ in range(2)
     )
     assert sum(len(batch) for batch in first) == 4 * 32
+    made = [RandomSamples(bundle), RandomSamples(bundle, 3), RandomSamples(bundle, 4, 31)]
+    assert len({samples.fingerprint for samples in made}) == 3
+    assert RandomSamples(bundle).fingerprint == made[0].fingerprint
     for batch, twin in zip(first, again, strict=True):
         assert len(batch) <= profile.max_pairs
         assert batch.text_ids.shape[1] in profile.text_buckets
@@ -36,10 +39,3 @@ def test_a_query_longer_than_every_bucket_keeps_its_sep():
     assert batch.text_length.tolist() == [4]
     (whole,) = sample_batches(sample, Profile(8, (3, 8)), pad_id=0, sep_id=102)
     assert whole.text_ids.tolist() == [[101, 5, 6, 7, 102, 0, 0, 0]]
-
-
-def test_fingerprints_tell_samples_apart(built_engines):
-    bundle = EngineManifest.read(built_engines["onnxruntime"]).bundle
-    made = [RandomSamples(bundle), RandomSamples(bundle, 3), RandomSamples(bundle, 4, 31)]
-    assert len({samples.fingerprint for samples in made}) == 3
-    assert RandomSamples(bundle).fingerprint == made[0].fingerprint

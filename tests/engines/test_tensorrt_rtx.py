@@ -19,13 +19,11 @@ from edje.engines.contract import Batch, BuildJob, BuildOptions, OpenOptions
 from edje.engines.fidelity import Fidelity, measure_fidelity
 from edje.engines.manifest import PRECISIONS, QUANTIZED, EngineManifest, Profile
 from edje.engines.precision.graph import Graph
-from edje.engines.precision.lower import lower
+from edje.engines.precision.lower import find_linears, lower, quantize
 from edje.engines.precision.prepare import take_int8_tokens
-from edje.engines.precision.quantize import find_linears, quantize
 from edje.engines.registry import load_backend, open_engine, require_backend, require_builder
 from edje.engines.samples import RandomSamples
-from edje.engines.tensorrt.build import PLAN, parsed_network
-from edje.engines.tensorrt.report import REPORT, PlanReport, read_report
+from edje.engines.tensorrt.build import PLAN, REPORT, read_report
 from edje.engines.tensorrt.run import TrtEngine, open_plan, read_settings
 from edje.errors import EngineError
 from edje.kernels.device import facts
@@ -34,7 +32,6 @@ from pretended_tensorrt import KERNELS, Recording, RtxEngine
 from toy_engine import toy_manifest
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra rtx")
-CAPABILITIES = ("8.0", "8.9", "12.0")
 TAKEN = tuple(precision for precision in PRECISIONS if precision != "int8")
 
 
@@ -106,20 +103,13 @@ def check_tensors(folder: Path, job: BuildJob) -> None:
 
 @pytest.mark.parametrize(
     ("precision", "capability"),
-    [("fp32", "8.9")]
-    + [("fp16", capability) for capability in CAPABILITIES]
-    + [("fp8", capability) for capability in CAPABILITIES[1:]],
+    [("fp32", "8.9"), ("fp16", "8.0"), ("fp16", "12.0"), ("fp8", "8.9")],
 )
 def test_full_size_builds_for_a_gpu_that_is_not_here(
     rtx, full_size_bundle, full_size_graphs, tmp_path, precision, capability
 ):
-    job = make_job(
-        full_size_graphs[precision],
-        tmp_path / "engine",
-        full_size_bundle,
-        precision,
-        capabilities=(capability,),
-    )
+    where = (full_size_graphs[precision], tmp_path / "engine", full_size_bundle, precision)
+    job = make_job(*where, capabilities=(capability,))
     flags = rtx.build(job)
     check_tensors(job.out, job)
     # One kernel for scores, softmax and context in 16 bit; float32 has one for the last layer's
@@ -187,35 +177,6 @@ def test_int8_tokens(rtx, tiny_bundle, tmp_path, precision):
     check_tensors(job.out, job)
 
 
-def test_the_parsers_network_is_the_contract(rtx, tiny_bundle, tmp_path):
-    graph = typed_graph(tiny_bundle, tmp_path / "typed.onnx", rtx, "fp16")
-    builder = rtx.LIBRARY.module.Builder(rtx.LIBRARY.logger)
-    network, _parser = parsed_network(rtx.LIBRARY, builder, graph)
-    inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    sizes = BundleManifest.read(tiny_bundle).sizes
-    assert {tensor.name: tuple(tensor.shape) for tensor in inputs} == {
-        "text_ids": (-1, -1),
-        "text_length": (-1,),
-        "query_of_pair": (-1,),
-        "visual_tokens": (-1, sizes.num_tokens, sizes.hidden),
-    }
-    assert network.get_output(0).name == "scores"
-    assert network.num_outputs == 1
-
-
-def test_a_damaged_graph_shows_the_parsers_error(rtx, tiny_bundle, tmp_path):
-    graph = Graph.read(tiny_bundle / JOINT_ENCODER)
-    for item in graph.nodes:
-        if item.op_type == "Gelu":
-            item.op_type = "NoSuchOperator"
-    graph.write(tmp_path / "damaged.onnx")
-    with pytest.raises(EngineError, match="cannot read the graph") as caught:
-        rtx.build(make_job(tmp_path / "damaged.onnx", tmp_path / "engine", tiny_bundle, "fp32"))
-    assert any("NoSuchOperator" in fault for fault in caught.value.faults)
-    assert all("\n" not in fault for fault in caught.value.faults)
-    assert not list((tmp_path / "engine").iterdir())
-
-
 @pytest.mark.parametrize(
     ("precision", "options", "sentence"),
     [
@@ -258,54 +219,45 @@ def test_a_plan_the_library_calls_invalid_is_not_opened(rtx, tmp_path):
         open_plan(rtx.LIBRARY, tmp_path, toy_manifest(), settings)
 
 
+@pytest.fixture
+def gpu(rtx, monkeypatch):
+    """Call it to have a GPU of a compute capability here."""
+
+    def be(capability: str) -> None:
+        here = facts.Gpu("NVIDIA Stand-in 80GB", capability, "13.0")
+        monkeypatch.setattr(rtx, "gpu_fault", lambda: None)
+        monkeypatch.setattr(rtx, "current_gpu", lambda: here)
+
+    return be
+
+
+def built_for(least: str, *capabilities: str) -> EngineManifest:
+    device = {"compute_capabilities": list(capabilities), "least_compute_capability": least}
+    return replace(toy_manifest(), device={"kind": "cuda", **device})
+
+
 @pytest.mark.parametrize(
-    ("device", "capability", "fault"),
-    [
-        ({"compute_capabilities": ["8.9", "12.0"], "least_compute_capability": "8.9"}, "8.9", None),
-        (
-            {"compute_capabilities": ["8.9", "12.0"], "least_compute_capability": "8.9"},
-            "8.6",
-            "device: built for compute capability 8.9, 12.0, NVIDIA Stand-in 80GB has 8.6",
-        ),
-        ({"compute_capabilities": [], "least_compute_capability": "8.9"}, "12.0", None),
-        (
-            {"compute_capabilities": [], "least_compute_capability": "8.9"},
-            "8.6",
-            "device: built for compute capability 8.9 and later, NVIDIA Stand-in 80GB has 8.6",
-        ),
-    ],
+    ("named", "words"), [(("8.9", "12.0"), "8.9, 12.0"), ((), "8.9 and later")]
 )
-def test_the_gpu_must_be_one_it_was_built_for(rtx, monkeypatch, device, capability, fault):
-    gpu = facts.Gpu("NVIDIA Stand-in 80GB", capability, "13.0")
-    monkeypatch.setattr(rtx, "gpu_fault", lambda: None)
-    monkeypatch.setattr(rtx, "current_gpu", lambda: gpu)
-    manifest = replace(toy_manifest(), device={"kind": "cuda", **device})
-    assert rtx.device_faults(manifest) == ([] if fault is None else [fault])
+def test_the_gpu_must_be_one_it_was_built_for(rtx, gpu, named, words):
+    gpu("12.0")
+    assert rtx.device_faults(built_for("8.9", *named)) == []
+    gpu("8.6")
+    fault = f"device: built for compute capability {words}, NVIDIA Stand-in 80GB has 8.6"
+    assert rtx.device_faults(built_for("8.9", *named)) == [fault]
 
 
 @pytest.mark.parametrize("capability", ["9.0", "10.0"])
-def test_a_gpu_the_library_does_not_serve_is_told_what_runs_there(rtx, monkeypatch, capability):
+def test_a_gpu_the_library_does_not_serve_is_told_what_runs_there(rtx, gpu, capability):
     """It builds for such a GPU without a word, and then refuses to open there."""
-    gpu = facts.Gpu("NVIDIA Stand-in 80GB", capability, "13.0")
-    monkeypatch.setattr(rtx, "gpu_fault", lambda: None)
-    monkeypatch.setattr(rtx, "current_gpu", lambda: gpu)
+    gpu(capability)
     sentence = f"does not serve compute capability {capability} (NVIDIA Stand-in 80GB), only 7.5"
-    manifest = replace(
-        toy_manifest(),
-        device={"kind": "cuda", "compute_capabilities": [], "least_compute_capability": "8.0"},
-    )
-    for_every_gpu, for_another = BuildOptions(), BuildOptions(compute_capabilities=("8.9",))
-    said = [
-        rtx.why_not("fp16"),
-        *rtx.device_faults(manifest),
-        rtx.why_not_build("fp16", for_every_gpu),
-    ]
-    assert len(said) == 3
-    for reason in said:
+    for_every_gpu = rtx.why_not_build("fp16", BuildOptions())
+    for reason in (rtx.why_not("fp16"), *rtx.device_faults(built_for("8.0")), for_every_gpu):
         assert sentence in reason
         assert "data-centre GPUs (9.0, 10.0) run the tensorrt backend" in reason
-    assert "--compute-capability" in said[-1]
-    assert rtx.why_not_build("fp16", for_another) is None
+    assert "--compute-capability" in for_every_gpu
+    assert rtx.why_not_build("fp16", BuildOptions(compute_capabilities=("8.9",))) is None
 
 
 def rtx_engine(rtx, folder: Path, recording: Recording, **settings) -> TrtEngine:
@@ -371,7 +323,7 @@ def test_a_captured_forward_has_its_allocation_from_the_configuration(rtx, tmp_p
     assert machine.memory == {}
 
 
-def test_a_folder_that_cannot_be_written_is_no_fault(rtx, tmp_path):
+def test_a_folder_that_cannot_be_written_is_no_fault_and_a_wrong_strategy_is(rtx, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("a file where the folder should be")
     engine = rtx_engine(rtx, blocked, Recording())
@@ -380,9 +332,6 @@ def test_a_folder_that_cannot_be_written_is_no_fault(rtx, tmp_path):
     engine.close()
     none = rtx_engine(rtx, tmp_path, Recording(), runtime_cache="none")
     assert not none.save_runtime_cache()
-
-
-def test_a_wrong_strategy_lists_the_right_ones(rtx, tmp_path):
     with pytest.raises(EngineError) as caught:
         rtx_engine(rtx, tmp_path, Recording(), cuda_graph_strategy="always")
     assert caught.value.faults == (
@@ -392,8 +341,8 @@ def test_a_wrong_strategy_lists_the_right_ones(rtx, tmp_path):
 
 def test_a_report_of_another_form_is_empty():
     report = read_report("Layer(Constant): something else\n")
-    assert report == PlanReport((), ())
-    assert report.to_json({})["attention"] == {"layers": 0, "fused": 0}
+    assert report["layers"] == report["tensors"] == []
+    assert report["attention"] == {"layers": 0, "fused": 0}
 
 
 def test_the_stand_in_has_no_call_that_the_library_lacks(rtx):

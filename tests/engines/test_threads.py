@@ -32,18 +32,16 @@ def test_engines_start_the_threads_of_the_quota(
     np.testing.assert_allclose(scores, official_pairs.expected(pairs), atol=1e-3)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_the_callers_own_number_of_threads_wins(built_engines, started, monkeypatch, backend):
+def test_the_callers_own_number_and_openvinos_own_setting_win(built_engines, started, monkeypatch):
     pretend_quota(monkeypatch, 2.0)
-    open_engine(built_engines[backend], OpenOptions(num_threads=1)).close()
-    assert started == [1]
-
-
-def test_openvinos_own_setting_wins_over_the_quota(built_engines, started, monkeypatch):
-    pretend_quota(monkeypatch, 2.0)
-    settings = {"INFERENCE_NUM_THREADS": "1"}
-    open_engine(built_engines["openvino"], OpenOptions(backend_settings=settings)).close()
-    assert started == [1]
+    own = OpenOptions(backend_settings={"INFERENCE_NUM_THREADS": "1"})
+    for backend, options in (
+        ("onnxruntime", OpenOptions(num_threads=1)),
+        ("openvino", OpenOptions(num_threads=1)),
+        ("openvino", own),
+    ):
+        open_engine(built_engines[backend], options).close()
+    assert started == [1, 1, 1]
 
 
 def test_the_float32_reference_obeys_the_quota(tiny_bundle, started, monkeypatch):

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, SiglipPr
 
 from edje.bundle import BundleManifest
 from edje.errors import CheckpointError, EdjeError
-from edje.export import parity
+from edje.export import reference
 from edje.export.export import export_bundle
 from official_checkpoint import CheckpointFolders, Sizes, official_state, write_checkpoint
 
@@ -159,21 +159,6 @@ def test_unknown_head_count_asks_for_the_vision_folder(small, tmp_path):
     assert "--vision-model DIR" in message
 
 
-def test_vocab_txt_alone_is_enough(small, tmp_path):
-    folders = copy_of(small, tmp_path / "in")
-    path = folders.language_model / "tokenizer.json"
-    vocabulary = json.loads(path.read_text())["model"]["vocab"]
-    path.rename(tmp_path / "kept.json")
-    (folders.language_model / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    export(folders, tmp_path / "bundle")
-    text = "W7 w8, wx\u00e9!"
-    exported, original = (
-        Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids
-        for file in (tmp_path / "bundle" / "tokenizer.json", tmp_path / "kept.json")
-    )
-    assert exported == original
-
-
 def test_a_language_model_that_does_not_fit_lists_every_difference(small, tmp_path):
     folders = copy_of(small, tmp_path / "in")
     config = folders.language_model / "config.json"
@@ -213,13 +198,10 @@ def test_a_damaged_vision_tower_lists_every_tensor(tmp_path):
     assert "post_layernorm.bias: got [3], expected [20]" in message
 
 
-def test_a_config_that_transformers_refuses_is_told(small, tmp_path):
+def test_folders_that_cannot_be_read_swapped_and_empty_ones_are_refused(small, tmp_path):
     folders = copy_of(small, tmp_path / "in")
     edit_json(folders.language_model / "config.json", hidden_size="wide")
     assert "config.json cannot be used" in refused(folders, tmp_path / "bundle")
-
-
-def test_swapped_and_empty_folders_are_refused(small, tmp_path):
     swapped = replace(small, language_model=small.vision_model)
     assert "tokenizer.json or vocab.txt" in refused(swapped, tmp_path / "bundle")
     message = refused(small, tmp_path / "bundle", vision_model=small.language_model)
@@ -241,7 +223,7 @@ def test_an_existing_bundle_stays_unless_overwrite_is_given(small, tmp_path):
     assert first.fingerprint_scorer == second.fingerprint_scorer
 
 
-def test_overwrite_replaces_bundles_only(small, tmp_path):
+def test_overwrite_replaces_bundles_only_and_places_must_be_writable(small, tmp_path):
     out = tmp_path / "out" / "photos"
     out.mkdir(parents=True)
     (out / "keep.txt").write_text("precious")
@@ -249,32 +231,23 @@ def test_overwrite_replaces_bundles_only(small, tmp_path):
         message = refused(small, out, overwrite=overwrite)
         assert "holds other files (no edje.json)" in message
         assert "--overwrite" not in message, "it would not help"
+    assert "cannot write" in refused(small, out / "keep.txt" / "bundle")
 
 
-def test_an_unwritable_place_is_told(small, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert "cannot write" in refused(small, tmp_path / "file" / "bundle")
-
-
-def test_an_unknown_text_normalization_is_refused(small, tmp_path):
+def test_a_graph_that_differs_and_an_unknown_normalization_give_no_bundle(
+    small, tmp_path, monkeypatch
+):
     message = refused(small, tmp_path / "bundle", text_normalization="upper")
     assert "expected one of openclip, none" in message
-
-
-def test_a_graph_that_differs_is_not_published(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, "MAX_DIFFERENCE", 1e-12)
+    monkeypatch.setattr(reference, "MAX_DIFFERENCE", 1e-12)
     message = refused(small, tmp_path / "bundle")
     assert "joint_encoder.onnx differs from PyTorch" in message
 
 
-def test_steps_are_reported(small, tmp_path):
+def test_steps_are_reported_and_faults_of_inputs_are_checkpoint_errors(small, tmp_path):
     steps: list[str] = []
     export(small, tmp_path / "bundle", progress=steps.append)
     assert steps[0] == "reading the checkpoint"
     assert len(steps) == len(set(steps)) >= 4
-
-
-def test_errors_of_inputs_are_checkpoint_errors(small, tmp_path):
-    missing = replace(small, checkpoint=tmp_path / "none.pth")
     with pytest.raises(CheckpointError):
-        export(missing, tmp_path / "bundle")
+        export(replace(small, checkpoint=tmp_path / "none.pth"), tmp_path / "other")

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edje.export.convert import fingerprint
+from edje.export.export import fingerprint
 
 names = st.text("abc.", min_size=1, max_size=6)
 values = st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=6)

@@ -36,29 +36,23 @@ def signature(model: onnx.ModelProto) -> list[tuple[str, str, list[object]]]:
     return rows
 
 
-def test_the_joint_encoder_has_the_signature_of_the_design(scorer):
-    assert signature(scorer) == [
+TOKENS = ("visual_tokens", "float16", ["B", 64, 32])
+SIGNATURES = {
+    "joint_encoder": [
         ("text_ids", "int32", ["Q", "T"]),
         ("text_length", "int32", ["Q"]),
         ("query_of_pair", "int32", ["P"]),
         ("visual_tokens", "float16", ["P", 64, 32]),
         ("scores", "float32", ["P"]),
-    ]
+    ],
+    "adapter": [("features", "float32", ["B", "N", 48]), TOKENS],
+    "image_encoder": [("pixels", "float32", ["B", 3, 32, 32]), TOKENS],
+}
 
 
-def test_the_encoder_graphs_have_the_signatures_of_the_design(tiny_bundle):
-    assert signature(onnx.load(tiny_bundle / "adapter.onnx")) == [
-        ("features", "float32", ["B", "N", 48]),
-        ("visual_tokens", "float16", ["B", 64, 32]),
-    ]
-    assert signature(onnx.load(tiny_bundle / "image_encoder.onnx")) == [
-        ("pixels", "float32", ["B", 3, 32, 32]),
-        ("visual_tokens", "float16", ["B", 64, 32]),
-    ]
-
-
-def test_graphs_are_valid_with_consistent_shapes(model):
+def test_graphs_are_valid_with_the_signatures_of_the_design(model):
     onnx.checker.check_model(model, full_check=True)
+    assert signature(model) == SIGNATURES[model.graph.name]
 
 
 def test_node_names_are_unique_and_every_weight_is_used_and_stored_once(model):
@@ -72,12 +66,10 @@ def test_node_names_are_unique_and_every_weight_is_used_and_stored_once(model):
     assert max(contents.values()) == 1
 
 
-def test_gathers_are_plain_and_norms_and_activations_are_single_nodes(scorer):
+def test_norms_and_activations_are_single_nodes(scorer):
     kinds = Counter(node.op_type for node in scorer.graph.node)
-    assert kinds["GatherND"] == 0
     assert kinds["LayerNormalization"] == 3 + 2 * 2  # three embedding norms, two a layer
-    assert kinds["Gelu"] == 2
-    assert kinds["Softmax"] == 2
+    assert (kinds["Gelu"], kinds["Softmax"], kinds["GatherND"]) == (2, 2, 0)
 
 
 def test_the_last_layer_attends_for_the_cls_row_only(scorer):
@@ -95,9 +87,6 @@ def test_query_key_and_value_are_products_of_one_input(scorer):
     products = {node.name: node for node in scorer.graph.node if node.op_type == "MatMul"}
     inputs = {products[f"/layers.0/{name}/MatMul"].input[0] for name in ("query", "key", "value")}
     assert len(inputs) == 1
-    assert products["/layers.1/key/MatMul"].input[0] == products["/layers.1/value/MatMul"].input[0]
-    weights = {weight.name: list(weight.dims) for weight in scorer.graph.initializer}
-    assert weights["layers.0.query.weight"] == weights["layers.1.value.weight"] == [32, 32]
 
 
 def test_masks_stay_finite_in_half_precision(scorer):

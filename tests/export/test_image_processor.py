@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, SiglipProcessor
 
 from edje.bundle import ImageSpec
 from edje.errors import CheckpointError
-from edje.export.image_processor import image_spec, read_image_processor
+from edje.export.configs import DEFAULTS, image_spec, read_image_processor
 
 OLD, NEW = "preprocessor_config.json", "processor_config.json"
 SQUARE = {"height": 32, "width": 32}
@@ -36,15 +36,8 @@ def as_transformers_reads(folder: Path) -> ImageSpec:
 
 def faults_of(**settings: Any) -> list[str]:
     faults: list[str] = []
-    known = read_defaults() | {"size": SQUARE} | settings
-    assert image_spec(known, 32, faults) is None
+    assert image_spec({**DEFAULTS, "size": SQUARE, **settings}, 32, faults) is None
     return faults
-
-
-def read_defaults() -> dict[str, Any]:
-    from edje.export.image_processor import DEFAULTS
-
-    return dict(DEFAULTS)
 
 
 def test_what_transformers_5_saves_is_what_the_original_folder_says(official_tiny, tmp_path):
@@ -91,18 +84,14 @@ def test_settings_and_defaults_are_those_of_transformers(tmp_path, settings):
     assert spec_of(tmp_path) == as_transformers_reads(tmp_path)
 
 
-def test_absent_and_null_settings_are_the_defaults(tmp_path):
+def test_absent_and_null_settings_are_the_defaults_and_what_is_not_done_changes_nothing(tmp_path):
     nulls = dict.fromkeys(("resample", "rescale_factor", "image_mean", "image_std", "size"))
-    write(tmp_path, OLD, nulls)
-    defaults = spec_of(tmp_path, 224)
-    write(tmp_path, OLD, {})
-    assert spec_of(tmp_path, 224) == defaults
-    assert (defaults.resample, defaults.mean, defaults.std) == (3, (0.5,) * 3, (0.5,) * 3)
-
-
-def test_what_is_not_done_changes_nothing(tmp_path):
-    values = {"do_rescale": False, "do_normalize": False, "size": SQUARE, "image_mean": [9, 9, 9]}
-    write(tmp_path, OLD, values)
+    for values in (nulls, {}):
+        write(tmp_path, OLD, values)
+        spec = spec_of(tmp_path, 224)
+        assert (spec.resample, spec.mean, spec.std) == (3, (0.5,) * 3, (0.5,) * 3)
+    off = {"do_rescale": False, "do_normalize": False, "size": SQUARE, "image_mean": [9, 9, 9]}
+    write(tmp_path, OLD, off)
     spec = spec_of(tmp_path)
     assert (spec.rescale_factor, spec.mean, spec.std) == (1.0, (0.0,) * 3, (1.0,) * 3)
 
@@ -129,10 +118,8 @@ def test_what_is_not_done_changes_nothing(tmp_path):
 def test_what_the_runtime_does_not_do_is_refused_by_name(settings, part):
     (fault,) = faults_of(**settings)
     assert part in fault
-
-
-def test_all_faults_come_at_once():
-    assert len(faults_of(resample=9, image_mean=3 * [None], do_resize=False, size=3)) == 4
+    others = {"resample": 9, "image_mean": 3 * [None], "do_resize": False, "size": 3}
+    assert len(faults_of(**others)) == 4, "all of them at once"
 
 
 @pytest.mark.parametrize(

@@ -85,10 +85,8 @@ def test_tokenizer_config_changes_what_it_changes_in_transformers(folder, names,
 
 
 def test_the_image_token_that_training_added_is_counted_once(official_tiny, tmp_path):
-    token = {"image_token": "<image>"}
-    AutoTokenizer.from_pretrained(official_tiny / "lm", extra_special_tokens=token).save_pretrained(
-        tmp_path
-    )
+    added = {"extra_special_tokens": {"image_token": "<image>"}}
+    AutoTokenizer.from_pretrained(official_tiny / "lm", **added).save_pretrained(tmp_path)
     assert read_tokenizer(tmp_path).token_to_id("<image>") == 142
     assert encoded(tmp_path) == (encoded(official_tiny / "lm")[0], 143)
 

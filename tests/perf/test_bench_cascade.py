@@ -1,17 +1,18 @@
 """The cascade's benchmark on the tiny model: what is compared, counted and said."""
 
 import json
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from edje.engines.builder.build import build_engine
 from edje.engines.manifest import MANIFEST, EngineManifest
 from edje.perf import bench_cascade as bench
-from edje.runtime.store import TokenStore
+from edje.perf.harness import Times
+from edje.perf.random_model import image_id, random_tokens, write_store
 
 NUM_IMAGES = 60
-IDS = [f"{index:02}.png" for index in range(NUM_IMAGES)]
+IDS = [image_id(number) for number in range(NUM_IMAGES)]
 
 
 @pytest.fixture(scope="module")
@@ -26,24 +27,14 @@ def engines(tiny_bundle, tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def store(engines, tmp_path_factory):
+def test_the_cascade_is_compared_with_both_engines_on_every_query(engines, tmp_path):
     bundle = EngineManifest.read(engines / "fast").bundle
-    path = tmp_path_factory.mktemp("store") / "store"
-    tokens = np.random.default_rng(0).standard_normal((NUM_IMAGES, 64, 32)).astype(np.float16)
-    with TokenStore.create(
-        path, num_tokens=64, hidden=32, fingerprint_encoder=bundle.fingerprint_encoder
-    ) as store:
-        store.append(IDS, tokens)
-    return path
-
-
-def test_the_cascade_is_compared_with_both_engines_on_every_query(engines, store):
+    tokens, store = random_tokens(NUM_IMAGES, bundle.sizes), tmp_path / "store"
+    write_store(store, tokens, encoder=bundle.fingerprint_encoder).close()
     queries = [bench.Query("a dog", IDS), bench.Query("two cats above a red circle", IDS[5:])]
-    lines = []
-    result = bench.measure(queries, store, engines / "precise", engines / "fast", lines.append)
+    result = bench.measure(queries, store, engines / "precise", engines / "fast", print)
     assert result["num_queries"] == 2
-    assert result["share_equal"] == 1.0
+    assert (result["share_equal"], result["faults"]) == (1.0, [])
     assert result["max_score_diff"] < 1e-5
     assert set(result["pairs_per_s"]) == {bench.PRECISE, bench.FAST, bench.CASCADE}
     assert bench.TOP_K / NUM_IMAGES <= result["mean_share_rescored"] < 1
@@ -54,16 +45,26 @@ def test_the_cascade_is_compared_with_both_engines_on_every_query(engines, store
     assert f"{result['speedup']:.2f} times" in text
 
 
-def test_another_top_k_is_counted_and_fails_the_benchmark(monkeypatch, tmp_path, capsys):
-    result = {"share_equal": 0.5}
-    monkeypatch.setattr(bench, "run_benchmark", lambda *_: result)
-    monkeypatch.setattr(bench, "summary", lambda _: "half of them")
-    monkeypatch.chdir(tmp_path)
-    assert bench.main(["demo-out"]) == 1
-    assert json.loads((tmp_path / ".cache/perf/cascade.json").read_text()) == result
-    assert "half of them" in capsys.readouterr().out
-    result["share_equal"] = 1.0
-    assert bench.main(["demo-out"]) == 0
+def test_another_top_k_is_counted_and_fails_the_benchmark():
+    """One of two queries: the cascade's second place is not the precise engine's."""
+
+    def top(*ids):
+        hits = [SimpleNamespace(id=name, score=1.0) for name in ids]
+        return Top(hits)
+
+    tops = {name: [top("a", "b"), top("a", "b")] for name in (bench.PRECISE, bench.FAST)}
+    tops[bench.CASCADE] = [top("a", "b"), top("a", "c")]
+    times = {name: Times([2.0, 2.0], [1.0, 1.0]) for name in tops}
+    found = bench.compare(tops, times, [10, 10])
+    assert (found["share_equal"], found["fast_share_equal"]) == (0.5, 1.0)
+    assert (found["speedup"], found["mean_share_rescored"]) == (1.0, 0.2)
+    assert found["faults"] == ["a top 10 differs from the precise engine's"]
+
+
+class Top(list):
+    """A ranking that a cascade gave after rescoring two of its candidates."""
+
+    rescoring = SimpleNamespace(num_rescored=2, num_widened=0)
 
 
 def test_a_folder_that_no_demo_wrote_ends_in_one_sentence(tmp_path, capsys):

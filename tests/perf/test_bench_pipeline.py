@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 
 from edje.errors import EdjeError
@@ -20,10 +19,11 @@ def small(monkeypatch):
 
 
 def test_both_comparisons_are_timed_and_said(tmp_path):
-    result = bench.run_benchmark(3, tmp_path)
+    result = bench.measure(3, tmp_path)
     for part, rival in (("own_cost", bench.LOOP), ("gather", bench.READ)):
         assert {timing["name"] for timing in result[part]} == {bench.PIPELINE, rival}
         assert {timing["num_runs"] for timing in result[part]} == {3}
+    json.dumps(result)
     assert f"costs {result['own_cost_us_per_batch']} us a batch" in bench.summary(result)
 
 
@@ -36,7 +36,7 @@ def test_both_comparisons_are_timed_and_said(tmp_path):
     ],
 )
 def test_what_falls_short_is_named(cost_us, share, expected):
-    faults = bench._faults(cost_us, share)
+    faults = bench.faults_of(cost_us, share)
     assert len(faults) == len(expected)
     assert all(part in fault for part, fault in zip(expected, faults, strict=True))
 
@@ -44,13 +44,4 @@ def test_what_falls_short_is_named(cost_us, share, expected):
 def test_wrong_scores_end_the_comparison(monkeypatch, tmp_path):
     monkeypatch.setattr(bench.OneValue, "read", lambda self, rows, out, *_, **__: out.fill(9) or [])
     with pytest.raises(EdjeError, match="pipeline gives wrong scores"):
-        bench.run_benchmark(1, tmp_path)
-
-
-def test_the_command_writes_its_figures(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "_faults", lambda cost_us, share: [])
-    assert bench.main(["--rounds", "2", "--name", "tried", "--out", str(tmp_path)]) == 0
-    written = json.loads((tmp_path / "tried.json").read_text())
-    assert np.isfinite(written["share_of_gather_speed"])
-    assert "tables" not in written
-    assert "the pipeline costs" in capsys.readouterr().out
+        bench.measure(1, tmp_path)

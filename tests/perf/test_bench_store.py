@@ -31,7 +31,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_contestant_is_timed_and_said(tmp_path: Path) -> None:
-    result = bench.run_benchmark(4, tmp_path, lambda line: None)
+    result = bench.measure(4, tmp_path, lambda line: None)
     for dtype in ("float16", "int8"):
         found = result["gathers"][dtype]
         runs = {timing["name"]: timing["num_runs"] for timing in found["records"]}
@@ -47,18 +47,30 @@ def test_every_contestant_is_timed_and_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_a_wrong_record_ends_the_benchmark(dtype: bench.Dtype, tmp_path: Path) -> None:
-    content = bench.make_content(dtype, 20)
-    bench.write_store(tmp_path / "s", content)
-    np.save(tmp_path / "t.npy", content.tokens)
-    asked = [np.arange(8), np.arange(8, 16)]
+def test_a_wrong_record_ends_the_benchmark(dtype: str, tmp_path: Path) -> None:
+    tokens, scales = bench.random_records(dtype, 20)
+    sets = [np.arange(8), np.arange(8, 16)]
+    out, out_scales = np.zeros_like(tokens[:8]), None if scales is None else scales[:8].copy()
+    bench.write_store(tmp_path / "s", tokens, scales).close()
     with TokenStore.open(tmp_path / "s") as store:
-        stores = dict.fromkeys(("cached", "direct", "resident"), store)
-        turns = bench.Turns(content, asked, stores, tmp_path / "t.npy")
-        turns.check()
-        np.copyto(content.tokens[9], 0)
-        with pytest.raises(EdjeError, match=r"memcpy: set 1 differs"):
-            turns.check()
+        gathers = {"verified": bench.reading(store, out, out_scales)}
+        assert bench.timed(gathers, sets, out, tokens, 1)["verified"].num_runs == 1
+        tokens[9] = 0
+        with pytest.raises(EdjeError, match=r"verified: set 1 differs"):
+            bench.timed(gathers, sets, out, tokens, 1)
+
+
+def test_the_plain_loop_verifies_as_the_store_does(tmp_path: Path) -> None:
+    bench.write_store(tmp_path / "s", np.ones((3, 2, 8), np.float16)).close()
+    with TokenStore.open(tmp_path / "s") as store:
+        loop, out = bench.PlainLoop(store), np.empty((2, 2, 8), np.float16)
+        loop.read(np.array([2, 0]), out)
+        [file] = (tmp_path / "s/segments").iterdir()
+        content = bytearray(file.read_bytes())
+        content[store.layout.offset(2)] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(EdjeError, match="record 2 is not whole"):
+            loop.read(np.array([2, 0]), out)
 
 
 def test_what_falls_short_is_named() -> None:

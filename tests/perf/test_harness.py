@@ -1,7 +1,8 @@
-"""The harness takes turns, reports minima, and says under which conditions."""
+"""The frame of every benchmark: turns, minima, conditions, and how a command ends."""
 
 import json
 import subprocess
+from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from edje.errors import EdjeError
 from edje.perf import harness
-from edje.perf.harness import conditions, interleave, speedup, table, write_result
+from edje.perf.harness import conditions, interleave, run_benchmark, speedup, timings_json
 
 
 @pytest.fixture
@@ -17,55 +18,41 @@ def clock(monkeypatch):
     """A clock that only contestants move, so that times are exact."""
 
     class Clock:
-        now = 0.0
+        now, log = 0.0, ""
 
-        def __call__(self):
-            return self.now
+        def runs(self, name, *seconds):
+            """Return a contestant that takes so many seconds, run by run."""
+            left = iter(seconds)
+
+            def run():
+                self.log += name
+                self.now += next(left)
+
+            return run
 
     clock = Clock()
-    monkeypatch.setattr(harness, "perf_counter", clock)
+    monkeypatch.setattr(harness, "perf_counter", lambda: clock.now)
     monkeypatch.setattr(harness, "process_time", lambda: 2 * clock.now)
     return clock
 
 
-def runner(clock, seconds, log, name):
-    durations = iter(seconds)
-
-    def run():
-        log.append(name)
-        clock.now += next(durations)
-
-    return run
-
-
 def test_minima_medians_and_ratio(clock):
-    log = []
-    timings = interleave(
-        {
-            "fast": runner(clock, [3.0, 1.0, 2.0], log, "fast"),
-            "slow": runner(clock, [4.0, 9.0, 5.0], log, "slow"),
-        },
-        pairs=8,
-        num_rounds=3,
-    )
+    contestants = {"fast": clock.runs("f", 3.0, 1.0, 2.0), "slow": clock.runs("s", 4.0, 9.0, 5.0)}
+    timings = interleave(contestants, pairs=8, num_rounds=3)
     fast, slow = timings["fast"], timings["slow"]
     assert (fast.min_ms, fast.median_ms, fast.min_cpu_ms) == (1000.0, 2000.0, 2000.0)
     assert (slow.min_ms, slow.median_ms) == (4000.0, 5000.0)
     assert (fast.pairs_per_s, slow.pairs_per_s) == (8.0, 2.0)
     assert speedup(fast, slow) == 4.0
     assert fast.num_runs == 3
-    assert "fast" in table(timings)
-    assert "8.0" in table(timings)
+    text = harness.timings_table(timings_json(timings))
+    assert "fast" in text
+    assert "8.0" in text
 
 
 def test_everybody_runs_once_a_round_and_starts_in_turn(clock):
-    log = []
-    names = ("a", "b", "c")
-    interleave({name: runner(clock, [1.0] * 3, log, name) for name in names}, pairs=1, num_rounds=3)
-    assert log == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
-
-
-def test_no_rounds():
+    interleave({name: clock.runs(name, 1, 1, 1) for name in "abc"}, pairs=1, num_rounds=3)
+    assert clock.log == "abcbcacab"
     with pytest.raises(EdjeError, match="num_rounds is 0"):
         interleave({"a": lambda: None}, pairs=1, num_rounds=0)
 
@@ -75,15 +62,34 @@ def test_conditions_name_machine_versions_and_commit(monkeypatch):
     assert found["batch"] == 16
     assert found["cores"] >= 1
     assert found["cpu"]
-    assert {"numpy", "openvino", "onnxruntime"} <= set(found["versions"])
     assert all(found["versions"][name] for name in ("numpy", "openvino", "onnxruntime"))
+    assert f"{found['cores']} cores, batch 16, load" in harness.conditions_line(found, "batch")
     monkeypatch.setattr(harness, "ROOT", harness.Path("/"))
     assert conditions()["commit"] is None
 
 
-def test_results_are_json(tmp_path):
-    path = write_result("name", {"a": 1.5}, tmp_path / "results")
-    assert json.loads(path.read_text()) == {"a": 1.5}
+@pytest.mark.parametrize(
+    ("result", "status"),
+    [({}, 0), ({"faults": []}, 0), ({"faults": ["slow"]}, 1), ({"broken": ["int8"]}, 1)],
+)
+def test_a_command_says_and_writes_its_figures_and_fails_where_they_fall_short(
+    tmp_path, capsys, result, status
+):
+    options = Namespace(name="tried", out=tmp_path / "results")
+    scratch = []
+    assert run_benchmark(options, lambda *given: scratch.append(given[0]) or result, str) == status
+    assert json.loads((tmp_path / "results" / "tried.json").read_text()) == result
+    assert capsys.readouterr().out.startswith(f"{result}\nwritten to ")
+    assert not scratch[0].exists()
+
+
+def test_a_command_that_cannot_measure_ends_in_one_sentence(tmp_path, capsys):
+    def measure(scratch, progress):
+        raise EdjeError("no such demo")
+
+    assert run_benchmark(Namespace(name="tried", out=tmp_path), measure, str) == 2
+    assert capsys.readouterr().err.strip() == "no such demo"
+    assert not list(tmp_path.iterdir())
 
 
 BENCHMARKS = sorted(path.stem for path in Path(harness.__file__).parent.glob("bench_*.py"))

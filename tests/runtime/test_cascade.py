@@ -17,8 +17,7 @@ from edje.errors import EngineError, RequestError
 from edje.runtime.cascade import SAFETY, learned_margin, rescore_top
 from edje.runtime.reranker import Reranker
 from edje.runtime.results import EngineLabel
-from edje.runtime.store import TokenStore
-from toy_engine import FINGERPRINT, HIDDEN, NUM_TOKENS, ToyEngine, toy_manifest, toy_tokenizer
+from toy_engine import ToyEngine, toy_manifest, toy_store, toy_tokenizer
 
 NUM_IMAGES = 60
 REAL = {"random": False, "max_underrating": 2.0, "max_abs_diff": 3.0, "data": "real pairs"}
@@ -151,12 +150,8 @@ def precise_manifest(**changed) -> EngineManifest:
 
 @pytest.fixture
 def store(tmp_path):
-    sizes = {"num_tokens": NUM_TOKENS, "hidden": HIDDEN, "fingerprint_encoder": FINGERPRINT}
-    with TokenStore.create(tmp_path / "store", **sizes) as store:
-        values = [i * 37 % NUM_IMAGES // 2 for i in range(NUM_IMAGES)]  # every score twice
-        tokens = np.stack([np.full((NUM_TOKENS, HIDDEN), value, np.float16) for value in values])
-        store.append([f"img-{i}" for i in range(NUM_IMAGES)], tokens)
-    with TokenStore.open(tmp_path / "store") as store:
+    values = [i * 37 % NUM_IMAGES // 2 for i in range(NUM_IMAGES)]  # every score twice
+    with toy_store(tmp_path / "store", values) as store:
         yield store
 
 
@@ -191,15 +186,10 @@ def test_rank_returns_the_precise_engines_hits(cascade_and_alone, numbers, top_k
 @pytest.fixture(scope="module")
 def cascade_and_alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cascade")
-    sizes = {"num_tokens": NUM_TOKENS, "hidden": HIDDEN, "fingerprint_encoder": FINGERPRINT}
-    with TokenStore.create(folder / "store", **sizes) as store:
-        values = np.arange(NUM_IMAGES) // 3
-        tokens = np.zeros((NUM_IMAGES, NUM_TOKENS, HIDDEN), np.float16) + values[:, None, None]
-        store.append([f"img-{i}" for i in range(NUM_IMAGES)], tokens.astype(np.float16))
     tokenizer = toy_tokenizer(folder)
     fast, precise = FastEngine(fast_manifest()), ToyEngine(precise_manifest())
     with (
-        TokenStore.open(folder / "store") as store,
+        toy_store(folder / "store", np.arange(NUM_IMAGES) // 3) as store,
         Reranker(fast, tokenizer, store, rescore=precise, rescore_margin=1.6) as cascade,
         Reranker(ToyEngine(precise_manifest()), tokenizer, store) as alone,
     ):
@@ -263,17 +253,11 @@ def test_a_damaged_record_is_an_error_entry_skipped_ones_are_not(cascade, store)
 
 
 def test_many_threads_get_the_precise_answer_and_engines_never_compute_at_once(cascade, alone):
-    def call(number: int) -> bool:
-        ids = [f"img-{(number * 7 + i) % NUM_IMAGES}" for i in range(20 + number % 40)]
-        return cascade.rank("red circle", ids, 5).hits == expected[number]
-
-    lists = [
-        [f"img-{(number * 7 + i) % NUM_IMAGES}" for i in range(20 + number % 40)]
-        for number in range(64)
-    ]
+    lists = [[f"img-{(n * 7 + i) % NUM_IMAGES}" for i in range(20 + n % 40)] for n in range(64)]
     expected = [alone.rank("red circle", ids, 5).hits for ids in lists]
     with ThreadPoolExecutor(16) as pool:
-        assert all(pool.map(call, range(64)))
+        ranked = pool.map(lambda ids: cascade.rank("red circle", ids, 5).hits, lists)
+        assert list(ranked) == expected
 
 
 def test_an_engine_failure_in_the_second_pass_reaches_the_caller(cascade, engines):

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -79,25 +78,6 @@ def test_predicted_scores_of_mixed_captions_are_the_official_ones(
     shown = rng.integers(NUM_IMAGES, size=100)
     pairs = [(captions[q], IDS[i]) for q, i in zip(asked, shown, strict=True)]
     assert np.abs(reranker.predict(pairs) - official_scores[asked, shown]).max() < TOLERANCE
-
-
-def test_threads_on_a_real_engine_get_their_own_scores(reranker, captions, official_scores):
-    def call(number: int) -> float:
-        q = number % len(captions)
-        ids = IDS[number % 7 :]
-        scores = {hit.id: hit.score for hit in reranker.rank(captions[q], ids)}
-        expected = dict(zip(IDS, official_scores[q], strict=True))
-        return max(abs(scores[name] - expected[name]) for name in ids)
-
-    with ThreadPoolExecutor(32) as pool:
-        assert max(pool.map(call, range(96))) < TOLERANCE
-
-
-def test_open_takes_an_open_store_and_leaves_it_open(raw_text_engine, tiny_store):
-    with TokenStore.open(tiny_store) as store:
-        with Reranker.open(raw_text_engine, store=store) as reranker:
-            assert len(reranker.rank("a dog")) == NUM_IMAGES
-        assert len(store.rows(IDS)) == NUM_IMAGES
 
 
 @pytest.fixture(scope="module")

@@ -14,30 +14,9 @@ from hypothesis import strategies as st
 
 from edje.errors import EngineError, StoppedError, StoreError
 from edje.kernels.device.host import HostDevice
-from edje.runtime.pipeline import NUM_SLOTS, Pipeline, Request
+from edje.runtime.pipeline import NUM_SLOTS, Pipeline
 from edje.runtime.streams import Streams
-from edje.runtime.text import TokenizedQueries
-from toy_engine import ToyEngine, ToySource, toy_manifest
-
-
-def make_queries(lengths) -> TokenizedQueries:
-    """Query q holds its own number + 1 at every real id, so its length tells it apart too."""
-    lengths = np.asarray(lengths, np.int32)
-    text_ids = np.zeros((len(lengths), 63), np.int32)
-    for q, length in enumerate(lengths):
-        text_ids[q, :length] = q + 1
-    return TokenizedQueries(text_ids, lengths, np.zeros(len(lengths), np.bool_))
-
-
-def make_request(lengths, query_of_pair, rows) -> Request:
-    return Request(
-        make_queries(lengths), np.asarray(query_of_pair, np.int64), np.asarray(rows, np.int64)
-    )
-
-
-def expected_scores(request: Request) -> np.ndarray:
-    text = request.queries.text_ids.sum(1) / 1024
-    return (request.rows + text[request.query_of_pair]).astype(np.float32)
+from toy_engine import ToyEngine, ToySource, toy_manifest, toy_request, toy_scores
 
 
 class Rig:
@@ -55,7 +34,7 @@ class Rig:
         self.device.close()
 
     def check(self, request):
-        assert np.array_equal(self.pipeline.run(request).scores, expected_scores(request))
+        assert np.array_equal(self.pipeline.run(request).scores, toy_scores(request))
 
     def num_free_slots(self):
         return self.pipeline.usage().num_free
@@ -67,7 +46,7 @@ def random_requests(draw):
     pairs = draw(
         st.lists(st.tuples(st.integers(0, len(lengths) - 1), st.integers(0, 500)), max_size=60)
     )
-    return make_request(lengths, [q for q, _ in pairs], [row for _, row in pairs])
+    return toy_request(lengths, [q for q, _ in pairs], [row for _, row in pairs])
 
 
 @settings(max_examples=50, deadline=None)
@@ -83,7 +62,7 @@ def test_nothing_is_allocated_after_the_pipeline_was_made(monkeypatch):
         for name in ("pinned", "mirror", "memory", "stream", "event"):
             monkeypatch.setattr(HostDevice, name, None)
         for start in range(5):
-            rig.check(make_request([5, 20, 63], np.arange(90) % 3, np.arange(start, start + 90)))
+            rig.check(toy_request([5, 20, 63], np.arange(90) % 3, np.arange(start, start + 90)))
         assert len(rig.source.buffers) == NUM_SLOTS
 
 
@@ -102,27 +81,27 @@ def test_the_next_batch_is_gathered_while_one_computes():
 
     source.read = counting_read
     with Rig(engine, source) as rig, ThreadPoolExecutor(1) as pool:
-        request = make_request([5], np.zeros(30), np.arange(30))
+        request = toy_request([5], np.zeros(30), np.arange(30))
         future = pool.submit(rig.pipeline.run, request)
         assert gathered_two.wait(10), "the second batch was not gathered while the first computed"
         assert engine.batches == []
         release.set()
-        assert np.array_equal(future.result(10).scores, expected_scores(request))
+        assert np.array_equal(future.result(10).scores, toy_scores(request))
 
 
 def test_damaged_records_are_nan_and_named():
     with Rig(source=ToySource(bad=[3, 17])) as rig:
-        request = make_request([5], np.zeros(20), np.arange(20))
+        request = toy_request([5], np.zeros(20), np.arange(20))
         result = rig.pipeline.run(request)
         assert result.damaged == {3: "flipped", 17: "flipped"}
         sound = np.setdiff1d(np.arange(20), [3, 17])
         assert np.isnan(result.scores[[3, 17]]).all()
-        assert np.array_equal(result.scores[sound], expected_scores(request)[sound])
+        assert np.array_equal(result.scores[sound], toy_scores(request)[sound])
 
 
 def test_each_batch_is_announced_before_the_one_ahead_of_it_is_gathered():
     with Rig() as rig:
-        rig.check(make_request([5], np.zeros(24), np.arange(24)))
+        rig.check(toy_request([5], np.zeros(24), np.arange(24)))
         first, second, third = (list(range(start, start + 8)) for start in (0, 8, 16))
         assert rig.source.calls == [
             ("prefetch", second),
@@ -139,8 +118,8 @@ INT8_TOKENS = {"precision": "fp32", "token_dtype": "int8"}
 def test_int8_tokens_reach_the_engine_with_their_scales():
     with Rig(ToyEngine(replace(toy_manifest(), **INT8_TOKENS))) as rig:
         rows = np.array([7, 107, 205, 599, 0] * 5)
-        request = make_request([5, 9], np.arange(25) % 2, rows)
-        expected = expected_scores(replace(request, rows=rows % 100 * (rows // 100 + 1)))
+        request = toy_request([5, 9], np.arange(25) % 2, rows)
+        expected = toy_scores(replace(request, rows=rows % 100 * (rows // 100 + 1)))
         assert np.array_equal(rig.pipeline.run(request).scores, expected)
 
 
@@ -149,7 +128,7 @@ def test_tokens_that_are_not_finite_give_no_score_where_the_engine_would_hide_th
     """Quantised linears turn NaN into numbers; the toy engine never looks at the last token."""
     engine = ToyEngine(replace(toy_manifest(), **changed))
     with Rig(engine, ToySource(broken=[3, 17])) as rig:
-        request = make_request([5], np.zeros(20), np.arange(20))
+        request = toy_request([5], np.zeros(20), np.arange(20))
         result = rig.pipeline.run(request)
         assert np.flatnonzero(np.isnan(result.scores)).tolist() == [3, 17]
         assert result.damaged == {}
@@ -158,7 +137,7 @@ def test_tokens_that_are_not_finite_give_no_score_where_the_engine_would_hide_th
 def test_times_of_the_stages_are_measured():
     with Rig(ToyEngine(before=lambda batch: threading.Event().wait(0.01))) as rig:
         began = time.perf_counter()
-        result = rig.pipeline.run(make_request([5], np.zeros(30), np.arange(30)))
+        result = rig.pipeline.run(toy_request([5], np.zeros(30), np.arange(30)))
         whole_ms = (time.perf_counter() - began) * 1e3
         assert 39 <= result.compute_ms <= whole_ms  # four batches of at least 10 ms
         assert 0 < result.gather_ms <= whole_ms
@@ -174,24 +153,20 @@ def fail_on_row(row, error):
 
 @pytest.mark.parametrize("row", [0, 15, 39])
 @pytest.mark.parametrize("num_slots", [1, 3])
-def test_a_failing_gather_reaches_the_caller_and_frees_the_slots(row, num_slots):
-    source = ToySource(fail={row: StoreError("disk gone")})
-    with Rig(source=source, num_slots=num_slots) as rig:
-        with pytest.raises(StoreError, match="disk gone"):
-            rig.pipeline.run(make_request([5], np.zeros(40), np.arange(40)))
+@pytest.mark.parametrize("stage", ["gather", "compute"])
+def test_a_failing_stage_reaches_the_caller_and_frees_the_slots(row, num_slots, stage):
+    source, engine = ToySource(), ToyEngine()
+    if stage == "gather":
+        source.fail = {row: StoreError("disk gone")}
+        error, says = StoreError, "disk gone"
+    else:
+        engine.before = fail_on_row(row, RuntimeError("kernel broke"))
+        error, says = EngineError, "engine failed on a batch: kernel broke"
+    with Rig(engine, source, num_slots) as rig:
+        with pytest.raises(error, match=says):
+            rig.pipeline.run(toy_request([5], np.zeros(40), np.arange(40)))
         assert rig.num_free_slots() == num_slots
-        rig.check(make_request([5], np.zeros(40), np.arange(100, 140)))
-
-
-@pytest.mark.parametrize("row", [0, 15, 39])
-@pytest.mark.parametrize("num_slots", [1, 3])
-def test_a_failing_engine_reaches_the_caller_and_frees_the_slots(row, num_slots):
-    engine = ToyEngine(before=fail_on_row(row, RuntimeError("kernel broke")))
-    with Rig(engine, num_slots=num_slots) as rig:
-        with pytest.raises(EngineError, match="engine failed on a batch: kernel broke"):
-            rig.pipeline.run(make_request([5], np.zeros(40), np.arange(40)))
-        assert rig.num_free_slots() == num_slots
-        rig.check(make_request([5], np.zeros(40), np.arange(100, 140)))
+        rig.check(toy_request([5], np.zeros(40), np.arange(100, 140)))
 
 
 def refuse(*_, **__):
@@ -200,7 +175,7 @@ def refuse(*_, **__):
 
 def test_a_refusing_engine_reaches_the_caller_and_frees_the_slots():
     with Rig() as rig:
-        request = make_request([5], np.zeros(9), np.arange(9))
+        request = toy_request([5], np.zeros(9), np.arange(9))
         rig.engine.manifest = toy_manifest(max_pairs=16)  # larger than the slots were made for
         with pytest.raises(EngineError, match=r"not be gathered: .*reshape.*\nStage: gather"):
             rig.pipeline.run(request)
@@ -220,9 +195,9 @@ def test_only_the_callers_of_failing_batches_see_the_error():
 
         def call(number):
             first = 990 if number % 4 == 0 else number * 30
-            request = make_request([5], np.zeros(25), np.arange(first, first + 25))
+            request = toy_request([5], np.zeros(25), np.arange(first, first + 25))
             try:
-                return np.array_equal(rig.pipeline.run(request).scores, expected_scores(request))
+                return np.array_equal(rig.pipeline.run(request).scores, toy_scores(request))
             except EngineError:
                 return "failed"
 
@@ -237,7 +212,7 @@ def test_many_threads_share_the_slots_and_get_their_own_scores():
         def call(number):
             lengths = [3 + number % 40, 50]
             rows = np.arange(number, number + 37)
-            rig.check(make_request(lengths, rows % 2, rows))
+            rig.check(toy_request(lengths, rows % 2, rows))
             return True
 
         assert all(pool.map(call, range(200)))
@@ -259,10 +234,10 @@ def test_a_small_request_does_not_wait_for_a_large_one_to_end():
     engine = ToyEngine(before=lambda batch: turn.acquire(timeout=10))
     with Rig(engine) as rig, ThreadPoolExecutor(2) as pool:
         rows = np.arange(8 * 200)
-        large = pool.submit(rig.pipeline.run, make_request([5], np.zeros(len(rows)), rows))
+        large = pool.submit(rig.pipeline.run, toy_request([5], np.zeros(len(rows)), rows))
         try:
             wait_until(lambda: len(rig.source.buffers) == NUM_SLOTS)
-            small = pool.submit(rig.pipeline.run, make_request([5], np.zeros(1), [400]))
+            small = pool.submit(rig.pipeline.run, toy_request([5], np.zeros(1), [400]))
             wait_until(lambda: rig.pipeline.usage().num_waiting)
             while not small.done():
                 turn.release()
@@ -277,10 +252,10 @@ def test_close_lets_running_batches_finish_and_refuses_the_rest():
     release = threading.Event()
     engine = ToyEngine(before=lambda batch: release.wait(10))
     with Rig(engine) as rig, ThreadPoolExecutor(8) as pool:
-        long = pool.submit(rig.pipeline.run, make_request([5], np.zeros(80), np.arange(80)))
+        long = pool.submit(rig.pipeline.run, toy_request([5], np.zeros(80), np.arange(80)))
         wait_until(lambda: len(rig.source.buffers) == NUM_SLOTS)  # it holds every slot
         waiting = [
-            pool.submit(rig.pipeline.run, make_request([5], np.zeros(8), np.arange(8)))
+            pool.submit(rig.pipeline.run, toy_request([5], np.zeros(8), np.arange(8)))
             for _ in range(4)
         ]
         wait_until(lambda: rig.pipeline.usage().num_waiting == 4)
@@ -294,12 +269,12 @@ def test_close_lets_running_batches_finish_and_refuses_the_rest():
 
 def test_a_deadline_that_has_passed_starts_no_batch():
     with Rig() as rig:
-        request = make_request([5], np.zeros(9), np.arange(9))
+        request = toy_request([5], np.zeros(9), np.arange(9))
         with pytest.raises(StoppedError, match="deadline passed"):
             rig.pipeline.run(replace(request, deadline=time.monotonic()))
         assert rig.source.calls == []
         later = replace(request, deadline=time.monotonic() + 60)
-        assert np.array_equal(rig.pipeline.run(later).scores, expected_scores(request))
+        assert np.array_equal(rig.pipeline.run(later).scores, toy_scores(request))
 
 
 def test_a_deadline_ends_the_wait_for_a_slot():
@@ -307,9 +282,9 @@ def test_a_deadline_ends_the_wait_for_a_slot():
     engine = ToyEngine(before=lambda batch: release.wait(10))
     with Rig(engine) as rig, ThreadPoolExecutor(2) as pool:
         try:
-            long = pool.submit(rig.check, make_request([5], np.zeros(80), np.arange(80)))
+            long = pool.submit(rig.check, toy_request([5], np.zeros(80), np.arange(80)))
             wait_until(lambda: len(rig.source.buffers) == NUM_SLOTS)  # it holds every slot
-            request = make_request([5], np.zeros(8), np.arange(8))
+            request = toy_request([5], np.zeros(8), np.arange(8))
             with pytest.raises(StoppedError, match="deadline passed"):
                 rig.pipeline.run(replace(request, deadline=time.monotonic() + 0.05))
             assert not long.done()
@@ -327,8 +302,8 @@ def test_a_callers_own_stream_computes():
     engine.before = lambda batch: threads.add(threading.current_thread())
     mine.submit(lambda: workers.append(threading.current_thread()))
     pipeline = Pipeline(engine, ToySource(), device, streams=Streams(device, borrowed=mine))
-    request = make_request([5], np.zeros(20), np.arange(20))
-    assert np.array_equal(pipeline.run(request).scores, expected_scores(request))
+    request = toy_request([5], np.zeros(20), np.arange(20))
+    assert np.array_equal(pipeline.run(request).scores, toy_scores(request))
     assert threads == set(workers)
     assert device.usage().num_streams == 1
     with pytest.raises(EngineError, match="borrows host streams, got str"):
@@ -339,6 +314,6 @@ def test_a_callers_own_stream_computes():
 
 def test_no_pairs_give_no_scores():
     with Rig() as rig:
-        result = rig.pipeline.run(make_request([5], [], []))
+        result = rig.pipeline.run(toy_request([5], [], []))
         assert result.scores.shape == (0,)
         assert rig.engine.batches == []

@@ -14,24 +14,16 @@ from edje.errors import RequestError, StoreError
 from edje.runtime.queries import StoreSamples
 from edje.runtime.store import TokenStore
 from edje.tokens import dequantize_tokens, quantize_tokens
-from toy_engine import CLS, FINGERPRINT, HIDDEN, NUM_TOKENS, SEP, toy_tokenizer
+from toy_engine import CLS, FINGERPRINT, HIDDEN, NUM_TOKENS, SEP, toy_store, toy_tokenizer
 
 NUM_IMAGES = 30
-
-
-def make_store(path, values):
-    sizes = {"num_tokens": NUM_TOKENS, "hidden": HIDDEN, "fingerprint_encoder": FINGERPRINT}
-    tokens = np.stack([np.full((NUM_TOKENS, HIDDEN), value, np.float16) for value in values])
-    with TokenStore.create(path, **sizes) as store:
-        store.append([f"img-{i}" for i in range(len(values))], tokens)
-    return TokenStore.open(path)
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """A store whose image `img-i` holds the value i everywhere, and a tokenizer."""
     folder = tmp_path_factory.mktemp("samples")
-    with make_store(folder / "a.store", range(NUM_IMAGES)) as store:
+    with toy_store(folder / "a.store", range(NUM_IMAGES)) as store:
         yield store, toy_tokenizer(folder)
 
 
@@ -171,7 +163,7 @@ def test_the_fingerprint_covers_what_is_yielded_and_not_where_it_lies(sampled, p
         sampled("a red circle\timg-8", "blue").fingerprint,
         sampled("a red square\timg-7", "blue").fingerprint,
     ]
-    with make_store(tmp_path / "b.store", [*range(NUM_IMAGES - 1), 77]) as other:
+    with toy_store(tmp_path / "b.store", [*range(NUM_IMAGES - 1), 77]) as other:
         path = tmp_path / "queries.txt"
         path.write_text("\n".join(lines))
         prints.append(StoreSamples(other, parts[1], path).fingerprint)
@@ -181,7 +173,7 @@ def test_the_fingerprint_covers_what_is_yielded_and_not_where_it_lies(sampled, p
 
 
 def test_tokens_are_read_when_iterated_and_verified(parts, tmp_path):
-    store = make_store(tmp_path / "store", range(4))
+    store = toy_store(tmp_path / "store", range(4))
     (tmp_path / "q.txt").write_text("red\n")
     samples = StoreSamples(store, parts[1], tmp_path / "q.txt")
     [segment] = (tmp_path / "store" / "segments").iterdir()
@@ -254,7 +246,7 @@ def test_open_refuses_a_store_of_another_encoder(tiny_bundle, tiny_store, tmp_pa
     with StoreSamples.open(tiny_store, tiny_bundle, tmp_path / "q.txt") as samples:
         (sample,) = samples
         assert (len(sample.tokens), sample.target) == (12, 3)
-    make_store(tmp_path / "other", range(3)).close()
+    toy_store(tmp_path / "other", range(3)).close()
     with pytest.raises(StoreError) as caught:
         StoreSamples.open(tmp_path / "other", tiny_bundle, tmp_path / "q.txt")
     assert FINGERPRINT in str(caught.value)

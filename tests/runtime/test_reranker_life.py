@@ -20,7 +20,7 @@ from edje.runtime.opening import RunOptions
 from edje.runtime.reranker import Reranker
 from edje.runtime.store import TokenStore
 from recording_device import CapturableEngine, RecordingDevice
-from toy_engine import FINGERPRINT, HIDDEN, NUM_TOKENS, toy_tokenizer
+from toy_engine import toy_store, toy_tokenizer
 
 IDS = [f"img-{number}" for number in range(12)]
 QUERIES = ["a red circle", "blue square above", "red", "a blue circle above a red square"]
@@ -152,12 +152,12 @@ class EndingEngine(CapturableEngine):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(0, 12), st.lists(st.integers(1, 30), min_size=1))
 def test_an_engine_ends_after_all_its_work_outside_any_capture_before_its_device(
-    toy_store, toy_words, seed, after, sizes
+    store, toy_words, seed, after, sizes
 ):
     """In whatever order the device finishes, and whenever another thread closes the reranker."""
     device = RecordingDevice(seed)
     engine = EndingEngine(device)
-    reranker = Reranker(engine, toy_words, toy_store, runs=RunOptions(device=device))
+    reranker = Reranker(engine, toy_words, store, runs=RunOptions(device=device))
     closing = threading.Thread(target=reranker.close)
     asked, errors = [], []
 
@@ -182,13 +182,9 @@ def test_an_engine_ends_after_all_its_work_outside_any_capture_before_its_device
 
 
 @pytest.fixture(scope="module")
-def toy_store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy") / "store"
-    sizes = {"num_tokens": NUM_TOKENS, "hidden": HIDDEN, "fingerprint_encoder": FINGERPRINT}
-    with TokenStore.create(folder, **sizes) as store:
-        tokens = np.random.default_rng(0).standard_normal((30, NUM_TOKENS, HIDDEN))
-        store.append([f"img-{at}" for at in range(30)], tokens.astype(np.float16))
-    with TokenStore.open(folder) as store:
+def store(tmp_path_factory):
+    values = np.random.default_rng(0).standard_normal(30)
+    with toy_store(tmp_path_factory.mktemp("toy") / "store", values) as store:
         yield store
 
 

@@ -24,7 +24,6 @@ from edje.runtime.graphs import SlotGraphs
 from edje.runtime.pipeline import Pipeline, Request
 from edje.runtime.slot import Slot, SlotRing
 from edje.runtime.streams import Streams
-from edje.runtime.text import TokenizedQueries
 from recording_device import (
     CapturableEngine,
     RecordingDevice,
@@ -33,7 +32,7 @@ from recording_device import (
     RecordingStream,
     poison,
 )
-from toy_engine import ToySource
+from toy_engine import ToySource, toy_request, toy_scores
 
 BROKEN_ROW = 700
 SLOTS = st.integers(1, 4)
@@ -106,7 +105,7 @@ class Rig:
 
     def check(self, request):
         scores = self.pipeline.run(request).scores
-        assert np.array_equal(scores, expected_scores(request))
+        assert np.array_equal(scores, toy_scores(request))
 
     def outcome(self, request):
         """Return the error that the request ends with; None after right scores."""
@@ -132,27 +131,13 @@ def fail_on_broken(batch):
         raise RuntimeError("kernel broke")
 
 
-def make_request(lengths, query_of_pair, rows, **more) -> Request:
-    lengths = np.asarray(lengths, np.int32)
-    text_ids = np.zeros((len(lengths), 63), np.int32)
-    for q, length in enumerate(lengths):
-        text_ids[q, :length] = q + 1
-    queries = TokenizedQueries(text_ids, lengths, np.zeros(len(lengths), np.bool_))
-    return Request(queries, np.asarray(query_of_pair, np.int64), np.asarray(rows, np.int64), **more)
-
-
-def expected_scores(request):
-    text = request.queries.text_ids.sum(1) / 1024
-    return (request.rows + text[request.query_of_pair]).astype(np.float32)
-
-
 @st.composite
 def requests(draw, max_pairs=40):
     """Pairs of up to three queries, rows 0 to 500; batches of at most 8."""
     lengths = draw(st.lists(st.integers(3, 63), min_size=1, max_size=3))
     num_pairs = draw(st.integers(1, max_pairs))
     start, step = draw(st.integers(0, 99)), draw(st.integers(1, 10))
-    return make_request(
+    return toy_request(
         lengths, np.arange(num_pairs) * step % len(lengths), start + step * np.arange(num_pairs)
     )
 
@@ -214,7 +199,7 @@ def test_a_failure_at_any_stage_reaches_its_caller_by_name(
     rig = Rig(device, num_slots, graphs)
     for _ in range(0 if graphs == "off" else 3 * num_slots):
         rig.check(request_)
-    sound = make_request([5], np.zeros(20), np.arange(20))
+    sound = toy_request([5], np.zeros(20), np.arange(20))
     place = at % len(request_.rows)
     if what == "gather":
         rig.source.fail = {int(request_.rows[place]): StoreError("disk gone")}
@@ -292,7 +277,7 @@ def test_only_the_callers_of_failing_batches_see_the_failure(device, num_callers
     def call(number):
         rows = np.arange(20) + 20 * number
         rows[7] = BROKEN_ROW if number in broken else rows[7]
-        error = rig.outcome(make_request([5], np.zeros(20), rows))
+        error = rig.outcome(toy_request([5], np.zeros(20), rows))
         return "sound" if error is None else error.stage
 
     with ThreadPoolExecutor(num_callers) as pool:
@@ -341,7 +326,7 @@ def test_a_request_nobody_wants_any_more_stops_and_gives_its_slots_back(
     assert isinstance(error, StoppedError) if len(asked) > after else error is None
     if error is not None:
         known = error.partial
-        right = np.where(known.skipped, np.nan, expected_scores(request_))
+        right = np.where(known.skipped, np.nan, toy_scores(request_))
         assert np.array_equal(known.scores, right, equal_nan=True)
         assert known.skipped.any(), "nothing was left to do"
     rig.check(request_)
@@ -388,7 +373,7 @@ def test_the_recording_device_finds_a_spoilt_pipeline(spoilt, monkeypatch):
         with monkeypatch.context() as patch:
             rig = Rig(device, 2, "on")
             spoil(rig, what, which, patch)
-            request = make_request([5], np.zeros(40), np.arange(40))
+            request = toy_request([5], np.zeros(40), np.arange(40))
             try:
                 error = rig.outcome(request)
             except AssertionError as wrong:

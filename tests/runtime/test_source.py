@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from edje import arrays
 from edje.errors import StoreError
 from edje.runtime.source import Float16Tokens, HeldTokens, float16_tokens
-from edje.runtime.store import TokenStore, threads
+from edje.runtime.store import TokenStore
 from edje.tokens import dequantize_tokens, quantize_tokens
 
 NUM_TOKENS, HIDDEN = 3, 40
@@ -36,7 +37,7 @@ def test_records_come_dequantised_in_any_order(store, num_rows):
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 24, 25, 160])
 def test_several_threads_dequantise_in_place_as_one_does(store, num_rows, monkeypatch):
     """The values lie in the last half of the memory that the tokens are written into."""
-    monkeypatch.setattr(threads, "BYTES_A_THREAD", NUM_TOKENS * HIDDEN * 2)
+    monkeypatch.setattr(arrays, "BYTES_A_THREAD", NUM_TOKENS * HIDDEN * 2)
     places = np.random.default_rng(num_rows).integers(0, len(IDS), num_rows)
     rows = store.rows([IDS[place] for place in places])
     for _ in range(5):
@@ -46,7 +47,7 @@ def test_several_threads_dequantise_in_place_as_one_does(store, num_rows, monkey
 
 
 def test_held_records_come_as_they_are_in_the_store(store, monkeypatch):
-    monkeypatch.setattr(threads, "BYTES_A_THREAD", NUM_TOKENS * HIDDEN)
+    monkeypatch.setattr(arrays, "BYTES_A_THREAD", NUM_TOKENS * HIDDEN)
     rows = np.sort(store.rows(IDS))
     held = HeldTokens.read_from(store, rows, TOKENS.shape[1:], "int8")
     asked = np.random.default_rng(0).choice(rows, 60)

@@ -9,6 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edje.bundle import BundleManifest, ImageSpec, ModelSizes, TextSpec
+from edje.runtime.store import TokenStore
 
 SIZE, NUM_TOKENS, HIDDEN, FEATURE_DIM = 8, 4, 6, 5
 
@@ -56,3 +57,13 @@ def mean_graph(name: str, shape: list[object], num_inputs: int, axes: list[int])
         ],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def records(store: Path) -> dict[str, bytes]:
+    """Every id of a store with the bytes of its float16 record; a damaged one raises."""
+    with TokenStore.open(store) as opened:
+        ids = opened.ids()
+        out = np.empty((len(ids), NUM_TOKENS, HIDDEN), np.float16)
+        opened.read(opened.rows(ids), out)
+    assert len(set(ids)) == len(ids)
+    return {image_id: tokens.tobytes() for image_id, tokens in zip(ids, out, strict=True)}

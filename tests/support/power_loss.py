@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from disk_changes import CHANGES
 from edje.runtime.store import disk
 from edje.runtime.store.catalog import Catalog
 
@@ -101,9 +102,8 @@ class PowerLoss:
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Put the recorder between the store and the disk."""
-        for name in ("create", "write", "sync", "truncate", "unlink", "link", "rename"):
+        for name in CHANGES:
             self._record(patch, disk, name, getattr(self, f"_{name}"))
-        self._record(patch, disk, "sync_folder", self._sync_folder)
         for name in ("commit", "forget_retired"):
             self._record(patch, Catalog, name, lambda *_: self._copy_catalog())
 

@@ -9,7 +9,8 @@ import numpy as np
 import xxhash
 
 from edje.runtime.store.format import PAGE_BYTES, StoreLayout, header_page
-from edje.runtime.store.read import ReadPlan, SegmentReader
+from edje.runtime.store.read import SegmentReader
+from edje.runtime.store.records import ReadPlan
 
 ROWS = 70  # of each segment: more than two groups of int8 records
 SEGMENTS = 3

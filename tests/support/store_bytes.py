@@ -1,9 +1,10 @@
-"""The catalog of a store, read and forged by the format's text, with nothing of the package."""
+"""The bytes of a store, read, forged and damaged by the format's text, not by the package."""
 
 from __future__ import annotations
 
+import os
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import xxhash
@@ -37,3 +38,21 @@ def rewrite(path: Path, table: str, key: str, row: Row) -> None:
         catalog.execute(f"DELETE FROM {table} WHERE {key}")
         marks = ", ".join("?" * (len(row) + 1))
         catalog.execute(f"INSERT INTO {table} VALUES ({marks})", (*row, self_check(row)))
+
+
+def flip(path: Path, offset: int, mask: int = 4) -> None:
+    """Flip bits of one byte in place; an offset below zero counts from the end."""
+    with path.open("r+b") as file:
+        at = file.seek(offset, os.SEEK_END if offset < 0 else os.SEEK_SET)
+        value = file.read(1)[0] ^ mask
+        file.seek(at)
+        file.write(bytes([value]))
+
+
+def open_files(folder: Path) -> list[str]:
+    """Return the files below `folder` that this process holds open."""
+    held = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the descriptor of this very listing
+            held.append(os.readlink(link))
+    return [target for target in held if target.startswith(str(folder))]

@@ -24,7 +24,9 @@ from dataclasses import dataclass, field
 from itertools import count, product
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+from disk_changes import CHANGES, write_half
 from edje.runtime.store import TokenStore, disk
 from edje.runtime.store.catalog import Catalog
 from store_history import (
@@ -234,7 +236,6 @@ def kill_at_random(path: Path, sizes: Sizes, seed: int, kills: int) -> Outcome:
     return outcome
 
 
-CHANGES = ("create", "write", "sync", "truncate", "unlink", "link", "rename", "sync_folder")
 MOMENTS = ("before", "half", "after")
 
 
@@ -250,14 +251,12 @@ class Death:
             setattr(Catalog, name, self._deadly(getattr(Catalog, name)))
 
     def _deadly(self, call: Callable[..., object]) -> Callable[..., object]:
-        def wrapped(*arguments: object) -> object:
+        def wrapped(*arguments: Any) -> object:
             self._countdown -= 1
             if self._countdown != 0:
                 return call(*arguments)
             if self._moment == "half" and call.__name__ == "write":
-                descriptor, pieces, offset = arguments
-                content = b"".join(pieces)  # type: ignore[arg-type]
-                os.pwrite(descriptor, content[: len(content) // 2 + 7], offset)  # type: ignore[arg-type]
+                write_half(*arguments)
             elif self._moment == "after":
                 call(*arguments)
             os.kill(os.getpid(), signal.SIGKILL)

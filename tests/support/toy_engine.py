@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -11,8 +13,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from edje.bundle import BundleManifest, ModelSizes, TextSpec
 from edje.engines.contract import Batch, HostEngine
 from edje.engines.manifest import EngineManifest, Profile
-from edje.runtime.store import BadRecord
-from edje.runtime.text import QueryTokenizer
+from edje.runtime.pipeline import Request
+from edje.runtime.store import BadRecord, TokenStore
+from edje.runtime.text import QueryTokenizer, TokenizedQueries
 
 FINGERPRINT = "f" * 64
 NUM_TOKENS, HIDDEN = 4, 8
@@ -144,3 +147,30 @@ def toy_tokenizer_json() -> str:
 def toy_tokenizer(tmp_path, *, normalization: str = "none") -> QueryTokenizer:
     (tmp_path / "tokenizer.json").write_text(toy_tokenizer_json(), encoding="utf-8")
     return QueryTokenizer.open(tmp_path, TextSpec(normalization, 61, CLS, SEP, 0))
+
+
+def toy_store(path: Path, values: Iterable[float], **changed: Any) -> TokenStore:
+    """Make and open a store whose image `img-i` holds `values[i]` everywhere: `ToyEngine`'s score,
+    but for what the query adds."""
+    sizes = {"num_tokens": NUM_TOKENS, "hidden": HIDDEN, "fingerprint_encoder": FINGERPRINT}
+    tokens = np.stack([np.full((NUM_TOKENS, HIDDEN), value, np.float16) for value in values])
+    with TokenStore.create(path, **{**sizes, **changed}) as store:
+        store.append([f"img-{i}" for i in range(len(tokens))], tokens, allow_nonfinite=True)
+    return TokenStore.open(path)
+
+
+def toy_request(lengths: Any, query_of_pair: Any, rows: Any, **more: Any) -> Request:
+    """Query q holds its own number + 1 at every real id, so its length tells it apart too."""
+    lengths = np.asarray(lengths, np.int32)
+    text_ids = np.zeros((len(lengths), 63), np.int32)
+    for q, length in enumerate(lengths):
+        text_ids[q, :length] = q + 1
+    queries = TokenizedQueries(text_ids, lengths, np.zeros(len(lengths), np.bool_))
+    pairs = np.asarray(query_of_pair, np.int64), np.asarray(rows, np.int64)
+    return Request(queries, *pairs, **more)
+
+
+def toy_scores(request: Request) -> np.ndarray:
+    """What `ToyEngine` makes of a request over `ToySource`."""
+    text = request.queries.text_ids.sum(1) / 1024
+    return (request.rows + text[request.query_of_pair]).astype(np.float32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -19,23 +18,10 @@ from edje.engines.samples import RandomSamples, sample_batches
 PROFILE = Profile(64, (15, 31, 63))
 
 
-class RealSamples:
+class RealSamples(RandomSamples):
     """Random pairs that pass for real ones: limits hold for them."""
 
     random = False
-    fingerprint = "0" * 64
-    build_options = MappingProxyType({})
-
-    def __init__(self, bundle: BundleManifest, num_queries: int = 4, num_candidates: int = 16):
-        made = RandomSamples(bundle, num_queries, num_candidates)
-        self.data = made.data
-        self._samples = list(made)
-
-    def __len__(self):
-        return len(self._samples)
-
-    def __iter__(self):
-        return iter(self._samples)
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +31,7 @@ def bundle(tiny_bundle: Path) -> BundleManifest:
 
 @pytest.fixture(scope="session")
 def samples(bundle: BundleManifest) -> RealSamples:
-    return RealSamples(bundle)
+    return RealSamples(bundle, 4, 16)
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,18 @@
 
 from collections import Counter
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import checker, shape_inference
+from onnx import checker, helper, shape_inference
 from onnx.reference import ReferenceEvaluator
+from onnxruntime import InferenceSession
 
 from edje.engines.agreement import kendall_tau
 from edje.engines.contract import INPUTS
-from edje.engines.precision.emulate import emulated, runner, scorer
+from edje.engines.precision.emulate import emulated, round_to_float8, runner, scorer
 from edje.engines.precision.graph import Graph, in_layers
 from edje.engines.precision.lower import ONNX_TYPES, lower
 from edje.errors import EngineError
@@ -43,7 +45,8 @@ def test_every_node_of_the_layers_is_low_but_for_mask_and_softmax(graph, element
 
 
 @pytest.mark.parametrize("element", LOW)
-def test_embeddings_pooler_and_head_stay_float32(graph, element):
+def test_embeddings_statistics_pooler_and_head_stay_float32(graph, element):
+    before = graph.model().SerializeToString()
     lowered = lower(graph, element)
     types = types_of(lowered)
     outside = [n for n in lowered.nodes if n.name.startswith(("/embeddings", "/pooler", "/class"))]
@@ -53,20 +56,10 @@ def test_embeddings_pooler_and_head_stay_float32(graph, element):
     assert low == ({"/embeddings/word/Gather"} if element == "float16" else set())
     assert len(outside) > 15
     assert {v.name: v.type for v in lowered.inputs} == {v.name: v.type for v in graph.inputs}
-
-
-def test_layer_norms_keep_their_statistics_in_float32(graph):
-    norms = [n for n in lower(graph, "float16").nodes if n.op_type == "LayerNormalization"]
-    for norm in norms:
-        stash = [a.i for a in norm.attribute if a.name == "stash_type"]
-        assert stash in ([], [1])  # float32 is also the default
-
-
-def test_the_source_graph_stays_as_it_was(graph, source):
-    before = graph.model().SerializeToString()
-    lower(graph, "float16")
     assert graph.model().SerializeToString() == before
-    assert {n.name for n in Graph.read(source).nodes} == {n.name for n in graph.nodes}
+    for norm in (node for node in lowered.nodes if node.op_type == "LayerNormalization"):
+        stash = [attribute.i for attribute in norm.attribute if attribute.name == "stash_type"]
+        assert stash in ([], [1])  # float32 is also the default
 
 
 def test_the_emulation_scores_as_the_graph_itself(graph, queries):
@@ -88,13 +81,6 @@ def test_emulated_values_have_the_bits_of_their_type_only(graph, queries, elemen
     for values in runner(lowered, names)(queries[0][0]):
         assert not (values.view(np.uint32) & ((1 << bits) - 1)).any()
         assert values.std() > 0
-
-
-def test_a_coarser_type_moves_the_scores_more(graph, queries, run):
-    batch = queries[0][0]
-    exact = run(graph, batch)
-    error = {low: np.abs(scorer(lower(graph, low))(batch) - exact).mean() for low in LOW}
-    assert 0 < error["float16"] < error["bfloat16"]
 
 
 def test_weights_too_large_for_float16_are_all_named(graph):
@@ -128,35 +114,19 @@ def test_tokens_a_thousand_times_as_large_never_give_nan(graph, queries, run, el
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_float8_rounding_is_that_of_the_type(seed):
-    import ml_dtypes
-    from onnx import helper, numpy_helper
-    from onnxruntime import InferenceSession
-
-    from edje.engines.precision import emulate
-
     random = np.random.default_rng(seed)
     scale = np.float32(random.uniform(1e-4, 10))
-    values = random.standard_normal(400).astype(np.float32) * np.float32(
-        10.0 ** random.uniform(-6, 4)
-    )
-
-    class Weights:
-        def __init__(self):
-            self.stored = {}
-
-        def set_weight(self, name, value):
-            self.stored[name] = value
-            return name
-
-    weights = Weights()
-    old = helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["y"], "q")
-    nodes = emulate.round_to_float8(weights, old)
+    size = np.float32(10.0 ** random.uniform(-6, 4))
+    values = random.standard_normal(400).astype(np.float32) * size
     info = [helper.make_tensor_value_info(name, 1, ["n"]) for name in "xy"]
-    stored = {**weights.stored, "scale": scale}
-    initializers = [numpy_helper.from_array(np.asarray(v), k) for k, v in stored.items()]
-    graph = helper.make_graph(nodes, "g", info[:1], info[1:], initializers)
     opset = [helper.make_opsetid("", 20)]
-    model = helper.make_model(graph, opset_imports=opset, ir_version=10)
-    found = InferenceSession(model.SerializeToString()).run(None, {"x": values})[0]
+    shell = helper.make_graph([], "g", info[:1], info[1:])
+    graph = Graph(helper.make_model(shell, opset_imports=opset, ir_version=10))
+    graph.set_weight("scale", scale)
+    graph.nodes += round_to_float8(
+        graph, helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["y"], "q")
+    )
+    session = InferenceSession(graph.model().SerializeToString())
     cut = np.clip(values / scale, -448, 448)
-    np.testing.assert_array_equal(found, cut.astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
+    expected = cut.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(session.run(None, {"x": values})[0], expected)

@@ -1,5 +1,6 @@
 """From a recipe to a graph and its plan: limits, the search, int8 tokens, refusals."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,8 @@ from edje.engines.contract import INPUTS
 from edje.engines.fidelity import FidelityLimits
 from edje.engines.precision.emulate import runner, scorer
 from edje.engines.precision.graph import Graph
+from edje.engines.precision.lower import find_linears, lower
 from edje.engines.precision.prepare import GraphCache, Recipe, prepare_graph, take_int8_tokens
-from edje.engines.precision.quantize import find_linears
 from edje.engines.precision.search import choose
 from edje.engines.samples import RandomSamples, int8_batch
 from edje.errors import EngineError
@@ -30,13 +31,10 @@ def prepare(source, bundle, tmp_path):
     return prepare
 
 
-def test_float32_is_the_bundles_own_file(prepare, source, tmp_path):
+def test_float32_is_the_bundles_own_file_and_a_plan_says_what_stays_so(prepare, source, tmp_path):
     plan, _ = prepare("fp32", "float32")
     assert plan == {"compute_type": "float32"}
     assert (tmp_path / "graph.onnx").read_bytes() == source.read_bytes()
-
-
-def test_a_plan_says_what_stays_float32_and_why(prepare):
     plan, _ = prepare("fp16", "float16")
     assert plan["compute_type"] == "float16"
     assert "LayerNormalization statistics" in plan["float32"]
@@ -57,14 +55,11 @@ def test_a_plan_says_how_it_was_calibrated(prepare, samples):
     assert list(find_linears(graph)) == []
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_quantising_needs_pairs(prepare, precision):
-    with pytest.raises(EngineError, match="needs pairs to calibrate") as caught:
-        prepare(precision, "float32")
-    assert "--calibration-random" in caught.value.hint
-
-
-def test_random_pairs_are_marked_and_hold_no_limits(prepare, bundle):
+def test_quantising_needs_pairs_and_random_ones_are_marked_and_hold_no_limits(prepare, bundle):
+    for precision in ("int8", "fp8"):
+        with pytest.raises(EngineError, match="needs pairs to calibrate") as caught:
+            prepare(precision, "float32")
+        assert "--calibration-random" in caught.value.hint
     never = FidelityLimits(min_kendall_tau=1.0, max_top1_change=0.0)
     plan, _ = prepare("int8", "float32", calibration=RandomSamples(bundle, 2, 8), limits=never)
     assert plan["calibration_random"] is True
@@ -111,8 +106,6 @@ def test_builds_that_differ_in_the_backend_share_one_calibration(source, bundle,
 
 @pytest.mark.parametrize("element", ["float32", "float16"])
 def test_int8_tokens_score_as_their_float_values(graph, queries, element):
-    from edje.engines.precision.lower import lower
-
     typed = graph if element == "float32" else lower(graph, element)
     stored = int8_batch(queries[0][0])
     values = stored.visual_tokens.astype(np.float32) * stored.visual_scales[..., None]
@@ -125,15 +118,14 @@ def test_int8_tokens_score_as_their_float_values(graph, queries, element):
     np.testing.assert_allclose(found, runner(graph)(queries[0][0])[0], rtol=0, atol=0.1)
 
 
-def test_what_is_no_graph_is_refused(tmp_path):
+def test_what_is_no_graph_is_refused_and_without_onnx_it_says_what_to_install(
+    source, tmp_path, monkeypatch
+):
     bad = tmp_path / "bad.onnx"
     bad.write_bytes(b"not a graph")
     with pytest.raises(EngineError, match="cannot be read as ONNX"):
         Graph.read(bad)
-
-
-def test_without_onnx_one_sentence_says_what_to_install(source, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(EngineError, match="needs onnx") as caught:
         Graph.read(source)
     assert caught.value.hint == "pip install 'edje-runtime[build]'"

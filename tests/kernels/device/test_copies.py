@@ -6,8 +6,8 @@ import pytest
 
 from edje.errors import EngineError
 from edje.kernels.device import GPU_DEVICES, open_gpu
-from edje.kernels.device.copies import CopySpeed, measure_copies
 from edje.kernels.device.host import HostDevice
+from edje.kernels.device.measuring import CopySpeed, measure_copies
 from pretended_gpu import pretend_gpu
 
 

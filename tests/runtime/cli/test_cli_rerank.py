@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 
-from edje.runtime.cli.app import main
-from edje.runtime.reranker import Reranker
 from edje.runtime.store import TokenStore
 
 
-class Ran(NamedTuple):
-    """What one call gave."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
 @pytest.fixture
-def rerank(tiny_engine: Path, tiny_store: Path, capfd: pytest.CaptureFixture[str]) -> Any:
-    """Run the verb in this process."""
+def rerank(edje: Any, tiny_engine: Path, tiny_store: Path) -> Any:
+    """Run the verb."""
 
-    def call(*options: object, store: Path = tiny_store, engine: Path = tiny_engine) -> Ran:
-        capfd.readouterr()
-        words = ["rerank", engine, "--store", store, "--query", "a dog", *options]
-        code = main([str(word) for word in words])
-        return Ran(code, *capfd.readouterr())
+    def call(*options: object, store: Path = tiny_store, engine: Path = tiny_engine) -> Any:
+        return edje("rerank", engine, "--store", store, "--query", "a dog", *options)
 
     return call
 
@@ -87,11 +69,6 @@ def test_an_empty_store_is_nothing_scored(rerank: Any, tiny_store: Path, tmp_pat
     ran = rerank("--json", store=tmp_path / "empty")
     assert (ran.code, ran.json["hits"]) == (1, [])
     assert ran.err == f"edje: nothing was scored: {tmp_path / 'empty'} holds no image\n"
-
-
-def test_an_empty_list_is_an_empty_result_in_python(tiny_engine: Path, tiny_store: Path) -> None:
-    with Reranker.open(tiny_engine, store=tiny_store) as reranker:
-        assert reranker.rank("a dog", []).hits == ()
 
 
 def test_a_time_that_is_up_leaves_what_was_scored_and_exits_with_1(rerank: Any) -> None:

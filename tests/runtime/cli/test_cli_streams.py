@@ -189,13 +189,15 @@ def test_quiet_leaves_errors(tiny_engine, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("verb", ["", "store", *VERBS])
-def test_h_is_help_everywhere_and_quiet_is_listed(verb, capfd):
+def test_h_is_help_everywhere_with_quiet_json_and_an_example(verb, capfd):
     assert main([*verb.split(), "-h"]) == 0
     short = capfd.readouterr().out
     assert main([*verb.split(), "--help"]) == 0
     assert short == capfd.readouterr().out
     assert "-q, --quiet" in short
     assert "-h, --help" in short
+    assert (f"Example:\n    edje {verb}" in short) == (verb in VERBS)
+    assert ("--json" in short) == (verb in VERBS and verb != "demo")
 
 
 def test_every_verb_is_tested_above():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
-import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +17,7 @@ from edje.engines.image import ImageEncoder
 from edje.errors import EngineError, RequestError
 from edje.runtime.cli.app import main
 from edje.runtime.store import TokenStore
+from image_files import png, write_tar
 from mean_bundle import FEATURE_DIM, HIDDEN, NUM_TOKENS, SIZE, make_bundle
 from thread_counts import pretend_quota, watch_threads
 
@@ -36,12 +35,6 @@ def photos(tmp_path: Path) -> Path:
         Image.new("RGB", (5, 5), (8 * number,) * 3).save(tmp_path / f"photos/{number:02}.png")
         (tmp_path / f"photos/{number:02}.txt").write_text("a caption")
     return tmp_path / "photos"
-
-
-def png() -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", (5, 5)).save(content, "PNG")
-    return content.getvalue()
 
 
 def ids_of(store: Path) -> list[str]:
@@ -89,10 +82,7 @@ def test_features_and_tars(
     features = ["--features", str(tmp_path / "f.npy"), "--ids", str(tmp_path / "names")]
     assert main(["index", str(bundle), *features, "--store", str(tmp_path / "s")]) == 0
     for number in (1, 2):
-        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
-            info = tarfile.TarInfo(f"{number}.png")
-            info.size = len(png())
-            tar.addfile(info, io.BytesIO(png()))
+        write_tar(tmp_path / f"{number}.tar", [(f"{number}.png", png())])
     tars = [str(tmp_path / f"{number}.tar") for number in (1, 2)]
     assert main(["index", str(bundle), *tars, "--store", str(tmp_path / "s")]) == 0
     assert "2/2" in capsys.readouterr().err, "the bar ends at the number of images"
@@ -289,14 +279,6 @@ def test_links_to_folders_of_features_are_followed_too(
     assert "1 links to folders were not followed" in capsys.readouterr().err
     assert main([*common, "--store", str(tmp_path / "s"), "--follow-links"]) == 0
     assert ids_of(tmp_path / "s") == ["a", "linked/b"]
-
-
-def test_a_list_with_a_byte_order_mark_selects_what_it_names(
-    tmp_path: Path, bundle: Path, photos: Path
-) -> None:
-    (tmp_path / "only.txt").write_bytes(b"\xef\xbb\xbf04.png\r\n11.png\r\n")
-    assert index(bundle, photos, tmp_path / "s", "--only", str(tmp_path / "only.txt")) == 0
-    assert ids_of(tmp_path / "s") == ["04.png", "11.png"]
 
 
 def test_nobody_at_the_address_of_ray_is_one_sentence(

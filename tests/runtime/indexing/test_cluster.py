@@ -33,7 +33,7 @@ from edje.runtime.indexing.flow import Group
 from edje.runtime.indexing.index import index_images
 from edje.runtime.indexing.sources import ImageFile, SkippedImage, open_source
 from edje.runtime.store import SegmentWriter, StoreLayout, TokenStore
-from mean_bundle import HIDDEN, NUM_TOKENS, make_bundle
+from mean_bundle import HIDDEN, NUM_TOKENS, make_bundle, records
 
 NUM_IMAGES = 24
 
@@ -87,16 +87,6 @@ def make_store(folder: Path, *, dtype: str = "float16", segment_bytes: int = 1 <
         dtype=dtype,
         segment_bytes=segment_bytes,
     )
-
-
-def records(store: Path) -> dict[str, bytes]:
-    """Every id of a store with the bytes of its record; a damaged one raises."""
-    with TokenStore.open(store) as opened:
-        ids = opened.ids()
-        out = np.empty((len(ids), NUM_TOKENS, HIDDEN), np.float16)
-        opened.read(opened.rows(ids), out)
-    assert len(set(ids)) == len(ids)
-    return {image_id: tokens.tobytes() for image_id, tokens in zip(ids, out, strict=True)}
 
 
 def int8_records(store: Path) -> dict[str, tuple[bytes, bytes]]:

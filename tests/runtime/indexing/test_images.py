@@ -1,4 +1,4 @@
-"""Decoding agrees with transformers' own SiglipImageProcessor, and bad files give a reason."""
+"""Pixels are those of transformers' SiglipImageProcessor; what is not opened gives a reason."""
 
 from __future__ import annotations
 
@@ -13,19 +13,14 @@ from PIL import Image
 
 from edje.bundle import ImageSpec
 from edje.errors import RequestError
-from edje.runtime.indexing.images import Unreadable, decode_image
+from edje.runtime.indexing.decoders import DecoderPool
+from edje.runtime.indexing.images import Unreadable, decode_entry, decode_image
+from edje.runtime.indexing.sources import ImageFile
+from image_files import encoded, noise
 
 SPEC = ImageSpec(24, 2, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 BICUBIC = ImageSpec(17, 3, 1 / 255, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
 MODES = ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "YCbCr"]
-
-
-def random_image(mode: str, width: int, height: int) -> Image.Image:
-    """Return noise in any of Pillow's modes."""
-    noise = np.random.default_rng(width).integers(0, 256, (height, width, 4), dtype=np.uint8)
-    if mode == "I;16":
-        return Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
-    return Image.fromarray(noise, "RGBA").convert(mode)
 
 
 def official(image: Image.Image, spec: ImageSpec) -> np.ndarray:
@@ -50,7 +45,7 @@ def test_pixels_equal_those_of_transformers(
     tmp_path: Path, mode: str, size: tuple[int, int], spec: ImageSpec
 ) -> None:
     path = tmp_path / ("image.tif" if mode in ("CMYK", "YCbCr") else "image.png")
-    random_image(mode, *size).save(path)
+    noise(mode, *size).save(path)
     got = decode_image(path, spec)
     assert not isinstance(got, Unreadable)
     assert got.dtype == np.float32
@@ -81,7 +76,7 @@ def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
 def test_unreadable_files_give_a_reason(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "empty.png").touch()
-    random_image("RGB", 90, 90).save(tmp_path / "whole.png")
+    noise("RGB", 90, 90).save(tmp_path / "whole.png")
     content = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
     (tmp_path / "folder.png").mkdir()
@@ -117,3 +112,73 @@ def test_missing_pillow_names_the_extra(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(RequestError, match=r"pip install 'edje-runtime\[index\]'"):
         decode_image(tmp_path / "a.png", SPEC)
+
+
+SAVED = [
+    *("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG"),
+    *("PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP"),
+]
+
+
+def decoded(path: Path, content: bytes) -> object:
+    """What comes of the bytes in a file whose name says nothing true."""
+    path.write_bytes(content)
+    from_file = decode_entry(ImageFile("cat.jpg", path), SPEC)
+    from_memory = decode_entry(ImageFile("cat.jpg", path, content=content), SPEC)
+    assert type(from_file) is type(from_memory)
+    return from_file
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_raster_formats_are_read_whatever_the_name_says(tmp_path: Path, name: str) -> None:
+    try:
+        content = encoded(Image.new("RGB", (16, 16), "red"), name)
+    except (OSError, KeyError) as error:
+        pytest.skip(f"this Pillow does not write {name}: {error}")
+    assert not isinstance(decoded(tmp_path / "cat.jpg", content), Unreadable)
+
+
+EPS = encoded(Image.new("RGB", (16, 16), "red"), "EPS")
+WMF = b"\xd7\xcd\xc6\x9a\0\0" + bytes(10) + b"\x01\0\x09\0" + bytes(40)
+EMF = b"\x01\0\0\0" + bytes(36) + b" EMF" + bytes(80)
+NO_RASTER = [
+    (EPS, "PostScript (EPS) is no raster image"),
+    (b"\xc5\xd0\xd3\xc6" + bytes(60), "PostScript (EPS) is no raster image"),
+    (b"%!FontType1", "PostScript (EPS) is no raster image"),
+    (b"%PDF-1.7\n", "PDF is no raster image"),
+    (WMF, "a Windows metafile (WMF or EMF) is no raster image"),
+    (EMF, "a Windows metafile (WMF or EMF) is no raster image"),
+    (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG is no raster image"),
+    (b'<?xml version="1.0"?>\n<!-- made -->\n<svg width="4"/>', "SVG is no raster image"),
+    (b"SIMPLE  =                    T" + bytes(50), "FITS is not among the formats"),
+    (b"\n<!DOCTYPE HTML><title>404</title>", "is a web page (HTML), no image"),
+    (b"\0\0\0\x18ftypheic" + bytes(16), "HEIF is read where an opener is registered"),
+    (b"\0\0\0\x18ftypmp42" + bytes(16), "is a video (MP4 or QuickTime), no image"),
+    (b"PK\3\4" + bytes(30), "is a zip archive, no image"),
+    (b"a caption", "not an image of a known format"),
+    (b"\xff", "not an image of a known format"),
+]
+
+
+@pytest.mark.parametrize(("content", "reason"), NO_RASTER)
+def test_what_is_no_raster_image_is_called_by_its_name(
+    tmp_path: Path, content: bytes, reason: str
+) -> None:
+    found = decoded(tmp_path / "cat.jpg", content)
+    assert isinstance(found, Unreadable)
+    assert found.reason.startswith(reason)
+
+
+def test_no_program_is_started_for_postscript(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, tools = tmp_path / "started", tmp_path / "bin"
+    tools.mkdir()
+    (tools / "gs").write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+    (tools / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "cat.jpg").write_bytes(EPS)
+    with DecoderPool(SPEC, 1) as pool:
+        (found,) = pool.submit([ImageFile("cat.jpg", tmp_path / "cat.jpg")]).result()
+    assert isinstance(found, Unreadable)
+    assert not log.exists()

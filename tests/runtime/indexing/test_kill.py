@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import signal
 import subprocess
 import sys
-import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from edje.runtime.indexing.skipped import read_skipped
-from edje.runtime.store import TokenStore
-from mean_bundle import HIDDEN, NUM_TOKENS, make_bundle
+from edje.runtime.indexing.flow import read_skipped
+from image_files import encoded, write_tar
+from mean_bundle import make_bundle, records
 
 NUM_IMAGES = 2000
 NO_IMAGES = range(50, NUM_IMAGES, 100)
@@ -38,31 +36,18 @@ index_images(encoder, images, store, batch_size=32, workers=1, progress=progress
 """
 
 
-def members() -> list[tuple[str, bytes]]:
+def members() -> Iterator[tuple[str, bytes]]:
     """Small images that all differ; one in a hundred is none."""
     noise = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 6, 6, 3), dtype=np.uint8)
-    found = []
     for number in range(NUM_IMAGES):
-        content = io.BytesIO()
-        Image.fromarray(noise[number]).save(content, "PNG")
-        readable = number not in NO_IMAGES
-        found.append((f"{number:04}.png", content.getvalue() if readable else b"no image"))
-    return found
+        content = b"no image" if number in NO_IMAGES else encoded(Image.fromarray(noise[number]))
+        yield f"{number:04}.png", content
 
 
-def write_folder(path: Path) -> Path:
+def write_folder(path: Path, contents: Iterable[tuple[str, bytes]]) -> Path:
     path.mkdir()
-    for name, content in members():
+    for name, content in contents:
         (path / name).write_bytes(content)
-    return path
-
-
-def write_tar(path: Path) -> Path:
-    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
-        for name, content in members():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
     return path
 
 
@@ -95,15 +80,6 @@ def kill(process: subprocess.Popen[str], num_batches: int, delay_s: float, whole
         time.sleep(0.01)
 
 
-def content_of(store: Path) -> dict[str, bytes]:
-    with TokenStore.open(store) as opened:
-        ids = opened.ids()
-        out = np.empty((len(ids), NUM_TOKENS, HIDDEN), np.float16)
-        opened.read(opened.rows(ids), out)
-    assert len(set(ids)) == len(ids)
-    return {image_id: record.tobytes() for image_id, record in zip(ids, out, strict=True)}
-
-
 def group_is_gone(group: int) -> bool:
     try:
         os.killpg(group, 0)
@@ -117,9 +93,9 @@ def group_is_gone(group: int) -> bool:
     ("write", "name", "num_kills"), [(write_folder, "images", 20), (write_tar, "images.tar.gz", 5)]
 )
 def test_killed_at_random_then_finished_is_exact(
-    tmp_path: Path, write: Callable[[Path], Path], name: str, num_kills: int
+    tmp_path: Path, write: Callable[..., Path], name: str, num_kills: int
 ) -> None:
-    bundle, images = make_bundle(tmp_path / "bundle"), write(tmp_path / name)
+    bundle, images = make_bundle(tmp_path / "bundle"), write(tmp_path / name, members())
     assert finish(bundle, images, tmp_path / "whole") == 0
     draw = random.Random(4)
     for number in range(num_kills):
@@ -129,7 +105,7 @@ def test_killed_at_random_then_finished_is_exact(
     done = finish(bundle, images, tmp_path / "killed")
     if write is write_folder:
         assert NUM_IMAGES / 4 < done < NUM_IMAGES, "they were killed in the midst of it"
-    whole, killed = content_of(tmp_path / "whole"), content_of(tmp_path / "killed")
+    whole, killed = records(tmp_path / "whole"), records(tmp_path / "killed")
     assert list(killed) == [f"{n:04}.png" for n in range(NUM_IMAGES) if n not in NO_IMAGES]
     assert killed == whole
     skipped = [entry.id for entry in read_skipped(tmp_path / "killed")]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from image_files import encoded, write_tar
 from mean_bundle import make_bundle
 
 NUM_IMAGES, WARM_UP, SIZE = 20_000, 2_000, 64
@@ -49,17 +48,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tar of 20,000 images of 2 KB; a hundred different ones, to be quick."""
     path = tmp_path_factory.mktemp("many") / "images.tar"
     noise = np.random.default_rng(0).integers(0, 256, (100, 24, 24, 3), dtype=np.uint8)
-    contents = []
-    for image in noise:
-        content = io.BytesIO()
-        Image.fromarray(image).save(content, "BMP")
-        contents.append(content.getvalue())
-    with tarfile.open(path, "w") as tar:
-        for number in range(NUM_IMAGES):
-            info = tarfile.TarInfo(f"{number:05}.bmp")
-            info.size = len(contents[number % 100])
-            tar.addfile(info, io.BytesIO(contents[number % 100]))
-    return path
+    contents = [encoded(Image.fromarray(image), "BMP") for image in noise]
+    return write_tar(path, ((f"{n:05}.bmp", contents[n % 100]) for n in range(NUM_IMAGES)))
 
 
 def growth_bytes(tmp_path: Path, images: Path, leak: str) -> int:

@@ -10,11 +10,9 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from edje.runtime.indexing.names import name_of, text_of
-from edje.runtime.indexing.skipped import read_skipped
+from edje.runtime.indexing.flow import read_skipped
 from edje.runtime.store import TokenStore
 from mean_bundle import FEATURE_DIM, make_bundle
 
@@ -79,8 +77,3 @@ def test_an_id_of_features_is_the_utf_8_of_the_name(tmp_path: Path) -> None:
     (tmp_path / "features").mkdir()
     np.save(tmp_path / "features/é日.npy", np.ones((3, FEATURE_DIM), np.float16))
     assert index_in_ascii(tmp_path, "--features", "features") == (["é日"], {})
-
-
-@pytest.mark.parametrize("name", [NAME.encode(), NO_UTF_8, b"a.png"])
-def test_names_and_their_text_lead_to_each_other(name: bytes) -> None:
-    assert name_of(text_of(os.fsdecode(name))) == os.fsdecode(name)

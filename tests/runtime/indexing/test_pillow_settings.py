@@ -15,8 +15,7 @@ import toy_format
 from edje.bundle import ImageSpec
 from edje.errors import RequestError
 from edje.runtime.indexing.decoders import Decoded, DecoderPool
-from edje.runtime.indexing.images import Unreadable
-from edje.runtime.indexing.pillow_settings import PillowSettings, pillow_set
+from edje.runtime.indexing.images import PillowSettings, Unreadable, pillow_set
 from edje.runtime.indexing.sources import ImageFile as Entry
 from edje.runtime.indexing.sources import open_source
 
@@ -115,7 +114,7 @@ def test_an_opener_of_the_script_itself_is_refused() -> None:
     code = (
         "from PIL import Image\n"
         "from edje.errors import RequestError\n"
-        "from edje.runtime.indexing.pillow_settings import PillowSettings\n"
+        "from edje.runtime.indexing.images import PillowSettings\n"
         "class Mine: pass\n"
         "Image.register_open('MINE', Mine)\n"
         "try: PillowSettings.of_this_process()\n"

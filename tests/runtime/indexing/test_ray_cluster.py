@@ -18,13 +18,13 @@ import toy_format
 from edje.engines.image import ImageEncoder
 from edje.errors import EngineError, RequestError
 from edje.runtime.cli.app import main
+from edje.runtime.indexing.flow import read_skipped
 from edje.runtime.indexing.index import IndexOptions, index_images
 from edje.runtime.indexing.ray import RayOptions, WorkerPool, index_on_ray, size_pool
-from edje.runtime.indexing.skipped import read_skipped
-from edje.runtime.store import TokenStore
-from mean_bundle import HIDDEN, NUM_TOKENS, make_bundle
+from mean_bundle import make_bundle, records
 
 NUM_IMAGES = 160
+NO_OPTIONS = IndexOptions(None, None, None, None)
 OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes is 75 MiB
 
 
@@ -73,16 +73,6 @@ def ray() -> Iterator[Any]:
             yield ray
         finally:
             ray.shutdown()
-
-
-def records(store: Path) -> dict[str, bytes]:
-    """Every id of a store with the bytes of its record; a damaged one raises."""
-    with TokenStore.open(store) as opened:
-        ids = opened.ids()
-        out = np.empty((len(ids), NUM_TOKENS, HIDDEN), np.float16)
-        opened.read(opened.rows(ids), out)
-    assert len(set(ids)) == len(ids)
-    return {image_id: tokens.tobytes() for image_id, tokens in zip(ids, out, strict=True)}
 
 
 def ray_workers() -> list[int]:
@@ -152,10 +142,9 @@ def test_running_again_continues_and_needs_no_worker(
     first.write_text("".join(f"{n:03d}.png\t{photos}/{n:03d}.png\n" for n in range(NUM_IMAGES)))
     index_images(ImageEncoder.open(bundle), first, tmp_path / "s", workers=1)
     options = RayOptions(num_workers=1, device="cpu")
-    common = IndexOptions(None, None, None, None)
-    report = index_on_ray(bundle, photos, tmp_path / "s", options, common)
+    report = index_on_ray(bundle, photos, tmp_path / "s", options, NO_OPTIONS)
     assert (report.indexed, report.already_present, report.num_skipped) == (0, NUM_IMAGES, 2)
-    report = index_on_ray(bundle, first, tmp_path / "s", options, common)
+    report = index_on_ray(bundle, first, tmp_path / "s", options, NO_OPTIONS)
     assert (report.indexed, report.already_present, report.encoder) == (0, NUM_IMAGES, "")
 
 
@@ -171,7 +160,7 @@ def test_a_worker_that_cannot_work_says_why_and_where(
             photos,
             tmp_path / "s",
             RayOptions(num_workers=2, device="cpu"),
-            IndexOptions(None, None, None, None),
+            NO_OPTIONS,
         )
     assert list((tmp_path / "s/incoming").iterdir()) == []
 
@@ -188,8 +177,7 @@ def test_what_the_caller_set_in_pillow_holds_in_rays_decoders(
     toy_format.register()
     try:
         options = RayOptions(num_workers=1, device="cpu")
-        common = IndexOptions(None, None, None, None)
-        report = index_on_ray(bundle, tmp_path / "photos", tmp_path / "s", options, common)
+        report = index_on_ray(bundle, tmp_path / "photos", tmp_path / "s", options, NO_OPTIONS)
     finally:
         toy_format.unregister()
     assert list(records(tmp_path / "s")) == ["grey.toy"]

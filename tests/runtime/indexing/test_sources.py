@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import lzma
 import os
 import pickle
@@ -17,32 +16,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from edje.errors import RequestError
 from edje.runtime.indexing import tars
 from edje.runtime.indexing.sources import ImageFile, SkippedImage, open_source
+from image_files import png, write_tar
 from mounts import run_with_mounts
 
 
 def everything(_: str) -> bool:
     return True
-
-
-def png(colour: int = 0) -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", (4, 4), (colour,) * 3).save(content, "PNG")
-    return content.getvalue()
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    """Write a tar with the members in this order, compressed where the name says so."""
-    with tarfile.open(path, "w:gz" if path.suffix in (".gz", ".tgz") else "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def read(path: Path | list[Path]) -> tuple[dict[str, bytes], list[SkippedImage]]:
@@ -220,11 +203,7 @@ def test_damaged_headers_and_what_is_no_tar_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["right.tar.KIND", "no-ending", "wrong.tar", "wrong.tar.gz"])
 def test_a_tar_is_known_by_what_it_holds(tmp_path: Path, kind: str, name: str) -> None:
     path = tmp_path / name.replace("KIND", kind).rstrip(".")
-    with tarfile.open(path, f"w:{kind}") as tar:  # type: ignore[call-overload]
-        for member, content in MEMBERS:
-            info = tarfile.TarInfo(member)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    write_tar(path, MEMBERS, kind)
     content, skipped = read(path)
     assert (content, skipped) == (dict(MEMBERS), [])
 
@@ -232,12 +211,7 @@ def test_a_tar_is_known_by_what_it_holds(tmp_path: Path, kind: str, name: str) -
 @pytest.mark.parametrize("kind", ["bz2", "xz"])
 def test_a_damaged_compression_gives_what_came_before(tmp_path: Path, kind: str) -> None:
     noise = [(f"{number}.png", os.urandom(1_200_000)) for number in range(3)]
-    path = tmp_path / f"cut.tar.{kind}"
-    with tarfile.open(path, f"w:{kind}") as tar:  # type: ignore[call-overload]
-        for member, content in noise:
-            info = tarfile.TarInfo(member)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    path = write_tar(tmp_path / f"cut.tar.{kind}", noise, kind)
     whole = bytearray(path.read_bytes())
     path.write_bytes(whole[: len(whole) * 5 // 8])
     content, skipped = read(path)

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import struct
-import tarfile
 import zlib
 from pathlib import Path
 
@@ -15,31 +14,18 @@ import pytest
 from PIL import Image
 
 from edje.engines.image import ImageEncoder, pixels_from_rgb
+from edje.runtime.indexing.flow import SkippedLog, read_skipped
 from edje.runtime.indexing.images import rgb_from_image
 from edje.runtime.indexing.index import index_images
-from edje.runtime.indexing.skipped import SkippedLog, read_skipped
 from edje.runtime.indexing.sources import SkippedImage
-from edje.runtime.store import TokenStore
-from mean_bundle import HIDDEN, NUM_TOKENS, make_bundle, scale_of
+from image_files import encoded, noise, write_tar
+from mean_bundle import make_bundle, records, scale_of
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> ImageEncoder:
     """A tiny image encoder: tokens are mean colours times constants."""
     return ImageEncoder.open(make_bundle(tmp_path_factory.mktemp("encoder") / "bundle"))
-
-
-def noise(mode: str, width: int = 40, height: int = 30) -> Image.Image:
-    values = np.random.default_rng(width).integers(0, 256, (height, width, 4), dtype=np.uint8)
-    if mode == "I;16":
-        return Image.fromarray(values[..., 0].astype(np.uint16) * 257)
-    return Image.fromarray(values, "RGBA").convert(mode)
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    content = io.BytesIO()
-    image.save(content, kind, **options)
-    return content.getvalue()
 
 
 def bomb(side: int) -> bytes:
@@ -78,29 +64,12 @@ def nasty_members() -> dict[str, bytes]:
     }
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def records(store: Path) -> dict[str, np.ndarray]:
-    with TokenStore.open(store) as opened:
-        ids = opened.ids()
-        out = np.empty((len(ids), NUM_TOKENS, HIDDEN), np.float16)
-        opened.read(opened.rows(ids), out)
-    return dict(zip(ids, out, strict=True))
-
-
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
 def test_nasty_members_give_right_records_or_a_reason(
     tmp_path: Path, encoder: ImageEncoder, suffix: str
 ) -> None:
     members = nasty_members()
-    path = write_tar(tmp_path / f"nasty{suffix}", members)
+    path = write_tar(tmp_path / f"nasty{suffix}", members.items())
     report = index_images(encoder, path, tmp_path / "s", batch_size=4, workers=2)
     reasons = {entry.id: entry.reason for entry in report.skipped}
     assert reasons.pop("truncated.jpg").startswith("cannot be decoded: image file is truncated")
@@ -116,7 +85,8 @@ def test_nasty_members_give_right_records_or_a_reason(
         with Image.open(io.BytesIO(members[name])) as image:
             pixels = pixels_from_rgb(rgb_from_image(image, encoder.image), encoder.image)
         expected = pixels.mean(axis=(1, 2)) @ scale_of(3)
-        np.testing.assert_allclose(tokens.ravel(), expected, rtol=2e-3, atol=2e-3, err_msg=name)
+        found_tokens = np.frombuffer(tokens, np.float16)
+        np.testing.assert_allclose(found_tokens, expected, rtol=2e-3, atol=2e-3, err_msg=name)
     again = index_images(encoder, path, tmp_path / "s", batch_size=4)
     assert (again.indexed, again.already_present, again.num_skipped) == (0, 8, 5)
     assert sorted(again.skipped) == sorted(report.skipped)
@@ -126,7 +96,7 @@ def test_a_cut_tar_is_indexed_as_far_as_it_goes_and_again_when_it_is_whole(
     tmp_path: Path, encoder: ImageEncoder
 ) -> None:
     members = {f"{n}.png": encoded(noise("RGB", 10 + n), "PNG") for n in range(6)}
-    path = write_tar(tmp_path / "shard.tar", members)
+    path = write_tar(tmp_path / "shard.tar", members.items())
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     report = index_images(encoder, path, tmp_path / "s")
@@ -192,7 +162,7 @@ def test_only_listed_ids_are_indexed_and_ids_that_are_not_there_are_named(
     tmp_path: Path, encoder: ImageEncoder
 ) -> None:
     members = {f"{n}.png": encoded(noise("RGB", 10 + n), "PNG") for n in range(6)}
-    path = write_tar(tmp_path / "shard.tar", members)
+    path = write_tar(tmp_path / "shard.tar", members.items())
     with pytest.raises(Exception, match=r"2 of 3 ids are not in .*shard\.tar: 'x', 'y'"):
         index_images(encoder, path, tmp_path / "s", only={"y", "1.png", "x"})
     assert not (tmp_path / "s").exists()
@@ -209,6 +179,6 @@ def test_only_listed_ids_are_indexed_and_ids_that_are_not_there_are_named(
 
 
 def test_a_tar_without_images_is_an_error(tmp_path: Path, encoder: ImageEncoder) -> None:
-    path = write_tar(tmp_path / "captions.tar", {"a.txt": b"a caption"})
+    path = write_tar(tmp_path / "captions.tar", [("a.txt", b"a caption")])
     with pytest.raises(Exception, match=r"captions\.tar holds no images"):
         index_images(encoder, path, tmp_path / "s")

@@ -17,9 +17,8 @@ from edje.runtime.pipeline import Pipeline, Request
 from edje.runtime.pool import TokenPool
 from edje.runtime.resident_map import NOWHERE, ResidentMap
 from edje.runtime.slot import Staged
-from edje.runtime.text import TokenizedQueries
 from recording_device import CapturableEngine, RecordingDevice, RecordingStream
-from toy_engine import HIDDEN, NUM_TOKENS, ToySource, toy_manifest
+from toy_engine import HIDDEN, NUM_TOKENS, ToySource, toy_manifest, toy_request
 
 NUM_ROWS = 60  # that the store has
 SEEDS = st.integers(0, 2**32)
@@ -118,13 +117,9 @@ class Rig:
 
 
 def ask(rows: Any, lengths: Any = (5,), query_of_pair: Any = None) -> Request:
-    rows, lengths = np.asarray(rows, np.int64), np.asarray(lengths, np.int32)
-    text_ids = np.zeros((len(lengths), 63), np.int32)
-    for q, length in enumerate(lengths):
-        text_ids[q, :length] = q + 1
-    queries = TokenizedQueries(text_ids, lengths, np.zeros(len(lengths), np.bool_))
-    asked = np.zeros(len(rows)) if query_of_pair is None else query_of_pair
-    return Request(queries, np.asarray(asked, np.int64), rows)
+    return toy_request(
+        lengths, np.zeros(len(rows)) if query_of_pair is None else query_of_pair, rows
+    )
 
 
 @st.composite

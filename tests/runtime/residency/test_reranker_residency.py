@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 
 from edje.engines.contract import Engine
-from edje.errors import EngineError, RequestError, StoppedError, StoreError
+from edje.errors import EngineError, RequestError, StoreError
 from edje.kernels.device import open_device
 from edje.kernels.device.host import HostDevice
-from edje.runtime.measure import Stages, choose, speeds_of
 from edje.runtime.opening import RunOptions
 from edje.runtime.reranker import Reranker
-from edje.runtime.residency import ResidencyOptions
+from edje.runtime.residency import ResidencyOptions, Stages, choose, speeds_of
 from edje.runtime.store import TokenStore
 from recording_device import RecordingDevice, WatchedEngine
-from toy_engine import FINGERPRINT, HIDDEN, NUM_TOKENS, ToyEngine, toy_manifest, toy_tokenizer
+from toy_engine import HIDDEN, NUM_TOKENS, ToyEngine, toy_manifest, toy_store, toy_tokenizer
 
 NUM_IMAGES = 40
 RECORD_BYTES = NUM_TOKENS * HIDDEN * 2
@@ -29,11 +28,8 @@ IDS = [f"img-{number}" for number in range(NUM_IMAGES)]
 
 @pytest.fixture(params=["float16", "int8"])
 def store_path(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    sizes = {"num_tokens": NUM_TOKENS, "hidden": HIDDEN, "fingerprint_encoder": FINGERPRINT}
-    with TokenStore.create(tmp_path / "store", dtype=request.param, **sizes) as store:
-        values = np.arange(NUM_IMAGES, dtype=np.float16) * 7 % 23
-        shape = (NUM_IMAGES, NUM_TOKENS, HIDDEN)
-        store.append(IDS, np.broadcast_to(values[:, None, None], shape).copy())
+    values = np.arange(NUM_IMAGES) * 7 % 23
+    toy_store(tmp_path / "store", values, dtype=request.param).close()
     return tmp_path / "store"
 
 
@@ -210,7 +206,7 @@ def test_a_store_open_for_changes_is_never_loaded(tmp_path, store_path):
 
 def test_auto_loads_the_store_where_that_is_faster(tiny_engine, tiny_store, monkeypatch):
     speeds = {"disk": 100.0, "host": 200.0}
-    monkeypatch.setattr("edje.runtime.measure.Trial.measure", lambda self, here: (speeds, {}))
+    monkeypatch.setattr("edje.runtime.residency.Trial.measure", lambda self: (speeds, {}))
     with Reranker.open(tiny_engine, store=tiny_store, residency="auto") as reranker:
         assert reranker.residency.place == "host"
         assert len(reranker.rank("red")) == 12
@@ -303,17 +299,6 @@ def test_a_callers_device_stays_open(tiny_engine, tiny_store):
         assert len(reranker.rank("red")) == 12
         assert device.usage().num_streams == 1
     device.close()
-
-
-def test_a_request_whose_time_is_up_stops(tmp_path, store):
-    with Reranker(ToyEngine(), toy_tokenizer(tmp_path), store) as reranker:
-        with pytest.raises(StoppedError, match="deadline passed"):
-            reranker.rank("red", IDS, timeout_s=0)
-        with pytest.raises(StoppedError, match="cancelled"):
-            reranker.predict([("red", "img-1")], cancelled=lambda: True)
-        with pytest.raises(RequestError, match="timeout_s is -1"):
-            reranker.rank("red", IDS, timeout_s=-1)
-        assert len(reranker.rank("red", IDS, timeout_s=60)) == NUM_IMAGES
 
 
 def test_after_a_warm_up_every_bucket_has_run(tmp_path, store):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edje.errors import EdjeError, RequestError, StoreError
 from edje.runtime.store import SegmentWriter, StoreLayout, TokenStore, incoming_name
-from edje.runtime.store.batches import nonfinite_records
+from edje.runtime.store.records import nonfinite_records
 from edje.runtime.store.shards import export_store, import_store
 
 SIZES = {"num_tokens": 2, "hidden": 4, "fingerprint_encoder": "sha256:tower"}
@@ -272,6 +272,8 @@ def test_a_closed_store_refuses_everything(store: TokenStore, mode: Any) -> None
         (lambda store: TokenStore.open(b"s"), "path is b's', expected a path"),
         (lambda store: TokenStore.open(store.path, mode=1), "mode is 1"),
         (lambda store: TokenStore.open(store.path, mode="w", access=0), "access is 0"),
+        (lambda store: TokenStore.open(store.path, access="mapped"), "access is 'mapped'"),
+        (lambda store: TokenStore.open(store.path, mode="a", access="resident"), 'mode "r"'),
         (lambda store: TokenStore.create(3, **SIZES), "path is 3, expected a path"),
         (lambda store: TokenStore.create(store.path / "x", **{**SIZES, "hidden": "4"}), "hidden"),
         (lambda store: TokenStore.create(store.path / "x", **{**SIZES, "hidden": True}), "hidden"),
@@ -284,6 +286,9 @@ def test_a_closed_store_refuses_everything(store: TokenStore, mode: Any) -> None
         (lambda store: store.iterate("4"), "batch_size is '4'"),
         (lambda store: store.iterate(0), "batch_size is 0"),
         (lambda store: store.compact("0.5"), "max_dead_share is '0.5'"),
+        (lambda store: store.compact(-0.1), "max_dead_share is -0.1"),
+        (lambda store: store.compact(1), "max_dead_share is 1"),
+        (lambda store: store.compact(float("nan")), "max_dead_share is nan"),
         (lambda store: store.commit_segments([3, None]), "a path is None"),
         (lambda store: StoreLayout.read(3), "folder is 3"),
         (lambda store: SegmentWriter(3, "layout"), "layout is 'layout', expected a StoreLayout"),

@@ -9,12 +9,14 @@ import os
 import random
 import re
 import resource
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Literal
@@ -22,8 +24,9 @@ from typing import Literal
 import numpy as np
 import pytest
 
+from disk_changes import Failure
 from edje.errors import StoreError
-from edje.runtime.store import SegmentWriter, TokenStore, disk
+from edje.runtime.store import SegmentWriter, TokenStore
 from mounts import run_with_mounts
 from store_history import (
     KINDS,
@@ -39,7 +42,6 @@ from store_history import (
 )
 
 SMALL = {"num_tokens": 8, "hidden": 320, "segment_bytes": 4096 * 30}
-CHANGES = ("create", "write", "sync", "truncate", "unlink", "link", "rename", "sync_folder")
 
 
 @pytest.fixture(params=["float16", "int8"])
@@ -67,30 +69,6 @@ def is_one_sentence(message: str) -> bool:
     """Return whether the message is one line (and one with the mend)."""
     first, *rest = message.split("\n")
     return bool(first) and all(line.startswith("Hint: ") for line in rest)
-
-
-class Failure:
-    """Makes the n-th change of the store on disk fail; half of a write is done before."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, countdown: int, code: int, *, stay: bool):
-        self.countdown, self._code, self._stay = countdown, code, stay
-        for name in CHANGES:
-            patch.setattr(disk, name, self._failing(getattr(disk, name)))
-
-    def _failing(self, call: Callable[..., object]) -> Callable[..., object]:
-        def wrapped(*arguments: object) -> object:
-            self.countdown -= 1
-            if self.countdown > 0 or (self.countdown < 0 and not self._stay):
-                return call(*arguments)
-            if call.__name__ == "unlink" and self._code == errno.ENOSPC:
-                return call(*arguments)  # a full disk lets one remove
-            if call.__name__ == "write" and self.countdown == 0:
-                descriptor, pieces, offset = arguments
-                content = b"".join(pieces)  # type: ignore[arg-type]
-                os.pwrite(descriptor, content[: len(content) // 2 + 7], offset)  # type: ignore[arg-type]
-            raise OSError(self._code, os.strerror(self._code))
-
-        return wrapped
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "delete"])  # SQLite's only
@@ -126,15 +104,23 @@ def test_a_change_that_fails_anywhere_loses_nothing(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_catalog_that_cannot_grow_refuses_and_loses_nothing(witness: Witness, kind: str) -> None:
+def test_a_catalog_that_cannot_grow_refuses_and_loses_nothing(
+    witness: Witness, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     """SQLite's own full disk, at every size up to the one that suffices."""
+    connect = sqlite3.connect
+
+    def connect_small(spare: int, *arguments: object, **options: object) -> sqlite3.Connection:
+        connection = connect(*arguments, **options)  # type: ignore[call-overload]
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages + spare}")
+        return connection
+
     for spare in range(40):
         operation = draw_operation(random.Random(3), witness.model, kind)
-        with TokenStore.open(witness.path, mode="a") as store:
-            connection = store._writer.catalog._connection  # type: ignore[union-attr]
-            pages = connection.execute("PRAGMA page_count").fetchone()[0]
-            connection.execute(f"PRAGMA max_page_count = {pages + spare}")
-            message = refusal(witness, operation, store)
+        with monkeypatch.context() as patch:
+            patch.setattr(sqlite3, "connect", partial(connect_small, spare))
+            message = refusal(witness, operation)
         assert witness.check(None) == []
         if not message:
             break

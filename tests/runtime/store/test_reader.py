@@ -16,11 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edje.errors import StoreError
-from edje.runtime.store import memory as resident
 from edje.runtime.store import read as reading
 from edje.runtime.store.memory import NOT_HELD, ResidentRecords
 from edje.runtime.store.read import SegmentReader
-from record_files import ROWS, SEGMENTS, SHAPES, RecordFiles, key_of, write_files
+from edje.runtime.store.scattered import is_offered
+from record_files import ROWS, SEGMENTS, SHAPES, RecordFiles, write_files
+from store_bytes import flip, open_files
 
 COUNT = ROWS * SEGMENTS
 PAGE = 4096
@@ -39,10 +40,14 @@ def files(request: pytest.FixtureRequest, tmp_path: Path) -> RecordFiles:
     return write_files(tmp_path / "store", request.param)
 
 
-@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"], autouse=True)
+@pytest.fixture(params=["one thread", "three threads", "three in turns"], autouse=True)
 def many_small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks for a handful of records, read by the caller alone or by others beside it."""
-    num_threads = request.param
+    num_threads = 1 if request.param == "one thread" else 3
+    in_turns = request.param == "three in turns"
+    if in_turns and not is_offered():
+        pytest.skip("this system reads one place after the other")
+    monkeypatch.setattr(reading, "BYTES_IN_TURNS", 4 * PAGE if in_turns else 1 << 40)
     monkeypatch.setattr(reading, "CHUNK_BYTES", 5 * PAGE)
     monkeypatch.setattr(reading, "DIRECT_CHUNK_BYTES", 7 * PAGE)
     for name in ("BYTES_A_THREAD", "DIRECT_BYTES_A_THREAD"):
@@ -50,6 +55,12 @@ def many_small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     for name in ("MOST_READING", "MOST_DIRECT"):
         monkeypatch.setattr(reading, name, num_threads)
     monkeypatch.setattr(reading, "copying_threads", lambda: num_threads)
+
+
+def by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let readers made from now on read all in the calling thread."""
+    for name in ("BYTES_A_THREAD", "BYTES_IN_TURNS"):
+        monkeypatch.setattr(reading, name, 1 << 40)
 
 
 def memory(num_bytes: int, *, aligned: bool) -> np.ndarray:
@@ -72,7 +83,9 @@ def read(
     plan, layout = files.plan(np.asarray(records)), files.layout
     tokens = memory(len(records) * layout.record_bytes, aligned=aligned)
     scales = np.full(len(records) * layout.scale_bytes, 255, np.uint8)
-    bad = source.gather(plan, tokens.data, scales.data, verify=verify)
+    bad = source.gather(
+        plan, tokens.data, scales.data if layout.scale_bytes else None, verify=verify
+    )
     locations = plan.locations.tolist()
     numbers = [(at >> 32) * ROWS + (at & 0xFFFFFFFF) for at in locations]
     named = {numbers[place]: reason for place, reason in bad.items()}
@@ -91,15 +104,6 @@ def check_others(files: RecordFiles, source: SegmentReader, bad: dict[int, str])
     if files.layout.scale_bytes:
         assert np.array_equal(scales[good], files.scales[good])
         assert not scales[~good].any()
-
-
-def flip(path: Path, at: int) -> None:
-    """Flip one bit of byte `at`."""
-    with path.open("r+b") as file:
-        file.seek(at)
-        value = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([value ^ 4]))
 
 
 def direct_reader(files: RecordFiles) -> SegmentReader:
@@ -164,28 +168,6 @@ def test_any_records_in_any_order_come_to_their_places(
         assert np.array_equal(scales, files.scales[records])
 
 
-def test_int8_records_are_verified_without_a_buffer_for_scales(
-    all_files: dict[str, RecordFiles],
-) -> None:
-    files = all_files["int8"]
-    source, out = files.reader(), np.zeros((3, files.layout.record_bytes), np.uint8)
-    assert source.gather(files.plan(np.array([5, 140, 6])), out.reshape(-1).data) == {}
-    assert np.array_equal(out, files.tokens[[5, 140, 6]])
-    source.close()
-
-
-def test_a_flipped_bit_is_found_and_only_that_record_is_bad(files: RecordFiles) -> None:
-    source, misfit = files.reader(), "its bytes do not fit its checksum"
-    flip(files.path(1), files.layout.offset(40) + 17)
-    check_others(files, source, {ROWS + 40: misfit})
-    if files.layout.scale_bytes:
-        flip(files.path(2), files.layout.scales_offset(3) + 1)
-        check_others(files, source, {ROWS + 40: misfit, 2 * ROWS + 3: misfit})
-    _, _, bad = read(files, source, np.arange(COUNT), verify=False)
-    assert bad == {}, "trusted: verify=False compares nothing"
-    source.close()
-
-
 @pytest.mark.parametrize("access", ["cached", "direct"])
 def test_a_file_that_shrinks_while_open_gives_reasons(files: RecordFiles, access: str) -> None:
     source = files.reader() if access == "cached" else direct_reader(files)
@@ -206,29 +188,10 @@ def test_a_file_that_shrinks_while_open_gives_reasons(files: RecordFiles, access
     source.close()
 
 
-def test_files_that_cannot_be_used_spare_the_others(files: RecordFiles) -> None:
-    source = files.reader()
-    os.rename(files.path(0), files.path(1))
-    name = "its file 000001.tokens cannot be used: it is another segment's file"
-    _, _, bad = read(files, source, [0, ROWS, 2 * ROWS])
-    assert bad[0] == "its file 000000.tokens cannot be opened (No such file or directory)"
-    assert bad[ROWS].startswith(name)
-    assert set(bad) == {0, ROWS}
-    files.path(1).write_bytes(b"short")
-    _, _, bad = read(files, source, [ROWS])
-    assert bad[ROWS].endswith("its header page ends after 5 of 4096 bytes")
-    source.close()
-
-
-def test_a_segment_that_the_catalog_does_not_know_is_not_opened(files: RecordFiles) -> None:
-    source = SegmentReader(files.folder, files.layout, key_of=lambda _: None)
-    assert read(files, source, [0])[2] == {0: "the catalog knows no segment 0"}
-    source.close()
-
-
 def test_reads_that_fail_are_tried_again_one_by_one(
     files: RecordFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(reading, "read_places", lambda *_: False)
     source, preadv = files.reader(), os.preadv
 
     def broken(descriptor: int, buffers: list[memoryview], offset: int) -> int:
@@ -246,7 +209,7 @@ def test_reads_that_fail_are_tried_again_one_by_one(
 def test_records_that_follow_one_another_are_one_read_wherever_they_go(
     files: RecordFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "BYTES_A_THREAD", 1 << 40)
+    by_one_thread(monkeypatch)
     source, preadv, seen = files.reader(), os.preadv, []
 
     def counted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
@@ -283,28 +246,6 @@ def test_an_interrupt_comes_out_and_the_reader_goes_on(
     source.close()
 
 
-def test_who_kept_a_retired_reader_still_reads_and_leaves_no_file_open(files: RecordFiles) -> None:
-    source = files.reader()
-    check_others(files, source, {})
-    source.retire()
-    assert open_segments(files) == []
-    check_others(files, source, {})
-    assert open_segments(files) == []
-
-
-def open_segments(files: RecordFiles) -> list[str]:
-    """Paths of the segment files that this process holds open."""
-    found = []
-    for link in Path("/proc/self/fd").iterdir():
-        try:
-            target = os.readlink(link)
-        except FileNotFoundError:  # the descriptor of this very listing
-            continue
-        if target.startswith(str(files.folder)):
-            found.append(target)
-    return found
-
-
 def test_no_more_files_stay_open_than_allowed_and_none_after_close(
     files: RecordFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,10 +253,10 @@ def test_no_more_files_stay_open_than_allowed_and_none_after_close(
     source = files.reader()
     for _ in range(3):
         check_others(files, source, {})
-        assert len(open_segments(files)) <= 2
+        assert len(open_files(files.folder)) <= 2
     source.close()
     source.close()
-    assert open_segments(files) == []
+    assert open_files(files.folder) == []
     with pytest.raises(StoreError, match="is closed"):
         read(files, source, [0])
 
@@ -327,8 +268,7 @@ def few_descriptors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str], Non
 
     def limit(most: int, folder: str) -> None:
         def limited(path: object, flags: int, *more: int) -> int:
-            held = [os.readlink(f"/proc/self/fd/{fd}") for fd in descriptors_of_process()]
-            if str(path).startswith(folder) and sum(h.startswith(folder) for h in held) >= most:
+            if str(path).startswith(folder) and len(open_files(Path(folder))) >= most:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             return real(path, flags, *more)  # type: ignore[arg-type]
 
@@ -337,18 +277,12 @@ def few_descriptors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str], Non
     return limit
 
 
-def descriptors_of_process() -> Iterator[int]:
-    for name in os.listdir("/proc/self/fd"):
-        if os.path.islink(f"/proc/self/fd/{name}"):
-            yield int(name)
-
-
 def test_too_many_open_files_close_idle_ones_first(
     files: RecordFiles,
     few_descriptors: Callable[[int, str], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reading, "BYTES_A_THREAD", 1 << 40)  # both files at once, by one thread
+    by_one_thread(monkeypatch)  # both files at once
     source = files.reader()
     few_descriptors(1, str(files.folder))
     for segment in (0, 1, 2, 0):
@@ -402,6 +336,35 @@ def test_threads_read_side_by_side(
     source.close()
 
 
+def test_a_reader_closed_while_others_read_gives_whole_records_or_says_so(
+    files: RecordFiles,
+) -> None:
+    wrong: list[object] = []
+
+    def work(source: SegmentReader, seed: int) -> None:
+        records = np.random.default_rng(seed).integers(0, COUNT, 60)
+        try:
+            while True:
+                tokens, _, bad = read(files, source, records)
+                if bad or not np.array_equal(tokens, files.tokens[records]):
+                    wrong.append((seed, bad))
+        except StoreError as error:
+            if "is closed" not in str(error):
+                wrong.append(error)
+
+    for seed in range(5):
+        source = files.reader()
+        threads = [threading.Thread(target=work, args=(source, seed + at)) for at in range(3)]
+        for thread in threads:
+            thread.start()
+        read(files, source, np.arange(COUNT))
+        source.close()
+        for thread in threads:
+            thread.join()
+        assert open_files(files.folder) == []
+    assert wrong == []
+
+
 @pytest.mark.parametrize("access", ["cached", "direct"])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_reads_with_files_and_threads_of_its_own(
@@ -414,7 +377,7 @@ def test_a_forked_child_reads_with_files_and_threads_of_its_own(
         try:
             check_others(files, source, {})
             source.close()
-            os._exit(0 if open_segments(files) == [] else 2)
+            os._exit(0 if open_files(files.folder) == [] else 2)
         finally:
             os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
@@ -452,6 +415,14 @@ def test_prefetch_advises_runs_once(files: RecordFiles, monkeypatch: pytest.Monk
     source.close()
 
 
+def test_without_verifying_the_bytes_are_trusted(files: RecordFiles) -> None:
+    source = files.reader()
+    flip(files.path(1), files.layout.offset(40) + 17)
+    check_others(files, source, {ROWS + 40: "its bytes do not fit its checksum"})
+    assert read(files, source, np.arange(COUNT), verify=False)[2] == {}
+    source.close()
+
+
 def test_resident_records_remember_what_was_damaged(files: RecordFiles) -> None:
     flip(files.path(0), files.layout.offset(5))
     os.truncate(files.path(2), files.layout.offset(69))
@@ -467,17 +438,7 @@ def test_resident_records_remember_what_was_damaged(files: RecordFiles) -> None:
     assert not tokens[1:5].any()
     if files.layout.scale_bytes:
         assert np.array_equal(scales[[0, 5]], files.scales[[7, 150]])
-    assert held.num_bytes == len(held_only) * (files.layout.record_bytes + files.layout.scale_bytes)
-    assert 0 <= held.huge_page_bytes <= held.num_bytes
     held.close()
-
-
-def test_resident_records_of_an_empty_store(files: RecordFiles) -> None:
-    source = files.reader()
-    held = ResidentRecords.load(source, files.plan(np.array([], np.int64)), files.layout)
-    assert held.num_bytes == 0
-    assert read(files, held, [1])[2] == {1: NOT_HELD}
-    source.close()
 
 
 def test_resident_records_too_large_for_the_memory_are_named(
@@ -490,31 +451,3 @@ def test_resident_records_too_large_for_the_memory_are_named(
     with pytest.raises(StoreError, match="the memory does not suffice") as caught:
         ResidentRecords(files.layout, np.arange(10))
     assert caught.value.hint == 'open the store with access="cached"'
-
-
-def test_no_more_is_held_than_the_container_may_take(
-    files: RecordFiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The system would promise the memory, and end the process when it is filled."""
-    need = 10 * (files.layout.record_bytes + files.layout.scale_bytes)
-    monkeypatch.setattr(resident, "available_memory_bytes", lambda: need - 1)
-    with pytest.raises(StoreError, match=f"{need:,} bytes .* has {need - 1:,} bytes left"):
-        ResidentRecords(files.layout, np.arange(10))
-    monkeypatch.setattr(resident, "available_memory_bytes", lambda: need)
-    ResidentRecords(files.layout, np.arange(10)).close()
-
-
-def test_a_file_that_stays_open_is_not_checked_again(files: RecordFiles) -> None:
-    asked: list[int] = []
-
-    def asking(segment: int) -> int | None:
-        asked.append(segment)
-        return key_of(segment)
-
-    source = SegmentReader(files.folder, files.layout, key_of=asking)
-    check_others(files, source, {})
-    assert set(asked) == {0, 1, 2}
-    num_asked = len(asked)  # two threads may have opened one file at once
-    check_others(files, source, {})
-    assert len(asked) == num_asked
-    source.close()

@@ -9,7 +9,7 @@ from itertools import count
 import numpy as np
 import pytest
 
-from edje.runtime.store.threads import BYTES_A_THREAD, CopyThreads
+from edje.arrays import BYTES_A_THREAD, CopyThreads
 
 
 @pytest.fixture
