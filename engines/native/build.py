@@ -6,7 +6,7 @@ Nothing here needs a GPU: one engine serves every architecture that it has tiles
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...bundle import FFN1, layer_path, node_name
 from ...errors import EngineError
@@ -16,9 +16,6 @@ from ..precision.graph import Graph
 from .plan import HEADS, MOST_PAIRS_AT_ONCE, Plan
 from .report import write_report
 from .weights import ATTENTION_NORM, FFN_NORM, take_weights, write_weights
-
-if TYPE_CHECKING:
-    import onnx
 
 MOST_HIDDEN = 1024
 _NORM = "LayerNormalization"
@@ -95,7 +92,7 @@ def _norm_paths(num_layers: int) -> list[str]:
     return ["embeddings/text_norm", *layers]
 
 
-def _epsilon(nodes: Mapping[str, onnx.NodeProto], path: str) -> float:
+def _epsilon(nodes: Mapping[str, Any], path: str) -> float:
     """Return the epsilon of the LayerNorm at `path`."""
     item = nodes.get(node_name(path, _NORM))
     found = [each.f for each in item.attribute if each.name == "epsilon"] if item else []
@@ -104,7 +101,7 @@ def _epsilon(nodes: Mapping[str, onnx.NodeProto], path: str) -> float:
     return float(found[0])
 
 
-def _activation(nodes: Mapping[str, onnx.NodeProto]) -> str | None:
+def _activation(nodes: Mapping[str, Any]) -> str | None:
     """Return which GELU stands between the feed-forward's products; None for something else."""
     item = nodes.get(node_name(layer_path(0, FFN1), "Gelu"))
     if item is None:
