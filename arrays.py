@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -79,8 +80,9 @@ FEW_THREADS, MOST_COPYING = 4, 8
 BYTES_A_THREAD = 1 << 20
 
 
+@cache
 def copying_threads() -> int:
-    """Return how many threads may copy at once on this machine."""
+    """Return how many threads may copy at once on this machine, as it was when first asked."""
     cores = usable_cores()
     return min(cores, max(FEW_THREADS, cores // 2), MOST_COPYING)
 
