@@ -24,7 +24,7 @@ from ..errors import EdjeError
 from ..kernels.device import GPU_DEVICES, open_gpu
 from ..kernels.device.facts import current_gpu
 from ..kernels.device.measuring import measure_copies
-from . import bench_precisions
+from . import bench_precisions, gpu_tune
 from . import gpu_contest as contest
 from .gpu_ceilings import measure_ceilings
 from .gpu_contest import BATCH_SIZES, NUM_WORDPIECES, make_pairs, measure_engine, profile_of
@@ -201,6 +201,12 @@ def measure_compiled(report: Report) -> None:
     measure_engine(report, name, engine, usual, others)
 
 
+def measure_tiles(report: Report) -> None:
+    """Report what `make tune` would write for this GPU; the checkout stays as it is."""
+    capability, table = gpu_tune.measure(gpu_tune.PAIRS, min(gpu_tune.BUDGET_S, report.left_s))
+    report.put(tuning={"compute_capability": capability, **asdict(table)})
+
+
 def measure_cpu(report: Report) -> None:
     """Measure the engines of this machine's CPU in every precision it runs; report one result.
 
@@ -263,6 +269,9 @@ STEPS = (
     Step("tests", "pytest -m gpu", 150, run_tests),
     Step("ceilings", "copies and matrix products of this GPU", 75, measure_ceilings),
     Step("prepare", "export the model, check the float32 reference", 100, prepare),
+    Step("tune", "the tiles of our own kernels' products", 100, measure_tiles),
+    Step("native-fp16", "our own kernels, fp16", 70, _backend("native", "fp16")),
+    Step("native-bf16", "our own kernels, bf16", 70, _backend("native", "bf16")),
     Step("eager", "PyTorch eager fp16, the official way", 75, measure_official),
     Step("rank", "Reranker.rank of 25,000 images, and what can be fed", 120, measure_rank),
     Step("compiled", "torch.compile + SDPA + CUDA graphs, fp16", 190, measure_compiled),

@@ -67,7 +67,7 @@ def test_what_builds_without_a_gpu_is_told_apart_from_what_runs(monkeypatch):
     assert "no int8" in status.builds["int8"]
     with pytest.raises(EngineError) as caught:
         require_backend("tensorrt-rtx", "fp16")
-    assert "and build tensorrt-rtx (fp32, bf16, fp16, fp8)" in caught.value.hint
+    assert "tensorrt-rtx (fp32, bf16, fp16, fp8)" in caught.value.hint
 
 
 def test_without_the_passes_only_exported_graphs_build(monkeypatch):
