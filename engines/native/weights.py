@@ -66,7 +66,8 @@ def write_weights(folder: Path, weights: Mapping[str, Array]) -> None:
     Raises:
         EngineError: `safetensors` is not installed.
     """
-    _safetensors().save_file(dict(weights), folder / WEIGHTS)
+    # Not by its own `save_file`, which lets nobody else read the file.
+    (folder / WEIGHTS).write_bytes(_safetensors().save(dict(weights)))
 
 
 def read_weights(folder: Path) -> dict[str, Array]:
