@@ -69,7 +69,7 @@ class Product:
 
         Args:
             dtype: `float16` or `bfloat16`, of rows, weights and results; sums are float32.
-            gelu: `none`, `exact` (within 2e-7) or `tanh` (its usual approximation).
+            gelu: `none`, `exact` (within 4e-7) or `tanh` (its usual approximation).
             tile: rows, outputs and inputs that a program takes at once: `128x64x64`.
             num_processors: multiprocessors of the GPU.
             tma: whether the copy engine fetches the tiles; None lets it where the GPU has one.
