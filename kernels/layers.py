@@ -135,7 +135,9 @@ class Product:
         tiles = -(-num_rows // self._shape.rows) * (num_out // self._shape.outputs)
         if self.uses_tma:
             programs = min(tiles, self._most_programs)
-            self._kernel.launch(stream, programs, x=(x, stride), weight=weight, out=out, **values)
+            # A tile may reach past the rows: the copy engine fetches none that its map has not.
+            rows = (x[:num_rows], stride)
+            self._kernel.launch(stream, programs, x=rows, weight=weight, out=out, **values)
             return
         addresses = {"x": x.address, "weight": weight.address, "out": out.address}
         self._kernel.launch(stream, tiles, x_stride=stride, **addresses, **values)
