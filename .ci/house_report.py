@@ -33,10 +33,10 @@ from private_names import private_accesses  # noqa: E402
 LIMITS: dict[str, tuple[float, float]] = {
     # The targets count what there was before the backends `native` and `onnxruntime-cuda`, which
     # have 23 files, 3,350 lines and 2,500 of tests; without them 154 files, 32,513 and 27,387.
-    "source files": (177, 140),
-    "source lines": (35_900, 25_000),
-    "product lines (without perf and demo)": (29_850, 20_500),
-    "test lines": (29_950, 19_000),
+    "source files": (178, 140),
+    "source lines": (36_000, 25_000),
+    "product lines (without perf and demo)": (29_950, 20_500),
+    "test lines": (29_980, 19_000),
     "largest folder, % of lines": (25, 25),
     "files under Reranker": (36, 36),
     "longest import chain": (16, 16),

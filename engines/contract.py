@@ -192,6 +192,14 @@ class Engine(ABC):
         )
         self._enqueue(batch, scores, stream)
 
+    @property
+    def bytes_a_stream(self) -> int:
+        """About how many bytes of the GPU's memory the first forward on a stream will take.
+
+        Residency leaves room for them; 0 where nobody knows.
+        """
+        return 0
+
     def why_not_capture(self, stream: Stream, bucket: int) -> str | None:
         """Return why forwards cannot be captured into a CUDA graph, None where they can.
 

@@ -103,7 +103,7 @@ def plan_pool(
     shape = manifest.bundle.sizes.num_tokens, manifest.bundle.sizes.hidden
     dtype, each = manifest.token_dtype, record_bytes(shape, manifest.token_dtype)
     if max_bytes is None:
-        spare = num_slots * 2 * manifest.profile.max_pairs * each
+        spare = num_slots * 2 * manifest.profile.max_pairs * each + engine.bytes_a_stream
         max_bytes = int((device.free_bytes() - spare) * SHARE_OF_FREE_BYTES)
     most, rows = max(0, max_bytes) // each, store.live_rows()
     listed = None if ids is None else np.unique(store.rows(ids))

@@ -105,3 +105,11 @@ class Activations:
         self.queries = allocate(device, element, pairs, plan.attention)
         self.cls = allocate(device, element, pairs, plan.width)
         self.lengths = allocate(device, np.dtype(np.int32), pairs)
+
+
+def activation_bytes(plan: Plan) -> int:
+    """Return about how many bytes `Activations` takes."""
+    rows = plan.max_pairs * plan.num_slots(plan.text_buckets[-1])
+    of_a_row = 2 * plan.width + 4 * plan.attention + plan.wide
+    of_a_pair = plan.width + plan.attention
+    return (rows * of_a_row + plan.max_pairs * of_a_pair) * NUMPY_TYPES[plan.element].itemsize

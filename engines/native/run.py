@@ -6,7 +6,8 @@ batch of its size. What differs between batches, `assemble` writes into two word
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from threading import Lock
 from typing import cast
@@ -19,7 +20,7 @@ from ...kernels.tuning import serving_table
 from ..contract import Batch, Engine, OpenOptions
 from ..manifest import EngineManifest
 from .forward import Forward
-from .memory import upload
+from .memory import activation_bytes, upload
 from .plan import Plan, graph_sizes
 
 OWN_GRAPHS = "the engine launches graphs of its own"
@@ -28,8 +29,8 @@ OWN_GRAPHS = "the engine launches graphs of its own"
 class NativeEngine(Engine):
     """The joint encoder in our own kernels, on one GPU.
 
-    Every stream has activations and graphs of its own, made when it is first used: pipelines use
-    one each, and warm it up.
+    Every stream has activations and graphs of its own, made when it is first used (some tenths of a
+    second, so warm up) and kept until the engine is closed: use few. Any thread may call.
     """
 
     on_device = True
@@ -61,7 +62,14 @@ class NativeEngine(Engine):
             self._weights = upload(device, weights)
 
     def why_not_capture(self, stream: Stream, bucket: int) -> str | None:
-        return OWN_GRAPHS
+        run = self._runs.get(stream.handle)
+        if run is None or not run.num_plain:
+            return OWN_GRAPHS
+        return f"{OWN_GRAPHS}, but {run.num_plain} sizes could not be captured and run without"
+
+    @property
+    def bytes_a_stream(self) -> int:
+        return activation_bytes(self._plan)
 
     def _enqueue(self, batch: Batch, scores: Float32, stream: Stream) -> None:
         run = self._runs.get(stream.handle) or self._new_run(stream)
@@ -73,16 +81,23 @@ class NativeEngine(Engine):
             if self._closed:
                 raise EngineError("the engine is closed")
             if stream.handle not in self._runs:
-                with self._device.current():
-                    forward = Forward(
-                        self._device, self._library, self._plan, self._weights, self._tiles
-                    )
-                    self._runs[stream.handle] = _StreamRun(self._device, forward, stream)
+                device = self._device.sibling()  # what it makes goes with it, should this fail
+                try:
+                    with device.current():
+                        borrowed = device.borrow(stream)
+                        parts = (self._library, self._plan, self._weights, self._tiles)
+                        run = _StreamRun(device, Forward(device, *parts), borrowed)
+                except BaseException:
+                    device.close()
+                    raise
+                self._runs[stream.handle] = run
             return self._runs[stream.handle]
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
+            for run in self._runs.values():
+                run.close()
             self._runs.clear()
             self._device.close()
 
@@ -91,23 +106,62 @@ class _StreamRun:
     """One stream's activations, and a graph for every bucket and size."""
 
     def __init__(self, device: Device, forward: Forward, stream: Stream):
-        """Capture every graph; each bucket runs once before, so that its kernels are loaded."""
+        """Capture every graph; each bucket runs once before, so that its kernels are loaded.
+
+        On a stream of its own: nobody else's work is captured with it, and the default stream,
+        which cannot be captured at all, may be the caller's.
+
+        Args:
+            device: current, owns what `forward` allocated, and becomes this run's.
+            stream: the caller's, which the graphs are launched on.
+        """
         plan = forward.plan
-        self._forward, self._stream = forward, device.borrow(stream)
+        self._device, self._forward, self._stream = device, forward, stream
+        self._turn = Lock()
         self._sizes = graph_sizes(plan.max_pairs)
-        self._graphs: dict[tuple[int, int], Graph] = {}
+        own, warm = device.stream(), device.event()
         for bucket in plan.text_buckets:
-            forward.enqueue(bucket, self._sizes[0], self._stream)
-            for size in self._sizes:
-                work = partial(forward.enqueue, bucket, size)
-                self._graphs[bucket, size] = device.capture(work, self._stream)
+            forward.enqueue(bucket, self._sizes[0], own)
+        own.record(warm)
+        warm.synchronize()
+        self._graphs = {
+            (bucket, size): _captured(device, partial(forward.enqueue, bucket, size), own)
+            for bucket in plan.text_buckets
+            for size in self._sizes
+        }
+
+    @property
+    def num_plain(self) -> int:
+        """How many sizes have no graph."""
+        return sum(graph is None for graph in self._graphs.values())
 
     def enqueue(self, batch: Batch, scores: DeviceArray) -> None:
         """Run one batch of at most `max_pairs` pairs; returns at once."""
         bucket, num_pairs = batch.text_ids.shape[1], len(batch)
         size = next(size for size in self._sizes if size >= num_pairs)
-        self._forward.assemble(batch, scores, self._stream)
-        self._graphs[bucket, size].launch(self._stream)
+        graph = self._graphs[bucket, size]
+        with self._turn:  # what `assemble` writes is for the very next graph
+            self._forward.assemble(batch, scores, self._stream)
+            if graph is None:
+                self._forward.enqueue(bucket, size, self._stream)
+            else:
+                graph.launch(self._stream)
+
+    def close(self) -> None:
+        """Wait for the GPU, and free everything."""
+        self._device.close()
+
+
+def _captured(device: Device, work: Callable[[Stream], None], stream: Stream) -> Graph | None:
+    """Return the graph of `work`, None where it cannot be captured.
+
+    Whoever waits for the whole GPU meanwhile, in any library, breaks a capture: so it is tried
+    once more.
+    """
+    for _ in range(2):
+        with suppress(Exception):
+            return device.capture(work, stream)
+    return None
 
 
 def capability_of(device: Device) -> tuple[int, int]:

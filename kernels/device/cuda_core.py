@@ -14,6 +14,7 @@ import numpy as np
 from ...arrays import Array, DeviceArray
 from ...errors import EngineError
 from . import contract as protocol
+from . import tensor_maps
 from .arguments import ArgumentBlock
 from .facts import BINDINGS, call, capability_key, gpu_fault, reason
 from .gpu import (
@@ -30,8 +31,10 @@ from .gpu import (
 CORE = "cuda.core"
 LEAST = "1.2"
 INSTALL = "pip install 'edje-runtime[gpu]'"
-TENSOR_MAP_BYTES = 128
 _SUCCESS, _NOT_READY = 0, 600  # CUresult
+# Waiting for a whole GPU breaks every capture under way on it, whoever waits.
+_CAPTURES = threading.RLock()
+ALL_SHARED = 100  # per cent of what shared memory and L1 have together
 
 
 class CoreEvent:
@@ -150,6 +153,9 @@ class CoreModule:
                     attributes = self._driver.CUfunction_attribute
                     most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                     call(self._driver, "cuFuncSetAttribute", function, most, shared_bytes)
+                    # The rest of the memory is L1: two such blocks shall fit a multiprocessor.
+                    share = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+                    call(self._driver, "cuFuncSetAttribute", function, share, ALL_SHARED)
         except Exception as error:
             raise EngineError(f"the module has no kernel {symbol}: {error}") from error
         return CoreKernel(self._driver, function, owner)
@@ -201,7 +207,7 @@ class CudaCoreDevice(GpuDevice):
         self, work: Callable[[protocol.Stream], None], stream: protocol.Stream
     ) -> CoreGraph:
         raw = own(stream, CoreStream).raw
-        with self.current():
+        with self.current(), _CAPTURES:
             builder = raw.create_graph_builder()
             try:
                 builder.begin_building("relaxed")  # other threads go on copying and allocating
@@ -234,31 +240,13 @@ class CudaCoreDevice(GpuDevice):
         swizzle: int,
         element: int,
     ) -> np.void:
-        """Encode by the driver's call; it counts dimensions from the innermost."""
-        driver = self._driver
-        wide, narrow = driver.cuuint64_t, driver.cuuint32_t
-        row_bytes = row_stride * array.dtype.itemsize
+        """Encode by the driver's call."""
         try:
-            encoded = call(
-                driver,
-                "cuTensorMapEncodeTiled",
-                driver.CUtensorMapDataType(element),
-                len(block),
-                array.address,
-                [wide(size) for size in reversed(array.shape)],
-                [wide(row_bytes)],
-                [narrow(size) for size in reversed(block)],
-                [narrow(1) for _ in block],
-                driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-                driver.CUtensorMapSwizzle(swizzle),
-                driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-        except Exception as error:
+            return tensor_maps.encode(array, block, row_stride, swizzle, element)
+        except ValueError as error:
+            said = reason(self._driver, self._driver.CUresult(error.args[0]))
             shown = f"{array.dtype} {list(array.shape)}, rows {row_stride} apart"
-            raise EngineError(f"{self.name} takes no tensor map of {shown}: {error}") from error
-        result: np.void = np.void(ctypes.string_at(encoded.getPtr(), TENSOR_MAP_BYTES))
-        return result
+            raise EngineError(f"{self.name} takes no tensor map of {shown}: {said}") from error
 
     def fault(self) -> str | None:
         """Ask for the state of a stream: a broken context gives its error to every call."""
@@ -272,7 +260,8 @@ class CudaCoreDevice(GpuDevice):
         call(self._driver, "cuCtxPopCurrent")
 
     def _synchronize(self) -> None:
-        call(self._driver, "cuCtxSynchronize")
+        with _CAPTURES:
+            call(self._driver, "cuCtxSynchronize")
 
     def _release(self) -> None:
         self._set_up.close()

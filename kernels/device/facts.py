@@ -47,10 +47,19 @@ def gpu_fault() -> str | None:
     return None
 
 
+def driver_library() -> ctypes.CDLL:
+    """Return NVIDIA's driver, for what its bindings do not do.
+
+    Raises:
+        OSError: it is not here.
+    """
+    return ctypes.CDLL(DRIVER)
+
+
 def driver_fault() -> str | None:
     """Return why no CUDA library can work here, None where NVIDIA's driver is."""
     try:
-        ctypes.CDLL(DRIVER)
+        driver_library()
     except OSError:
         return f"no NVIDIA driver here ({DRIVER} is missing)"
     return None

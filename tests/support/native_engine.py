@@ -43,16 +43,16 @@ class HostScorer:
 
     def __init__(self, engine: NativeEngine, device: RecordingDevice):
         self.engine, self.device = engine, device
-        self._stream, self._done = device.stream(), device.event()
+        self.stream, self._done = device.stream(), device.event()
 
     def __call__(self, batch: Batch) -> np.ndarray:
         """Return the scores: float32 [P]."""
         held = {name: self._sent(getattr(batch, name)) for name in (*INPUTS, "visual_scales")}
         found = self.device.pinned(len(batch), np.dtype(np.float32))
         scores = self.device.mirror(found)
-        self.engine.enqueue(Batch(**held), scores.view((len(batch),)), stream=self._stream)
-        self._stream.download(found, scores, len(batch))
-        self._stream.record(self._done)
+        self.engine.enqueue(Batch(**held), scores.view((len(batch),)), stream=self.stream)
+        self.stream.download(found, scores, len(batch))
+        self.stream.record(self._done)
         self._done.synchronize()
         assert not self.device.races, self.device.races
         return found.view((len(batch),)).copy()
@@ -63,7 +63,7 @@ class HostScorer:
         pinned = self.device.pinned(array.size, array.dtype)
         target = self.device.mirror(pinned)
         pinned.view(array.shape)[...] = array
-        self._stream.upload(target, pinned, array.size)
+        self.stream.upload(target, pinned, array.size)
         return target.view(array.shape)
 
 

@@ -240,6 +240,9 @@ class FakeKernel:
         self.most_shared = num_bytes
 
     def set_attribute(self, attribute: int, value: int) -> None:
+        if attribute == CARVEOUT:
+            assert (value, self.most_shared > 0) == (100, True)
+            return
         assert attribute == MAX_SHARED
         self.allow_shared(value)
 
@@ -275,41 +278,36 @@ def load_cubin(machine: Machine, code: bytes) -> Any:
     return SimpleNamespace(get_kernel=find, get_function=find)
 
 
-class FakeTensorMap:
-    """A CUtensorMap: what it was made of, as 64-bit numbers in its 128 bytes."""
+def make_driver_library(machine: Machine) -> Any:
+    """The part of `libcuda.so.1` that is called without its bindings, with C's own types."""
+    word, number, place = ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p
+    words, wides = ctypes.POINTER(word), ctypes.POINTER(ctypes.c_uint64)
 
-    def __init__(self, numbers: Sequence[int]):
-        self.memory = (ctypes.c_uint64 * 16)(*numbers)
+    @ctypes.CFUNCTYPE(number, place, number, word, place, wides, wides, words, words, *[number] * 4)
+    def encode_tiled(
+        target: int, element: int, rank: int, address: int, sizes: Any, strides: Any, block: Any,
+        steps: Any, interleave: int, swizzle: int, promotion: int, fill: int,
+    ) -> int:  # fmt: skip
+        """Refuse what the driver refuses; write what the map was made of into its 128 bytes."""
+        told = [*sizes[:rank], *strides[: rank - 1], *block[:rank]]
+        aligned = address % 16 == 0 and strides[0] % 16 == 0 and target % 128 == 0
+        width = (1 if element == 0 else 2) * block[0]
+        narrow = width <= {1: 32, 2: 64, 3: 128}.get(swizzle, 512) and max(block[:rank]) <= 256
+        usual = (steps[:rank], interleave, promotion, fill) == ([1] * rank, 0, 2, 0)
+        if not (aligned and narrow and usual and min(sizes[:rank]) > 0):
+            machine.refused = "invalid argument"
+            return 1
+        (ctypes.c_uint64 * 16).from_address(target)[:] = [
+            *(numbers := [address, *told, swizzle, element]),
+            *[0] * (16 - len(numbers)),
+        ]
+        return 0
 
-    def getPtr(self) -> int:
-        return ctypes.addressof(self.memory)
-
-
-def encode_tiled(
-    element: int,
-    rank: int,
-    address: int,
-    sizes: list[int],
-    strides: list[int],
-    block: list[int],
-    steps: list[int],
-    interleave: int,
-    swizzle: int,
-    promotion: int,
-    fill: int,
-) -> FakeTensorMap:
-    """Refuse what the driver refuses of 16-bit elements; note the rest."""
-    counts = [len(sizes), len(strides) + 1, len(block), len(steps)]
-    aligned = address % 16 == 0 and all(stride % 16 == 0 for stride in strides)
-    spans = {1: 32, 2: 64, 3: 128}
-    narrow = 2 * block[0] <= spans.get(swizzle, 512) and max(block) <= 256
-    if counts != [rank] * 4 or not aligned or not narrow or min(sizes) < 1:
-        raise Refused("invalid argument")
-    assert (steps, interleave, promotion, fill) == ([1] * rank, 0, 2, 0)
-    return FakeTensorMap([address, *sizes, *strides, *block, swizzle, element])
+    return SimpleNamespace(cuTensorMapEncodeTiled=encode_tiled)
 
 
 MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 
 
 def add_kernels(machine: Machine, module: Any) -> None:
@@ -331,18 +329,14 @@ def add_kernels(machine: Machine, module: Any) -> None:
         "cuKernelGetFunction": function_of,
         "cuFuncSetAttribute": set_attribute,
         "cuLaunchKernel": launch,
-        "cuTensorMapEncodeTiled": encode_tiled,
     }
     for name, work in functions.items():
         setattr(module, name, _guarded(machine, work))
     module.CUfunction_attribute = SimpleNamespace(
-        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=MAX_SHARED
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=MAX_SHARED,
+        CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT=CARVEOUT,
     )
-    for name in ("cuuint64_t", "cuuint32_t", "CUtensorMapDataType", "CUtensorMapSwizzle"):
-        setattr(module, name, int)
-    module.CUtensorMapInterleave = SimpleNamespace(CU_TENSOR_MAP_INTERLEAVE_NONE=0)
-    module.CUtensorMapL2promotion = SimpleNamespace(CU_TENSOR_MAP_L2_PROMOTION_L2_128B=2)
-    module.CUtensorMapFloatOOBfill = SimpleNamespace(CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE=0)
+    module.CUresult = int
 
 
 def make_driver(machine: Machine) -> ModuleType:
@@ -530,7 +524,10 @@ def make_pycuda(machine: Machine) -> ModuleType:
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """Let both GPU devices, and what measures on one, open on a pretended machine."""
     machine = Machine()
-    monkeypatch.setattr(facts, "DRIVER", None)  # ctypes then opens this very program
+    monkeypatch.setattr(facts, "DRIVER", None)  # until a test names one that is not there
+    library = make_driver_library(machine)
+    found = lambda: library if facts.DRIVER is None else ctypes.CDLL(facts.DRIVER)  # noqa: E731
+    monkeypatch.setattr(facts, "driver_library", found)
     monkeypatch.setattr(measuring, "measuring", cache(measuring.Measuring))
     monkeypatch.setitem(sys.modules, "cuda.core", make_core(machine))
     monkeypatch.setitem(sys.modules, facts.BINDINGS, make_driver(machine))
