@@ -93,7 +93,7 @@ class StaticScales(Scheme):
 class DynamicScales(Scheme):
     """One scale a token and 128 columns; only what is quantised is smoothed."""
 
-    methods = ("found while running",)
+    methods = ("scales found while running",)
 
     @staticmethod
     def facts(precision: str) -> dict[str, object]:

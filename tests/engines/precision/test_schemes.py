@@ -40,7 +40,7 @@ def test_there_is_nothing_to_try_but_smoothing_and_only_what_is_quantised_is_smo
     free = search(planted, queries).agreement.kendall_tau
     chosen = search(planted, queries, tau=free + 0.4 * (1 - free))
     ways = [tried["method"] for tried in chosen.facts["tried"] if "kept" not in tried]
-    assert ways == ["found while running", "found while running, smoothed"]
+    assert ways == ["scales found while running", "scales found while running, smoothed"]
     assert 0 < len(chosen.kept) < len(QUANTIZED)
     assert list(chosen.facts["kept"]) == list(chosen.kept)
     left = {linear.group for linear in find_linears(chosen.graph)}
@@ -70,7 +70,7 @@ def test_a_plan_says_where_scales_come_from_and_what_is_never_quantised(
     assert plan["weights"] == "int8, symmetric, one scale per output channel and 128 inputs"
     assert set(plan["never_quantized"]) == {"attention_output"}
     assert "dynamic" in plan["float32"]
-    assert plan["method"] == "found while running"
+    assert plan["method"] == "scales found while running"
 
 
 def test_both_kinds_of_scales_have_graphs_of_their_own_and_others_are_refused(
