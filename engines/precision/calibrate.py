@@ -12,7 +12,7 @@ from ...arrays import Array, Float32
 from ...bundle import node_name, path_of_node, weight_name
 from ..contract import Batch
 from .emulate import runner
-from .graph import Graph, node, with_inputs
+from .graph import SMOOTH, Graph, node, with_inputs
 from .lower import LARGEST, Linear, find_linears, numpy_type, round_to
 
 # Largest channel over the median one. Gaussian channels stay below 2 (seen: random full-size
@@ -46,7 +46,7 @@ def smooth(graph: Graph, seen: Mapping[str, Activations]) -> Graph:
         if value not in done:
             done[value] = _divide(new, item.name, value, factors[value])
         rows = new.array(item.input[1]) * factors[value][:, None]
-        weight = new.set_weight(f"{item.input[1]}.smooth", rows)
+        weight = new.set_weight(f"{item.input[1]}.{SMOOTH}", rows)
         new.nodes.append(with_inputs(item, [done[value], weight]))
     return new
 
@@ -54,9 +54,9 @@ def smooth(graph: Graph, seen: Mapping[str, Activations]) -> Graph:
 def _divide(graph: Graph, reader: str, value: str, factors: Float32) -> str:
     """Add the division of `value`, named after the first linear that reads it."""
     path = path_of_node(reader)
-    stored = graph.set_weight(weight_name(path, "smooth"), 1 / factors)
-    output = f"{value}.smooth"
-    graph.nodes.append(node("Mul", [value, stored], output, node_name(f"{path}/smooth", "Mul")))
+    stored = graph.set_weight(weight_name(path, SMOOTH), 1 / factors)
+    output = f"{value}.{SMOOTH}"
+    graph.nodes.append(node("Mul", [value, stored], output, node_name(f"{path}/{SMOOTH}", "Mul")))
     return output
 
 
