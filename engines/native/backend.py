@@ -48,7 +48,8 @@ def why_not_build(precision: str, options: BuildOptions) -> str | None:
     served = _served(precision)
     unknown = [each for each in options.compute_capabilities if each not in served]
     if unknown:
-        return f"no {precision} kernels for {', '.join(unknown)}, only for {', '.join(served)}"
+        kernels = _kernels(precision)
+        return f"no {kernels} for {', '.join(unknown)}, only for {', '.join(served)}"
     if find_spec("safetensors") is None:
         return "needs safetensors: pip install 'edje-runtime[gpu]'"
     return None
@@ -136,10 +137,9 @@ def _is_there(name: str) -> bool:
 def _gpu_fault(gpu: Gpu, served: tuple[str, ...], precision: str) -> str | None:
     """Return why `gpu` cannot run an engine for the compute capabilities `served`."""
     if serving_table(gpu.capability, served) is None:
-        kernels = f"the {precision} kernels" if precision in KINDS else "the kernels"
         return (
-            f"{gpu.name} has compute capability {gpu.capability}, {kernels} are for "
-            f"{', '.join(served)}"
+            f"{gpu.name} has compute capability {gpu.capability}, the {_kernels(precision)} are "
+            f"for {', '.join(served)}"
         )
     if capability_key(gpu.cuda_version) < capability_key(LEAST_CUDA):
         return (
@@ -147,3 +147,7 @@ def _gpu_fault(gpu: Gpu, served: tuple[str, ...], precision: str) -> str | None:
             "update NVIDIA's driver to r570 or later"
         )
     return None
+
+
+def _kernels(precision: str) -> str:
+    return f"{precision} kernels" if precision in KINDS else "kernels"
