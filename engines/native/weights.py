@@ -73,6 +73,16 @@ def quantized_groups(graph: Graph, num_layers: int) -> tuple[tuple[str, ...], st
     return tuple(kinds), kind if kinds else ""
 
 
+def smooths_cls_apart(graph: Graph, num_layers: int) -> bool:
+    """Tell whether the last layer's query, which reads CLS rows alone, smooths them otherwise."""
+    found = [
+        graph.array(name)
+        for part in (QUERY, KEY)
+        if (name := weight_name(layer_path(num_layers - 1, part), SMOOTH)) in graph.weights
+    ]
+    return bool(found) and (len(found) == 1 or not np.array_equal(*found))
+
+
 def write_weights(folder: Path, weights: Mapping[str, Array]) -> None:
     """Write `weights.safetensors` into `folder`.
 
@@ -154,15 +164,23 @@ class _Weights:
         values = [self._graph.array(name).view(kind).T for name in names]
         scales = [self._graph.array(f"{name.removesuffix(QUANTIZED)}{SCALES}").T for name in names]
         path, inputs = layer_path(number, step), self._inputs(step)
-        smooth = np.ones(inputs, np.float32)
-        factors = weight_name(layer_path(number, _linears(step)[0]), SMOOTH)
-        if factors in self._graph.weights:
-            smooth = _in_zeros(self._graph.array(factors), inputs)
-        return {
+        found = {
             weight_name(path): self._packed(step, values),
             weight_name(path, SCALES): self._packed(step, scales, inputs // ALIGNMENT),
-            weight_name(path, SMOOTH): smooth,
+            weight_name(path, SMOOTH): self._smooth(number, _linears(step)[0], inputs),
         }
+        if self._plan.smooths_cls_apart and path == _last_qkv(self._plan.num_layers):
+            query = weight_name(layer_path(number, QUERY), SMOOTH)
+            found[query] = found[weight_name(path, SMOOTH)]
+            found[weight_name(path, SMOOTH)] = self._smooth(number, KEY, inputs)
+        return found
+
+    def _smooth(self, number: int, part: str, inputs: int) -> Float32:
+        """Return what the input of a linear is multiplied by: ones where nothing is smoothed."""
+        name = weight_name(layer_path(number, part), SMOOTH)
+        if name not in self._graph.weights:
+            return np.ones(inputs, np.float32)
+        return _in_zeros(self._graph.array(name), inputs)
 
     def _names(self, number: int, step: str, what: str) -> Iterator[str]:
         return (weight_name(layer_path(number, part), what) for part in _linears(step))
@@ -205,6 +223,10 @@ class _Weights:
                 return self._graph.array(each)
         self.missing.append(name)
         return np.zeros((1, 1), np.float32)
+
+
+def _last_qkv(num_layers: int) -> str:
+    return layer_path(num_layers - 1, QKV)
 
 
 def _linears(step: str) -> tuple[str, ...]:
