@@ -30,9 +30,10 @@ def smooth(graph: Graph, seen: Mapping[str, Activations]) -> Graph:
     """Return an equal graph in which the inputs of linears with outlier channels are even."""
     readers: dict[str, list[Linear]] = {}
     for linear in find_linears(graph):
-        readers.setdefault(linear.value, []).append(linear)
+        readers.setdefault(linear.group, []).append(linear)
+    group_of_value = {linear.value: linear.group for linear in find_linears(graph)}
     factors = {
-        name: _factors(graph, seen[name].channel_amax, readers[name])
+        name: _factors(graph, seen[name].channel_amax, readers[group_of_value[name]])
         for name in outlier_values(seen)
     }
     new = graph.replaced([])
@@ -119,6 +120,24 @@ def observe(graph: Graph, batches: Iterable[Batch]) -> dict[str, Activations]:
                 seen[name] = Activations(np.zeros(channels, np.float32), empty)
             seen[name].add(values)
     return seen
+
+
+def shared_by_groups(graph: Graph, seen: Mapping[str, Activations]) -> dict[str, Activations]:
+    """Return `seen` with all values that a layer group reads as one.
+
+    In the last layer the query reads one row a pair, and key and value read all.
+    """
+    values: dict[str, list[Activations]] = {}
+    for linear in find_linears(graph):
+        values.setdefault(linear.group, []).append(seen[linear.value])
+    shared = {
+        group: Activations(
+            np.max([each.channel_amax for each in read], axis=0),
+            np.sum([each.counts for each in read], axis=0),
+        )
+        for group, read in values.items()
+    }
+    return {linear.value: shared[linear.group] for linear in find_linears(graph)}
 
 
 def by_max(seen: Activations, precision: str) -> float:

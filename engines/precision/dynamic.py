@@ -1,11 +1,13 @@
 """8 bits with scales found while running: one a token and 128 columns, for weights and values.
 
 A static scale a tensor spends its steps on the few channels that stand out; these follow the
-values, so that trained models stay faithful with every quantised layer group in int8.
+values, and trained models' scores move a fifth to a ninth as far.
 
 What the pass adds, by name; the native engine's build reads it by these names. VALUE is what a
 quantised linear reads, W its weight, `path` the first linear that reads VALUE
-(`layers.0/query` for query, key and value, which share one):
+(`layers.0/query` for query, key and value, which share one; the last layer's query reads the CLS
+rows alone and has nodes of its own, `layers.0/key` then being the first; what they round is the
+same):
 
 - `/path/dynamic/...`: float32 nodes that cut VALUE into blocks of 128 columns (the last one may be
   short), divide each by its largest |x| / 127 (int8) or / 448 (E4M3), round, and multiply it back.

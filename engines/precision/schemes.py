@@ -7,7 +7,15 @@ from collections.abc import Collection, Mapping, Sequence
 
 from ...errors import EngineError
 from ..contract import DYNAMIC, STATIC, Batch
-from .calibrate import METHODS, Activations, amax_by, observe, outlier_values, smooth
+from .calibrate import (
+    METHODS,
+    Activations,
+    amax_by,
+    observe,
+    outlier_values,
+    shared_by_groups,
+    smooth,
+)
 from .dynamic import BLOCK, NEVER_QUANTIZED, dynamic_linears, quantize_dynamic
 from .emulate import Switches
 from .graph import Graph
@@ -29,8 +37,11 @@ class Scheme(ABC):
     def __init__(self, graph: Graph, precision: str, scale_type: str, batches: Sequence[Batch]):
         """Observe `batches`; stored scales are rounded to `scale_type`."""
         self._graph, self._precision, self._scale_type = graph, precision, scale_type
-        self._seen = observe(graph, batches)
+        self._seen = self._observed(batches)
         self.forms = (PLAIN, SMOOTHED) if self.outliers() else (PLAIN,)
+
+    def _observed(self, batches: Sequence[Batch]) -> Mapping[str, Activations]:
+        return observe(self._graph, batches)
 
     @staticmethod
     @abstractmethod
@@ -93,7 +104,11 @@ class StaticScales(Scheme):
 class DynamicScales(Scheme):
     """One scale a token and 128 columns; only what is quantised is smoothed."""
 
-    methods = ("found while running",)
+    methods = ("scales found while running",)
+
+    def _observed(self, batches: Sequence[Batch]) -> Mapping[str, Activations]:
+        """Query, key and value are smoothed alike in the last layer, too: one rounded copy."""
+        return shared_by_groups(self._graph, observe(self._graph, batches))
 
     @staticmethod
     def facts(precision: str) -> dict[str, object]:

@@ -6,9 +6,11 @@ import pytest
 from edje.engines.builder.build import build_engine
 from edje.engines.cpu import why_no_int8
 from edje.engines.fidelity import FidelityLimits
+from edje.engines.precision.emulate import emulated, runner
 from edje.engines.precision.graph import Graph
 from edje.engines.precision.lower import find_linears
 from edje.engines.precision.prepare import GraphCache, Recipe, prepare_graph
+from edje.engines.precision.schemes import DynamicScales
 from edje.engines.precision.search import choose
 from edje.engines.registry import load_backend, open_engine
 from edje.errors import EngineError
@@ -40,7 +42,7 @@ def test_there_is_nothing_to_try_but_smoothing_and_only_what_is_quantised_is_smo
     free = search(planted, queries).agreement.kendall_tau
     chosen = search(planted, queries, tau=free + 0.4 * (1 - free))
     ways = [tried["method"] for tried in chosen.facts["tried"] if "kept" not in tried]
-    assert ways == ["found while running", "found while running, smoothed"]
+    assert ways == ["scales found while running", "scales found while running, smoothed"]
     assert 0 < len(chosen.kept) < len(QUANTIZED)
     assert list(chosen.facts["kept"]) == list(chosen.kept)
     left = {linear.group for linear in find_linears(chosen.graph)}
@@ -50,6 +52,20 @@ def test_there_is_nothing_to_try_but_smoothing_and_only_what_is_quantised_is_smo
     assert smoothed
     assert not smoothed & left
     assert len(smoothed) == len(chosen.facts["smoothed"])
+
+
+def test_the_last_layers_query_rounds_its_rows_as_key_and_value_do(graph, queries):
+    planted = with_outliers(graph)
+    scheme = DynamicScales(planted, "int8", "float32", queries[0])
+    quantized = scheme.quantized("smoothed", scheme.methods[0])
+    np.testing.assert_array_equal(
+        quantized.array("layers.1.query.smooth"), quantized.array("layers.1.key.smooth")
+    )
+    products = {node.name: node for node in quantized.nodes if node.op_type == "MatMul"}
+    read = [products[f"/layers.1/{part}/MatMul"].input[0] for part in ("query", "key", "value")]
+    assert read[0] != read[1] == read[2]
+    rows, every = runner(emulated(quantized), read[:2])(queries[0][0])
+    np.testing.assert_array_equal(rows.reshape(len(every), -1), every[:, 0])
 
 
 def test_limits_that_nothing_holds_are_refused(graph, queries):
@@ -70,7 +86,7 @@ def test_a_plan_says_where_scales_come_from_and_what_is_never_quantised(
     assert plan["weights"] == "int8, symmetric, one scale per output channel and 128 inputs"
     assert set(plan["never_quantized"]) == {"attention_output"}
     assert "dynamic" in plan["float32"]
-    assert plan["method"] == "found while running"
+    assert plan["method"] == "scales found while running"
 
 
 def test_both_kinds_of_scales_have_graphs_of_their_own_and_others_are_refused(
