@@ -198,7 +198,7 @@ def _quantize(kind: str) -> Variant:
         Parameter("scales", "*fp32", written=True),
         Parameter("control", "*i64"),
         Parameter("rows_per_pair", "i32"),
-        *(Parameter(name, "i32", 16) for name in ("x_stride", "width")),
+        Parameter("width", "i32", 16),
     )
     constants: dict[str, int | None] = {"ROWS": QUANTIZE_ROWS, "LARGEST": KINDS[kind].largest}
     capabilities = KINDS[kind].capabilities

@@ -190,23 +190,21 @@ class Quantize:
         num_pairs: int,
         rows_per_pair: int,
         stream: Stream,
-        row_step: int = 1,
     ) -> None:
         """Write the first rows of `out`, `rows_per_pair` for each pair; returns at once.
 
         Args:
-            x: float16 [at least `row_step` times the rows, width], on 16 bytes.
+            x: float16 [at least the rows, width], on 16 bytes.
             out: where 8 bits go; written.
             control: int64 [2].
             num_pairs: the most pairs that `control` will say.
             rows_per_pair: the slots of a pair, or 1.
-            row_step: each `row_step`-th row of `x` is read.
 
         Raises:
             EngineError: arrays that do not fit (all faults at once).
         """
         num_rows = num_pairs * rows_per_pair
-        raise_faults("quantize", self._faults(x, out, control, num_rows, row_step))
+        raise_faults("quantize", self._faults(x, out, control, num_rows))
         self._kernel.launch(
             stream,
             -(-num_rows // QUANTIZE_ROWS) * (self._width // UNIT),
@@ -216,17 +214,16 @@ class Quantize:
             scales=out.rows.scales.address,
             control=control.address,
             rows_per_pair=rows_per_pair,
-            x_stride=row_step * self._width,
             width=self._width,
         )
 
     def _faults(
-        self, x: DeviceArray, out: Copy, control: DeviceArray, num_rows: int, row_step: int
+        self, x: DeviceArray, out: Copy, control: DeviceArray, num_rows: int
     ) -> Iterator[str]:
-        yield from rows_faults("x", x, WIDE, (num_rows - 1) * row_step + 1, self._width)
+        yield from rows_faults("x", x, WIDE, num_rows, self._width)
         yield from out.faults("out", self._kind, num_rows, self._width)
         yield from array_faults("control", control, "int64", (2,))
-        yield from bounds_faults("rows", num_rows * row_step, MOST_SLOTS)
+        yield from bounds_faults("rows", num_rows, MOST_SLOTS)
 
 
 def _product_faults(

@@ -38,7 +38,6 @@ def quantize(
     scales: tl.tensor,
     control: tl.tensor,
     rows_per_pair: tl.int32,
-    x_stride: tl.int32,
     width: tl.int32,
     ROWS: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -51,8 +50,7 @@ def quantize(
     columns = block * BLOCK + tl.arange(0, BLOCK)
     mask = rows < num_rows
     cells = rows[:, None] * width + columns[None, :]
-    read = rows[:, None] * x_stride + columns[None, :]
-    values = tl.load(x + read, mask=mask[:, None], other=0.0).to(tl.float32)
+    values = tl.load(x + cells, mask=mask[:, None], other=0.0).to(tl.float32)
     values = values * tl.load(smooth + columns)[None, :]
     # No maximum is NaN because one value is: the sum is, and the scale with it.
     largest = tl.max(tl.abs(values), axis=1) + tl.sum(values * 0.0, axis=1)

@@ -19,7 +19,6 @@ from .weights import (
     ATTENTION_NORM,
     FFN_NORM,
     quantized_groups,
-    smooths_cls_apart,
     take_weights,
     write_weights,
 )
@@ -92,7 +91,6 @@ def make_plan(job: BuildJob, graph: Graph, capabilities: Sequence[str], element:
         tiles={each: table.tiles[element] for each, table in tables.items()},
         tuning={each: table.sha256 for each, table in tables.items()},
         kind=kind,
-        smooths_cls_apart=smooths_cls_apart(graph, sizes.num_layers),
         quantized=quantized,
         tiles8={each: table.tiles[kind] for each, table in tables.items()} if kind else {},
     )

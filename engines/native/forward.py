@@ -125,11 +125,7 @@ class Forward:
         product = self._steps.product
         product(layer, QKV, memory.hidden, Rows(both), work, part=slice(width, None))
         query, queries = slice(width), Rows(memory.queries)
-        if self.plan.smooths_cls_apart:
-            self._steps.quantize_cls(memory.hidden, memory.cls, cls, row_step=slots)
-            product(layer, QKV, memory.cls, queries, cls, part=query)
-        else:
-            product(layer, QKV, memory.hidden, queries, cls, part=query, row_step=slots)
+        product(layer, QKV, memory.hidden, queries, cls, part=query, row_step=slots)
         keys, values = (columns(both, at * width, width) for at in range(2))
         self._attend(bucket, (memory.queries, keys, values), 2 * width, cls)
         self._finish(layer, memory.cls, cls, residual_stride=slots * self.plan.width)

@@ -61,8 +61,6 @@ class Plan:
         kind: of 8-bit layer groups, `int8` or `fp8`; empty where there are none.
         quantized: layer groups of that type, as `layers.3.ffn2`; the others are of `element`.
         tiles8: as `tiles`, of the products of the quantised groups.
-        smooths_cls_apart: whether the last layer's query reads CLS rows in 8 bits of their own,
-            smoothed otherwise than what its keys and values read.
         tuning: compute capability -> SHA-256 of the tuning table that the tiles came from.
     """
 
@@ -83,7 +81,6 @@ class Plan:
     kind: str = ""
     quantized: tuple[str, ...] = ()
     tiles8: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    smooths_cls_apart: bool = False
     format_version: int = FORMAT_VERSION
 
     @property

@@ -98,8 +98,7 @@ def _eight_bit_kernels(plan: Plan, capability: str) -> Iterator[tuple[str, str, 
                 gelu, tile = plan.activation if step == FFN1 else "none", plan.tiles8[capability]
                 name = name_of(plan.kind, gelu, out, tile[step])
                 yield f"{step}, {plan.kind} to {out}", name, times, None
-    times = plan.is_quantized(0, QKV) + plan.smooths_cls_apart
-    times += sum(
+    times = plan.is_quantized(0, QKV) + sum(
         plan.is_quantized(layer, FFN2) and not plan.is_quantized(layer, FFN1) for layer in layers
     )
     if times:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ...arrays import DeviceArray
-from ...bundle import FFN1, FFN2, QKV, QUERY, layer_path, weight_name
+from ...bundle import FFN1, FFN2, QKV, layer_path, weight_name
 from ...kernels.device.contract import Stream
 from ...kernels.launch import KernelLibrary
 from ...kernels.layers import AddNorm, Product
@@ -164,18 +164,6 @@ class Steps:
         if copy is not None:
             quantizer = self._quantizers[rows.exact.shape[1]]
             quantizer.enqueue(rows.exact, copy, self._control, **work._asdict())
-
-    def quantize_cls(self, hidden: Rows, cls: Rows, work: Work, *, row_step: int) -> None:
-        """Write each `row_step`-th row of `hidden` in 8 bits to `cls`, as the last query reads it.
-
-        To be asked where the plan smooths those rows apart.
-        """
-        assert cls.scaled is not None
-        path = layer_path(self._plan.num_layers - 1, QUERY)
-        copy = Copy(cls.scaled, self._weights[weight_name(path, SMOOTH)])
-        quantizer = self._quantizers[self._plan.width]
-        common = work._asdict()
-        quantizer.enqueue(hidden.exact, copy, self._control, row_step=row_step, **common)
 
     def linear(self, path: str) -> tuple[DeviceArray, DeviceArray]:
         """Return weight and bias of what is at `path`."""

@@ -53,6 +53,11 @@ def take_weights(graph: Graph, plan: Plan) -> dict[str, Array]:
     found = {**taken.embeddings(), **taken.head()}
     for number in range(plan.num_layers):
         found |= taken.layer(number)
+    if plan.quantized and _smooths_cls_apart(graph, plan.num_layers):
+        raise EngineError(
+            "this graph smooths what the last layer's query reads otherwise than its keys",
+            hint="build from the bundle: one 8-bit copy of the hidden states serves both",
+        )
     if taken.missing:
         raise EngineError(
             "this graph is no joint encoder as `edje export` writes it",
@@ -71,16 +76,6 @@ def quantized_groups(graph: Graph, num_layers: int) -> tuple[tuple[str, ...], st
     }
     kind = "int8" if np.dtype(np.int8) in kinds.values() else "fp8"
     return tuple(kinds), kind if kinds else ""
-
-
-def smooths_cls_apart(graph: Graph, num_layers: int) -> bool:
-    """Tell whether the last layer's query, which reads CLS rows alone, smooths them otherwise."""
-    found = [
-        graph.array(name)
-        for part in (QUERY, KEY)
-        if (name := weight_name(layer_path(num_layers - 1, part), SMOOTH)) in graph.weights
-    ]
-    return bool(found) and (len(found) == 1 or not np.array_equal(*found))
 
 
 def write_weights(folder: Path, weights: Mapping[str, Array]) -> None:
@@ -164,23 +159,15 @@ class _Weights:
         values = [self._graph.array(name).view(kind).T for name in names]
         scales = [self._graph.array(f"{name.removesuffix(QUANTIZED)}{SCALES}").T for name in names]
         path, inputs = layer_path(number, step), self._inputs(step)
-        found = {
+        smooth = np.ones(inputs, np.float32)
+        factors = weight_name(layer_path(number, _linears(step)[0]), SMOOTH)
+        if factors in self._graph.weights:
+            smooth = _in_zeros(self._graph.array(factors), inputs)
+        return {
             weight_name(path): self._packed(step, values),
             weight_name(path, SCALES): self._packed(step, scales, inputs // ALIGNMENT),
-            weight_name(path, SMOOTH): self._smooth(number, _linears(step)[0], inputs),
+            weight_name(path, SMOOTH): smooth,
         }
-        if self._plan.smooths_cls_apart and path == _last_qkv(self._plan.num_layers):
-            query = weight_name(layer_path(number, QUERY), SMOOTH)
-            found[query] = found[weight_name(path, SMOOTH)]
-            found[weight_name(path, SMOOTH)] = self._smooth(number, KEY, inputs)
-        return found
-
-    def _smooth(self, number: int, part: str, inputs: int) -> Float32:
-        """Return what the input of a linear is multiplied by: ones where nothing is smoothed."""
-        name = weight_name(layer_path(number, part), SMOOTH)
-        if name not in self._graph.weights:
-            return np.ones(inputs, np.float32)
-        return _in_zeros(self._graph.array(name), inputs)
 
     def _names(self, number: int, step: str, what: str) -> Iterator[str]:
         return (weight_name(layer_path(number, part), what) for part in _linears(step))
@@ -225,8 +212,14 @@ class _Weights:
         return np.zeros((1, 1), np.float32)
 
 
-def _last_qkv(num_layers: int) -> str:
-    return layer_path(num_layers - 1, QKV)
+def _smooths_cls_apart(graph: Graph, num_layers: int) -> bool:
+    """Tell whether the last layer's query, which reads the CLS rows alone, has other factors."""
+    found = [
+        graph.array(name)
+        for part in (QUERY, KEY)
+        if (name := weight_name(layer_path(num_layers - 1, part), SMOOTH)) in graph.weights
+    ]
+    return bool(found) and (len(found) == 1 or not np.array_equal(*found))
 
 
 def _linears(step: str) -> tuple[str, ...]:

@@ -20,12 +20,13 @@ from edje.engines.native import backend
 from edje.engines.native.plan import Plan
 from edje.engines.native.run import NativeEngine
 from edje.engines.native.weights import read_weights
-from edje.engines.precision.calibrate import observe, smooth
-from edje.engines.precision.dynamic import quantize_dynamic
+from edje.engines.precision.calibrate import observe, shared_by_groups, smooth
+from edje.engines.precision.dynamic import dynamic_linears, quantize_dynamic
 from edje.engines.precision.emulate import scorer
 from edje.engines.precision.graph import Graph
 from edje.engines.precision.lower import lower
 from edje.engines.samples import RandomSamples
+from edje.errors import EngineError
 from native_engine import HostScorer, random_batch
 from recording_device import RecordingDevice
 
@@ -131,7 +132,10 @@ def test_channels_that_stand_out_are_smoothed_as_the_graph_does(
     eight_bits: EightBits, source: Graph, bundle: BundleManifest, kind: str
 ) -> None:
     planted, batch = with_outliers(source), random_batch(bundle, 15, 6, 4)
-    even = smooth(planted, observe(planted, [batch]))
+    seen = observe(planted, [batch])
+    linears = {linear.value for linear in dynamic_linears(planted)}
+    shared = shared_by_groups(planted, seen)
+    even = smooth(planted, {name: shared[name] for name in linears})
     graph = prepared(even, kind)
     folder = eight_bits.built(graph, kind, "engine")
     weights = read_weights(folder)
@@ -145,10 +149,9 @@ def test_channels_that_stand_out_are_smoothed_as_the_graph_does(
     span = float(np.ptp(exact(batch)))
     # The mean would tell of single pairs whose softmax tips over.
     assert np.median(np.abs(found - quantized)) <= {"int8": 0.02, "fp8": 0.1}[kind] * span
-    # The last query reads CLS rows alone, and smooths them otherwise than its keys' rows.
-    assert Plan.read(folder).smooths_cls_apart
-    query, keys = (weights[f"layers.1.{part}.smooth"] for part in ("query", "qkv"))
-    assert not np.array_equal(query, keys)
+    apart = prepared(smooth(planted, {name: seen[name] for name in linears}), kind)
+    with pytest.raises(EngineError, match="smooths what the last layer's query reads otherwise"):
+        eight_bits.built(apart, kind, "apart")
 
 
 @pytest.mark.parametrize("kind", KINDS)
