@@ -4,9 +4,8 @@
 
 A layer's products at the size of a full batch, in CUDA graphs, over inputs that take turns (one
 alone would lie in the L2 cache). All tiles of a step run interleaved; the least time counts, and
-each tile's rows are compared with the reference before. The tiles of int8 and fp8 are kept as they
-are: all but 9.0 have one alone. An engine that was built with other tiles
-says so when it is opened.
+each tile's rows are compared with the reference before. The tiles of int8 and fp8 stay as they are:
+only 9.0 has more than one. An engine that was built with other tiles says so when it is opened.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ def _smooths_cls_apart(graph: Graph, num_layers: int) -> bool:
         for part in (QUERY, KEY)
         if (name := weight_name(layer_path(num_layers - 1, part), SMOOTH)) in graph.weights
     ]
-    return bool(found) and (len(found) == 1 or not np.array_equal(*found))
+    return bool(found) and (len(found) == 1 or not np.array_equal(found[0], found[1]))
 
 
 def _linears(step: str) -> tuple[str, ...]:
