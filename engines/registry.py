@@ -66,7 +66,7 @@ class BackendStatus:
 REGISTRY: Mapping[str, BackendEntry] = {
     "openvino": BackendEntry(".openvino", "openvino", "cpu", ("fp32", "bf16", "int8")),
     "onnxruntime": BackendEntry(".onnxruntime", "onnxruntime", "cpu", ("fp32", "int8")),
-    "native": BackendEntry(".native.backend", "cuda.core", "gpu", ("fp16", "bf16")),
+    "native": BackendEntry(".native.backend", "cuda.core", "gpu", ("fp16", "bf16", "int8", "fp8")),
     "tensorrt": BackendEntry(".tensorrt.backend", "tensorrt", "tensorrt", PRECISIONS),
     "tensorrt-rtx": BackendEntry(".tensorrt.rtx", "tensorrt_rtx", "rtx", PRECISIONS),
     "onnxruntime-cuda": BackendEntry(

@@ -12,10 +12,11 @@ from ..arrays import DeviceArray
 from ..errors import EngineError, named
 from .device.contract import Device, Kernel, Stream
 from .manifest import CUBINS, Cubin, KernelEntry, TensorMap, read_manifest
-from .variant import Parameter
+from .variant import MAX_SHARED_BYTES, Parameter
 
 DTYPES = {
-    name: np.dtype(name) for name in ("float16", "float32", "int8", "int32", "int64", "uint16")
+    name: np.dtype(name)
+    for name in ("float16", "float32", "int8", "int32", "int64", "uint8", "uint16")
 }
 
 
@@ -82,6 +83,24 @@ def bounds_faults(name: str, value: int, most: int) -> Iterator[str]:
         yield f"{name}: got {value}, expected 1 to {most}"
 
 
+def multiple_faults(name: str, sizes: tuple[int, ...], unit: int) -> Iterator[str]:
+    if any(size % unit or size < 1 for size in sizes):
+        yield f"{name}: got {', '.join(map(str, sizes))}, expected multiples of {unit}"
+
+
+REGISTERS = 1 << 16  # of a multiprocessor
+DRIVER_SHARED_BYTES = 1 << 10  # of a block, beside its own
+
+
+def fitting_programs(kernel: LoadedKernel) -> int:
+    """Return how many programs of a persistent kernel to start on a multiprocessor: 1 or 2."""
+    cubin = kernel.cubin
+    shared = MAX_SHARED_BYTES[cubin.compute_capability] + DRIVER_SHARED_BYTES
+    by_memory = shared // (cubin.shared_bytes + DRIVER_SHARED_BYTES)
+    by_registers = REGISTERS // (cubin.registers * kernel.num_threads)
+    return max(1, min(2, by_memory, by_registers))
+
+
 MOST_SLOTS = 2**31 - 256  # of all pairs together: places are 32-bit numbers
 SCALARS: dict[str, type[np.generic]] = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
 RANGES = {"i32": (-(2**31), 2**31 - 1), "i64": (-(2**63), 2**63 - 1)}
@@ -99,7 +118,8 @@ class LoadedKernel:
         self.name, self.cubin, self._kernel, self._device = name, cubin, kernel, device
         self._maps = {each.name: each for each in cubin.tensor_maps}
         self.constants = entry.constants
-        self._block = (32 * entry.num_warps, 1, 1)
+        self.num_threads = 32 * entry.num_warps
+        self._block = (self.num_threads, 1, 1)
         self._parameters = tuple(item for item in entry.parameters if item.name not in SCRATCH)
         self._names = {item.name for item in self._parameters}
         self._scratch = (np.uint64(0),) * (len(entry.parameters) - len(self._parameters))

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from ..arrays import Array, Float64, Int32
+from ..arrays import Array, Float32, Float64, Int32
 
 
 def product(x: Array, weight: Array, bias: Array, gelu: str) -> Float64:
@@ -22,7 +22,44 @@ def product(x: Array, weight: Array, bias: Array, gelu: str) -> Float64:
         bias: [O].
         gelu: `none`, `exact` or `tanh`.
     """
-    result: Float64 = x.astype(np.float64) @ weight.astype(np.float64).T + bias
+    return _activated(x.astype(np.float64) @ weight.astype(np.float64).T + bias, gelu)
+
+
+def product8(
+    x: Array, x_scales: Array, weight: Array, weight_scales: Array, bias: Array, gelu: str
+) -> Float64:
+    """Return `gelu(x @ weight.T + bias)` of 8-bit values times their scales, [R, O].
+
+    Args:
+        x, weight: [R, I] and [O, I], of any type whose values are the 8-bit ones.
+        x_scales, weight_scales: [R, I / 128] and [O, I / 128].
+        bias: [O].
+        gelu: `none`, `exact` or `tanh`.
+    """
+    return product(_scaled(x, x_scales), _scaled(weight, weight_scales), bias, gelu)
+
+
+def quantize(x: Array, smooth: Array, largest: float) -> tuple[Float32, Float32]:
+    """Return what of `x * smooth` is to be rounded to 8 bits [R, C], and scales [R, C / 128].
+
+    Args:
+        x: [R, C].
+        smooth: [C].
+        largest: what the largest of 128 columns becomes: 127 for int8, 448 for E4M3.
+    """
+    cut = (x.astype(np.float32) * smooth.astype(np.float32)).reshape(len(x), -1, BLOCK)
+    most = np.maximum(np.abs(cut).max(axis=2), np.float32(1e-30))
+    scales: Float32 = most / np.float32(largest)
+    ratio: Float32 = (cut / scales[..., None]).reshape(x.shape)
+    return ratio, scales
+
+
+def _scaled(values: Array, scales: Array) -> Float64:
+    result: Float64 = values.astype(np.float64) * np.repeat(scales, BLOCK, axis=1)
+    return result
+
+
+def _activated(result: Float64, gelu: str) -> Float64:
     if gelu == "exact":
         result *= (1 + _erf(result / math.sqrt(2))) / 2
     elif gelu == "tanh":
@@ -93,4 +130,5 @@ def score(
     return result
 
 
+BLOCK = 128  # columns of a scale
 _erf = np.vectorize(math.erf, otypes=[np.float64])

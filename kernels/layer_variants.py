@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .variant import ELEMENTS, POINTER_CAPABILITIES, TMA_CAPABILITIES, Parameter, Variant
+from .variant import (
+    COMPUTE_CAPABILITIES,
+    ELEMENTS,
+    POINTER_CAPABILITIES,
+    TMA_CAPABILITIES,
+    Parameter,
+    Variant,
+)
 
+# Widths are multiples of it; 8-bit rows have a scale for as many columns.
+UNIT = 128
 ACTIVATIONS = ("float16", "bfloat16")
 GELU_FORMS = {"none": 0, "exact": 1, "tanh": 2}
 
@@ -84,7 +93,8 @@ def layer_variants(dtype: str) -> Iterator[Variant]:
     for head in ATTENTION_HEADS:
         yield from (_attention(dtype, head, ALL_QUERIES, tail) for tail in ATTENTION_TAILS)
         yield _attention(dtype, head, ONE_QUERY, ATTENTION_KEYS)
-    yield from (_add_norm(dtype, columns) for columns in NORM_COLUMNS)
+    for columns in NORM_COLUMNS:
+        yield add_norm_variant(add_norm_name(dtype, columns), dtype, columns)
     yield _score(dtype)
 
 
@@ -158,19 +168,31 @@ def _attention(dtype: str, head: int, queries: int, tail: int) -> Variant:
     return Variant(name, "attention", "attention", parameters, sizes, num_stages=1)
 
 
-def _add_norm(dtype: str, columns: int) -> Variant:
+def add_norm_variant(
+    name: str,
+    dtype: str,
+    columns: int,
+    copies: tuple[Parameter, ...] = (),
+    *,
+    largest: int = 0,
+    capabilities: tuple[str, ...] = COMPUTE_CAPABILITIES,
+) -> Variant:
+    """Return an `add_norm`; `copies` are its parameters of a second result, in 8 bits."""
     address = f"*{ELEMENTS[dtype]}"
     parameters = (
         *(Parameter(name, address, 16) for name in ("x", "residual")),
         *(Parameter(name, "*fp32", 16) for name in ("weight", "bias")),
         Parameter("out", address, 16, written=True),
+        *copies,
         Parameter("control", "*i64"),
         Parameter("rows_per_pair", "i32"),
         *(Parameter(name, "i32", 16) for name in ("residual_stride", "hidden", "width")),
         Parameter("epsilon", "fp32"),
     )
-    sizes: dict[str, int | None] = {"ROWS": NORM_ROWS, "COLUMNS": columns}
-    return Variant(add_norm_name(dtype, columns), "norms", "add_norm", parameters, sizes)
+    sizes: dict[str, int | None] = {"ROWS": NORM_ROWS, "COLUMNS": columns, "LARGEST": largest}
+    if not copies:
+        sizes |= {"smooth": None, "copy": None, "scales": None}
+    return Variant(name, "norms", "add_norm", parameters, sizes, capabilities=capabilities)
 
 
 def _score(dtype: str) -> Variant:

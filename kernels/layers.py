@@ -23,6 +23,8 @@ from .launch import (
     array_faults,
     bounds_faults,
     choice_faults,
+    fitting_programs,
+    multiple_faults,
     raise_faults,
     rows_faults,
     stride_faults,
@@ -31,21 +33,17 @@ from .layer_variants import (
     ACTIVATIONS,
     GELU_FORMS,
     NORM_COLUMNS,
-    NORM_ROWS,
     POINTER_TILES,
     SCORE_PAIRS,
     TMA_TILES,
-    add_norm_name,
+    UNIT,
     product_name,
     product_tma_name,
     score_name,
 )
-from .variant import MAX_SHARED_BYTES
+from .norm_call import AddNorm
 
 __all__ = ["AddNorm", "Attention", "Product", "Score"]
-
-UNIT = 128  # widths are multiples of it
-DRIVER_SHARED_BYTES = 1 << 10  # of a block, beside its own
 
 
 class Product:
@@ -86,10 +84,7 @@ class Product:
         self._kernel = library.kernel(by_engine if self.uses_tma else by_pointer)
         self._dtype = dtype
         self._shape = TMA_TILES[tile] if self.uses_tma else POINTER_TILES[tile]
-        cubin = self._kernel.cubin
-        room = MAX_SHARED_BYTES[cubin.compute_capability] + DRIVER_SHARED_BYTES
-        fitting = room // (cubin.shared_bytes + DRIVER_SHARED_BYTES)
-        self._most_programs = num_processors * min(2, fitting)
+        self._most_programs = num_processors * fitting_programs(self._kernel)
 
     def enqueue(
         self,
@@ -150,90 +145,8 @@ class Product:
         yield from array_faults("bias", bias, "float32", (num_out,))
         yield from rows_faults("out", out, self._dtype, num_rows, num_out)
         yield from array_faults("control", control, "int64", (2,))
-        yield from _multiple_faults("outputs and inputs", (num_out, num_in), UNIT)
+        yield from multiple_faults("outputs and inputs", (num_out, num_in), UNIT)
         yield from stride_faults("x_stride", stride, num_in)
-        yield from bounds_faults("rows", num_rows, MOST_SLOTS)
-
-
-class AddNorm:
-    """`references.add_norm` on the device: rows plus their residual through a LayerNorm."""
-
-    def __init__(
-        self, library: KernelLibrary, *, dtype: str, hidden: int, width: int, epsilon: float
-    ):
-        """Load the kernel.
-
-        Args:
-            dtype: `float16` or `bfloat16`, of rows and results; sums are float32.
-            hidden: values of a row that count, a multiple of 16.
-            width: values of a row, those past `hidden` 0: at most 1,024.
-            epsilon: of the LayerNorm.
-
-        Raises:
-            EngineError: choices that no kernel takes (all at once), or no kernel for this GPU.
-        """
-        raise_faults("add_norm", _norm_faults(dtype, hidden, width))
-        columns = min(size for size in NORM_COLUMNS if size >= width)
-        self._kernel = library.kernel(add_norm_name(dtype, columns))
-        self._dtype, self._width = dtype, width
-        self._constants: dict[str, float] = {"hidden": hidden, "width": width, "epsilon": epsilon}
-
-    def enqueue(
-        self,
-        x: DeviceArray,
-        residual: DeviceArray,
-        weight: DeviceArray,
-        bias: DeviceArray,
-        out: DeviceArray,
-        control: DeviceArray,
-        *,
-        num_pairs: int,
-        rows_per_pair: int,
-        stream: Stream,
-        residual_stride: int | None = None,
-    ) -> None:
-        """Write the first rows of `out`, `rows_per_pair` for each pair; returns at once.
-
-        Args:
-            x, residual: [at least the rows, width] of the dtype, on 16 bytes.
-            weight, bias: float32 [width], on 16 bytes.
-            out: [at least the rows, width], on 16 bytes, written; it may be `x`, or `residual`
-                without a stride of its own.
-            control: int64 [2].
-            num_pairs: the most pairs that `control` will say.
-            rows_per_pair: the slots of a pair, or 1.
-            residual_stride: elements from one row of `residual` to the next, a multiple of 16;
-                None: the width.
-
-        Raises:
-            EngineError: arrays that do not fit (all faults at once).
-        """
-        stride = self._width if residual_stride is None else residual_stride
-        num_rows = num_pairs * rows_per_pair
-        arrays = (x, residual, weight, bias, out, control)
-        raise_faults("add_norm", self._faults(arrays, num_rows, stride))
-        self._kernel.launch(
-            stream,
-            -(-num_rows // NORM_ROWS),
-            x=x.address,
-            residual=residual.address,
-            weight=weight.address,
-            bias=bias.address,
-            out=out.address,
-            control=control.address,
-            rows_per_pair=rows_per_pair,
-            residual_stride=stride,
-            **self._constants,
-        )
-
-    def _faults(self, arrays: tuple[DeviceArray, ...], num_rows: int, stride: int) -> Iterator[str]:
-        x, residual, weight, bias, out, control = arrays
-        for name, array in (("x", x), ("residual", residual), ("out", out)):
-            yield from rows_faults(name, array, self._dtype, num_rows, self._width)
-        yield from array_faults("weight", weight, "float32", (self._width,))
-        yield from array_faults("bias", bias, "float32", (self._width,))
-        yield from array_faults("control", control, "int64", (2,))
-        yield from stride_faults("residual_stride", stride, self._width)
         yield from bounds_faults("rows", num_rows, MOST_SLOTS)
 
 
@@ -317,20 +230,7 @@ def _product_faults(
     yield from bounds_faults("num_processors", num_processors, 2**16)
 
 
-def _norm_faults(dtype: str, hidden: int, width: int) -> Iterator[str]:
-    yield from choice_faults("dtype", dtype, ACTIVATIONS)
-    yield from _multiple_faults("hidden", (hidden,), 16)
-    yield from bounds_faults("width", width, NORM_COLUMNS[-1])
-    yield from _multiple_faults("width", (width,), UNIT)
-    yield from bounds_faults("hidden", hidden, width)
-
-
 def _score_faults(dtype: str, width: int) -> Iterator[str]:
     yield from choice_faults("dtype", dtype, ACTIVATIONS)
-    yield from _multiple_faults("width", (width,), UNIT)
+    yield from multiple_faults("width", (width,), UNIT)
     yield from bounds_faults("width", width, NORM_COLUMNS[-1])
-
-
-def _multiple_faults(name: str, sizes: tuple[int, ...], unit: int) -> Iterator[str]:
-    if any(size % unit or size < 1 for size in sizes):
-        yield f"{name}: got {', '.join(map(str, sizes))}, expected multiples of {unit}"

@@ -55,7 +55,7 @@ def product(
             total = tl.dot(tl.load(x_tile), tl.load(weight_tile), total)
             x_tile += BLOCK_IN
             weight_tile += BLOCK_IN
-        total = _activated(total + tl.load(bias + columns)[None, :], GELU)
+        total = activated(total + tl.load(bias + columns)[None, :], GELU)
         place = out + rows.to(tl.int64)[:, None] * num_out + columns[None, :]
         tl.store(place, total.to(out.dtype.element_ty), mask=(rows < num_rows)[:, None])
 
@@ -90,12 +90,13 @@ def product_tma(
         total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
         for inner in range(0, num_in, BLOCK_IN):
             total = tl.dot(x.load([row, inner]), weight.load([column, inner]).T, total)
-        total = _activated(total + tl.load(bias + column + columns)[None, :], GELU)
+        total = activated(total + tl.load(bias + column + columns)[None, :], GELU)
         out.store([row, column], total.to(out.dtype))
 
 
 @triton.jit
-def _activated(x: tl.tensor, GELU: tl.constexpr) -> tl.tensor:
+def activated(x: tl.tensor, GELU: tl.constexpr) -> tl.tensor:
+    """Return float32 values through the GELU."""
     if GELU == EXACT:
         # x - h where x > 0, else -h, with h = |x| erfc(|x| / sqrt(2)) / 2: Abramowitz and Stegun
         # 7.1.26, 2e-7 from the truth at most.

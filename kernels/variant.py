@@ -21,7 +21,8 @@ MAX_SHARED_BYTES = {
     "12.0": 99 << 10,
 }
 
-ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "int8": "i8"}  # NumPy's name -> Triton's
+# NumPy's name -> Triton's; fp8 (E4M3) is no type of NumPy's own.
+ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "int8": "i8", "fp8": "fp8e4nv"}
 
 
 @dataclass(frozen=True, slots=True)

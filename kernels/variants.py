@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .layer_variants import ACTIVATIONS, layer_variants
+from .layer_variants8 import eight_bit_variants
 from .variant import ELEMENTS, Parameter, Variant
 
 SOURCES = (
@@ -11,6 +12,8 @@ SOURCES = (
     "gather_scatter.py",
     "norms.py",
     "products.py",
+    "products8.py",
+    "quantize.py",
     "score.py",
     "top_k.py",
 )
@@ -57,6 +60,7 @@ def all_variants() -> tuple[Variant, ...]:
         ),
         *(variant for size in TOP_K_SIZES for variant in _top_k(size)),
         *(variant for dtype in ACTIVATIONS for variant in layer_variants(dtype)),
+        *eight_bit_variants(),
     )
 
 

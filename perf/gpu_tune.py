@@ -4,8 +4,8 @@
 
 A layer's products at the size of a full batch, in CUDA graphs, over inputs that take turns (one
 alone would lie in the L2 cache). All tiles of a step run interleaved; the least time counts, and
-each tile's rows are compared with the reference before. An engine that was built with other tiles
-says so when it is opened.
+each tile's rows are compared with the reference before. The tiles of int8 and fp8 stay as they are:
+only 9.0 has more than one. An engine that was built with other tiles says so when it is opened.
 """
 
 from __future__ import annotations
@@ -35,7 +35,14 @@ from ..kernels.device.facts import current_gpu, current_index, gpu_fault
 from ..kernels.launch import KernelLibrary
 from ..kernels.layer_variants import POINTER_TILES, TMA_TILES, product_name, product_tma_name
 from ..kernels.layers import Product
-from ..kernels.tuning import FOLDER, FORMAT_VERSION, Table
+from ..kernels.tuning import (
+    FOLDER,
+    FORMAT_VERSION,
+    Table,
+    read_tuning,
+    serving_table,
+    tuned_capabilities,
+)
 from .random_model import HIDDEN, INTERMEDIATE
 
 PAIRS, SLOTS = 256, 80
@@ -188,13 +195,27 @@ def _widened(values: Array, element: str) -> Array:
     return (values.astype(np.uint32) << 16).view(np.float32)
 
 
-def table_of(measured: Mapping[str, Mapping[str, Mapping[str, float]]], conditions: str) -> Table:
-    """Return the tuning table of what was measured: element type -> step -> tile -> us."""
-    tiles = {
+def table_of(
+    measured: Mapping[str, Mapping[str, Mapping[str, float]]],
+    conditions: str,
+    others: Mapping[str, Mapping[str, str]] | None = None,
+) -> Table:
+    """Return the tuning table of what was measured: element type -> step -> tile -> us.
+
+    Args:
+        others: tiles of other types, which were not measured: the table keeps them.
+    """
+    tiles = {**(others or {}), **_fastest(measured)}
+    return Table(FORMAT_VERSION, conditions, tiles, measured)
+
+
+def _fastest(
+    measured: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> dict[str, dict[str, str]]:
+    return {
         element: {step: min(times, key=lambda tile: times[tile]) for step, times in steps.items()}
         for element, steps in measured.items()
     }
-    return Table(FORMAT_VERSION, conditions, tiles, measured)
 
 
 def write_table(folder: Path, capability: str, table: Table) -> Path:
@@ -222,7 +243,12 @@ def measure(num_pairs: int, seconds: float) -> tuple[str, Table]:
         f"{gpu.name}, {num_pairs} pairs of {SLOTS} slots, in CUDA graphs, inputs in turns, random "
         f"data, least of {NUM_ROUNDS} rounds; rows compared with the reference in the same run"
     )
-    return gpu.capability, table_of(measured, conditions)
+    known = serving_table(gpu.capability, tuned_capabilities())
+    others = {} if known is None else read_tuning(known).tiles
+    kept = {element: tiles for element, tiles in others.items() if element not in measured}
+    if kept:
+        conditions += f"; {' and '.join(kept)} not measured"
+    return gpu.capability, table_of(measured, conditions, kept)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

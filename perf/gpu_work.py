@@ -272,6 +272,13 @@ STEPS = (
     Step("tune", "the tiles of our own kernels' products", 100, measure_tiles),
     Step("native-fp16", "our own kernels, fp16", 70, _backend("native", "fp16")),
     Step("native-bf16", "our own kernels, bf16", 70, _backend("native", "bf16")),
+    Step(
+        "native-int8",
+        "our own kernels, int8",
+        120,
+        _backend("native", "int8"),
+    ),
+    Step("native-fp8", "our own kernels, fp8", 120, _backend("native", "fp8")),
     Step("eager", "PyTorch eager fp16, the official way", 75, measure_official),
     Step("rank", "Reranker.rank of 25,000 images, and what can be fed", 120, measure_rank),
     Step("compiled", "torch.compile + SDPA + CUDA graphs, fp16", 190, measure_compiled),

@@ -12,15 +12,17 @@ from ...kernels.device import open_gpu
 from ...kernels.device.facts import Gpu, capability_key, current_gpu, current_index, gpu_fault
 from ...kernels.launch import runs_on
 from ...kernels.layer_variants import POINTER_TILES, product_name, product_tma_name
+from ...kernels.layer_variants8 import KINDS
 from ...kernels.manifest import read_manifest
 from ...kernels.tuning import read_tuning, serving_table, tuned_capabilities
-from ..contract import BuildJob, BuildOptions, Engine, OpenOptions, given_options
+from ..contract import DYNAMIC, BuildJob, BuildOptions, Engine, OpenOptions, given_options
 from ..manifest import EngineManifest
 from .plan import Plan
 from .run import NativeEngine, raise_setting_faults
 from .weights import read_weights
 
-COMPUTE_TYPES = {"fp16": "float16", "bf16": "bfloat16"}
+# Types of what is not quantised.
+COMPUTE_TYPES = {"fp16": "float16", "bf16": "bfloat16", "int8": "float16", "fp8": "float16"}
 # What loads the compiled kernels: r570 and later.
 LEAST_CUDA = "12.8"
 NEEDED = ("cuda.core", "safetensors")
@@ -35,7 +37,7 @@ def why_not(precision: str) -> str | None:
     """Return why this machine cannot run `precision`, None where it can."""
     if precision not in COMPUTE_TYPES:
         return f"not a precision of this backend ({', '.join(COMPUTE_TYPES)})"
-    return gpu_fault() or _missing() or _gpu_fault(current_gpu(), tuned_capabilities())
+    return gpu_fault() or _missing() or _gpu_fault(current_gpu(), _served(precision), precision)
 
 
 def why_not_build(precision: str, options: BuildOptions) -> str | None:
@@ -45,22 +47,33 @@ def why_not_build(precision: str, options: BuildOptions) -> str | None:
     others = sorted(given_options(options).keys() - {"compute_capabilities", "report"})
     if others:
         return f"no {', '.join(others)}: the kernels are compiled already"
-    unknown = [each for each in options.compute_capabilities if each not in tuned_capabilities()]
+    served = _served(precision)
+    unknown = [each for each in options.compute_capabilities if each not in served]
     if unknown:
-        return f"no kernels for {', '.join(unknown)}, only for {', '.join(tuned_capabilities())}"
+        kernels = _kernels(precision)
+        return f"no {kernels} for {', '.join(unknown)}, only for {', '.join(served)}"
     if find_spec("safetensors") is None:
         return "needs safetensors: pip install 'edje-runtime[gpu]'"
     return None
 
 
 def compute_type(precision: str) -> str:
-    """Return the type of weights and activations."""
+    """Return the type of weights and activations, in 8-bit precisions of those that are kept."""
     return COMPUTE_TYPES[precision]
+
+
+def activation_scales(precision: str) -> str:
+    """Return where 8-bit activations get their scales: our kernels find them while running."""
+    return DYNAMIC
 
 
 def device(precision: str, options: BuildOptions) -> dict[str, Any]:
     """Return the manifest's `device` entry: every architecture that the engine serves."""
-    return {"kind": "cuda", "compute_capabilities": list(_targets(options)), "cuda": LEAST_CUDA}
+    return {
+        "kind": "cuda",
+        "compute_capabilities": list(_targets(precision, options)),
+        "cuda": LEAST_CUDA,
+    }
 
 
 def device_faults(manifest: EngineManifest) -> list[str]:
@@ -75,7 +88,7 @@ def device_faults(manifest: EngineManifest) -> list[str]:
     ]
     if gpu_fault() is not None:
         return faults  # `why_not` says so
-    fault = _gpu_fault(current_gpu(), served)
+    fault = _gpu_fault(current_gpu(), served, manifest.precision)
     return faults if fault is None else [*faults, f"device: {fault}"]
 
 
@@ -83,7 +96,7 @@ def build(job: BuildJob) -> Mapping[str, Any]:
     """Write weights and plan."""
     from .build import build as build_engine  # needs onnx
 
-    return build_engine(job, _targets(job.options), COMPUTE_TYPES[job.precision])
+    return build_engine(job, _targets(job.precision, job.options), COMPUTE_TYPES[job.precision])
 
 
 def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine:
@@ -105,8 +118,14 @@ def _has_products(capability: str) -> bool:
     return any(runs_on(kernels[name], capability_key(capability)) for name in names)
 
 
-def _targets(options: BuildOptions) -> tuple[str, ...]:
-    return options.compute_capabilities or tuned_capabilities()
+def _served(precision: str) -> tuple[str, ...]:
+    """Return the compute capabilities that have kernels of a precision."""
+    kind = KINDS.get(precision)
+    return tuple(each for each in tuned_capabilities() if not kind or each in kind.capabilities)
+
+
+def _targets(precision: str, options: BuildOptions) -> tuple[str, ...]:
+    return options.compute_capabilities or _served(precision)
 
 
 def _missing() -> str | None:
@@ -124,12 +143,12 @@ def _is_there(name: str) -> bool:
         return False
 
 
-def _gpu_fault(gpu: Gpu, served: tuple[str, ...]) -> str | None:
+def _gpu_fault(gpu: Gpu, served: tuple[str, ...], precision: str) -> str | None:
     """Return why `gpu` cannot run an engine for the compute capabilities `served`."""
     if serving_table(gpu.capability, served) is None:
         return (
-            f"{gpu.name} has compute capability {gpu.capability}, the kernels are for "
-            f"{', '.join(served)}"
+            f"{gpu.name} has compute capability {gpu.capability}, the {_kernels(precision)} are "
+            f"for {', '.join(served)}"
         )
     if not _has_products(gpu.capability):
         return (
@@ -142,3 +161,7 @@ def _gpu_fault(gpu: Gpu, served: tuple[str, ...]) -> str | None:
             "update NVIDIA's driver to r570 or later"
         )
     return None
+
+
+def _kernels(precision: str) -> str:
+    return f"{precision} kernels" if precision in KINDS else "kernels"

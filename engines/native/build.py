@@ -15,7 +15,13 @@ from ..contract import BuildJob
 from ..precision.graph import Graph
 from .plan import HEADS, MOST_PAIRS_AT_ONCE, Plan
 from .report import write_report
-from .weights import ATTENTION_NORM, FFN_NORM, take_weights, write_weights
+from .weights import (
+    ATTENTION_NORM,
+    FFN_NORM,
+    quantized_groups,
+    take_weights,
+    write_weights,
+)
 
 MOST_HIDDEN = 1024
 _NORM = "LayerNormalization"
@@ -68,6 +74,7 @@ def make_plan(job: BuildJob, graph: Graph, capabilities: Sequence[str], element:
             faults=faults,
             hint="build with --backend tensorrt or onnxruntime-cuda",
         )
+    quantized, kind = quantized_groups(graph, sizes.num_layers)
     return Plan(
         hidden=sizes.hidden,
         intermediate=sizes.intermediate,
@@ -83,6 +90,9 @@ def make_plan(job: BuildJob, graph: Graph, capabilities: Sequence[str], element:
         text_buckets=job.profile.text_buckets,
         tiles={each: table.tiles[element] for each, table in tables.items()},
         tuning={each: table.sha256 for each, table in tables.items()},
+        kind=kind,
+        quantized=quantized,
+        tiles8={each: table.tiles[kind] for each, table in tables.items()} if kind else {},
     )
 
 

@@ -3,6 +3,7 @@
     assemble       the slot's text and tokens -> hidden states
     every layer    qkv, attention, attention_output, add + norm, ffn1 with GELU, ffn2, add + norm
     the last one   keys and values of every slot, everything else for each pair's CLS row
+    (what an 8-bit product reads, the step before it writes in 8 bits)
     score          pooler and classifier -> the slot's scores
 
 `control` says how many pairs a batch has, and no kernel works past them.
@@ -11,26 +12,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, cast
+from typing import cast
 
 from ...arrays import DeviceArray
-from ...bundle import ATTENTION_OUTPUT, FFN1, FFN2, QKV, layer_path, weight_name
+from ...bundle import ATTENTION_OUTPUT, FFN1, FFN2, QKV
 from ...kernels.device.contract import Device, Stream
 from ...kernels.launch import KernelLibrary
-from ...kernels.layers import AddNorm, Attention, Product, Score
+from ...kernels.layers import Attention, Score
 from ...kernels.operations import Assemble, DeviceEmbeddings
 from ..contract import Batch
-from .memory import Activations, as_rows_of, columns
+from .memory import Activations, Rows, as_rows_of, columns
 from .plan import Plan
-from .weights import ATTENTION_NORM, CLASSIFIER, FFN_NORM, NORM, POOLER, POSITIONS, WORDS
-
-
-class Rows(NamedTuple):
-    """Which rows a step works on: `rows_per_pair` of each of at most `num_pairs` pairs."""
-
-    num_pairs: int
-    rows_per_pair: int
-    stream: Stream
+from .steps import Steps, Work
+from .weights import CLASSIFIER, NORM, POOLER, POSITIONS, WORDS
 
 
 class Forward:
@@ -46,29 +40,22 @@ class Forward:
         library: KernelLibrary,
         plan: Plan,
         weights: Mapping[str, DeviceArray],
-        tiles: Mapping[str, str],
+        tiles: tuple[Mapping[str, str], Mapping[str, str]],
     ):
         """Allocate the activations and load the kernels; `device` is current and owns both.
 
         Args:
             weights: in device memory, as `weights.take_weights` names them.
-            tiles: step of a layer -> tile of its product.
+            tiles: step of a layer -> tile of its product, in 16 and in 8 bits.
 
         Raises:
             EngineError: too little memory, or no kernel for this GPU.
         """
         self.plan, self._weights = plan, weights
         self._memory = Activations(device, plan)
-        self._products = {
-            step: Product(
-                library,
-                dtype=plan.element,
-                gelu=plan.activation if step == FFN1 else "none",
-                tile=tile,
-                num_processors=device.num_processors,
-            )
-            for step, tile in tiles.items()
-        }
+        self._steps = Steps(
+            library, plan, weights, self._memory.control, device.num_processors, tiles
+        )
         self._attention = {
             (bucket, num_queries): Attention(
                 library,
@@ -82,16 +69,11 @@ class Forward:
             for bucket in plan.text_buckets
             for num_queries in (1, plan.num_slots(bucket))
         }
-        sizes = {"hidden": plan.hidden, "width": plan.width}
-        self._norms = [
-            AddNorm(library, dtype=plan.element, epsilon=epsilon, **sizes)
-            for epsilon in plan.epsilons[1:]
-        ]
         self._score = Score(library, dtype=plan.element, width=plan.width)
         tables = DeviceEmbeddings(
             weights[WORDS],
             weights[POSITIONS],
-            *self._linear(NORM),
+            *self._steps.linear(NORM),
             epsilon=plan.epsilons[0],
             sep_id=plan.sep_id,
         )
@@ -107,7 +89,7 @@ class Forward:
             cast(DeviceArray, batch.query_of_pair),
             cast(DeviceArray, batch.visual_tokens),
             memory.order[: len(batch)],
-            memory.hidden,
+            memory.hidden.exact,
             lengths=memory.lengths,
             control=memory.control,
             scores=scores,
@@ -117,106 +99,70 @@ class Forward:
 
     def enqueue(self, bucket: int, num_pairs: int, stream: Stream) -> None:
         """Run what follows `assemble`, for batches of `bucket` and at most `num_pairs` pairs."""
-        memory, last = self._memory, self.plan.num_layers - 1
-        rows = Rows(num_pairs, self.plan.num_slots(bucket), stream)
+        memory, steps, last = self._memory, self._steps, self.plan.num_layers - 1
+        work = Work(num_pairs, self.plan.num_slots(bucket), stream)
+        steps.quantize(0, QKV, memory.hidden, work)
         for layer in range(last):
-            self._layer(layer, bucket, rows)
-        self._last_layer(last, bucket, rows)
-        head = (*self._linear(POOLER), *self._linear(CLASSIFIER))
-        self._score.enqueue(memory.cls, *head, memory.control, num_pairs=num_pairs, stream=stream)
+            self._layer(layer, bucket, work)
+        self._last_layer(last, bucket, work)
+        head = (*steps.linear(POOLER), *steps.linear(CLASSIFIER))
+        cls = memory.cls.exact
+        self._score.enqueue(cls, *head, memory.control, num_pairs=num_pairs, stream=stream)
 
-    def _layer(self, layer: int, bucket: int, rows: Rows) -> None:
+    def _layer(self, layer: int, bucket: int, work: Work) -> None:
         """Run a whole layer over every slot."""
         memory, width = self._memory, self.plan.attention
-        self._product(QKV, self._linear(layer_path(layer, QKV)), memory.hidden, memory.qkv, rows)
+        self._steps.product(layer, QKV, memory.hidden, Rows(memory.qkv), work)
         queries = columns(memory.qkv, 0, width)
         keys, values = (columns(memory.qkv, at * width, width) for at in (1, 2))
-        self._attend(bucket, (queries, keys, values), 3 * width, rows)
-        self._finish(layer, memory.hidden, rows)
+        self._attend(bucket, (queries, keys, values), 3 * width, work)
+        self._finish(layer, memory.hidden, work)
 
-    def _last_layer(self, layer: int, bucket: int, rows: Rows) -> None:
+    def _last_layer(self, layer: int, bucket: int, work: Work) -> None:
         """Run the last layer: keys and values of every slot, everything else for the CLS rows."""
-        memory, width = self._memory, self.plan.attention
-        weight, bias = self._linear(layer_path(layer, QKV))
-        both = as_rows_of(memory.qkv, 2 * width)
-        self._product(QKV, (weight[width:], bias[width:]), memory.hidden, both, rows)
-        cls, stride = rows._replace(rows_per_pair=1), rows.rows_per_pair * self.plan.width
-        query = weight[:width], bias[:width]
-        self._product(QKV, query, memory.hidden, memory.queries, cls, x_stride=stride)
+        memory, width, slots = self._memory, self.plan.attention, work.rows_per_pair
+        both, cls = as_rows_of(memory.qkv, 2 * width), work._replace(rows_per_pair=1)
+        product = self._steps.product
+        product(layer, QKV, memory.hidden, Rows(both), work, part=slice(width, None))
+        query, queries = slice(width), Rows(memory.queries)
+        product(layer, QKV, memory.hidden, queries, cls, part=query, row_step=slots)
         keys, values = (columns(both, at * width, width) for at in range(2))
         self._attend(bucket, (memory.queries, keys, values), 2 * width, cls)
-        self._finish(layer, memory.cls, cls, residual_stride=stride)
+        self._finish(layer, memory.cls, cls, residual_stride=slots * self.plan.width)
 
     def _attend(
         self,
         bucket: int,
         qkv: tuple[DeviceArray, DeviceArray, DeviceArray],
         key_stride: int,
-        rows: Rows,
+        work: Work,
     ) -> None:
-        """Let each row of `rows` attend to every real slot of its pair: `context`."""
+        """Let each row of `work` attend to every real slot of its pair: `context`."""
         memory = self._memory
-        whole = rows.rows_per_pair != 1
-        self._attention[bucket, rows.rows_per_pair].enqueue(
+        whole = work.rows_per_pair != 1
+        self._attention[bucket, work.rows_per_pair].enqueue(
             *qkv,
             memory.context,
             memory.lengths,
             memory.control,
-            num_pairs=rows.num_pairs,
-            stream=rows.stream,
+            num_pairs=work.num_pairs,
+            stream=work.stream,
             query_stride=key_stride if whole else None,
             key_stride=key_stride,
         )
 
     def _finish(
-        self, layer: int, states: DeviceArray, rows: Rows, residual_stride: int | None = None
+        self, layer: int, states: Rows, work: Work, residual_stride: int | None = None
     ) -> None:
         """Run what follows attention: `context` -> `states`, the layer's hidden states.
 
         Args:
             residual_stride: from one row to the next of `hidden`, of which these are some.
         """
-        memory = self._memory
-        parts = (ATTENTION_OUTPUT, FFN1, FFN2, ATTENTION_NORM, FFN_NORM)
-        output, ffn1, ffn2, *norms = (self._linear(layer_path(layer, part)) for part in parts)
-        self._product(ATTENTION_OUTPUT, output, memory.context, memory.update, rows)
-        self._norm(2 * layer, norms[0], memory.hidden, states, rows, residual_stride)
-        self._product(FFN1, ffn1, states, memory.wide, rows)
-        self._product(FFN2, ffn2, memory.wide, memory.update, rows)
-        self._norm(2 * layer + 1, norms[1], states, states, rows)
-
-    def _product(
-        self,
-        step: str,
-        linear: tuple[DeviceArray, DeviceArray],
-        x: DeviceArray,
-        out: DeviceArray,
-        rows: Rows,
-        x_stride: int | None = None,
-    ) -> None:
-        self._products[step].enqueue(
-            x, *linear, out, self._memory.control, x_stride=x_stride, **rows._asdict()
-        )
-
-    def _norm(
-        self,
-        number: int,
-        linear: tuple[DeviceArray, DeviceArray],
-        residual: DeviceArray,
-        out: DeviceArray,
-        rows: Rows,
-        residual_stride: int | None = None,
-    ) -> None:
-        self._norms[number].enqueue(
-            self._memory.update,
-            residual,
-            *linear,
-            out,
-            self._memory.control,
-            residual_stride=residual_stride,
-            **rows._asdict(),
-        )
-
-    def _linear(self, path: str) -> tuple[DeviceArray, DeviceArray]:
-        """Return weight and bias of what is at `path`."""
-        return self._weights[weight_name(path)], self._weights[weight_name(path, "bias")]
+        memory, steps, update = self._memory, self._steps, Rows(self._memory.update)
+        steps.product(layer, ATTENTION_OUTPUT, Rows(memory.context), update, work)
+        hidden = memory.hidden.exact
+        steps.norm(2 * layer, update.exact, hidden, states, work, residual_stride)
+        steps.product(layer, FFN1, states, memory.wide, work)
+        steps.product(layer, FFN2, memory.wide, update, work)
+        steps.norm(2 * layer + 1, update.exact, states.exact, states, work)

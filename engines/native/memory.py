@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from ...arrays import Array, DeviceArray
 from ...kernels.device.contract import Device
-from .plan import Plan
+from ...kernels.layer_variants8 import KINDS
+from ...kernels.scaled import Scaled
+from .plan import ALIGNMENT, Plan
 
 # bfloat16 is no type of NumPy's own: its bits travel as uint16.
 NUMPY_TYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
@@ -66,10 +68,21 @@ def as_rows_of(array: DeviceArray, width: int) -> DeviceArray:
     return replace(array, shape=(math.prod(array.shape) // width, width))
 
 
+class Rows(NamedTuple):
+    """Rows of activations: in the plan's element type, and in 8 bits where some step reads those.
+
+    Steps write either or both; whoever reads them knows which.
+    """
+
+    exact: DeviceArray
+    scaled: Scaled | None = None
+
+
 class Activations:
     """What the kernels of one forward write and read, with room for the plan's largest batch.
 
     R rows are the slots of all pairs, P pairs; W, A, I the plan's `width`, `attention`, `wide`.
+    `hidden`, `wide` and `cls` have room for their 8-bit form where the plan quantises anything.
 
     Attributes:
         hidden: [R, W]: the hidden states; every layer overwrites them.
@@ -98,13 +111,21 @@ class Activations:
         }
         held = upload(device, known)
         self.context, self.control, self.order = (held[name] for name in known)
-        self.hidden = allocate(device, element, rows, plan.width)
+        self.hidden = self._rows(device, plan, rows, plan.width)
         self.qkv = allocate(device, element, rows, 3 * plan.attention)
         self.update = allocate(device, element, rows, plan.width)
-        self.wide = allocate(device, element, rows, plan.wide)
+        self.wide = self._rows(device, plan, rows, plan.wide)
         self.queries = allocate(device, element, pairs, plan.attention)
-        self.cls = allocate(device, element, pairs, plan.width)
+        self.cls = self._rows(device, plan, pairs, plan.width)
         self.lengths = allocate(device, np.dtype(np.int32), pairs)
+
+    def _rows(self, device: Device, plan: Plan, num_rows: int, width: int) -> Rows:
+        exact = allocate(device, NUMPY_TYPES[plan.element], num_rows, width)
+        if not plan.quantized:
+            return Rows(exact)
+        values = allocate(device, np.dtype(KINDS[plan.kind].numpy), num_rows, width)
+        scales = allocate(device, np.dtype(np.float32), num_rows, width // ALIGNMENT)
+        return Rows(exact, Scaled(values, scales))
 
 
 def activation_bytes(plan: Plan) -> int:
@@ -112,4 +133,8 @@ def activation_bytes(plan: Plan) -> int:
     rows = plan.max_pairs * plan.num_slots(plan.text_buckets[-1])
     of_a_row = 2 * plan.width + 4 * plan.attention + plan.wide
     of_a_pair = plan.width + plan.attention
-    return (rows * of_a_row + plan.max_pairs * of_a_pair) * NUMPY_TYPES[plan.element].itemsize
+    exact = (rows * of_a_row + plan.max_pairs * of_a_pair) * NUMPY_TYPES[plan.element].itemsize
+    if not plan.quantized:
+        return exact
+    values = rows * (plan.width + plan.wide) + plan.max_pairs * plan.width
+    return exact + values + values // ALIGNMENT * np.dtype(np.float32).itemsize

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ...arguments import read_fields
-from ...bundle import ATTENTION_OUTPUT, FFN1, FFN2, QKV
+from ...bundle import ATTENTION_OUTPUT, FFN1, FFN2, QKV, layer_path
 from ...errors import EngineError
 
 PLAN = "plan.json"
@@ -19,6 +19,7 @@ ALIGNMENT = 128
 HEADS = (32, 64)
 # The products of a layer, as `kernels/tuning` names them: each has one tile, whatever the batch.
 STEPS = (QKV, ATTENTION_OUTPUT, FFN1, FFN2)
+STEPS8 = (QKV, FFN1, FFN2)  # those that can be 8 bit
 # More pairs go in parts: from here on the GPU is full, and activations of 128 slots take 1 GB.
 MOST_PAIRS_AT_ONCE = 1024
 
@@ -38,6 +39,11 @@ def graph_sizes(most: int) -> tuple[int, ...]:
     return (*powers, most)
 
 
+def group_name(layer: int, step: str) -> str:
+    """Return the name of a layer group: `layers.3.ffn2`."""
+    return f"{layer_path(layer)}.{step}"
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The content of `plan.json`.
@@ -52,6 +58,9 @@ class Plan:
         max_pairs: pairs that run at once; larger batches go in parts.
         text_buckets: text slots that a batch may have, ascending.
         tiles: compute capability -> step of a layer -> tile of its product.
+        kind: of 8-bit layer groups, `int8` or `fp8`; empty where there are none.
+        quantized: layer groups of that type, as `layers.3.ffn2`; the others are of `element`.
+        tiles8: as `tiles`, of the products of the quantised groups.
         tuning: compute capability -> SHA-256 of the tuning table that the tiles came from.
     """
 
@@ -69,6 +78,9 @@ class Plan:
     text_buckets: tuple[int, ...]
     tiles: Mapping[str, Mapping[str, str]]
     tuning: Mapping[str, str]
+    kind: str = ""
+    quantized: tuple[str, ...] = ()
+    tiles8: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
@@ -90,6 +102,10 @@ class Plan:
     def attention(self) -> int:
         """Columns of queries, of keys, of values and of what attention gives, padding included."""
         return padded(self.num_heads * self.head)
+
+    def is_quantized(self, layer: int, step: str) -> bool:
+        """Tell whether a step of a layer reads 8-bit rows."""
+        return group_name(layer, step) in self.quantized
 
     def num_slots(self, text_slots: int) -> int:
         """Return the slots of one pair: text, visual tokens, SEP."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...bundle import FFN1, QKV
+from ...bundle import FFN1, FFN2, QKV
 from ...kernels.launch import choose_cubin
 from ...kernels.layer_variants import (
     NORM_COLUMNS,
@@ -18,11 +18,19 @@ from ...kernels.layer_variants import (
     product_tma_name,
     score_name,
 )
+from ...kernels.layer_variants8 import (
+    WIDE,
+    add_norm8_name,
+    product8_name,
+    product8_tma_name,
+    quantize_name,
+)
 from ...kernels.manifest import read_manifest
 from ...kernels.tuning import read_tuning
 from ...kernels.variant import TMA_CAPABILITIES
 from ...kernels.variants import ASSEMBLE_COLUMNS, assemble_name
-from .plan import Plan
+from .plan import STEPS8, Plan
+from .steps import is_copied
 
 REPORT = "report.json"
 
@@ -48,8 +56,14 @@ def _kernels(plan: Plan, capability: str) -> Iterator[tuple[str, str, int, float
     measured = read_tuning(capability).table.measured_us.get(element, {})
     for step, tile in plan.tiles[capability].items():
         name = name_of(element, plan.activation if step == FFN1 else "none", tile)
-        times = plan.num_layers + (step == QKV)  # the last layer asks for its CLS rows apart
-        yield step, name, times, measured.get(step, {}).get(tile)
+        times = sum(
+            1 + _is_twice(plan, layer, step)
+            for layer in range(plan.num_layers)
+            if not plan.is_quantized(layer, step)
+        )
+        if times:
+            yield step, name, times, measured.get(step, {}).get(tile)
+    yield from _eight_bit_kernels(plan, capability)
     for bucket in plan.text_buckets:
         num_slots = plan.num_slots(bucket)
         blocks = attention_blocks(num_slots, num_slots)
@@ -58,8 +72,42 @@ def _kernels(plan: Plan, capability: str) -> Iterator[tuple[str, str, int, float
     blocks = attention_blocks(1, num_slots)
     yield "attention, CLS rows", attention_name(element, plan.head, *blocks), 1, None
     columns = min(size for size in NORM_COLUMNS if size >= plan.width)
-    yield "add and norm", add_norm_name(element, columns), 2 * plan.num_layers, None
+    norms = range(2 * plan.num_layers)
+    copied = sum(is_copied(plan, number) for number in norms)
+    if copied < len(norms):
+        yield "add and norm", add_norm_name(element, columns), len(norms) - copied, None
+    if copied:
+        name = add_norm8_name(plan.kind, columns)
+        yield f"add and norm, and {plan.kind}", name, copied, None
     yield "score", score_name(element), 1, None
+
+
+def _eight_bit_kernels(plan: Plan, capability: str) -> Iterator[tuple[str, str, int, float | None]]:
+    """Yield as `_kernels`: 8-bit products, and what makes rows 8 bit before them."""
+    name_of = product8_tma_name if capability in TMA_CAPABILITIES else product8_name
+    layers = range(plan.num_layers)
+    for step in STEPS8:
+        for out in (plan.kind, WIDE):
+            times = sum(
+                1 + _is_twice(plan, layer, step)
+                for layer in layers
+                if plan.is_quantized(layer, step)
+                and (out != WIDE) == (step == FFN1 and plan.is_quantized(layer, FFN2))
+            )
+            if times:
+                gelu, tile = plan.activation if step == FFN1 else "none", plan.tiles8[capability]
+                name = name_of(plan.kind, gelu, out, tile[step])
+                yield f"{step}, {plan.kind} to {out}", name, times, None
+    times = plan.is_quantized(0, QKV) + sum(
+        plan.is_quantized(layer, FFN2) and not plan.is_quantized(layer, FFN1) for layer in layers
+    )
+    if times:
+        yield f"to {plan.kind}", quantize_name(plan.kind), times, None
+
+
+def _is_twice(plan: Plan, layer: int, step: str) -> bool:
+    """Tell whether a layer launches a product twice: the last asks for its CLS rows apart."""
+    return step == QKV and layer == plan.num_layers - 1
 
 
 def _described(

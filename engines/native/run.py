@@ -57,7 +57,7 @@ class NativeEngine(Engine):
         served = serving_table("{}.{}".format(*capability), plan.tiles)
         if served is None:
             raise EngineError(f"{device.name} is not one of {', '.join(plan.tiles)}")
-        self._tiles = plan.tiles[served]
+        self._tiles = plan.tiles[served], plan.tiles8.get(served, {})
         with device.current():
             self._weights = upload(device, weights)
 

@@ -26,7 +26,8 @@ from ...bundle import (
     weight_name,
 )
 from ...errors import EngineError
-from .plan import Plan
+from ..precision.graph import QUANTIZED, SCALES, SMOOTH
+from .plan import ALIGNMENT, STEPS, STEPS8, Plan, group_name
 
 if TYPE_CHECKING:
     from ..precision.graph import Graph
@@ -40,8 +41,10 @@ POOLER, CLASSIFIER = "pooler", "classifier"
 def take_weights(graph: Graph, plan: Plan) -> dict[str, Array]:
     """Return a graph's weights by the names that `forward` reads them.
 
-    Products [num_out, num_in] are of the plan's element type (bfloat16 as uint16), everything else
-    is float32. Rows and columns are padded, but for the embeddings.
+    Products [num_out, num_in] are of the plan's element type (bfloat16 as uint16), or 8 bit (E4M3
+    as uint8) with `scales`, float32 [num_out, num_in / 128], and `smooth`, float32 [num_in]: what
+    their input is multiplied by first, ones where nothing is smoothed. Everything else is float32.
+    Rows and columns are padded, but for the embeddings.
 
     Raises:
         EngineError: weights that the bundle's graphs have are not there (all named).
@@ -49,15 +52,30 @@ def take_weights(graph: Graph, plan: Plan) -> dict[str, Array]:
     taken = _Weights(graph, plan)
     found = {**taken.embeddings(), **taken.head()}
     for number in range(plan.num_layers):
-        for part, weight, bias in taken.layer(number):
-            path = layer_path(number, part)
-            found |= {weight_name(path): weight, weight_name(path, "bias"): bias}
+        found |= taken.layer(number)
+    if plan.quantized and _smooths_cls_apart(graph, plan.num_layers):
+        raise EngineError(
+            "this graph smooths what the last layer's query reads otherwise than its keys",
+            hint="build from the bundle: one 8-bit copy of the hidden states serves both",
+        )
     if taken.missing:
         raise EngineError(
             "this graph is no joint encoder as `edje export` writes it",
             faults=[f"{name}: missing" for name in taken.missing],
         )
     return found
+
+
+def quantized_groups(graph: Graph, num_layers: int) -> tuple[tuple[str, ...], str]:
+    """Return the layer groups that a graph quantises by scales found while running, and in what."""
+    kinds = {
+        group_name(number, step): graph.array(name).dtype
+        for number in range(num_layers)
+        for step in STEPS8
+        for name in _quantized_names(graph, number, _linears(step)[0])
+    }
+    kind = "int8" if np.dtype(np.int8) in kinds.values() else "fp8"
+    return tuple(kinds), kind if kinds else ""
 
 
 def write_weights(folder: Path, weights: Mapping[str, Array]) -> None:
@@ -115,33 +133,63 @@ class _Weights:
         )
         return dict(zip(names, padded_arrays, strict=True))
 
-    def layer(self, number: int) -> Iterator[tuple[str, Array, Float32]]:
-        """Yield the parts of a layer that have weights: name, weight, bias."""
-        plan = self._plan
-        maps = [self._linear(number, part) for part in (QUERY, KEY, VALUE)]
-        weights = [_in_zeros(self._by_heads(w), plan.attention, plan.width) for w, _ in maps]
-        biases = [_in_zeros(self._by_heads(bias), plan.attention) for _, bias in maps]
-        yield QKV, self._typed(np.concatenate(weights)), np.concatenate(biases)
-        shapes = {
-            ATTENTION_OUTPUT: (plan.width, plan.attention),
-            FFN1: (plan.wide, plan.width),
-            FFN2: (plan.width, plan.wide),
-        }
-        for part, shape in shapes.items():
-            weight, bias = self._linear(number, part)
-            if part == ATTENTION_OUTPUT:
-                weight = self._by_heads(weight.T).T
-            yield part, self._typed(_in_zeros(weight, *shape)), _in_zeros(bias, shape[0])
+    def layer(self, number: int) -> dict[str, Array]:
+        """Return what a layer has of weights, by their names."""
+        found: dict[str, Array] = {}
+        for step in STEPS:
+            path = layer_path(number, step)
+            biases = [self._float32(name) for name in self._names(number, step, "bias")]
+            found[weight_name(path, "bias")] = self._packed(step, biases)
+            if self._plan.is_quantized(number, step):
+                found |= self._quantized(number, step)
+            else:
+                linears = [self._float32(name).T for name in self._names(number, step, "weight")]
+                found[weight_name(path)] = self._typed(self._packed(step, linears))
         for part in (ATTENTION_NORM, FFN_NORM):
-            norm_weight, norm_bias = map(self._float32, _both(layer_path(number, part)))
-            yield part, _in_zeros(norm_weight, plan.width), _in_zeros(norm_bias, plan.width)
+            for name in _both(layer_path(number, part)):
+                found[name] = _in_zeros(self._float32(name), self._plan.width)
+        return found
 
-    def _linear(self, number: int, part: str) -> tuple[Float32, Float32]:
-        """Return a linear's weight [num_out, num_in] and bias [num_out]."""
-        weight, bias = map(self._float32, _both(layer_path(number, part)))
-        return weight.T, bias
+    def _quantized(self, number: int, step: str) -> dict[str, Array]:
+        """Return the 8-bit weight of a step, its scales, and what its input is multiplied by."""
+        names = [
+            name for part in _linears(step) for name in _quantized_names(self._graph, number, part)
+        ]
+        kind = np.int8 if self._plan.kind == "int8" else np.uint8
+        values = [self._graph.array(name).view(kind).T for name in names]
+        scales = [self._graph.array(f"{name.removesuffix(QUANTIZED)}{SCALES}").T for name in names]
+        path, inputs = layer_path(number, step), self._inputs(step)
+        smooth = np.ones(inputs, np.float32)
+        factors = weight_name(layer_path(number, _linears(step)[0]), SMOOTH)
+        if factors in self._graph.weights:
+            smooth = _in_zeros(self._graph.array(factors), inputs)
+        return {
+            weight_name(path): self._packed(step, values),
+            weight_name(path, SCALES): self._packed(step, scales, inputs // ALIGNMENT),
+            weight_name(path, SMOOTH): smooth,
+        }
 
-    def _by_heads(self, values: Float32) -> Float32:
+    def _names(self, number: int, step: str, what: str) -> Iterator[str]:
+        return (weight_name(layer_path(number, part), what) for part in _linears(step))
+
+    def _inputs(self, step: str) -> int:
+        plan = self._plan
+        known = {ATTENTION_OUTPUT: plan.attention, FFN2: plan.wide}
+        return known.get(step, plan.width)
+
+    def _packed(self, step: str, parts: list[Array], columns: int | None = None) -> Array:
+        """Return rows, one an output of a step, padded and in one array; None: `_inputs`."""
+        plan = self._plan
+        more = (columns or self._inputs(step),) * (parts[0].ndim - 1)
+        if step == QKV:
+            heads = [_in_zeros(self._by_heads(part), plan.attention, *more) for part in parts]
+            return np.concatenate(heads)
+        (part,) = parts
+        if step == ATTENTION_OUTPUT and more:
+            part = self._by_heads(part.T).T
+        return _in_zeros(part, plan.wide if step == FFN1 else plan.width, *more)
+
+    def _by_heads(self, values: Array) -> Array:
         """Return rows of heads [hidden, ...] with each head padded: [heads * head, ...]."""
         heads, rest = self._plan.num_heads, values.shape[1:]
         split = values.reshape(heads, -1, *rest)
@@ -162,6 +210,29 @@ class _Weights:
                 return self._graph.array(each)
         self.missing.append(name)
         return np.zeros((1, 1), np.float32)
+
+
+def _smooths_cls_apart(graph: Graph, num_layers: int) -> bool:
+    """Tell whether the last layer's query, which reads the CLS rows alone, has other factors."""
+    found = [
+        graph.array(name)
+        for part in (QUERY, KEY)
+        if (name := weight_name(layer_path(num_layers - 1, part), SMOOTH)) in graph.weights
+    ]
+    return bool(found) and (len(found) == 1 or not np.array_equal(found[0], found[1]))
+
+
+def _linears(step: str) -> tuple[str, ...]:
+    """Return the linears of a step of a layer."""
+    return (QUERY, KEY, VALUE) if step == QKV else (step,)
+
+
+def _quantized_names(graph: Graph, number: int, part: str) -> Iterator[str]:
+    """Yield the name of a linear's quantised weight, where it has one."""
+    name = weight_name(layer_path(number, part))
+    for each in (name, f"{name}.{SMOOTH}"):
+        if f"{each}.{QUANTIZED}" in graph.weights:
+            yield f"{each}.{QUANTIZED}"
 
 
 def _both(path: str) -> tuple[str, str]:

@@ -54,3 +54,14 @@ def device(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield KernelsOn(opened)
     opened.close()
     assert getattr(opened, "races", []) == []
+
+
+@pytest.fixture
+def older_device(interpreted: Any) -> Iterator[Any]:
+    """What runs the kernels that load through pointers, as `device` does."""
+    opened = RecordingDevice(None, kernels=interpreted)
+    opened.compute_capability = (8, 9)
+    with opened.current():
+        yield KernelsOn(opened)
+    opened.close()
+    assert opened.races == []

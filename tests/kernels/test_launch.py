@@ -98,6 +98,12 @@ def test_a_kernel_is_loaded_once_and_launched_as_the_manifest_says() -> None:
     assert device.launches == [Launch("top_k_merge_1024", "top_k_merge", stream, *how)]
 
 
+def mapped_type(descriptor: str) -> str:
+    """Return a NumPy type of the size of a descriptor's elements."""
+    element = descriptor.removeprefix("tensordesc<").partition("[")[0]
+    return "float16" if element in ("fp16", "bf16") else "int8"
+
+
 @pytest.mark.parametrize("variant", all_variants(), ids=lambda variant: variant.name)
 def test_the_arguments_have_the_sizes_of_the_parameters(variant: Variant) -> None:
     device = RecordingDevice(0, kernels=NotedKernels())
@@ -105,7 +111,7 @@ def test_the_arguments_have_the_sizes_of_the_parameters(variant: Variant) -> Non
     kernel = KernelLibrary(device, (int(major), int(minor))).kernel(variant.name)
     entry = read_manifest().kernels[variant.name]
     values: dict[str, Any] = {
-        item.name: fake_memory(16 * place, (256, 256), "float16")
+        item.name: fake_memory(16 * place, (256, 256), mapped_type(item.type))
         if item.type.startswith("tensordesc")
         else 16 * place
         for place, item in enumerate(variant.parameters, 1)

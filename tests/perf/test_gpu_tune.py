@@ -35,7 +35,9 @@ def test_every_tile_is_timed_and_the_fastest_is_written(
         gelu = "exact" if step == "ffn1" else "none"
         assert set(times) == set(tiles_of(bench.library, element, gelu))
         assert all(us > 0 for us in times.values())
-    table = table_of(measured, "a pretended GPU")
+    kept = {"int8": {"qkv": "64x128x128"}}
+    table = table_of(measured, "a pretended GPU", kept)
+    assert table.tiles["int8"] == kept["int8"]
     write_table(tmp_path, "9.0", table)
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     tuning.read_tuning.cache_clear()

@@ -52,6 +52,16 @@ def test_a_chip_that_the_kernels_do_not_serve_is_named(machine: Machine) -> None
     assert backend.why_not("fp16") is None
 
 
+def test_fp8_needs_a_gpu_that_multiplies_it(machine: Machine) -> None:
+    machine.capability = (8, 6)
+    assert backend.why_not("int8") is None
+    reason = f"{GPU_NAME} has compute capability 8.6, the fp8 kernels are for 8.9, 9.0"
+    assert str(backend.why_not("fp8")).startswith(reason)
+    machine.capability = (8, 9)
+    assert backend.why_not("fp8") is None
+    assert backend.activation_scales("int8") == "dynamic"
+
+
 def test_an_older_driver_is_named(machine: Machine) -> None:
     sys.modules["cuda.bindings.driver"].cuDriverGetVersion = lambda: (0, 12040)
     assert "the driver serves CUDA 12.4, the kernels need 12.8" in str(backend.why_not("fp16"))
@@ -71,8 +81,10 @@ def test_options_of_other_backends_and_unknown_gpus_are_refused() -> None:
     assert "--optimization-level" in str(raised.value.hint)
     with pytest.raises(EngineError, match=r"no kernels for 7\.5, only for 8\.0"):
         require_builder("native", "fp16", BuildOptions(compute_capabilities=("7.5",)))
-    with pytest.raises(EngineError, match="has no precision 'fp32', expected fp16 or bf16"):
+    with pytest.raises(EngineError, match="has no precision 'fp32', expected fp16"):
         require_builder("native", "fp32", BuildOptions())
+    with pytest.raises(EngineError, match=r"no fp8 kernels for 8\.6, only for 8\.9, 9\.0"):
+        require_builder("native", "fp8", BuildOptions(compute_capabilities=("8.6", "9.0")))
 
 
 def test_settings_at_opening_are_refused(machine: Machine, native_folder: Any) -> None:
