@@ -130,9 +130,8 @@ class BuildJob:
 class Backend(Protocol):
     """The functions that a backend's module offers. Importing the module imports its library.
 
-    One more is optional: `activation_scales(precision) -> str` says whether the graph shall hold
-    the scales of int8 and fp8 activations (`static`: Q/DQ, as without the function), or find them
-    while running (`dynamic`: `engines/precision/dynamic.py`).
+    One more is optional: `activation_scales(precision) -> str` says whether the graph holds the
+    scales of 8-bit activations (`static`, as without it), or finds them while running (`dynamic`).
     """
 
     def version(self) -> str:
@@ -201,10 +200,7 @@ class Engine(ABC):
 
     @property
     def bytes_a_stream(self) -> int:
-        """About how many bytes of the GPU's memory the first forward on a stream will take.
-
-        Residency leaves room for them; 0 where nobody knows.
-        """
+        """Bytes of GPU memory that the first forward on a stream takes; 0 where nobody knows."""
         return 0
 
     def why_not_capture(self, stream: Stream, bucket: int) -> str | None:
@@ -239,10 +235,7 @@ class Engine(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free what the engine holds. Calling it twice is allowed.
-
-        The streams it ran on are still there: libraries may have work to finish on them.
-        """
+        """Free what the engine holds, while its streams are there. Calling it twice is allowed."""
 
 
 class HostEngine(Engine):

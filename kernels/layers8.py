@@ -132,12 +132,8 @@ class Product8:
             rows = {"weight": weight.values, "out": target}
             self._kernel.launch(stream, programs, x=(read, stride), **rows, **values)
             return
-        addresses = {
-            "x": x.values.address,
-            "weight": weight.values.address,
-            "out": target.address,
-        }
-        self._kernel.launch(stream, tiles, x_stride=stride, **addresses, **values)
+        values |= {"x": x.values.address, "weight": weight.values.address, "out": target.address}
+        self._kernel.launch(stream, tiles, x_stride=stride, **values)
 
     def _faults(
         self,
