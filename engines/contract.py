@@ -26,6 +26,8 @@ from .manifest import EngineManifest, Profile, option_words
 
 Progress = Callable[[str], None]
 
+STATIC, DYNAMIC = "static", "dynamic"  # what a backend's `activation_scales` may say
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -126,7 +128,12 @@ class BuildJob:
 
 
 class Backend(Protocol):
-    """The functions that a backend's module offers. Importing the module imports its library."""
+    """The functions that a backend's module offers. Importing the module imports its library.
+
+    One more is optional: `activation_scales(precision) -> str` says whether the graph shall hold
+    the scales of int8 and fp8 activations (`static`: Q/DQ, as without the function), or find them
+    while running (`dynamic`: `engines/precision/dynamic.py`).
+    """
 
     def version(self) -> str:
         """Return the library's version; an engine opens only with the one that built it."""

@@ -12,7 +12,7 @@ from ...arrays import Array, Float32
 from ...bundle import node_name, path_of_node, weight_name
 from ..contract import Batch
 from .emulate import runner
-from .graph import Graph, node, with_inputs
+from .graph import SMOOTH, Graph, node, with_inputs
 from .lower import LARGEST, Linear, find_linears, numpy_type, round_to
 
 # Largest channel over the median one. Gaussian channels stay below 2 (seen: random full-size
@@ -30,9 +30,10 @@ def smooth(graph: Graph, seen: Mapping[str, Activations]) -> Graph:
     """Return an equal graph in which the inputs of linears with outlier channels are even."""
     readers: dict[str, list[Linear]] = {}
     for linear in find_linears(graph):
-        readers.setdefault(linear.value, []).append(linear)
+        readers.setdefault(linear.group, []).append(linear)
+    group_of_value = {linear.value: linear.group for linear in find_linears(graph)}
     factors = {
-        name: _factors(graph, seen[name].channel_amax, readers[name])
+        name: _factors(graph, seen[name].channel_amax, readers[group_of_value[name]])
         for name in outlier_values(seen)
     }
     new = graph.replaced([])
@@ -46,7 +47,7 @@ def smooth(graph: Graph, seen: Mapping[str, Activations]) -> Graph:
         if value not in done:
             done[value] = _divide(new, item.name, value, factors[value])
         rows = new.array(item.input[1]) * factors[value][:, None]
-        weight = new.set_weight(f"{item.input[1]}.smooth", rows)
+        weight = new.set_weight(f"{item.input[1]}.{SMOOTH}", rows)
         new.nodes.append(with_inputs(item, [done[value], weight]))
     return new
 
@@ -54,9 +55,9 @@ def smooth(graph: Graph, seen: Mapping[str, Activations]) -> Graph:
 def _divide(graph: Graph, reader: str, value: str, factors: Float32) -> str:
     """Add the division of `value`, named after the first linear that reads it."""
     path = path_of_node(reader)
-    stored = graph.set_weight(weight_name(path, "smooth"), 1 / factors)
-    output = f"{value}.smooth"
-    graph.nodes.append(node("Mul", [value, stored], output, node_name(f"{path}/smooth", "Mul")))
+    stored = graph.set_weight(weight_name(path, SMOOTH), 1 / factors)
+    output = f"{value}.{SMOOTH}"
+    graph.nodes.append(node("Mul", [value, stored], output, node_name(f"{path}/{SMOOTH}", "Mul")))
     return output
 
 
@@ -119,6 +120,24 @@ def observe(graph: Graph, batches: Iterable[Batch]) -> dict[str, Activations]:
                 seen[name] = Activations(np.zeros(channels, np.float32), empty)
             seen[name].add(values)
     return seen
+
+
+def shared_by_groups(graph: Graph, seen: Mapping[str, Activations]) -> dict[str, Activations]:
+    """Return `seen` with all values that a layer group reads as one.
+
+    In the last layer the query reads one row a pair, and key and value read all.
+    """
+    values: dict[str, list[Activations]] = {}
+    for linear in find_linears(graph):
+        values.setdefault(linear.group, []).append(seen[linear.value])
+    shared = {
+        group: Activations(
+            np.max([each.channel_amax for each in read], axis=0),
+            np.sum([each.counts for each in read], axis=0),
+        )
+        for group, read in values.items()
+    }
+    return {linear.value: shared[linear.group] for linear in find_linears(graph)}
 
 
 def by_max(seen: Activations, precision: str) -> float:

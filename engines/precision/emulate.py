@@ -17,8 +17,9 @@ from ...errors import EngineError
 from ...machine import thread_limit
 from ..contract import OUTPUT, Batch
 from ..cpu import why_no_int8
-from .graph import Graph, node, with_inputs
-from .lower import ONNX_TYPES, find_linears, quantize
+from .float8 import round_to_float8
+from .graph import DEQUANTIZED, Graph, node, with_inputs
+from .lower import ONNX_TYPES, find_linears
 
 if TYPE_CHECKING:
     import onnx
@@ -166,48 +167,18 @@ def _fold(graph: Graph, item: onnx.NodeProto) -> None:
     graph.set_weight(item.output[0], values.astype(scale.dtype).astype(np.float32))
 
 
-def round_to_float8(graph: Graph, item: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """Return nodes that round x / scale to E4M3 in float32: ONNX Runtime's own loop is scalar.
-
-    Normal numbers keep 4 significant bits by Veltkamp's splitting with 2^20 + 1, those below
-    2^-6 the multiples of 2^-9 by adding and subtracting a number whose last place that is.
-    """
-    path, output = item.name, item.output[0]
-    steps = [
-        ("Div", [item.input[0], item.input[1]], "ratio"),
-        ("Clip", ["ratio", -448.0, 448.0], "cut"),
-        ("Mul", ["cut", 2.0**20 + 1], "spread"),
-        ("Sub", ["spread", "cut"], "low_bits"),
-        ("Sub", ["spread", "low_bits"], "normal"),
-        ("Add", ["cut", 1.5 * 2.0**14], "shifted"),
-        ("Sub", ["shifted", 1.5 * 2.0**14], "subnormal"),
-        ("Abs", ["cut"], "size"),
-        ("Less", ["size", 2.0**-6], "is_small"),
-        ("Where", ["is_small", "subnormal", "normal"], output),
-    ]
-    made = {name for _, _, name in steps}
-
-    def name_of(value: str | float) -> str:
-        if isinstance(value, float):
-            return graph.set_weight(f"const.float8.{value}", np.float32(value))
-        return f"{path}/{value}" if value in made and value != output else value
-
-    return [
-        node(kind, [name_of(value) for value in inputs], name_of(name), f"{path}/{kind}/{name}")
-        for kind, inputs, name in steps
-    ]
-
-
 FLAGS = "quantized"
 
 
 class Switches:
     """Scores batches with any set of layer groups quantised, in float32 otherwise."""
 
-    def __init__(self, graph: Graph, precision: str, amax: Mapping[str, float]):
-        """Open the graph; `amax` holds for every linear's input, as in `quantize`."""
-        self.groups = list(dict.fromkeys(linear.group for linear in find_linears(graph)))
-        self._run = runner(emulated(switched(graph, precision, amax, self.groups), fold_int8=True))
+    def __init__(self, graph: Graph, quantized: Graph):
+        """Open `graph`, float32, and what a pass made of it that quantised all it may."""
+        stored = _quantized_weights(quantized)
+        linears = [linear for linear in find_linears(graph) if linear.weight in stored]
+        self.groups = list(dict.fromkeys(linear.group for linear in linears))
+        self._run = runner(emulated(switched(graph, quantized, self.groups), fold_int8=True))
 
     def score(self, batch: Batch, quantized: Collection[str]) -> Float32:
         """Return the scores with the layer groups `quantized` quantised: float32 [P]."""
@@ -216,21 +187,20 @@ class Switches:
         return scores
 
 
-def switched(
-    graph: Graph, precision: str, amax: Mapping[str, float], groups: Sequence[str]
-) -> Graph:
-    """Return the graph with an input `quantized`, bool [groups]: which layer groups are."""
+def switched(graph: Graph, full: Graph, groups: Sequence[str]) -> Graph:
+    """Return `full` with an input `quantized`, bool [groups]: which are quantised, as it is.
+
+    The others read the values and weights of `graph`.
+    """
     from onnx import TensorProto, helper
 
-    full = quantize(graph, precision, amax)
     new = full.replaced([])
     flags = helper.make_tensor_value_info(FLAGS, TensorProto.BOOL, [len(groups)])
     new.inputs = [*full.inputs, flags]
     for number, group in enumerate(groups):
         index = new.set_weight(f"{FLAGS}.{number}", np.array(number, np.int64))
         new.nodes.append(node("Gather", [FLAGS, index], group, f"/{FLAGS}/{group}", axis=0))
-    plain = {linear.name: linear for linear in find_linears(graph)}
-    by_output = {f"{linear.weight}.dequantized": linear for linear in plain.values()}
+    by_output = {f"{linear.weight}.{DEQUANTIZED}": linear for linear in find_linears(graph)}
     for item in full.nodes:
         linear = by_output.get(item.input[1]) if item.op_type == "MatMul" else None
         if linear is None:
@@ -244,3 +214,10 @@ def switched(
             chosen.append(output)
         new.nodes.append(with_inputs(item, chosen))
     return new
+
+
+def _quantized_weights(graph: Graph) -> set[str]:
+    """Return the weights whose products read them dequantised."""
+    read = {item.input[1] for item in graph.nodes if item.op_type == "MatMul"}
+    end = f".{DEQUANTIZED}"
+    return {name.removesuffix(end) for name in read if name.endswith(end)}

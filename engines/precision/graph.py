@@ -15,6 +15,13 @@ from ...errors import EngineError
 if TYPE_CHECKING:
     import onnx
 
+# What the passes add to names. A quantised linear reads `VALUE.dequantized` or, where scales are
+# found while running, `VALUE.dynamic`; its weight W comes as `W.dequantized` from `W.quantized`.
+QUANTIZED, DEQUANTIZED, SCALES, DYNAMIC, SMOOTH = (
+    *("quantized", "dequantized", "scales"),
+    *("dynamic", "smooth"),
+)
+
 
 class Graph:
     """The nodes and weights of one model. Passes make a new one and leave theirs as it was.
@@ -122,3 +129,9 @@ def with_inputs(old: onnx.NodeProto, inputs: Sequence[str]) -> onnx.NodeProto:
 def in_layers(item: onnx.NodeProto) -> bool:
     """Tell whether a node belongs to the encoder's layers: not embeddings, mask, pooler, head."""
     return layer_of(item.name) is not None
+
+
+def is_dynamic(item: onnx.NodeProto) -> bool:
+    """Tell whether a node finds scales while running, applies them, or multiplies by them."""
+    product = item.op_type == "MatMul" and item.input[0].endswith(f".{DYNAMIC}")
+    return product or f"/{DYNAMIC}/" in item.name

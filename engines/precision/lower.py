@@ -7,6 +7,7 @@ statistics in float32 by its `stash_type`.
 `quantize`: explicit Q/DQ around the layers' linears, int8 or fp8 (E4M3); attention never.
 Activations have one symmetric scale a tensor; query, key and value read one quantiser. int8 weights
 have a scale an output channel, fp8 weights one. Biases stay float: TensorRT refuses int32 ones.
+Scales that are found while running: `dynamic.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,16 @@ from ...bundle import (
     path_of_node,
 )
 from ...errors import EngineError
-from .graph import Graph, in_layers, node, with_inputs
+from .graph import (
+    DEQUANTIZED,
+    QUANTIZED,
+    SMOOTH,
+    Graph,
+    in_layers,
+    is_dynamic,
+    node,
+    with_inputs,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -57,11 +67,12 @@ def lower(graph: Graph, element: str) -> Graph:
     """
     new = graph.replaced([])
     caster = _Caster(new, element)
+    staying = _staying(graph)
     for item in graph.nodes:
         if element == "float16" and item.name == WORD_GATHER:
             new.nodes += caster.gather_low(item)
             continue
-        low = in_layers(item) and not _stays(item)
+        low = in_layers(item) and item.name not in staying
         inputs = [caster.take(name, low) for name in item.input]
         new.nodes.append(with_inputs(item, inputs))
         if low and item.op_type != "QuantizeLinear":
@@ -137,9 +148,21 @@ class _Caster:
         return key
 
 
-def _stays(item: onnx.NodeProto) -> bool:
-    """Tell whether a node of the layers stays float32."""
-    return item.op_type == "Softmax" or item.name.endswith(f"/{ATTENTION_SCORES}/Add")
+def _staying(graph: Graph) -> set[str]:
+    """Return the nodes of the layers that stay float32: all that scales found running touch, too.
+
+    The real products add in float32, and a rounded factor would round what was just quantised.
+    """
+    read = {name for item in graph.nodes if is_dynamic(item) for name in item.input}
+    smoothing = f"/{SMOOTH}/Mul"
+    return {
+        item.name
+        for item in graph.nodes
+        if item.op_type == "Softmax"
+        or item.name.endswith(f"/{ATTENTION_SCORES}/Add")
+        or is_dynamic(item)
+        or (item.name.endswith(smoothing) and item.output[0] in read)
+    }
 
 
 LARGEST = {"int8": 127.0, "fp8": 448.0}
@@ -219,7 +242,7 @@ class _Writer:
             if layer_of(path) is None:
                 path = f"/{layer_path(0)}{path}"
             scale, zero = self._parameters(path, self._scale(np.float32(amax)))
-            quantized, output = f"{value}.quantized", f"{value}.dequantized"
+            quantized, output = f"{value}.{QUANTIZED}", f"{value}.{DEQUANTIZED}"
             self._graph.nodes += [
                 node("QuantizeLinear", [value, scale, zero], quantized, f"{path}/QuantizeLinear"),
                 node("DequantizeLinear", [quantized, scale, zero], output, f"{path}/Dequantize"),
@@ -233,9 +256,9 @@ class _Writer:
         scale = self._scale(np.abs(values).max(axis=0 if self._per_channel else None))
         stored = round_to(values / scale.astype(np.float32), self._type, self._largest)
         path = f"/{path_of_node(item.name)}"
-        quantized = self._graph.set_weight(f"{name}.quantized", stored)
+        quantized = self._graph.set_weight(f"{name}.{QUANTIZED}", stored)
         inputs = [quantized, *self._parameters(f"{path}/weight", scale)]
-        output = f"{name}.dequantized"
+        output = f"{name}.{DEQUANTIZED}"
         axis = {"axis": 1} if self._per_channel else {}
         path = f"{path}/weight/Dequantize"
         self._graph.nodes.append(node("DequantizeLinear", inputs, output, path, **axis))

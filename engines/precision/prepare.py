@@ -16,12 +16,14 @@ from ...bundle import VISUAL_SCALES as SCALES
 from ...bundle import VISUAL_TOKENS as TOKENS
 from ...bundle import BundleManifest
 from ...errors import EngineError
-from ..contract import Progress
+from ..contract import DYNAMIC, STATIC, Progress
 from ..fidelity import FidelityLimits
 from ..manifest import QUANTIZED, Profile
 from ..samples import Samples, sample_batches
+from .dynamic import SUMS_FLOAT32
 from .graph import Graph, node
 from .lower import ONNX_TYPES, STAYS_FLOAT32, find_linears, lower
+from .schemes import scheme_of
 from .search import Choice, choose
 
 
@@ -70,6 +72,8 @@ class Recipe:
         token_dtype: `float16`, or `int8` for int8 tokens with scales.
         calibration: pairs to choose scales by; only int8 and fp8 look at them.
         limits: what the ranking of those pairs must hold.
+        scales: of int8 and fp8 activations: `static`, stored in the graph, or `dynamic`, found
+            while running.
     """
 
     precision: str
@@ -77,6 +81,7 @@ class Recipe:
     token_dtype: str = "float16"
     calibration: Samples | None = None
     limits: FidelityLimits = field(default_factory=lambda: DEFAULT_LIMITS)
+    scales: str = STATIC
 
 
 def prepare_graph(
@@ -95,6 +100,7 @@ def prepare_graph(
     """
     plan: dict[str, Any] = {"compute_type": recipe.compute_type}
     is_quantized, is_float32 = recipe.precision in QUANTIZED, recipe.compute_type == "float32"
+    is_dynamic = is_quantized and recipe.scales == DYNAMIC
     if not is_quantized and is_float32 and recipe.token_dtype == "float16":
         shutil.copyfile(source, out)
         return plan
@@ -106,7 +112,7 @@ def prepare_graph(
     elif not is_float32:
         graph = lower(graph, recipe.compute_type)
     if not is_float32:
-        plan["float32"] = STAYS_FLOAT32
+        plan["float32"] = STAYS_FLOAT32 | (SUMS_FLOAT32 if is_dynamic else {})
     if recipe.token_dtype == "int8":
         graph = take_int8_tokens(graph)
     graph.write(out)
@@ -119,7 +125,7 @@ class GraphCache:
     def __init__(self, folder: Path | None):
         """Keep graphs in `folder` for as long as its owner does; None keeps none."""
         self._folder = folder
-        self._plans: dict[tuple[str, str, str], Mapping[str, Any]] = {}
+        self._plans: dict[tuple[str, ...], Mapping[str, Any]] = {}
 
     @contextmanager
     def prepared(
@@ -134,7 +140,7 @@ class GraphCache:
 
         The same `source`, calibration and limits are the caller's to pass every time.
         """
-        key = (recipe.precision, recipe.compute_type, recipe.token_dtype)
+        key = (recipe.precision, recipe.compute_type, recipe.token_dtype, recipe.scales)
         with TemporaryDirectory() as scratch:
             folder = Path(scratch) if self._folder is None else self._folder
             folder.mkdir(exist_ok=True)
@@ -163,18 +169,19 @@ def _quantized(
         for sample in samples
     ]
     limits = FidelityLimits() if samples.random else recipe.limits
-    return choose(graph, queries, recipe.precision, recipe.compute_type, limits, progress)
+    types = recipe.precision, recipe.compute_type
+    return choose(graph, queries, *types, limits, progress, scales=recipe.scales)
 
 
 def _quantization(graph: Graph, choice: Choice, recipe: Recipe) -> dict[str, Any]:
     """Describe a choice for the manifest."""
     samples = recipe.calibration
     groups = list(dict.fromkeys(linear.group for linear in find_linears(graph)))
-    per = "output channel" if recipe.precision == "int8" else "tensor"
+    left = {linear.group for linear in find_linears(choice.graph)}
     return {
-        "quantized": [group for group in groups if group not in choice.kept],
-        "weights": f"{recipe.precision}, symmetric, one scale per {per}",
-        "activations": f"{recipe.precision}, symmetric, one scale per tensor",
+        "scales": recipe.scales,
+        "quantized": [group for group in groups if group not in left],
+        **scheme_of(recipe.scales).facts(recipe.precision),
         "calibration_data": "" if samples is None else samples.data,
         "calibration_random": samples is not None and samples.random,
         **choice.facts,

@@ -11,12 +11,12 @@ import numpy as np
 from ...arrays import Float32
 from ...errors import EngineError
 from ..agreement import Agreement, rank_agreement
-from ..contract import Batch, Progress
+from ..contract import STATIC, Batch, Progress
 from ..fidelity import FidelityLimits
-from .calibrate import METHODS, amax_by, observe, outlier_values, smooth
 from .emulate import Switches, scorer
 from .graph import Graph
-from .lower import lower, quantize
+from .lower import lower
+from .schemes import SMOOTHED, Scheme, scheme_of
 
 Query = Sequence[Batch]  # one query's candidates, cut into batches
 
@@ -52,6 +52,8 @@ def choose(
     compute_type: str,
     limits: FidelityLimits,
     progress: Progress,
+    *,
+    scales: str = STATIC,
 ) -> Choice:
     """Quantise `graph` so that the ranking of `queries` holds `limits`.
 
@@ -59,10 +61,15 @@ def choose(
     best with float32; then, while a limit is broken, more layer groups kept in `compute_type`,
     those first that move the scores most when quantised alone.
 
+    Args:
+        scales: of activations: `static` or `dynamic`.
+
     Raises:
         EngineError: the limits do not hold even with only one layer group quantised.
     """
-    search = _Search(graph, queries, precision, compute_type, limits)
+    scheme = scheme_of(scales)(graph, precision, compute_type, _spread(queries, OBSERVED_PAIRS))
+    expected = score_queries(scorer(graph), queries)
+    search = _Search(scheme, queries, expected, precision, compute_type, limits)
     best = search.best_method(progress)
     if search.holds(best):
         return search.choice(best)
@@ -82,36 +89,29 @@ class _Try:
         names = ("kendall_tau", "top_1", "mean_abs_diff", "max_abs_diff")
         figures = {name: round(getattr(self.agreement, name), 6) for name in names}
         kept = {"kept": len(self.kept)} if self.kept else {}
-        way = f"{self.method}, smoothed" if self.form == "smoothed" else self.method
+        way = f"{self.method}, smoothed" if self.form == SMOOTHED else self.method
         return {"method": way, **kept, **figures}
 
 
 class _Search:
     def __init__(
         self,
-        graph: Graph,
+        scheme: Scheme,
         queries: Sequence[Query],
+        expected: Sequence[Float32],
         precision: str,
         compute_type: str,
         limits: FidelityLimits,
     ):
-        self.queries, self.limits = queries, limits
+        self.scheme, self.queries, self.expected, self.limits = scheme, queries, expected, limits
         self.precision, self.compute_type = precision, compute_type
-        batches = _spread(queries, OBSERVED_PAIRS)
-        seen = observe(graph, batches)
-        self.expected = score_queries(scorer(graph), queries)
-        self.forms = {"plain": (graph, seen)}
-        self.smoothed = outlier_values(seen)
-        if self.smoothed:
-            even = smooth(graph, seen)
-            self.forms["smoothed"] = (even, observe(even, batches))
         self.effects: dict[str, float] = {}
         self.tried: list[_Try] = []
 
     def best_method(self, progress: Progress) -> _Try:
         """Try every form and method with everything quantised."""
-        for form in self.forms:
-            for method in METHODS:
+        for form in self.scheme.forms:
+            for method in self.scheme.methods:
                 progress(f"calibrating {self.precision}: {method}, {form}")
                 self.attempt(form, method, ())
         best = max(self.tried, key=lambda t: (t.agreement.kendall_tau, -t.agreement.mean_abs_diff))
@@ -121,8 +121,7 @@ class _Search:
 
     def fewest_kept(self, best: _Try, progress: Progress) -> _Try:
         """Keep more and more layer groups until the limits hold; then as few as they allow."""
-        graph, seen = self.forms[best.form]
-        switches = Switches(graph, self.precision, amax_by(best.method, seen, self.precision))
+        switches = self.scheme.switches(best.form, best.method)
         progress("measuring what each layer group does to the scores")
         self.effects = self.measured_effects(switches)
         order = sorted(self.effects, key=lambda group: -self.effects[group])
@@ -179,9 +178,7 @@ class _Search:
         return result
 
     def quantized(self, form: str, method: str, kept: Sequence[str]) -> Graph:
-        graph, seen = self.forms[form]
-        amax = amax_by(method, seen, self.precision)
-        typed = quantize(graph, self.precision, amax, keep=kept, scale_type=self.compute_type)
+        typed = self.scheme.quantized(form, method, kept)
         return typed if self.compute_type == "float32" else lower(typed, self.compute_type)
 
     def holds(self, attempt: _Try) -> bool:
@@ -191,7 +188,7 @@ class _Search:
         effects = {group: {"mean_abs_diff": self.effects[group]} for group in chosen.kept}
         facts = {
             "method": chosen.method,
-            "smoothed": self.smoothed if chosen.form == "smoothed" else {},
+            "smoothed": self.scheme.outliers(chosen.kept) if chosen.form == SMOOTHED else {},
             "kept": effects,
             "tried": [attempt.to_json() for attempt in self.tried],
         }

@@ -189,7 +189,7 @@ def _facts(manifest: EngineManifest) -> Mapping[str, Any]:
     from ...engines.builder.auto import trial_lines
 
     plan = manifest.precision_plan
-    kept = plan.get("kept", {})
+    kept = [*plan.get("never_quantized", {}), *plan.get("kept", {})]
     facts = {
         "runs on": f"{manifest.backend} {manifest.backend_version} {manifest.precision}",
         "seconds": f"{manifest.build_seconds:.1f}",

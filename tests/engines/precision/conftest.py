@@ -54,3 +54,14 @@ def graph(source: Path) -> Graph:
 def run() -> Callable[[Graph, Batch], np.ndarray]:
     """Score one batch with a float32 graph in ONNX Runtime."""
     return lambda graph, batch: runner(graph)(batch)[0]
+
+
+def with_outliers(graph, gain=40.0):
+    """Make channels large as trained encoders have them."""
+    planted = graph.replaced(graph.nodes)
+    for name in graph.weights:
+        if name.startswith("layers.") and name.endswith("norm.weight"):
+            values = graph.array(name).copy()
+            values[[3, 8]] *= gain
+            planted.set_weight(name, values)
+    return planted

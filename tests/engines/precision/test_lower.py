@@ -13,7 +13,8 @@ from onnxruntime import InferenceSession
 
 from edje.engines.agreement import kendall_tau
 from edje.engines.contract import INPUTS
-from edje.engines.precision.emulate import emulated, round_to_float8, runner, scorer
+from edje.engines.precision.emulate import emulated, runner, scorer
+from edje.engines.precision.float8 import round_to_float8
 from edje.engines.precision.graph import Graph, in_layers
 from edje.engines.precision.lower import ONNX_TYPES, lower
 from edje.errors import EngineError

@@ -104,7 +104,7 @@ def test_scores_stay_near_and_do_move(graph, amax, queries, run, precision, elem
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_switches_score_as_the_graph_with_those_layer_groups_kept(graph, amax, queries, precision):
-    switches = Switches(graph, precision, amax)
+    switches = Switches(graph, quantize(graph, precision, amax))
     batch = queries[2][0]
     for kept in (set(), {"layers.0.ffn2", "layers.1.qkv"}):
         expected = scorer(quantize(graph, precision, amax, keep=kept))(batch)

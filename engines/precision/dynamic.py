@@ -1,0 +1,154 @@
+"""8 bits with scales found while running: one a token and 128 columns, for weights and values.
+
+A static scale a tensor spends its steps on the few channels that stand out; these follow the
+values, and trained models' scores move a fifth to a ninth as far.
+
+What the pass adds, by name; the native engine's build reads it by these names. VALUE is what a
+quantised linear reads, W its weight, `path` the first linear that reads VALUE
+(`layers.0/query` for query, key and value, which share one; the last layer's query reads the CLS
+rows alone and has nodes of its own, `layers.0/key` then being the first; what they round is the
+same):
+
+- `/path/dynamic/...`: float32 nodes that cut VALUE into blocks of 128 columns (the last one may be
+  short), divide each by its largest |x| / 127 (int8) or / 448 (E4M3), round, and multiply it back.
+  What comes out is `VALUE.dynamic`.
+- `W.quantized`, int8 or float8_e4m3fn [K, N], and `W.scales`, float32 [ceil(K / 128), N]; the
+  nodes `/linear/dynamic/weight/...` make `W.dequantized` of them.
+- Where the value was smoothed before (`calibrate.smooth`), VALUE and W end in `.smooth`, and
+  `path.smooth`, float32 [K], holds what the channels are multiplied by.
+
+The product of the two adds in float32, like the integer sums of each block times their scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...bundle import ATTENTION_OUTPUT, linear_of, node_name, path_of_node, value_name
+from .float8 import round_to_float8
+from .graph import DEQUANTIZED, DYNAMIC, QUANTIZED, SCALES, Graph, node, with_inputs
+from .lower import LARGEST, ONNX_TYPES, Linear, find_linears, numpy_type, round_to
+
+BLOCK = 128
+# Blocks of smaller values are zeros to every compute type; scales stay normal float32 numbers.
+LEAST = 1e-30
+SUMS_FLOAT32 = {DYNAMIC: "scales found while running, and the sums of 8-bit products"}
+NEVER_QUANTIZED = {
+    ATTENTION_OUTPUT: "its input is made head by head, and it is a twelfth of the products"
+}
+
+
+def dynamic_linears(graph: Graph) -> list[Linear]:
+    """Return the linears that this form quantises: all but the attention's output."""
+    return [
+        linear
+        for linear in find_linears(graph)
+        if linear.name.rpartition(".")[2] not in NEVER_QUANTIZED
+    ]
+
+
+def quantize_dynamic(graph: Graph, precision: str, *, keep: Collection[str] = ()) -> Graph:
+    """Return the graph with all `dynamic_linears` quantised but those of the layer groups `keep`.
+
+    Args:
+        precision: `int8` or `fp8` (E4M3).
+    """
+    new = graph.replaced([])
+    writer = _Writer(new, precision)
+    chosen = {linear.name: linear for linear in dynamic_linears(graph) if linear.group not in keep}
+    for item in graph.nodes:
+        linear = chosen.get(linear_of(item.name)) if item.op_type == "MatMul" else None
+        if linear is None:
+            new.nodes.append(item)
+            continue
+        path = f"{path_of_node(item.name)}/{DYNAMIC}"
+        weight = writer.weight(linear.weight, path)
+        value = writer.activation(linear.value, path, len(graph.array(linear.weight)))
+        new.nodes.append(with_inputs(item, [value, weight]))
+    return new
+
+
+class _Writer:
+    """Adds the nodes and weights of this form to a graph, for each value and weight once."""
+
+    def __init__(self, graph: Graph, precision: str):
+        self._graph, self._precision = graph, precision
+        self._largest = LARGEST[precision]
+        self._done: dict[str, str] = {}
+
+    def activation(self, value: str, path: str, columns: int) -> str:
+        """Quantise and dequantise `value` [..., columns] by nodes under `path`."""
+        if value in self._done:
+            return self._done[value]
+        output = self._done[value] = f"{value}.{DYNAMIC}"
+        num_blocks, width = -(-columns // BLOCK), min(columns, BLOCK)
+        missing = num_blocks * width - columns
+        last = self._constant("last_axis", np.array([-1], np.int64))
+        if missing:  # zeros change no block's largest, and are cut off again
+            pads = self._constant(f"pads.{missing}", np.array([0, missing], np.int64))
+            value = self._add("Pad", [value, pads, "", last], path)
+        blocks = np.array([-1, num_blocks, width], np.int64)
+        shape = self._constant(f"blocks.{num_blocks}x{width}", blocks)
+        cut = self._add("Reshape", [value, shape], path)
+        scale = self._scale(cut, path, last)
+        scaled = self._add("Mul", [self._rounded(cut, scale, path), scale], path)
+        inputs = [scaled, self._add("Shape", [value], path)]
+        if not missing:
+            self._add("Reshape", inputs, f"{path}/back", output)
+            return output
+        whole = self._add("Reshape", inputs, f"{path}/back")
+        first = self._constant("first", np.array([0], np.int64))
+        end = self._constant(f"columns.{columns}", np.array([columns], np.int64))
+        self._add("Slice", [whole, first, end, last], f"{path}/back", output)
+        return output
+
+    def weight(self, name: str, path: str) -> str:
+        """Store a weight [K, N] quantised, with its scales; dequantise it by nodes under `path`."""
+        values = self._graph.array(name)
+        starts = np.arange(0, len(values), BLOCK)
+        amax = np.maximum.reduceat(np.abs(values), starts, axis=0)
+        scales = (np.maximum(amax, np.float32(LEAST)) / self._largest).astype(np.float32)
+        block_of_row = np.arange(len(values)) // BLOCK
+        kind = numpy_type(self._precision)
+        stored = round_to(values / scales[block_of_row], kind, self._largest)
+        quantized = self._graph.set_weight(f"{name}.{QUANTIZED}", stored)
+        by_block = self._graph.set_weight(f"{name}.{SCALES}", scales)
+        rows = self._constant(f"block_of_row.{len(values)}", block_of_row)
+        path = f"{path}/weight"
+        wide = self._add("Cast", [quantized], path, to=ONNX_TYPES["float32"])
+        by_row = self._add("Gather", [by_block, rows], path, axis=0)
+        return self._add("Mul", [wide, by_row], path, f"{name}.{DEQUANTIZED}")
+
+    def _scale(self, blocks: str, path: str, last: str) -> str:
+        """Return the scale of every block [..., 1]."""
+        sizes = self._add("Abs", [blocks], path)
+        amax = self._add("ReduceMax", [sizes, last], path, keepdims=1)
+        least = self._constant("least", np.float32(LEAST))
+        some = self._add("Max", [amax, least], path)
+        largest = self._constant(f"largest.{self._precision}", np.float32(self._largest))
+        return self._add("Div", [some, largest], f"{path}/scale")
+
+    def _rounded(self, blocks: str, scale: str, path: str) -> str:
+        """Return the blocks over their scales, rounded: the largest lands on the last step."""
+        path = f"{path}/rounded"
+        if self._precision == "int8":
+            return self._add("Round", [self._add("Div", [blocks, scale], path)], path)
+        output = value_name(path, "Where")
+        whole = node("QuantizeLinear", [blocks, scale], output, f"/{path}")
+        self._graph.nodes += round_to_float8(self._graph, whole)
+        return output
+
+    def _add(
+        self, kind: str, inputs: Sequence[str], path: str, output: str = "", **attributes: Any
+    ) -> str:
+        """Add a node at `path`; return its output, named after it where no name is given."""
+        output = output or value_name(path, kind)
+        self._graph.nodes.append(node(kind, inputs, output, node_name(path, kind), **attributes))
+        return output
+
+    def _constant(self, name: str, values: npt.ArrayLike) -> str:
+        return self._graph.set_weight(f"const.{DYNAMIC}.{name}", np.asarray(values))
