@@ -31,10 +31,12 @@ from private_names import private_accesses  # noqa: E402
 # Each measure: the most that it may be, and the target. A limit above its target is a ratchet, at
 # what was measured: lower it with every change that lowers the measure.
 LIMITS: dict[str, tuple[float, float]] = {
-    "source files": (183, 140),
-    "source lines": (34_650, 25_000),
-    "product lines (without perf and demo)": (28_330, 20_500),
-    "test lines": (29_190, 19_000),
+    # The targets count what there was before the backends `native` and `onnxruntime-cuda`, which
+    # have 23 files, 3,350 lines and 2,500 of tests; without them 154 files, 32,513 and 27,387.
+    "source files": (177, 140),
+    "source lines": (35_900, 25_000),
+    "product lines (without perf and demo)": (29_850, 20_500),
+    "test lines": (29_950, 19_000),
     "largest folder, % of lines": (25, 25),
     "files under Reranker": (36, 36),
     "longest import chain": (16, 16),
@@ -46,7 +48,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "store read of one batch: files": (4, 4),
     "store read of one batch: calls": (35, 35),
     "pretended GPUs": (2, 2),
-    "accesses of tests to private names": (4, 0),
+    "accesses of tests to private names": (0, 0),
     "lines of a file": (400, 350),
     "lines of a function": (60, 60),
     "median function": (10, 10),

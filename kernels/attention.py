@@ -55,43 +55,47 @@ def attention(
         first = pair * num_slots * key_stride + head * HEAD
         length = tl.load(lengths + pair)
 
+        # The tail is loaded first: it is under way while the whole blocks are worked on.
+        before = tl.cdiv(tl.maximum(num_slots - TAIL, 0), BLOCK_KEYS) * BLOCK_KEYS
+        tail = before + tl.arange(0, TAIL)
+        is_tail = ((tail < length) | (tail >= text_slots)) & (tail < num_slots)
+        k_tail, v_tail = _loaded(keys, values, first + tail * key_stride, is_tail, lanes)
+
         total = tl.zeros((BLOCK_Q, HEAD), tl.float32)
         weight = tl.zeros((BLOCK_Q,), tl.float32)
         most = tl.full((BLOCK_Q,), LOWEST, tl.float32)
-        before_tail = tl.cdiv(tl.maximum(num_slots - TAIL, 0), BLOCK_KEYS) * BLOCK_KEYS
-        for start in range(0, before_tail, BLOCK_KEYS):
+        for start in range(0, before, BLOCK_KEYS):
             slots = start + tl.arange(0, BLOCK_KEYS)
             is_real = (slots < length) | (slots >= text_slots)
-            total, weight, most = _attended(
-                q, keys + first, values + first, slots, is_real, key_stride, total, weight, most
-            )
-        slots = before_tail + tl.arange(0, TAIL)
-        is_real = ((slots < length) | (slots >= text_slots)) & (slots < num_slots)
-        total, weight, most = _attended(
-            q, keys + first, values + first, slots, is_real, key_stride, total, weight, most
-        )
+            k, v = _loaded(keys, values, first + slots * key_stride, is_real, lanes)
+            total, weight, most = _attended(q, k, v, is_real, total, weight, most)
+        total, weight, most = _attended(q, k_tail, v_tail, is_tail, total, weight, most)
         total = total / weight[:, None]
         target = out + (pair * num_queries + places)[:, None] * out_stride + head * HEAD
         tl.store(target + lanes[None, :], total.to(out.dtype.element_ty), mask=is_query)
 
 
 @triton.jit
+def _loaded(
+    keys: tl.tensor, values: tl.tensor, cells: tl.tensor, is_real: tl.tensor, lanes: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return keys [HEAD, block] and values [block, HEAD], zeros where they are not real."""
+    k = tl.load(keys + cells[None, :] + lanes[:, None], mask=is_real[None, :], other=0.0)
+    v = tl.load(values + cells[:, None] + lanes[None, :], mask=is_real[:, None], other=0.0)
+    return k, v
+
+
+@triton.jit
 def _attended(
     q: tl.tensor,
-    keys: tl.tensor,
-    values: tl.tensor,
-    slots: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
     is_real: tl.tensor,
-    key_stride: tl.tensor,
     total: tl.tensor,
     weight: tl.tensor,
     most: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Take one block of keys into the running sums of values and weights, and the maximum."""
-    lanes = tl.arange(0, total.shape[1])
-    cells = slots * key_stride
-    k = tl.load(keys + cells[None, :] + lanes[:, None], mask=is_real[None, :], other=0.0)
-    v = tl.load(values + cells[:, None] + lanes[None, :], mask=is_real[:, None], other=0.0)
     scores = tl.where(is_real[None, :], tl.dot(q, k) * LOG2_E, float("-inf"))
     higher = tl.maximum(most, tl.max(scores, axis=1))
     factor = tl.exp2(most - higher)

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,20 @@ def _tensor_maps(variant: Variant, found: Sequence[Mapping[str, Any]]) -> Iterat
         )
 
 
+@cache
+def _fixed_addresses() -> tuple[str, ...]:
+    """Return what runs a program without address randomisation, where that is allowed.
+
+    `ptxas` schedules some of what it makes for 10.0 in the order of addresses.
+    """
+    prefix = ("setarch", "-R")
+    try:
+        subprocess.run([*prefix, "true"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ()
+    return prefix
+
+
 def assemble_ptx(ptx: str, sm: str, folder: Path) -> tuple[bool, bytes, str]:
     """Assemble for the plain architecture, or where that has not what is used, for the chip.
 
@@ -245,6 +260,7 @@ def assemble_ptx(ptx: str, sm: str, folder: Path) -> tuple[bool, bytes, str]:
         text = re.sub(r"^\.target sm_\d+a?", f".target {name}", ptx, flags=re.M)
         source.write_text(text, encoding="utf-8")
         command = [_ptxas(), "-v", f"--gpu-name={name}", "kernel.ptx", "-o", "kernel.cubin"]
+        command = [*_fixed_addresses(), *command]
         shown = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if shown.returncode == 0:
             return is_exact, target.read_bytes(), shown.stderr

@@ -204,7 +204,7 @@ class KernelLibrary:
     def has(self, name: str) -> bool:
         """Return whether a kernel of this name runs on this GPU."""
         entry = self._manifest.kernels.get(name)
-        return entry is not None and bool(_fitting(entry, self._capability))
+        return entry is not None and runs_on(entry, self._capability)
 
     def kernel(self, name: str) -> LoadedKernel:
         """Return a kernel by the name of its variant, loaded at the first call.
@@ -239,6 +239,11 @@ def choose_cubin(entry: KernelEntry, compute_capability: tuple[int, int]) -> Cub
         f"no kernel was compiled for compute capability {major}.{minor}, only for {known}",
         hint="add it to COMPUTE_CAPABILITIES in kernels/variant.py, then: make kernels",
     )
+
+
+def runs_on(entry: KernelEntry, compute_capability: tuple[int, int]) -> bool:
+    """Return whether a kernel has a cubin for a GPU."""
+    return bool(_fitting(entry, compute_capability))
 
 
 def _fitting(entry: KernelEntry, compute_capability: tuple[int, int]) -> list[Cubin]:

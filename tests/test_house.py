@@ -308,7 +308,7 @@ def test_the_readme_has_a_row_for_every_folder(project: dict[str, Any]) -> None:
     named = set(re.findall(r"\[`([a-z/]+)/`\]\([a-z/]+\)", table))
     packages = set(project["tool"]["setuptools"]["packages"]) - {"edje"}
     folders = {"/".join(package.split(".")[1:]) for package in packages}
-    short = {"tensorrt": "engines/tensorrt"}
+    short = {name: f"engines/{name}" for name in ("native", "tensorrt")}
     assert {short.get(name, name) for name in named} == folders | {"perf", "tests"}
 
 

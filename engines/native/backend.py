@@ -10,6 +10,8 @@ from typing import Any
 
 from ...kernels.device import open_gpu
 from ...kernels.device.facts import Gpu, capability_key, current_gpu, current_index, gpu_fault
+from ...kernels.launch import runs_on
+from ...kernels.layer_variants import POINTER_TILES, product_name, product_tma_name
 from ...kernels.layer_variants8 import KINDS
 from ...kernels.manifest import read_manifest
 from ...kernels.tuning import read_tuning, serving_table, tuned_capabilities
@@ -119,6 +121,13 @@ def _targets(precision: str, options: BuildOptions) -> tuple[str, ...]:
     return options.compute_capabilities or _served(precision)
 
 
+def _has_products(capability: str) -> bool:
+    """Return whether a product of some kind runs on a GPU: those of 10.0 do not on 10.3."""
+    kernels, tile = read_manifest().kernels, next(iter(POINTER_TILES))
+    names = (name("float16", "none", tile) for name in (product_tma_name, product_name))
+    return any(runs_on(kernels[name], capability_key(capability)) for name in names)
+
+
 def _missing() -> str | None:
     """Return which package is missing, None where all are there."""
     missing = [name for name in NEEDED if not _is_there(name)]
@@ -140,6 +149,11 @@ def _gpu_fault(gpu: Gpu, served: tuple[str, ...], precision: str) -> str | None:
         return (
             f"{gpu.name} has compute capability {gpu.capability}, the {_kernels(precision)} are "
             f"for {', '.join(served)}"
+        )
+    if not _has_products(gpu.capability):
+        return (
+            f"{gpu.name} has compute capability {gpu.capability}, and the products of this major "
+            "version run on one chip only: add it in kernels/variant.py, then make kernels"
         )
     if capability_key(gpu.cuda_version) < capability_key(LEAST_CUDA):
         return (

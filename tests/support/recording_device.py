@@ -340,7 +340,12 @@ class RecordingDevice:
         element: int = 0,
         row_stride: int | None = None,
     ) -> np.void:
-        """Return `launches.tensor_map` of it."""
+        """Return `launches.tensor_map` of it; what it tells of must lie in one buffer."""
+        stride = array.shape[1] if row_stride is None else row_stride
+        num_elements = (array.shape[0] - 1) * stride + array.shape[1]
+        last = array.address + num_elements * array.dtype.itemsize - 1
+        for buffer in self.buffers_at([array.address]):  # none for memory that does not exist
+            assert buffer.holds(last), f"a tensor map reaches past {buffer.name}"
         more = {"swizzle": swizzle, "element": element, "row_stride": row_stride}
         return tensor_map(array, block, **more)
 

@@ -55,6 +55,13 @@ def test_fp8_needs_a_gpu_that_multiplies_it(machine: Machine) -> None:
     assert backend.activation_scales("int8") == "dynamic"
 
 
+def test_a_chip_that_the_kernels_do_not_serve_is_named(machine: Machine) -> None:
+    machine.capability = (10, 3)
+    assert "the products of this major version run on one chip only" in str(backend.why_not("fp16"))
+    machine.capability = (10, 0)
+    assert backend.why_not("fp16") is None
+
+
 def test_an_older_driver_is_named(machine: Machine) -> None:
     sys.modules["cuda.bindings.driver"].cuDriverGetVersion = lambda: (0, 12040)
     assert "the driver serves CUDA 12.4, the kernels need 12.8" in str(backend.why_not("fp16"))
