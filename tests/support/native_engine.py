@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 
 from edje.bundle import BundleManifest
-from edje.engines.contract import INPUTS, Batch
-from edje.engines.manifest import EngineManifest
+from edje.engines.contract import INPUTS, Batch, BuildJob, BuildOptions
+from edje.engines.manifest import EngineManifest, Profile
+from edje.engines.native import backend
 from edje.engines.native.plan import Plan
 from edje.engines.native.run import NativeEngine
 from edje.engines.native.weights import read_weights
+from edje.engines.precision.dynamic import quantize_dynamic
+from edje.engines.precision.graph import Graph
+from edje.engines.precision.lower import lower
 from recording_device import RecordingDevice
 
 
@@ -77,3 +81,41 @@ def random_batch(bundle: BundleManifest, bucket: int, num_pairs: int, seed: int)
     shape = num_pairs, sizes.num_tokens, sizes.hidden
     tokens = rng.standard_normal(shape, np.float32).astype(np.float16)
     return Batch(ids, lengths, rng.integers(0, num_queries, num_pairs).astype(np.int32), tokens)
+
+
+EIGHT_BIT_BUCKETS = (15, 63)
+
+
+class EightBits:
+    """Builds engines of prepared graphs, and opens them on pretended GPUs."""
+
+    def __init__(self, bundle: BundleManifest, folder: Path, like: Path, interpreted: Any):
+        """Build into `folder`; manifests are like that of the engine folder `like`."""
+        self._bundle, self._folder, self._interpreted = bundle, folder, interpreted
+        self._manifest = replace(EngineManifest.read(like), bundle=bundle)
+
+    def built(self, graph: Graph, precision: str, name: str) -> Path:
+        """Build a prepared graph; return the folder."""
+        out = self._folder / name
+        out.mkdir()
+        path = out / "graph.onnx"
+        graph.write(path)
+        profile, options = Profile(64, EIGHT_BIT_BUCKETS), BuildOptions()
+        job = BuildJob(
+            path, out, precision, "float16", profile, self._bundle, options, lambda _: None
+        )
+        backend.build(job)
+        return out
+
+    def scorer(self, folder: Path, precision: str, capability: tuple[int, int]) -> Any:
+        """Return what scores host batches on a device of this compute capability."""
+        device = RecordingDevice(None, kernels=self._interpreted)
+        device.compute_capability = capability
+        plan = replace(Plan.read(folder), max_pairs=4)
+        manifest = replace(self._manifest, precision=precision)
+        return HostScorer(NativeEngine(manifest, plan, read_weights(folder), device), device)
+
+
+def prepared(graph: Graph, kind: str, keep: tuple[str, ...] = ()) -> Graph:
+    """Return a bundle's graph as builds of 8-bit engines get it, nothing smoothed."""
+    return lower(quantize_dynamic(graph, kind, keep=keep), "float16")

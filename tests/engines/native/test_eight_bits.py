@@ -14,21 +14,18 @@ import pytest
 from edje.bundle import BundleManifest
 from edje.engines.builder.build import build_engine
 from edje.engines.builder.options import EngineOptions
-from edje.engines.contract import BuildJob, BuildOptions
-from edje.engines.manifest import EngineManifest, Profile
+from edje.engines.contract import BuildOptions
 from edje.engines.native import backend
 from edje.engines.native.plan import Plan
-from edje.engines.native.run import NativeEngine
 from edje.engines.native.weights import read_weights
 from edje.engines.precision.calibrate import observe, shared_by_groups, smooth
-from edje.engines.precision.dynamic import dynamic_linears, quantize_dynamic
+from edje.engines.precision.dynamic import dynamic_linears
 from edje.engines.precision.emulate import scorer
 from edje.engines.precision.graph import Graph
 from edje.engines.precision.lower import lower
 from edje.engines.samples import RandomSamples
 from edje.errors import EngineError
-from native_engine import HostScorer, random_batch
-from recording_device import RecordingDevice
+from native_engine import EightBits, prepared, random_batch
 
 KINDS = ("int8", "fp8")
 BUCKETS = (15, 63)
@@ -51,44 +48,11 @@ def source(tiny_bundle: Path) -> Graph:
     return Graph.read(tiny_bundle / "joint_encoder.onnx")
 
 
-class EightBits:
-    """Builds engines of prepared graphs, and opens them on pretended GPUs."""
-
-    def __init__(self, bundle: BundleManifest, folder: Path, like: Path, interpreted: Any):
-        self._bundle, self._folder, self._interpreted = bundle, folder, interpreted
-        self._manifest = EngineManifest.read(like)
-
-    def built(self, graph: Graph, precision: str, name: str) -> Path:
-        """Build a prepared graph; return the folder."""
-        out = self._folder / name
-        out.mkdir()
-        path = out / "graph.onnx"
-        graph.write(path)
-        profile, options = Profile(64, BUCKETS), BuildOptions()
-        job = BuildJob(
-            path, out, precision, "float16", profile, self._bundle, options, lambda _: None
-        )
-        backend.build(job)
-        return out
-
-    def scorer(self, folder: Path, precision: str, capability: tuple[int, int]) -> Any:
-        """Return what scores host batches on a device of this compute capability."""
-        device = RecordingDevice(None, kernels=self._interpreted)
-        device.compute_capability = capability
-        plan = replace(Plan.read(folder), max_pairs=4)
-        manifest = replace(self._manifest, precision=precision)
-        return HostScorer(NativeEngine(manifest, plan, read_weights(folder), device), device)
-
-
 @pytest.fixture
 def eight_bits(
     bundle: BundleManifest, tmp_path: Path, native_folder: Any, interpreted: Any
 ) -> EightBits:
     return EightBits(bundle, tmp_path, native_folder(), interpreted)
-
-
-def prepared(graph: Graph, kind: str, keep: tuple[str, ...] = ()) -> Graph:
-    return lower(quantize_dynamic(graph, kind, keep=keep), "float16")
 
 
 def with_outliers(graph: Graph) -> Graph:
