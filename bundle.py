@@ -42,6 +42,10 @@ LINEARS = (QUERY, KEY, VALUE, ATTENTION_OUTPUT, FFN1, FFN2)
 ATTENTION_SCORES, ATTENTION, CONTEXT = "attention_scores", "attention", "context"
 # Linears that read one value keep or change their precision together: a layer group.
 QKV = "qkv"
+# What precision passes add to names. A quantised linear reads `VALUE.dequantized` or, with scales
+# found while running, `VALUE.dynamic`; its weight W comes as `W.dequantized` from `W.quantized`.
+QUANTIZED, DEQUANTIZED, SCALES = "quantized", "dequantized", "scales"
+DYNAMIC, SMOOTH = "dynamic", "smooth"
 _LAYER = re.compile(r"/layers\.(\d+)/")
 
 

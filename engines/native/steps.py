@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ...arrays import DeviceArray
-from ...bundle import FFN1, FFN2, QKV, layer_path, weight_name
+from ...bundle import FFN1, FFN2, QKV, SCALES, SMOOTH, layer_path, weight_name
 from ...kernels.device.contract import Stream
 from ...kernels.launch import KernelLibrary
 from ...kernels.layers import AddNorm, Product
 from ...kernels.layers8 import Product8, Quantize
 from ...kernels.scaled import Copy, Scaled
-from ..precision.graph import SCALES, SMOOTH
 from .memory import Rows
 from .plan import STEPS8, Plan
 from .weights import ATTENTION_NORM, FFN_NORM

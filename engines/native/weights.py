@@ -19,14 +19,16 @@ from ...bundle import (
     FFN2,
     KEY,
     QKV,
+    QUANTIZED,
     QUERY,
+    SCALES,
+    SMOOTH,
     VALUE,
     WORD_EMBEDDINGS,
     layer_path,
     weight_name,
 )
 from ...errors import EngineError
-from ..precision.graph import QUANTIZED, SCALES, SMOOTH
 from .plan import ALIGNMENT, STEPS, STEPS8, Plan, group_name
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...arrays import Array, Float32
-from ...bundle import node_name, path_of_node, weight_name
+from ...bundle import SMOOTH, node_name, path_of_node, weight_name
 from ..contract import Batch
 from .emulate import runner
-from .graph import SMOOTH, Graph, node, with_inputs
+from .graph import Graph, node, with_inputs
 from .lower import LARGEST, Linear, find_linears, numpy_type, round_to
 
 # Largest channel over the median one. Gaussian channels stay below 2 (seen: random full-size

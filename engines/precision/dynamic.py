@@ -28,9 +28,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...bundle import ATTENTION_OUTPUT, linear_of, node_name, path_of_node, value_name
+from ...bundle import (
+    ATTENTION_OUTPUT,
+    DEQUANTIZED,
+    DYNAMIC,
+    QUANTIZED,
+    SCALES,
+    linear_of,
+    node_name,
+    path_of_node,
+    value_name,
+)
 from .float8 import round_to_float8
-from .graph import DEQUANTIZED, DYNAMIC, QUANTIZED, SCALES, Graph, node, with_inputs
+from .graph import Graph, node, with_inputs
 from .lower import LARGEST, ONNX_TYPES, Linear, find_linears, numpy_type, round_to
 
 BLOCK = 128

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from ...arrays import Array, Float32
+from ...bundle import DEQUANTIZED
 from ...errors import EngineError
 from ...machine import thread_limit
 from ..contract import OUTPUT, Batch
 from ..cpu import why_no_int8
 from .float8 import round_to_float8
-from .graph import DEQUANTIZED, Graph, node, with_inputs
+from .graph import Graph, node, with_inputs
 from .lower import ONNX_TYPES, find_linears
 
 if TYPE_CHECKING:

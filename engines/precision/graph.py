@@ -9,18 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...arrays import Array
-from ...bundle import layer_of
+from ...bundle import DYNAMIC, layer_of
 from ...errors import EngineError
 
 if TYPE_CHECKING:
     import onnx
-
-# What the passes add to names. A quantised linear reads `VALUE.dequantized` or, where scales are
-# found while running, `VALUE.dynamic`; its weight W comes as `W.dequantized` from `W.quantized`.
-QUANTIZED, DEQUANTIZED, SCALES, DYNAMIC, SMOOTH = (
-    *("quantized", "dequantized", "scales"),
-    *("dynamic", "smooth"),
-)
 
 
 class Graph:

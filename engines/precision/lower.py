@@ -22,6 +22,9 @@ import numpy.typing as npt
 from ...arrays import Array
 from ...bundle import (
     ATTENTION_SCORES,
+    DEQUANTIZED,
+    QUANTIZED,
+    SMOOTH,
     WORD_EMBEDDINGS,
     group_of,
     layer_of,
@@ -31,16 +34,7 @@ from ...bundle import (
     path_of_node,
 )
 from ...errors import EngineError
-from .graph import (
-    DEQUANTIZED,
-    QUANTIZED,
-    SMOOTH,
-    Graph,
-    in_layers,
-    is_dynamic,
-    node,
-    with_inputs,
-)
+from .graph import Graph, in_layers, is_dynamic, node, with_inputs
 
 if TYPE_CHECKING:
     import onnx

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import replace
 from typing import Any
@@ -100,3 +101,13 @@ def test_tables_serve_later_gpus_of_their_major_version() -> None:
     asked = ("8.0", "8.7", "9.0", "10.3", "12.1", "7.5", "11.0", "13.0")
     found = [serving_table(each, known) for each in asked]
     assert found == ["8.0", "8.6", "9.0", "10.0", "12.0", None, None, None]
+
+
+def test_running_an_engine_needs_neither_onnx_nor_the_precision_passes() -> None:
+    code = (
+        "import sys, edje.engines.native.backend\n"
+        "names = ('onnx', 'torch', 'triton', 'edje.engines.precision')\n"
+        "print([name for name in names if name in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
