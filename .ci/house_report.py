@@ -36,7 +36,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "source files": (188, 140),
     "source lines": (37_600, 25_000),
     "product lines (without perf and demo)": (31_520, 20_500),
-    "test lines": (31_050, 19_000),
+    "test lines": (31_060, 19_000),
     "largest folder, % of lines": (25, 25),
     "files under Reranker": (36, 36),
     "longest import chain": (16, 16),
