@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -172,7 +173,7 @@ Wanted = Callable[[str], bool]
 Entry_co = TypeVar("Entry_co", covariant=True)
 
 
-class Source(Generic[Entry_co]):
+class Source(ABC, Generic[Entry_co]):
     """Images, or features, in a fixed order.
 
     Attributes:
@@ -190,13 +191,13 @@ class Source(Generic[Entry_co]):
         """Links to folders that the last `entries` has passed by."""
         return 0
 
+    @abstractmethod
     def ids(self) -> Iterator[str]:
         """Yield every id, without opening an image."""
-        raise NotImplementedError
 
+    @abstractmethod
     def entries(self, wanted: Wanted) -> Iterator[Entry_co | SkippedImage]:
         """Yield the entries whose id is wanted, and what cannot be one, with the reason."""
-        raise NotImplementedError
 
     def estimate(self, num_met: int) -> int:
         """Return about how many ids there are, where `entries` has met `num_met` of them."""

@@ -30,7 +30,7 @@ from .scattered import MOST_READS, address, is_offered, read_places
 CHUNK_BYTES = 1536 << 10
 # One thread more for every so many, where they take turns. Elsewhere whoever reads wants the GIL
 # after every record, while another hashes: a second thread is of little help.
-BYTES_IN_TURNS, BYTES_A_THREAD, MOST_READING = 1536 << 10, 8 << 20, 4
+BYTES_IN_TURNS, BYTES_A_THREAD, MOST_READING = 2 << 20, 8 << 20, 4
 # So many records that follow one another in a file are read as well by one `preadv`.
 LONG_RUN = 4
 # Past the page cache threads wait for the disk, not for each other: it should have much to do.

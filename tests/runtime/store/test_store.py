@@ -416,15 +416,12 @@ def test_the_ids_of_a_few_rows_come_without_all_others(tmp_path: Path) -> None:
 
 
 def test_a_read_of_one_batch_takes_few_calls_and_files(tmp_path: Path) -> None:
-    """Each file is one more to know for who reads the code; each call costs time.
-
-    Larger batches are shared by threads.
-    """
+    """Each file is one more to know for who reads the code; each call costs time."""
     sizes = {**SIZES, "hidden": 384}
     with TokenStore.create(tmp_path / "s", **sizes) as store:
         store.append([str(n) for n in range(100)], random_tokens(100, shape=(64, 384)))
     with TokenStore.open(tmp_path / "s") as store:
-        for count in (4, 48):
+        for count in (4, 48, 64):
             rows = store.live_rows()[np.random.default_rng(0).permutation(100)[:count]]
             out = np.empty((count, 64, 384), np.float16)
             store.read(rows, out)
