@@ -46,6 +46,8 @@ QKV = "qkv"
 # found while running, `VALUE.dynamic`; its weight W comes as `W.dequantized` from `W.quantized`.
 QUANTIZED, DEQUANTIZED, SCALES = "quantized", "dequantized", "scales"
 DYNAMIC, SMOOTH = "dynamic", "smooth"
+# What a graph that ends after some layers has in place of pooler and classifier.
+SHALLOW = "shallow"
 _LAYER = re.compile(r"/layers\.(\d+)/")
 
 
