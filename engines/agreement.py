@@ -12,6 +12,10 @@ import numpy.typing as npt
 Scores = npt.NDArray[np.floating[Any]]
 
 RECALL_AT = (1, 5, 10)
+# The largest difference of a few thousand pairs is not the largest there is.
+SAFETY = 1.5
+TOP_K = (1, 2, 5, 10, 20)
+RECALLS = (0.9, 0.95, 0.99, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,9 @@ class Agreement:
             does; a cascade's margin comes from it.
         kendall_tau: tau-b between the two rankings, mean over the queries.
         top_1, top_10: share of the reference's best 1 (10) found among the other's best 1 (10).
+        rescored: share of the candidates outside of the reference's best tenth that its scorer
+            would have to look at again to be sure of that tenth, given `SAFETY` times
+            `max_underrating`; mean over the queries.
     """
 
     num_queries: int
@@ -38,6 +45,7 @@ class Agreement:
     kendall_tau: float
     top_1: float
     top_10: float
+    rescored: float
 
 
 def rank_agreement(expected: Iterable[Scores], scores: Iterable[Scores]) -> Agreement:
@@ -63,7 +71,46 @@ def rank_agreement(expected: Iterable[Scores], scores: Iterable[Scores]) -> Agre
         kendall_tau=float(np.mean([kendall_tau(a, b) for a, b in pairs])),
         top_1=float(np.mean([top_agreement(a, b, 1) for a, b in pairs])),
         top_10=float(np.mean([top_agreement(a, b, 10) for a, b in pairs])),
+        rescored=float(np.mean([_rescored(a, b, SAFETY * float(below.max())) for a, b in pairs])),
     )
+
+
+def _rescored(expected: Scores, scores: Scores, margin: float) -> float:
+    """Return which share outside of the best tenth lies within `margin` of its last one."""
+    k = max(1, len(expected) // 10)
+    if len(expected) <= k:
+        return 0.0
+    last = np.partition(expected, len(expected) - k)[-k]
+    return float(max(0, np.count_nonzero(scores + max(margin, 0.0) >= last) - k)) / (
+        len(expected) - k
+    )
+
+
+def depth_shares(
+    expected: Iterable[Scores], scores: Iterable[Scores]
+) -> dict[str, dict[str, float]]:
+    """Return how deep one must look into a ranking to find the best of another.
+
+    Returns:
+        k of `TOP_K` -> recall of `RECALLS` -> the share of the candidates, best first, that holds
+        this share of the reference's k best; only k that are at most half of the candidates.
+    """
+    pairs = [_comparable(a, b) for a, b in zip(expected, scores, strict=True)]
+    fewest = min(len(a) for a, _ in pairs)
+    shares: dict[str, dict[str, float]] = {}
+    for k in (k for k in TOP_K if 2 * k <= fewest):
+        places = np.concatenate([_places(a, b, k) for a, b in pairs])
+        deep = np.quantile(places, RECALLS, method="higher")
+        shares[str(k)] = {f"{r:g}": float(at) for r, at in zip(RECALLS, deep, strict=True)}
+    return shares
+
+
+def _places(expected: Scores, scores: Scores, k: int) -> npt.NDArray[np.float64]:
+    """Return where the `k` best of `expected` stand in `scores`: shares of its length, 0 to 1."""
+    place = np.empty(len(scores), np.float64)
+    place[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
+    best = np.argsort(-expected, kind="stable")[:k]
+    return place[best] / len(scores)
 
 
 def _comparable(expected: Scores, scores: Scores) -> tuple[Scores, Scores]:

@@ -18,7 +18,7 @@ from ..bundle import JOINT_ENCODER, BundleManifest
 from ..errors import EngineError
 from ..kernels.device.host import InlineStream
 from ..machine import thread_limit
-from .agreement import Agreement, rank_agreement, recall
+from .agreement import Agreement, depth_shares, rank_agreement, recall
 from .contract import INPUTS, Batch, Engine, Progress, raise_faults, value_faults
 from .manifest import Profile
 from .samples import RandomSamples, Samples, int8_batch, sample_batches
@@ -43,6 +43,7 @@ class Fidelity(Agreement):
             was emulated.
         recall, reference_recall: shares R@1, R@5, R@10 of the queries that know their target,
             `num_targets` of them; None where none does.
+        depths: how deep to look into its ranking for the reference's best, as `depth_shares`.
     """
 
     data: str
@@ -52,6 +53,7 @@ class Fidelity(Agreement):
     num_targets: int
     recall: Mapping[str, float] | None
     reference_recall: Mapping[str, float] | None
+    depths: Mapping[str, Mapping[str, float]]
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
@@ -99,10 +101,13 @@ class FidelityLimits:
     Attributes:
         min_kendall_tau: least mean tau-b, -1 to 1.
         max_top1_change: largest share of queries whose first place changes, 0 to 1.
+        max_rescored: largest share of candidates that must be scored again to be sure of the best
+            tenth (`Agreement.rescored`), 0 to 1: what matters of a cascade's first engine.
     """
 
     min_kendall_tau: float | None = None
     max_top1_change: float | None = None
+    max_rescored: float | None = None
 
     def __post_init__(self) -> None:
         tau, change = self.min_kendall_tau, self.max_top1_change
@@ -111,6 +116,8 @@ class FidelityLimits:
             faults.append(f"min_kendall_tau: got {tau}, expected -1 to 1")
         if change is not None and not 0 <= change <= 1:
             faults.append(f"max_top1_change: got {change}, expected a share, 0 to 1")
+        if self.max_rescored is not None and not 0 <= self.max_rescored <= 1:
+            faults.append(f"max_rescored: got {self.max_rescored}, expected a share, 0 to 1")
         if faults:
             raise EngineError("no fidelity can have these limits", faults=faults)
 
@@ -123,6 +130,9 @@ class FidelityLimits:
         changed = 1 - agreement.top_1
         if change is not None and not changed <= change + 1e-12:  # 1 - 0.99 is a little over 0.01
             faults.append(f"the first place changes in {changed:.2%}, the limit is {change:.2%}")
+        again, most = agreement.rescored, self.max_rescored
+        if most is not None and not again <= most:
+            faults.append(f"a cascade would rescore {again:.1%}, the limit is {most:.1%}")
         return faults
 
 
@@ -200,6 +210,7 @@ def measure(
         num_targets=sum(target is not None for target in targets),
         recall=recall(measured, targets),
         reference_recall=recall(expected, targets),
+        depths=depth_shares(expected, measured),
     )
 
 

@@ -15,7 +15,7 @@ from ..bundle import MANIFEST as BUNDLE_MANIFEST
 from ..bundle import BundleManifest
 from ..errors import EngineError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # 3: engines of the first layers; fidelity says how deep to look
 MANIFEST = "engine.json"
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
 QUANTIZED = ("int8", "fp8")  # of PRECISIONS: products of 8 bits
@@ -51,6 +51,7 @@ class EngineManifest:
         onnx_sha256: hash of the bundle's `joint_encoder.onnx`.
         precision_plan: what was done to that graph: types, what is quantised, what was kept and
             why, the calibration and its data.
+        layers: encoder layers that it runs: all of the bundle's, or the first ones.
         token_dtype: dtype of `visual_tokens` it takes: `float16` or `int8`.
         files: sha256 of every file of the folder but this one, by name.
         build_options: flags of the build that another build needs to give the same engine.
@@ -67,6 +68,7 @@ class EngineManifest:
     bundle_path: str
     onnx_sha256: str
     precision_plan: Mapping[str, Any]
+    layers: int
     token_dtype: str
     files: Mapping[str, str]
     build_options: Mapping[str, Any]
@@ -78,6 +80,17 @@ class EngineManifest:
     def hides_nan(self) -> bool:
         """Whether rounding turns NaN into a number, and the score into a wrong one."""
         return self.precision in QUANTIZED or self.token_dtype == "int8"
+
+    @property
+    def is_shallow(self) -> bool:
+        """Whether it runs the first layers only: to rule candidates out, not to rank them."""
+        return self.layers < self.bundle.sizes.num_layers
+
+    @property
+    def words(self) -> str:
+        """What it is, in words: `openvino int8`, and its layers where it has not all."""
+        some = f", {self.layers} of {self.bundle.sizes.num_layers} layers"
+        return f"{self.backend} {self.precision}{some if self.is_shallow else ''}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as plain JSON values."""
@@ -178,7 +191,7 @@ _FLAGS = (
 )
 _VALUES = (
     *("calibration_store", "calibration_queries", "min_kendall_tau", "max_top1_change"),
-    "optimization_level",
+    *("layers", "role", "optimization_level"),
 )
 
 

@@ -57,6 +57,36 @@ class Samples(Protocol):
     def __iter__(self) -> Iterator[RankingSample]: ...
 
 
+class SomeSamples:
+    """Some queries of other samples: every `step`-th, or all but those.
+
+    Attributes:
+        data, random, build_options: as those of the whole, with a word on what was taken.
+    """
+
+    def __init__(self, samples: Samples, step: int, *, others: bool = False):
+        """Take the queries number `step - 1`, `2 * step - 1`, ...; or the `others`."""
+        self._samples, self._step, self._others = samples, step, others
+        which = f"all queries but each {step}th" if others else f"each {step}th query"
+        self.data = f"{which} of: {samples.data}"
+        self.random, self.build_options = samples.random, samples.build_options
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over that of the whole and what was taken."""
+        taken = f"{self._samples.fingerprint} {self._step} {self._others}".encode()
+        return hashlib.sha256(taken).hexdigest()
+
+    def __len__(self) -> int:
+        taken = len(self._samples) // self._step
+        return len(self._samples) - taken if self._others else taken
+
+    def __iter__(self) -> Iterator[RankingSample]:
+        for number, sample in enumerate(self._samples, 1):
+            if (number % self._step == 0) != self._others:
+                yield sample
+
+
 def check_samples(given: Arguments, name: str, value: object) -> None:
     """Note in `given` what is neither samples nor None; no fingerprint is asked for: that reads."""
     told = all(hasattr(value, known) for known in ("data", "random", "build_options"))

@@ -215,6 +215,7 @@ def _manifest() -> EngineManifest:
         bundle_path="",
         onnx_sha256="",
         precision_plan={},
+        layers=bundle.sizes.num_layers,
         token_dtype="float16",
         files={},
         build_options={},

@@ -117,6 +117,7 @@ def manifest_of(
         bundle_path=str(bundle),
         onnx_sha256="",
         precision_plan={},
+        layers=BundleManifest.read(bundle).sizes.num_layers,
         token_dtype="float16",
         files={},
         build_options={},

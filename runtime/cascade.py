@@ -1,205 +1,209 @@
-"""Two precisions, one ranking: a fast engine scores everything, a precise one what can still win.
+"""Several engines, one ranking: the first scores everything, each next one what can still win.
 
-Let `margin` bound how far a fast score lies below the precise one. The k-th best precise score
-seen so far can only rise, so an image whose fast score plus `margin` lies below it can never
-reach the top k. All others are scored again, highest fast score first. A fast score that is too
-high does no harm: its image is scored again and sinks.
-
-Source: the threshold algorithm (Fagin, Lotem, Naor, J. Comput. Syst. Sci. 66, 2003).
+An int8 engine before a float32 one, a shallow one before the whole model, or three in a row; what
+is scored again is chosen by `survivors.rescore_top`, and the last engine's scores are the result.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from time import perf_counter
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..arguments import Arguments
-from ..arrays import Bool, Float32, Int64
+from ..arrays import Float32, Int64
+from ..engines.agreement import SAFETY
 from ..engines.manifest import EngineManifest
 from ..errors import EngineError, StoppedError
 from .pipeline import Pipeline, Request, Scored
-from .results import MARGIN, EngineLabel, Rescoring
+from .results import MARGIN, RECALL, EngineLabel, Rescoring
+from .survivors import LEAST, LOOKS_AGAIN, Rule, rescore_top
 
-Float64 = npt.NDArray[np.float64]
-
-# Small rounds follow the rising threshold closely; smaller ones leave the engine half idle (CPU
-# time a pair, demo scorer, OpenVINO float32 on two cores: 3.2 ms at 4 pairs, 2.5 at 16 and 32).
-PAIRS_PER_ROUND = 16
-# The largest difference of a build's few thousand pairs is not the largest there is.
-SAFETY = 1.5
+_MEASURE = "measure it: edje verify ENGINE --bundle B --store S --queries F --write"
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
-    """What `rescore_top` found, in the order of its candidates.
+class Hop:
+    """How survivors of one engine are chosen for the next.
 
     Attributes:
-        scores: float32 [N]: precise scores, NaN where there is none.
-        rescored: bool [N]: which candidates the precise engine scored. No other one can be among
-            the top k.
-        margin: as given, or as widened.
-        num_widened: how often a precise score contradicted the margin.
+        margin: raw logits; None: by depth, or by what held `recall`.
+        recall: share of the top k that may not be lost, on queries like those of the calibration.
+        shares: share of the best -> share of the candidates, by fast score, that holds them;
+            ascending, only with `recall`.
     """
 
-    scores: Float32
-    rescored: Bool
-    margin: float
-    num_widened: int
+    margin: float | None = None
+    recall: float | None = None
+    shares: Sequence[tuple[float, float]] = ()
 
+    def rule(self, top_k: int, num_candidates: int, slack: float) -> Rule:
+        """Return the rule for one request."""
+        if self.recall is None:
+            return Rule(margin=self.margin, slack=slack)
+        wanted = top_k / num_candidates
+        found = [share for best, share in self.shares if best >= wanted]
+        return Rule(share=found[0] if found else max(wanted, self.shares[-1][1]))
 
-def rescore_top(
-    fast: Float32,
-    score_precisely: Callable[[Int64], Float32],
-    *,
-    top_k: int,
-    margin: float,
-    pairs_per_round: int = PAIRS_PER_ROUND,
-) -> Selection:
-    """Score precisely what can be among the `top_k` best, in rounds of `pairs_per_round`.
-
-    Exact when no precise score exceeds its fast one by more than `margin`: the top k of `scores`
-    are then those of the precise engine alone, ties included. Where no two scores differ by more
-    than `margin` either way, fewer than `pairs_per_round` candidates were scored needlessly.
-    What contradicts `margin` widens it for the rest.
-
-    Args:
-        fast: float32 [N]; a score that is not finite says nothing, so it is always rescored.
-        score_precisely: int64 [M] positions in `fast` -> float32 [M]; what is not finite never
-            counts as one of the best.
-        top_k: how many of the best must be right, 1 or more.
-    """
-    finite = np.isfinite(fast)
-    expected = np.where(finite, fast, np.nan).astype(np.float64)
-    order = np.argsort(-np.where(finite, fast, np.inf), kind="stable")
-    precise = np.full(len(fast), np.nan, np.float32)
-    num_done = num_widened = 0
-    while True:
-        num_known, threshold = _kth_best(precise, top_k)
-        most = max(pairs_per_round, top_k - num_known)
-        positions = order[num_done : num_done + most]
-        positions = positions[~(expected[positions] + margin < threshold)]  # NaN is never below
-        if not len(positions):
-            break
-        precise[positions] = score_precisely(positions)
-        num_done += len(positions)
-        wider = _widened(margin, precise - expected)
-        num_widened += wider > margin
-        margin = wider
-    rescored = np.zeros(len(fast), np.bool_)
-    rescored[order[:num_done]] = True
-    return Selection(precise, rescored, margin, num_widened)
-
-
-def _kth_best(scores: Float32, k: int) -> tuple[int, float]:
-    """Return how many scores are finite, and the k-th best; -inf where there are fewer."""
-    finite = scores[np.isfinite(scores)]
-    if len(finite) < k:
-        return len(finite), -math.inf
-    return len(finite), float(np.partition(finite, len(finite) - k)[-k])
-
-
-def _widened(margin: float, differences: Float64) -> float:
-    """Return `margin`, or more where the differences (precise - fast) contradict it.
-
-    The images with the best fast scores are those it overrates, so their differences lean to one
-    side: a spread beyond what `margin` allows tells of underrated images that nobody has seen
-    yet. A constant offset has no spread; it costs its own size and no more.
-    """
-    finite = differences[np.isfinite(differences)]
-    if not len(finite):
-        return margin
-    middle, largest = float(np.median(finite)), float(finite.max())
-    if float(np.abs(finite - middle).max()) > 2 * margin:
-        return max(margin, SAFETY * float(np.abs(finite).max()))
-    if largest > margin:
-        return largest + (SAFETY - 1) * (largest - middle)
-    return margin
+    def words(self, rule: Rule, margin: float | None) -> str:
+        """Say how survivors were chosen."""
+        if margin is not None:
+            return f"within {margin:.3g} of the k-th best score"
+        if rule.share is not None:
+            return f"the best {rule.share:.1%}, which held a recall of {self.recall:g}"
+        return f"{LOOKS_AGAIN} times as deep as the deepest of the best, and {LEAST} more at least"
 
 
 class Cascade:
-    """Runs requests through a fast and a precise pipeline, one after the other.
+    """Runs requests through two pipelines or more, one after the other; all read one store."""
 
-    Both score the same store; the precise one's label is reported with every result.
-    """
-
-    def __init__(self, fast: Pipeline, precise: Pipeline, label: EngineLabel, margin: float):
-        self._fast = fast
-        self._precise = precise
-        self._label = label
-        self._margin = margin
+    def __init__(
+        self, pipelines: Sequence[Pipeline], labels: Sequence[EngineLabel], hops: Sequence[Hop]
+    ):
+        """Join pipelines, the fastest first, with a hop between each and the next."""
+        self._first, self._rest = pipelines[0], pipelines[1:]
+        self._labels, self._hops = labels[1:], hops
 
     def run(self, request: Request, top_k: int) -> tuple[Scored, Rescoring]:
-        """Score one query's pairs so that the best `top_k` are the precise engine's.
+        """Score one query's pairs so that the best `top_k` are the last engine's.
 
         Returns:
-            The precise scores, NaN for pairs that cannot be among the best (they are `skipped`),
-            and how the precise engine was used.
+            The last engine's scores, NaN for pairs that it did not score (they are `skipped`), and
+            how each engine but the first was used.
 
         Raises:
-            As `Pipeline.run`; what was stopped while it was rescored has the fast engine's scores
+            As `Pipeline.run`; what was stopped while it was rescored has the first engine's scores
             as its `partial`.
         """
-        fast = self._fast.run(request)
-        # What it found damaged has no score, so the precise pipeline sees it again.
+        fast = self._first.run(request)
+        # What it found damaged has no score, so the next pipeline sees it again.
         result = replace(fast, damaged={})
-        began = perf_counter()
-
-        def score_precisely(positions: Int64) -> Float32:
-            queries = request.query_of_pair[positions]
-            some = replace(request, query_of_pair=queries, rows=request.rows[positions])
-            part = self._precise.run(some)
-            result.damaged.update({int(positions[at]): why for at, why in part.damaged.items()})
-            result.add_times(part)
-            return part.scores
-
+        positions: Int64 = np.arange(len(fast.scores))
+        scores, story = fast.scores, None
         try:
-            selection = rescore_top(fast.scores, score_precisely, top_k=top_k, margin=self._margin)
+            for pipeline, label, hop, slack in self._stages():
+                began = perf_counter()
+                rule = hop.rule(top_k, len(fast.scores), slack)
+                pairs = _Pairs(pipeline, request, positions, result)
+                chosen = rescore_top(scores, pairs.score, top_k=top_k, rule=rule)
+                kept = np.flatnonzero(chosen.rescored)
+                positions, scores = positions[kept], chosen.scores[kept]
+                story = Rescoring(
+                    engine=label,
+                    num_rescored=len(kept),
+                    margin=chosen.margin,
+                    num_widened=chosen.num_widened,
+                    total_ms=(perf_counter() - began) * 1e3,
+                    chosen=hop.words(rule, chosen.margin),
+                    before=story,
+                )
         except StoppedError as stop:
             stop.partial = fast
             raise
-        result.scores, result.skipped = selection.scores, ~selection.rescored
-        num_rescored = int(np.count_nonzero(selection.rescored))
-        total_ms = (perf_counter() - began) * 1e3
-        return result, Rescoring(
-            self._label, num_rescored, selection.margin, selection.num_widened, total_ms
-        )
+        assert story is not None
+        result.scores = np.full(len(fast.scores), np.nan, np.float32)
+        result.scores[positions] = scores
+        result.skipped = np.ones(len(fast.scores), np.bool_)
+        result.skipped[positions] = False
+        return result, story
+
+    def _stages(self) -> Iterator[tuple[Pipeline, EngineLabel, Hop, float]]:
+        """Yield each stage behind the first, with what its scores may hide from the next one.
+
+        Scores off by a margin m either way can put an image of the precise top k 2 m below the
+        k-th best of theirs.
+        """
+        later = [hop.margin or 0.0 for hop in self._hops[1:]] + [0.0]
+        stages = zip(self._rest, self._labels, self._hops, later, strict=True)
+        for pipeline, label, hop, margin in stages:
+            yield pipeline, label, hop, 2 * margin
 
 
-def margin_of(fast: EngineManifest, precise: EngineManifest, given: float | None) -> float:
-    """Return the caller's margin for two engines, or the one that their fidelities give.
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """A request's pairs at some `positions`, scored by one pipeline; `result` learns of it."""
+
+    pipeline: Pipeline
+    request: Request
+    positions: Int64
+    result: Scored
+
+    def score(self, chosen: Int64) -> Float32:
+        """Return the scores of the pairs `chosen` among the positions."""
+        at = self.positions[chosen]
+        queries, rows = self.request.query_of_pair[at], self.request.rows[at]
+        part = self.pipeline.run(replace(self.request, query_of_pair=queries, rows=rows))
+        self.result.damaged.update({int(at[one]): why for one, why in part.damaged.items()})
+        self.result.add_times(part)
+        return part.scores
+
+
+def hops_of(
+    manifests: Sequence[EngineManifest], margin: float | None, recall: float | None
+) -> list[Hop]:
+    """Return the hops between engines, the fastest first.
+
+    Args:
+        margin: the caller's, between the first two; None: as measured.
+        recall: keep fixed shares of the candidates that held this recall; None: make sure.
 
     Raises:
-        RequestError: `given` is negative or not finite.
-        EngineError: the engines are of two models or read other tokens (both engines' values
-            named), or no margin can be learned.
+        RequestError: a margin that is negative or not finite, a recall that is no share, or both.
+        EngineError: the engines are of two models or read other tokens (all values named), one is
+            shallow that must be whole, or nothing can be learned from what was measured.
     """
-    pairs = [
-        (name, getattr(fast.bundle, name), getattr(precise.bundle, name))
-        for name in ("fingerprint_encoder", "fingerprint_scorer", "text")
+    given = Arguments("a cascade")
+    if margin is not None:
+        margin = given.number("rescore_margin", margin, MARGIN)
+    if recall is not None and not _is_share(recall):
+        given.refuse("recall", recall, RECALL)
+    if margin is not None and recall is not None:
+        given.faults.append("rescore_margin and recall: both choose survivors, give one")
+    given.check()
+    _check_together(manifests)
+    return [
+        _hop(fast, precise, margin if number == 0 else None, recall)
+        for number, (fast, precise) in enumerate(pairwise(manifests))
     ]
-    pairs.append(("token_dtype", fast.token_dtype, precise.token_dtype))
-    faults = [
-        f"{name}: {_words(fast)} has {first}, {_words(precise)} has {second}"
-        for name, first, second in pairs
-        if first != second
-    ]
+
+
+def _hop(
+    fast: EngineManifest, precise: EngineManifest, margin: float | None, recall: float | None
+) -> Hop:
+    if recall is not None:
+        return Hop(recall=recall, shares=_shares(fast, recall))
+    if margin is None and fast.is_shallow:
+        return Hop()
+    return Hop(margin=learned_margin(fast, precise) if margin is None else margin)
+
+
+def _check_together(manifests: Sequence[EngineManifest]) -> None:
+    """Raise EngineError unless all are of one model and read the same tokens."""
+    first, faults = manifests[0], []
+    for other in manifests[1:]:
+        pairs = [
+            (name, getattr(first.bundle, name), getattr(other.bundle, name))
+            for name in ("fingerprint_encoder", "fingerprint_scorer", "text")
+        ]
+        pairs.append(("token_dtype", first.token_dtype, other.token_dtype))
+        faults += [
+            f"{name}: {_words(first)} has {one}, {_words(other)} has {two}"
+            for name, one, two in pairs
+            if one != two
+        ]
+    if manifests[-1].is_shallow:
+        faults.append(f"the last one scores what is returned, and {_words(manifests[-1])} cannot")
     if faults:
         raise EngineError(
-            "these two engines cannot rerank together",
+            "these engines cannot rerank together",
             faults=faults,
-            hint="build both from one bundle: edje build BUNDLE --precision P --out ENGINE",
+            hint="build all from one bundle: edje build BUNDLE --precision P --out ENGINE",
         )
-    if given is None:
-        return learned_margin(fast, precise)
-    arguments = Arguments("a cascade")
-    margin = arguments.number("rescore_margin", given, MARGIN)
-    arguments.check()
-    return margin
 
 
 def learned_margin(fast: EngineManifest, precise: EngineManifest) -> float:
@@ -218,19 +222,49 @@ def learned_margin(fast: EngineManifest, precise: EngineManifest) -> float:
 
 def _figure(manifest: EngineManifest, name: str, *, random_counts: bool = False) -> float:
     """Return a figure of an engine's fidelity if it was measured on real pairs."""
-    fidelity = manifest.fidelity
-    figure = fidelity.get(name)
-    real = random_counts or not fidelity.get("random", True)
-    if real and isinstance(figure, int | float) and math.isfinite(figure):
+    figure = _fidelity(manifest, random_counts=random_counts).get(name)
+    if isinstance(figure, int | float) and math.isfinite(figure):
         return float(figure)
+    raise _unmeasured(manifest, f"{name} is {figure!r}")
+
+
+def _shares(manifest: EngineManifest, recall: float) -> list[tuple[float, float]]:
+    """Return what share of the candidates held `recall` of which share of the best."""
+    fidelity = _fidelity(manifest)
+    depths = fidelity.get("depths") or {}
+    try:
+        candidates = fidelity["num_pairs"] / fidelity["num_queries"]
+        shares = [
+            (int(k) / candidates, min(s for r, s in each.items() if float(r) >= recall - 1e-9))
+            for k, each in depths.items()
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unmeasured(manifest, f"depths are {depths!r}") from error
+    if not shares:
+        raise _unmeasured(manifest, "its queries have too few candidates")
+    return sorted(shares)
+
+
+def _fidelity(manifest: EngineManifest, *, random_counts: bool = False) -> Mapping[str, Any]:
+    """Return the fidelity in a manifest if it was measured on real pairs."""
+    fidelity = manifest.fidelity
+    if random_counts or not fidelity.get("random", True):
+        return fidelity
     measured = f"on {fidelity['data']}" if "data" in fidelity else "not at all"
-    raise EngineError(
-        f"no margin can be learned from {_words(manifest)}: its fidelity was measured {measured}, "
-        "expected real queries over a store",
-        hint="measure it (edje verify ENGINE --bundle B --store S --queries F --write), or give "
-        "rescore_margin",
+    raise _unmeasured(manifest, f"its fidelity was measured {measured}")
+
+
+def _unmeasured(manifest: EngineManifest, why: str) -> EngineError:
+    return EngineError(
+        f"no margin can be learned from {_words(manifest)}: {why}, expected real queries over a "
+        "store",
+        hint=f"{_MEASURE}, or give rescore_margin",
     )
 
 
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+
+
 def _words(manifest: EngineManifest) -> str:
-    return f"the {manifest.backend} {manifest.precision} engine"
+    return f"the {manifest.words} engine"

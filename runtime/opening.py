@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import cast
 
 from ..arguments import Arguments, StrPath
 from ..engines.contract import Engine, OpenOptions
@@ -14,7 +15,7 @@ from ..kernels.device import NAMES, open_device
 from ..kernels.device.contract import Device
 from .pipeline import NUM_SLOTS, Pipeline
 from .residency import Place, Residency, ResidencyOptions, decide
-from .results import MARGIN
+from .results import MARGIN, RECALL
 from .source import tokens_for
 from .store import TokenStore
 from .streams import Streams
@@ -97,8 +98,9 @@ class OpenArguments:
 
     engine: StrPath
     store: StrPath | TokenStore
-    rescore: StrPath | None
+    rescore: StrPath | Sequence[StrPath] | None
     rescore_margin: float | None
+    recall: float | None
     num_threads: int | None
     backend_settings: Mapping[str, str] | None
     device: str | Device | None
@@ -111,10 +113,12 @@ class OpenArguments:
         given = Arguments("Reranker.open")
         given.path("engine", self.engine, "the folder of an engine")
         _check_store(given, self.store)
-        if self.rescore is not None:
-            given.path("rescore", self.rescore, "the folder of an engine, or None")
+        for folder in self.rescoring:
+            given.path("rescore", folder, "the folder of an engine, several, or None")
         if self.rescore_margin is not None:
             given.number("rescore_margin", self.rescore_margin, f"{MARGIN}; or None")
+        if self.recall is not None:
+            given.number("recall", self.recall, f"{RECALL}; or None")
         if self.num_threads is not None:
             given.whole("num_threads", self.num_threads, "1 or more, or None")
         given.settings("backend_settings", self.backend_settings or {})
@@ -126,6 +130,14 @@ class OpenArguments:
         except RequestError as wrong:
             given.faults += wrong.faults
         given.check()
+
+    @property
+    def rescoring(self) -> tuple[StrPath, ...]:
+        """The folders of the engines behind the first, in their order."""
+        given = self.rescore
+        if isinstance(given, list | tuple):
+            return tuple(given)
+        return () if given is None else (cast(StrPath, given),)
 
     # What was given by name is opened, and `undo` gets what closes it; the rest is the caller's.
 

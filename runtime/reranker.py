@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from time import monotonic, perf_counter
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 class Reranker(Closing):
     """Score (query, image) pairs with one engine over one store. Safe to share between threads.
 
-    With a second, precise engine (`rescore`) it is a cascade: `rank` returns the precise engine's
-    top k with its scores, but lets it score only the images that the first, fast engine cannot
-    rule out. Make it with `Reranker.open`; end it with `close` or a `with` block.
+    With more precise engines behind it (`rescore`) it is a cascade: `rank` returns the last one's
+    top k with its scores, but lets it score only the images that those before it cannot rule out.
+    Make it with `Reranker.open`; end it with `close` or a `with` block.
 
     Attributes:
         residency: where it reads its tokens from, and why.
@@ -58,32 +58,37 @@ class Reranker(Closing):
         tokenizer: QueryTokenizer,
         store: TokenStore,
         *,
-        rescore: Engine | None = None,
+        rescore: Engine | Sequence[Engine] | None = None,
         rescore_margin: float | None = None,
+        recall: float | None = None,
         runs: RunOptions | None = None,
     ):
         """Join opened parts. `close` closes the engines; device and store stay the caller's.
 
         Args:
             store: loaded into memory where `runs` wants that.
+            rescore, rescore_margin, recall: see `open`.
             runs: where and how the engines run; None: on the host, as the store reads.
 
         Raises:
             StoreError: the store was made by another encoder, or holds other tokens.
             EngineError: the engines are of two models, no margin was given or can be learned, or
                 the device gives no stream or not enough memory.
-            RequestError: `rescore_margin` is negative, not finite or without `rescore`; or tokens
-                cannot be read from where `runs` wants them.
+            RequestError: `rescore_margin` or `recall` that cannot be meant, or without `rescore`;
+                or tokens cannot be read from where `runs` wants them.
         """
         check_store(engine, store)
         runs = runs or RunOptions()
-        if rescore is None and rescore_margin is not None:
-            raise RequestError("rescore_margin was given without rescore, the precise engine")
-        if rescore is not None:
-            from .cascade import Cascade, margin_of
+        behind = [rescore] if isinstance(rescore, Engine) else list(rescore or ())
+        self._engines = [engine, *behind]
+        for name, value in {"rescore_margin": rescore_margin, "recall": recall}.items():
+            if value is not None and not behind:
+                raise RequestError(f"{name} was given without rescore, the precise engine")
+        if behind:
+            from .cascade import Cascade, hops_of
 
-            margin = margin_of(engine.manifest, rescore.manifest, rescore_margin)
-        self._engines = [engine] if rescore is None else [engine, rescore]
+            manifests = [each.manifest for each in self._engines]
+            hops = hops_of(manifests, rescore_margin, recall)
         self._tokenizer = tokenizer
         self._store = store
         self._process = os.getpid()
@@ -101,9 +106,8 @@ class Reranker(Closing):
         where = self._device.name, store.layout.dtype, self.residency.place
         self._labels = [EngineLabel.of(each.manifest, *where) for each in self._engines]
         self._cascade: Cascade | None = None
-        if rescore is not None:
-            fast, precise = self._pipelines
-            self._cascade = Cascade(fast, precise, self._labels[-1], margin)
+        if behind:
+            self._cascade = Cascade(self._pipelines, self._labels, hops)
 
     @classmethod
     def open(
@@ -111,8 +115,9 @@ class Reranker(Closing):
         engine: StrPath,
         *,
         store: StrPath | TokenStore,
-        rescore: StrPath | None = None,
+        rescore: StrPath | Sequence[StrPath] | None = None,
         rescore_margin: float | None = None,
+        recall: float | None = None,
         num_threads: int | None = None,
         backend_settings: Mapping[str, str] | None = None,
         device: str | Device | None = None,
@@ -127,9 +132,12 @@ class Reranker(Closing):
             store: folder of a token store, opened for reading and closed with the reranker; or an
                 open `TokenStore`, which stays the caller's.
             rescore: folder of a more precise engine of the same bundle, whose top k `rank` then
-                returns and whose scores `predict` returns.
+                returns and whose scores `predict` returns; or several, each more precise.
             rescore_margin: raw logits by which a score of `engine` may lie below that of
-                `rescore`; None takes it from the fidelity that was measured at build.
+                `rescore`; None takes it from the fidelity that was measured at build, and searches
+                a shallow engine's order by depth.
+            recall: rescore a fixed share of the candidates, which held this recall of the top k on
+                the queries that the engine was measured on; None makes sure of the top k.
             num_threads: CPU threads of an engine; None leaves the choice to the backend.
             backend_settings: settings handed to the backend (of both engines) as they are.
             device: by name (see `open_device`), or an open `Device`, which stays the caller's;
@@ -152,6 +160,7 @@ class Reranker(Closing):
                 store,
                 rescore,
                 rescore_margin,
+                recall,
                 num_threads,
                 backend_settings,
                 device,
@@ -169,14 +178,14 @@ class Reranker(Closing):
             store, device = arguments.open_store(undo), arguments.open_device(undo)
             with device.current():
                 engine = arguments.open_engine(arguments.engine, undo)
-                precise = arguments.rescore
-                rescore = None if precise is None else arguments.open_engine(precise, undo)
+                rescore = [arguments.open_engine(each, undo) for each in arguments.rescoring]
             reranker = cls(
                 engine,
                 QueryTokenizer.open(arguments.engine, engine.manifest.bundle.text),
                 store,
                 rescore=rescore,
                 rescore_margin=arguments.rescore_margin,
+                recall=arguments.recall,
                 runs=arguments.runs(device),
             )
             reranker._owned.push(undo.pop_all())

@@ -18,6 +18,7 @@ from .pipeline import Scored
 from .store import TokenStore
 
 MARGIN = "0 or more: the raw logits by which a fast score may lie below the precise one"
+RECALL = "a share, more than 0 and at most 1: of the top k, what a cascade may not lose"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class EngineLabel:
     Attributes:
         tokens: dtype of the stored tokens; float16 engines read int8 ones dequantised.
         residency: where the tokens were read from: `disk`, `host` or `device`.
+        layers: `4 of 12` where it runs the first layers only; empty for a whole model.
     """
 
     backend: str
@@ -52,30 +54,38 @@ class EngineLabel:
     device: str
     tokens: str = "float16"
     residency: str = "disk"
+    layers: str = ""
 
     @classmethod
     def of(cls, manifest: EngineManifest, device: str, tokens: str, residency: str) -> EngineLabel:
         """Return the label of an engine that runs on `device`."""
-        return cls(manifest.backend, manifest.precision, device, tokens, residency)
+        some = f"{manifest.layers} of {manifest.bundle.sizes.num_layers}"
+        layers = some if manifest.is_shallow else ""
+        return cls(manifest.backend, manifest.precision, device, tokens, residency, layers)
 
 
 @dataclass(frozen=True, slots=True)
 class Rescoring:
-    """How a cascade made sure of the top k.
+    """How an engine of a cascade, but for the first, made sure of the top k.
 
     Attributes:
-        engine: the precise engine; every hit's score is its own.
+        engine: it; where it is the last one, every hit's score is its own.
         num_rescored: images that it scored; duplicates among the candidates count once.
-        margin: the fast engine was trusted to score no image lower than the precise one by more.
+        margin: the engine before was trusted to score no image lower by more; None where the
+            survivors were chosen otherwise.
         num_widened: how often this request found the margin too small, and widened it.
-        total_ms: wall time of the precise engine's rounds, part of the request's `total`.
+        total_ms: wall time of its rounds, part of the request's `total`.
+        chosen: how the survivors were chosen, in words.
+        before: what the engine before it did, where that was not the first.
     """
 
     engine: EngineLabel
     num_rescored: int
-    margin: float
+    margin: float | None
     num_widened: int
     total_ms: float
+    chosen: str = ""
+    before: Rescoring | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from ..manifest import MANIFEST, QUANTIZED, EngineManifest
 from ..precision.prepare import GraphCache
 from ..registry import by_reason, open_engine, probe_backends
 from ..samples import RandomSamples, RankingSample, Samples, int8_batch, sample_batches
+from ..shallow.depth import Shallow
 from .build import build_one, check_files
 from .options import EngineRequest
 
@@ -60,6 +61,7 @@ def build_fastest(
     *,
     overwrite: bool = False,
     progress: Progress = lambda _: None,
+    shallow: Shallow | None = None,
 ) -> EngineManifest:
     """Build `out` with the fastest faithful backend and precision that this machine has.
 
@@ -70,6 +72,7 @@ def build_fastest(
 
     Args:
         request: what is asked for; its backend and precision are chosen here.
+        shallow: the graph to build from in place of the bundle's.
 
     Raises:
         EngineError: nothing can be built here, or nothing holds the limits (all reasons); a
@@ -89,7 +92,7 @@ def build_fastest(
         }
         for folder, trial in folders.items():
             if trial.not_tried is None:
-                folders[folder] = _try(request, folder, trial, progress, graphs)
+                folders[folder] = _try(request, folder, trial, progress, graphs, shallow)
         progress("timing what was built")
         samples = RandomSamples(source) if calibration is None else calibration
         folders = _timed(folders, next(iter(samples)))
@@ -114,14 +117,19 @@ def _candidates(calibration: Samples | None) -> list[Trial]:
 
 
 def _try(
-    request: EngineRequest, folder: Path, trial: Trial, progress: Progress, graphs: GraphCache
+    request: EngineRequest,
+    folder: Path,
+    trial: Trial,
+    progress: Progress,
+    graphs: GraphCache,
+    shallow: Shallow | None,
 ) -> Trial:
     """Build one engine and hold it against the limits."""
     options = replace(request.options, image_encoder=False)  # copied once, at the end
     backend, precision = trial.backend, trial.precision
     asked = replace(request, backend=backend, precision=precision, options=options)
     try:
-        manifest = build_one(asked, folder, progress=progress, graphs=graphs)
+        manifest = build_one(asked, folder, progress=progress, graphs=graphs, shallow=shallow)
     except EngineError as error:
         reasons = "; ".join(error.faults)
         refused = f"{error.message}: {reasons}" if reasons else error.message
@@ -129,7 +137,8 @@ def _try(
     fidelity = Fidelity.from_json(manifest.fidelity)
     if fidelity is None:
         return Trial(backend, precision, refused="its fidelity could not be measured")
-    broken = options.limits_to_hold.broken_by(fidelity)
+    # Of a shallow engine the limits hold against its own float32 graph: its head costs more.
+    broken = options.limits_to_hold.broken_by(fidelity) if shallow is None else []
     return Trial(
         backend,
         precision,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
 from ...arguments import Arguments, StrPath
 from ...bundle import IMAGE_ENCODER, JOINT_ENCODER, TOKENIZER, BundleManifest
 from ...errors import EngineError
-from ...files import publish_folder, sha256_of
+from ...files import publish_folder, refuse_existing, sha256_of
 from ..contract import STATIC, Backend, BuildJob, OpenOptions, Progress
 from ..fidelity import measure, measure_fidelity, not_measured
 from ..manifest import MANIFEST, EngineManifest, Profile
@@ -20,9 +22,12 @@ from ..precision.emulate import scorer
 from ..precision.graph import Graph
 from ..precision.prepare import DEFAULT_LIMITS, GraphCache, Recipe
 from ..registry import require_builder
-from ..samples import RandomSamples, Samples
-from .options import AUTO, EngineOptions, EngineRequest, auto_faults
+from ..samples import RandomSamples, Samples, SomeSamples
+from ..shallow.depth import Shallow, make_shallow
+from .options import AUTO, FIRST_LIMITS, EngineOptions, EngineRequest, auto_faults
 
+# A shallow engine's head is fitted on the others, its fidelity is measured on each fourth query.
+MEASURED_STEP = 4
 EMULATED = "emulation of the graph in float32 on the CPU"
 
 
@@ -65,14 +70,39 @@ def build_engine(
     given.callback("progress", progress)
     given.check()
     progress = progress or (lambda _: None)
-    if backend != AUTO:
-        return build_one(request, out, overwrite=overwrite, progress=progress)
-    from .auto import build_fastest
-
-    faults = auto_faults(precision, request.options.backend_options)
+    faults = auto_faults(precision, request.options.backend_options) if backend == AUTO else []
     if faults:
         raise EngineError("the fastest backend is chosen by measuring", faults=faults)
-    return build_fastest(request, out, overwrite=overwrite, progress=progress)
+    refuse_existing(out, overwrite, MANIFEST)
+    with shallow_graph(request, progress) as shallow:
+        if backend != AUTO:
+            return build_one(request, out, overwrite=overwrite, progress=progress, shallow=shallow)
+        from .auto import build_fastest
+
+        return build_fastest(request, out, overwrite=overwrite, progress=progress, shallow=shallow)
+
+
+@contextmanager
+def shallow_graph(request: EngineRequest, progress: Progress) -> Iterator[Shallow | None]:
+    """Yield the graph of the first layers, for the block; None where all are asked for.
+
+    Raises:
+        EngineError: no real pairs to fit a head on, or a number of layers that cannot be.
+    """
+    layers, pairs = request.options.layers, request.calibration
+    if layers is None:
+        yield None
+        return
+    check_files(request.bundle, [JOINT_ENCODER])
+    source = BundleManifest.read(request.bundle)
+    profile = request.options.profile(source.text.max_wordpieces)
+    if pairs is not None and len(pairs) >= MEASURED_STEP:
+        pairs = SomeSamples(pairs, MEASURED_STEP, others=True)
+    with TemporaryDirectory() as scratch:
+        graph = Path(scratch) / JOINT_ENCODER
+        yield make_shallow(
+            request.bundle / JOINT_ENCODER, graph, layers, pairs, source, profile, progress
+        )
 
 
 def build_one(
@@ -82,11 +112,13 @@ def build_one(
     overwrite: bool = False,
     progress: Progress = lambda _: None,
     graphs: GraphCache | None = None,
+    shallow: Shallow | None = None,
 ) -> EngineManifest:
     """Build with one backend in one precision; raises as `build_engine` does.
 
     Args:
         graphs: prepared graphs to share with other builds from this bundle and calibration.
+        shallow: the graph to build from in place of the bundle's.
     """
     began = perf_counter()
     bundle, options = request.bundle, request.options
@@ -95,7 +127,8 @@ def build_one(
     profile = options.profile(source.text.max_wordpieces)
     copied = [TOKENIZER, *([IMAGE_ENCODER] if options.image_encoder else [])]
     check_files(bundle, [JOINT_ENCODER, *copied])
-    build = _Build(request, source, module, profile, progress, graphs or GraphCache(None))
+    graphs = graphs or GraphCache(None)
+    build = _Build(request, source, module, profile, progress, graphs, shallow)
     with publish_folder(out, manifest=MANIFEST, overwrite=overwrite) as folder:
         for name in copied:
             shutil.copyfile(bundle / name, folder / name)
@@ -115,6 +148,7 @@ class _Build:
     profile: Profile
     progress: Progress
     graphs: GraphCache
+    shallow: Shallow | None
 
     @property
     def recipe(self) -> Recipe:
@@ -131,7 +165,8 @@ class _Build:
 
     def into(self, folder: Path) -> EngineManifest:
         """Write the backend's files; return the manifest, but for the seconds it took."""
-        request, source = self.request, self.request.bundle / JOINT_ENCODER
+        request, shallow = self.request, self.shallow
+        source = request.bundle / JOINT_ENCODER if shallow is None else shallow.graph
         prepared = (source, self.recipe, self.source, self.profile, self.progress)
         with self.graphs.prepared(*prepared) as (graph, plan):
             self.progress(f"building {request.backend} {request.precision}")
@@ -145,6 +180,8 @@ class _Build:
                 request.options.backend_options,
                 self.progress,
             )
+            if shallow is not None:
+                plan = {**plan, "shallow": shallow.facts}
             draft = self.manifest(folder, plan, {**self.module.build(job), **_asked(request)})
             return replace(draft, fidelity=self.measured(job, draft))
 
@@ -162,6 +199,7 @@ class _Build:
             bundle_path=str(self.request.bundle.absolute()),
             onnx_sha256=sha256_of(self.request.bundle / JOINT_ENCODER),
             precision_plan=plan,
+            layers=self.source.sizes.num_layers if self.shallow is None else self.shallow.layers,
             token_dtype=self.request.options.token_dtype,
             files=_hashes(folder),
             build_options=flags,
@@ -172,6 +210,8 @@ class _Build:
     def measured(self, job: BuildJob, draft: EngineManifest) -> Mapping[str, Any]:
         """Measure the engine where this machine runs it, else its graph, and say which."""
         samples, bundle = self.request.calibration, self.request.bundle
+        if self.shallow is not None and samples is not None and len(samples) >= MEASURED_STEP:
+            samples = SomeSamples(samples, MEASURED_STEP)
         if self.module.why_not(job.precision) is None:
             engine = self.module.load(job.out, draft, OpenOptions())
             try:
@@ -211,7 +251,12 @@ def _asked(request: EngineRequest) -> dict[str, Any]:
     """Return the entries of `build_options` that another build needs to give the same engine."""
     options, pairs = request.options, request.calibration
     limits = options.limits_to_hold
-    asked = {} if limits == DEFAULT_LIMITS else asdict(limits)
+    default = FIRST_LIMITS if options.is_first else DEFAULT_LIMITS
+    asked: dict[str, Any] = {} if limits == default else asdict(limits)
+    if options.layers is not None:
+        asked["layers"] = options.layers
+    elif options.is_first:
+        asked["role"] = options.role
     return {
         "image_encoder": options.image_encoder,
         **({} if pairs is None else pairs.build_options),

@@ -17,6 +17,9 @@ from ..samples import Samples, check_samples
 
 AUTO = "auto"
 TOKEN_DTYPES = ("float16", "int8")
+ALONE, FIRST = ROLES = ("alone", "first")
+# What a first engine must hold of a cascade: more to score again would eat up what it saves.
+FIRST_LIMITS = FidelityLimits(max_rescored=0.2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +31,13 @@ class EngineOptions:
         text_buckets: text lengths to build for, in slots, CLS and SEP included (any iterable,
             taken once).
         token_dtype: of the stored tokens that it takes: `float16`, or `int8` with a scale a token.
-        limits: what its ranking must hold against float32; None: Kendall tau 0.975, and 2 % of
-            the first places.
+        limits: what its ranking must hold against float32; None: by its role.
+        role: `alone`: its order counts (Kendall tau 0.975, and 2 % of the first places);
+            `first`: of a cascade, whose survivors another engine scores again (at most a fifth of
+            the candidates beyond the best tenth).
+        layers: how many of the model's first layers it runs, with a head fitted on the calibration
+            pairs; `auto`: those with which a cascade takes least time; None: all, and the model's
+            own head. Fewer than all are always a `first` engine.
         image_encoder: also copy `image_encoder.onnx`, so that the folder can index images.
         backend_options: how the backend builds; not with `auto`.
     """
@@ -38,6 +46,8 @@ class EngineOptions:
     text_buckets: Iterable[int] = DEFAULT_TEXT_BUCKETS
     token_dtype: str = "float16"
     limits: FidelityLimits | None = None
+    role: str = ALONE
+    layers: int | str | None = None
     image_encoder: bool = False
     backend_options: BuildOptions = field(default_factory=BuildOptions)
 
@@ -49,6 +59,9 @@ class EngineOptions:
         given.flag("image_encoder", self.image_encoder)
         if not isinstance(self.limits, FidelityLimits | None):
             given.refuse("limits", self.limits, "FidelityLimits, or None")
+        given.choice("role", self.role, ROLES)
+        if not (self.layers is None or self.layers == AUTO or is_whole(self.layers)):
+            given.refuse("layers", self.layers, "a whole number, auto, or None")
         if not isinstance(self.backend_options, BuildOptions):
             given.refuse("backend_options", self.backend_options, "BuildOptions")
         else:
@@ -56,8 +69,13 @@ class EngineOptions:
 
     @property
     def limits_to_hold(self) -> FidelityLimits:
-        """The limits that were set, or the defaults."""
-        return self.limits or DEFAULT_LIMITS
+        """The limits that were set, or those of the role."""
+        return self.limits or (FIRST_LIMITS if self.is_first else DEFAULT_LIMITS)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether another engine will score its survivors again."""
+        return self.role == FIRST or self.layers is not None
 
     def profile(self, max_wordpieces: int) -> Profile:
         """Return the engine's profile: its buckets in ascending order, each once.

@@ -24,6 +24,8 @@ AUTO = "auto"
 TEXT_BUCKETS = ",".join(map(str, DEFAULT_TEXT_BUCKETS))
 # Enough pairs to tell tau to about 0.005; a full-size model scores them in 15 s on two cores.
 CALIBRATION_QUERIES, CALIBRATION_CANDIDATES = 48, 24
+# A shallow engine's head has 1,152 weights, and a fourth of the queries measures it.
+FITTING_QUERIES, FITTING_CANDIDATES = 64, 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,15 @@ class BuildArguments:
     calibration_random: Annotated[
         bool, typer.Option("--calibration-random", help="Made-up pairs: for speed tests only.")
     ] = False
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Only so many of the first layers (or auto), for a cascade's first stage."
+        ),
+    ] = None
+    role: Annotated[
+        str, typer.Option(help="alone, or first: of a cascade, whose survivors are rescored.")
+    ] = "alone"
     min_kendall_tau: Annotated[
         float | None, typer.Option(help="Least rank agreement with float32; default: 0.975.")
     ] = None
@@ -95,14 +106,19 @@ class BuildArguments:
         backend_options = self._backend_options()
         self._check(backend_options)
         tau, change = self.min_kendall_tau, self.max_top1_change
+        limits = None  # by role
+        if tau is not None or change is not None:
+            limits = FidelityLimits(
+                DEFAULT_LIMITS.min_kendall_tau if tau is None else tau,
+                DEFAULT_LIMITS.max_top1_change if change is None else change,
+            )
         return EngineOptions(
             max_pairs=self.max_pairs,
             text_buckets=_whole_numbers(self.text_buckets, "--text-buckets"),
             token_dtype=self.tokens,
-            limits=FidelityLimits(
-                DEFAULT_LIMITS.min_kendall_tau if tau is None else tau,
-                DEFAULT_LIMITS.max_top1_change if change is None else change,
-            ),
+            limits=limits,
+            role=self.role,
+            layers=_layers(self.layers),
             image_encoder=self.image_encoder,
             backend_options=backend_options,
         )
@@ -121,8 +137,8 @@ class BuildArguments:
             self.calibration_store,
             self.bundle,
             self.calibration_queries,
-            num_candidates=CALIBRATION_CANDIDATES,
-            max_queries=CALIBRATION_QUERIES,
+            num_candidates=CALIBRATION_CANDIDATES if self.layers is None else FITTING_CANDIDATES,
+            max_queries=CALIBRATION_QUERIES if self.layers is None else FITTING_QUERIES,
         )
 
     def _check(self, options: BuildOptions) -> None:
@@ -158,6 +174,8 @@ def _build(arguments: BuildArguments) -> None:
     Example:
       edje build bundle --calibration-store photos.store --calibration-queries q.txt --out engine
       edje build bundle --backend tensorrt-rtx --precision fp16 --out engine
+      edje build bundle --layers 4 --calibration-store photos.store --calibration-queries q.txt \
+        --out first; edje rerank first --rescore engine --top-k 10 ...
       edje build bundle --backend onnxruntime-cuda --precision fp16 --out engine
     """
     from ...engines.builder.build import build_engine
@@ -192,6 +210,7 @@ def _facts(manifest: EngineManifest) -> Mapping[str, Any]:
     kept = [*plan.get("never_quantized", {}), *plan.get("kept", {})]
     facts = {
         "runs on": f"{manifest.backend} {manifest.backend_version} {manifest.precision}",
+        **({"layers": _depth(plan["shallow"])} if "shallow" in plan else {}),
         "seconds": f"{manifest.build_seconds:.1f}",
     }
     if "quantized" in plan:
@@ -199,6 +218,28 @@ def _facts(manifest: EngineManifest) -> Mapping[str, Any]:
         facts["kept in 16 bit"] = ", ".join(kept) or "nothing"
     facts |= trial_lines(manifest.build_options.get("auto", []))
     return facts
+
+
+def _depth(shallow: Mapping[str, Any]) -> str:
+    """Say how many layers a shallow engine has, and how its head does on queries left out."""
+    left_out = shallow["left_out"]
+    depths = ", ".join(
+        f"top {k} whole in the best {recalls['1']:.0%}" for k, recalls in left_out["depths"].items()
+    )
+    seconds, correlation = shallow["seconds"]["fitting"], left_out["correlation"]
+    head = f"head fitted in {seconds:.1f} s, correlation {correlation:.3f}"
+    return f"{shallow['layers']} of {shallow['of']}; {head}; {depths}"
+
+
+def _layers(text: str | None) -> int | str | None:
+    if text is None or text == AUTO:
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise RequestError(
+            f"--layers is {text!r}, expected a whole number or auto", hint="--layers 4"
+        ) from error
 
 
 def _whole_numbers(text: str, option: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from .options import Json, as_text, verb_of
 if TYPE_CHECKING:
     from ..reranker import Reranker
     from ..residency import Place
-    from ..results import Missing, RankResult
+    from ..results import EngineLabel, Missing, RankResult
 
 EXIT_NOT_WHOLE = 1
 MAX_NOTES = 20  # faults that are told one a line
@@ -37,11 +37,16 @@ class RerankArguments:
     ] = None
     top_k: Annotated[int | None, typer.Option(help="Hits to show; default: all.")] = None
     rescore: Annotated[
-        Path | None, typer.Option(help="Precise engine: the top K becomes its own.")
+        list[Path] | None,
+        typer.Option(help="Precise engine: the top K becomes its own. Several: each more precise."),
     ] = None
     rescore_margin: Annotated[
         float | None,
         typer.Option(help="How far ENGINE may score below RESCORE; default: as measured."),
+    ] = None
+    recall: Annotated[
+        float | None,
+        typer.Option(help="Rescore a fixed share that held this recall; default: make sure."),
     ] = None
     num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None
     device: Annotated[
@@ -65,7 +70,7 @@ class RerankArguments:
     def check(self) -> None:
         """Refuse what cannot be meant, in the words of the command line, before anything loads."""
         from ..residency import Place
-        from ..results import MARGIN, Missing
+        from ..results import MARGIN, RECALL, Missing
 
         given = Arguments("edje rerank")
         self._check_folders(given)
@@ -73,8 +78,13 @@ class RerankArguments:
             given.whole("--top-k", self.top_k, "1 or more")
         if self.rescore_margin is not None:
             given.number("--rescore-margin", self.rescore_margin, MARGIN)
-            if self.rescore is None:
+            if not self.rescore:
                 given.faults.append("--rescore-margin: only with --rescore, the precise engine")
+        if self.recall is not None:
+            if not 0 < self.recall <= 1:
+                given.refuse("--recall", self.recall, RECALL)
+            if not self.rescore:
+                given.faults.append("--recall: only with --rescore, the precise engine")
         if self.num_threads is not None:
             given.whole("--num-threads", self.num_threads, "1 or more")
         if self.residency is not None:
@@ -100,6 +110,7 @@ class RerankArguments:
             store=self.store,
             rescore=self.rescore,
             rescore_margin=self.rescore_margin,
+            recall=self.recall,
             num_threads=self.num_threads,
             device=self.device,
             residency=ResidencyOptions(cast("Place | None", self.residency), max_bytes=max_bytes),
@@ -190,13 +201,15 @@ def print_ranking(result: RankResult, *, open_s: float, warm_up_s: float) -> Non
         open_s, warm_up_s: seconds that were spent before the ranking.
     """
     rows = [(str(n), f"{hit.score:.4f}", escaped(hit.id)) for n, hit in enumerate(result, 1)]
+    stages: list[str] = []
     engine, rescoring, total_ms = result.engine, result.rescoring, result.timings_ms.total
-    ran = f"{engine.backend} {engine.precision}"
+    ran = _engine(engine)
     if engine.tokens != "float16":
         ran += f" from {engine.tokens} tokens"
-    if rescoring is not None:
-        precise = rescoring.engine
-        ran += f", {rescoring.num_rescored} rescored on {precise.backend} {precise.precision}"
+    while rescoring is not None:
+        stages.insert(0, f", {rescoring.num_rescored} rescored on {_engine(rescoring.engine)}")
+        rescoring = rescoring.before
+    ran += "".join(stages)
     asked = f" of {result.num_asked:,}" if result.num_asked != result.num_scored else ""
     print_table(
         f"{result.num_scored:,}{asked} images scored in {total_ms:,.1f} ms "
@@ -214,3 +227,9 @@ def print_ranking(result: RankResult, *, open_s: float, warm_up_s: float) -> Non
         warn(f"{fault.id!r} was not ranked: {fault.reason}")
     if len(result.errors) > MAX_NOTES:
         warn(f"{len(result.errors) - MAX_NOTES:,} more were not ranked: --json names all")
+
+
+def _engine(label: EngineLabel) -> str:
+    """Name an engine: `openvino int8`, and its layers where it has not all."""
+    layers = f", {label.layers} layers" if label.layers else ""
+    return f"{label.backend} {label.precision}{layers}"

@@ -44,6 +44,7 @@ def toy_manifest(
         bundle_path="nowhere",
         onnx_sha256="",
         precision_plan={},
+        layers=1,
         token_dtype="float16",
         files={},
         build_options={},
