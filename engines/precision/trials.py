@@ -27,6 +27,8 @@ COMPARED_PAIRS, COMPARED_QUERIES = 288, 8
 OBSERVED_PAIRS = 256
 # Enough to sort layer groups by what they do; a full-size model has 48.
 EFFECT_PAIRS, EFFECT_QUERIES = 32, 8
+# How much the last scoring tells of the pace: graphs differ, and so does the machine's load.
+PACE_WEIGHT = 0.2
 
 
 class CalibrationPairs:
@@ -92,7 +94,9 @@ class CalibrationPairs:
     def _timed(self, score: Score, batches: Sequence[Batch]) -> list[Float32]:
         began, num_pairs = perf_counter(), sum(map(len, batches))
         found = [score(batch) for batch in batches]
-        self._seconds_a_pair = (perf_counter() - began) / num_pairs
+        pace = (perf_counter() - began) / num_pairs
+        before = self._seconds_a_pair or pace
+        self._seconds_a_pair = before + PACE_WEIGHT * (pace - before)
         self.ahead = max(0, self.ahead - num_pairs)
         return found
 
