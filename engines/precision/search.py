@@ -154,6 +154,7 @@ class _Search:
         self.tried: list[Try] = []
         self.lead = 0.0  # by how much tau on all queries is higher than on some
         self.best: Try | None = None
+        self._on_some: dict[int, Agreement] = {}  # by how many are kept
 
     @property
     def what(self) -> str:
@@ -202,45 +203,55 @@ class _Search:
         most = sum(self.scheme.cost(order[:n]) < below for n in range(1, len(order)))
         if not most or (below < math.inf and not self.promises(order[:most], switches)):
             return None
-        low, high = 0, 1
-        while high < most and not self.promises(order[:high], switches):
-            low, high = high, min(2 * high, most)
-        while high - low > 1:
-            middle = (low + high) // 2
-            promises = self.promises(order[:middle], switches)
-            low, high = (low, middle) if promises else (middle, high)
-        return self.last_word(order, high, most)
+        return self.last_word(order, most, switches)
 
-    def last_word(self, order: Sequence[str], start: int, most: int) -> Try | None:
-        """Score the graph itself on all pairs: keep more until it holds, or fewer while it does."""
+    def last_word(self, order: Sequence[str], most: int, switches: Switches) -> Try | None:
+        """Score the graph itself on all pairs, until one more layer group holds and one less not.
+
+        Every verdict also says how far some pairs are from all, and so where to look next.
+        """
+        low, high = 0, most + 1  # the former breaks the limits, the latter holds or is too many
         found: Try | None = None
-        number, step = start, 0
-        while 0 < number <= most:
+        while high - low > 1:
+            number = self.fewest_promised(order, low, high, switches)
             attempt = self.attempt_all(order[:number])
-            holds = self.holds(attempt)
-            found = attempt if holds else found
-            step = step or (-1 if holds else 1)
-            if holds == (step > 0):
-                break
-            number += step
+            if self.holds(attempt):
+                high, found = number, attempt
+            else:
+                low = number
+            some = self.agreement_on_some(order[:number], switches)
+            self.lead = attempt.agreement.kendall_tau - some.kendall_tau
         return found
 
-    def promises(self, kept: Sequence[str], switches: Switches) -> bool:
-        """Score some pairs with all but `kept` quantised; tell whether all would hold, about.
+    def fewest_promised(self, order: Sequence[str], low: int, high: int, switches: Switches) -> int:
+        """Return how many to keep, more than `low` and less than `high`, for all pairs to hold."""
+        last = high - 1
+        while last - low > 1:
+            middle = (low + last) // 2
+            promises = self.promises(order[:middle], switches)
+            low, last = (low, middle) if promises else (middle, last)
+        return last
 
-        The switches leave the compute type out.
-        """
-        best = self.best
-        assert best is not None
+    def promises(self, kept: Sequence[str], switches: Switches) -> bool:
+        """Tell whether all pairs would hold the limits with all but `kept` quantised, about."""
+        agreement = self.agreement_on_some(kept, switches)
+        tau = min(1.0, agreement.kendall_tau + self.lead)
+        return not self.limits.broken_by(replace(agreement, kendall_tau=tau))
+
+    def agreement_on_some(self, kept: Sequence[str], switches: Switches) -> Agreement:
+        """Score some pairs, once, with all but `kept` quantised; leaves the compute type out."""
+        if len(kept) in self._on_some:
+            return self._on_some[len(kept)]
         self.pairs.tell(f"{self.what}: keeping {len(kept)} of {len(switches.groups)} layer groups")
         quantized = [group for group in switches.groups if group not in kept]
         agreement = self.pairs.agreement(
             lambda batch: switches.score(batch, quantized), self.pairs.some
         )
-        cost = self.scheme.cost(kept)
+        best, cost = self.best, self.scheme.cost(kept)
+        assert best is not None
         self.tried.append(replace(best, kept=tuple(kept), cost=cost, agreement=agreement))
-        tau = min(1.0, agreement.kendall_tau + self.lead)
-        return not self.limits.broken_by(replace(agreement, kendall_tau=tau))
+        self._on_some[len(kept)] = agreement
+        return agreement
 
     def attempt_all(self, kept: Sequence[str]) -> Try:
         """Quantise all but `kept` as the best method does and score all pairs."""
