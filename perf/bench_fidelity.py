@@ -42,7 +42,7 @@ from ..engines.precision.prepare import Recipe, prepare_graph
 from ..engines.registry import open_engine, probe_backends
 from ..engines.samples import Samples, sample_batches
 from ..engines.scales import DYNAMIC, Scales
-from ..errors import EdjeError
+from ..errors import EdjeError, EngineError
 from ..runtime.queries import StoreSamples
 from ..runtime.reranker import Reranker
 from ..runtime.source import Float16Tokens
@@ -155,7 +155,11 @@ def open_scorers(
         progress(f"preparing: {name}")
         graph, source = scratch / "graph.onnx", bundle / JOINT_ENCODER
         recipe = replace(recipe, calibration=pairs)
-        plans[name] = prepare_graph(source, graph, recipe, manifest, profile, progress)
+        try:
+            plans[name] = prepare_graph(source, graph, recipe, manifest, profile, progress)
+        except EngineError as error:  # limits that do not hold: that is a figure, too
+            plans[name] = {"refused": str(error)}
+            continue
         scorers[f"{name}{GRAPH}"] = scorer(Graph.read(graph))
     for status in probe_backends(("openvino", "onnxruntime")):
         for precision in (each for each in FOR_REAL if each in status.usable):
@@ -329,6 +333,8 @@ def summary(result: Mapping[str, Any]) -> str:
 
 def kept_line(name: str, plan: Mapping[str, Any]) -> str:
     """Return what a plan leaves in more bits than 8, in one line."""
+    if "refused" in plan:
+        return f"{name}: refused, {plan['refused'].splitlines()[0]}"
     if "quantized" not in plan:
         return f"{name}: all in {plan['compute_type']}"
     kept = [group.removeprefix("layers.") for group in plan["kept"]]

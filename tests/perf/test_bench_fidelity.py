@@ -8,6 +8,8 @@ import pytest
 
 from capabilities import needs_int8
 from edje.bundle import BundleManifest
+from edje.engines.fidelity import FidelityLimits
+from edje.engines.precision.prepare import Recipe
 from edje.errors import EdjeError
 from edje.perf import bench_fidelity as bench
 from edje.perf.random_model import full_size, image_id, random_tokens, write_store
@@ -83,8 +85,13 @@ def test_every_precision_is_scored_as_its_graph(demo, tmp_path, monkeypatch):
     searched = [name for name in bench.EMULATED if "rest" in name]  # for minutes
     for name in searched:
         monkeypatch.delitem(bench.EMULATED, name)
+    impossible = FidelityLimits(min_kendall_tau=1.0)
+    refused = Recipe("fp8", "float32", limits=impossible)
     monkeypatch.setattr(bench, "FOR_REAL", ())
+    monkeypatch.setitem(bench.EMULATED, "never", refused)
     result = bench.measure_precisions(demo, 2, tmp_path, print)
+    assert "does not hold the fidelity limits" in result["plans"].pop("never")["refused"]
+    monkeypatch.delitem(bench.EMULATED, "never")
     graphs = [f"{name} (graph)" for name in (*bench.EMULATED, *bench.UNBOUND)]
     assert list(result["rows"]) == [bench.REFERENCE, *graphs]
     assert result["rows"][bench.REFERENCE]["kendall_tau"] == 1
