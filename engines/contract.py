@@ -26,8 +26,6 @@ from .manifest import EngineManifest, Profile, option_words
 
 Progress = Callable[[str], None]
 
-STATIC, DYNAMIC = "static", "dynamic"  # what a backend's `activation_scales` may say
-
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -130,8 +128,8 @@ class BuildJob:
 class Backend(Protocol):
     """The functions that a backend's module offers. Importing the module imports its library.
 
-    One more is optional: `activation_scales(precision) -> str` says whether the graph holds the
-    scales of 8-bit activations (`static`, as without it), or finds them while running (`dynamic`).
+    One more is optional: `activation_scales(precision, sizes)` says in which ways 8-bit activations
+    can be scaled for a model (`scales.Scales`); one static scale a tensor, as without it.
     """
 
     def version(self) -> str:

@@ -1,12 +1,14 @@
-"""What every precision, and int8 tokens, do to the demo's ranking.
+"""What every precision, and int8 tokens, do to the ranking of the demo, or of a folder like it.
 
     python -m edje.perf.bench_fidelity DEMO_OUT             writes fidelity.json
     python -m edje.perf.bench_fidelity DEMO_OUT --tokens    writes int8_tokens.json
 
 Precisions: all test queries over their first-stage candidates, each precision as its graph on the
-CPU: int8 and fp8 by their Q/DQ graphs, fp16, bf16 and fp8 emulated (rounded where the graph
-rounds). int8 and bf16 also run for real, on every CPU backend that can. Scales come from the demo's
-calibration drawings. Expected: R@1 within 0.3 points of float32 and Kendall tau of at least 0.97.
+CPU: fp16, bf16, and int8 and fp8 with static scales and with scales found while running, emulated
+(rounded where the graph rounds), once holding a build's limits and once with nothing kept in 16
+bit. int8 and bf16 also run for real, on every CPU backend that can. What is kept is printed below
+the table. Scales come from the demo's calibration drawings. Expected, but where nothing is kept:
+R@1 within 0.3 points of float32 and Kendall tau of at least 0.97.
 
 Tokens: the same queries by the whole `Reranker.rank`, from the demo's float16 store and from an
 int8 store of the same scenes. Expected: the float32 engine loses at most 0.2 points of R@1 to int8
@@ -20,7 +22,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,15 @@ from ..bundle import JOINT_ENCODER, BundleManifest
 from ..engines.agreement import rank_agreement, recall
 from ..engines.builder.build import build_engine
 from ..engines.builder.options import EngineOptions
-from ..engines.fidelity import Scorer, engine_scorer, reference_scorer
+from ..engines.fidelity import FidelityLimits, Scorer, engine_scorer, reference_scorer
+from ..engines.native.backend import NEVER_QUANTIZED
 from ..engines.precision.emulate import scorer
 from ..engines.precision.graph import Graph
 from ..engines.precision.prepare import Recipe, prepare_graph
 from ..engines.registry import open_engine, probe_backends
 from ..engines.samples import Samples, sample_batches
-from ..errors import EdjeError
+from ..engines.scales import DYNAMIC, Scales
+from ..errors import EdjeError, EngineError
 from ..runtime.queries import StoreSamples
 from ..runtime.reranker import Reranker
 from ..runtime.source import Float16Tokens
@@ -57,14 +61,33 @@ from .harness import (
 from .random_model import full_size, image_id, random_tokens, write_store
 
 MAX_LOSS, MIN_TAU = 0.3, 0.97
-REFERENCE = "float32"
-# Name of the row, precision, and the type of what is not quantised.
-EMULATED = (
-    ("bf16", "bf16", "bfloat16"),
-    ("fp16", "fp16", "float16"),
-    ("int8, rest fp16", "int8", "float16"),
-    ("fp8, rest fp16", "fp8", "float16"),
-)
+REFERENCE, GRAPH = "float32", " (graph)"
+TOKEN_SCALES = Scales(DYNAMIC, never=NEVER_QUANTIZED)  # those of the native backend
+FINE_SCALES = Scales(DYNAMIC, block=32)
+NO_LIMITS = FidelityLimits()
+# What is judged, by row: graphs that hold the limits of a build.
+EMULATED = {
+    "bf16": Recipe("bf16", "bfloat16"),
+    "fp16": Recipe("fp16", "float16"),
+    "int8, rest fp16": Recipe("int8", "float16"),
+    "fp8, rest fp16": Recipe("fp8", "float16"),
+    "int8 token scales, rest fp16": Recipe("int8", "float16", scales=(TOKEN_SCALES,)),
+    "fp8 token scales, rest fp16": Recipe("fp8", "float16", scales=(TOKEN_SCALES,)),
+}
+# What 8 bits do by themselves; nothing is judged.
+UNBOUND = {
+    "int8, nothing kept": Recipe("int8", "float32", limits=NO_LIMITS),
+    "int8 token scales, nothing kept": Recipe(
+        "int8", "float32", limits=NO_LIMITS, scales=(TOKEN_SCALES,)
+    ),
+    "int8 token scales of 32 columns, nothing kept": Recipe(
+        "int8", "float32", limits=NO_LIMITS, scales=(FINE_SCALES,)
+    ),
+    "fp8, nothing kept": Recipe("fp8", "float32", limits=NO_LIMITS),
+    "fp8 token scales, nothing kept": Recipe(
+        "fp8", "float32", limits=NO_LIMITS, scales=(TOKEN_SCALES,)
+    ),
+}
 FOR_REAL = ("bf16", "int8")  # on every CPU backend, where the CPU has the instructions
 
 MAX_LOSS_TO_TOKENS = 0.2
@@ -108,7 +131,8 @@ def measure_precisions(
     broken = [
         name
         for name, row in rows.items()
-        if row["loss_of_r1_points"] > MAX_LOSS + 1e-9 or row["kendall_tau"] < MIN_TAU
+        if name.removesuffix(GRAPH) not in UNBOUND
+        and (row["loss_of_r1_points"] > MAX_LOSS + 1e-9 or row["kendall_tau"] < MIN_TAU)
     ]
     return {**where, "rows": rows, "plans": plans, "broken": broken}
 
@@ -127,18 +151,27 @@ def open_scorers(
     profile = EngineOptions().profile(manifest.text.max_wordpieces)
     scorers: dict[str, Scorer] = {REFERENCE: reference_scorer(bundle)}
     plans: dict[str, Any] = {}
-    for name, precision, compute_type in EMULATED:
+    for name, recipe in {**EMULATED, **UNBOUND}.items():
+        progress(f"preparing: {name}")
         graph, source = scratch / "graph.onnx", bundle / JOINT_ENCODER
-        recipe = Recipe(precision, compute_type, calibration=pairs)
-        plans[name] = prepare_graph(source, graph, recipe, manifest, profile, progress)
-        scorers[f"{name} (graph)"] = scorer(Graph.read(graph))
+        recipe = replace(recipe, calibration=pairs)
+        try:
+            plans[name] = prepare_graph(source, graph, recipe, manifest, profile, progress)
+        except EngineError as error:  # limits that do not hold: that is a figure, too
+            plans[name] = {"refused": str(error)}
+            continue
+        scorers[f"{name}{GRAPH}"] = scorer(Graph.read(graph))
     for status in probe_backends(("openvino", "onnxruntime")):
         for precision in (each for each in FOR_REAL if each in status.usable):
             folder = scratch / f"{status.name}-{precision}"
             arguments: dict[str, Any] = {"calibration": pairs, "progress": progress}
-            build_engine(bundle, folder, backend=status.name, precision=precision, **arguments)
+            name = f"{precision}, {status.name} {status.version}"
+            built = build_engine(
+                bundle, folder, backend=status.name, precision=precision, **arguments
+            )
+            plans[name] = {**built.precision_plan, "build_seconds": built.build_seconds}
             engine = stack.enter_context(closing(open_engine(folder)))
-            scorers[f"{precision}, {status.name} {status.version}"] = engine_scorer(engine)
+            scorers[name] = engine_scorer(engine)
     return scorers, plans
 
 
@@ -292,9 +325,24 @@ def summary(result: Mapping[str, Any]) -> str:
             f"| {100 * row['top_1']:.1f} % | {row['max_abs_diff']:.2g} "
             f"| {row['mean_abs_diff']:.2g} |"
         )
+    lines += [kept_line(name, plan) for name, plan in result.get("plans", {}).items()]
     if "gather" in result:
         lines.append(timings_table(result["gather"]["records"]))
     return "\n".join([*lines, *(f"LOSES TOO MUCH: {name}" for name in result["broken"])])
+
+
+def kept_line(name: str, plan: Mapping[str, Any]) -> str:
+    """Return what a plan leaves in more bits than 8, in one line."""
+    if "refused" in plan:
+        return f"{name}: refused, {plan['refused'].splitlines()[0]}"
+    if "quantized" not in plan:
+        return f"{name}: all in {plan['compute_type']}"
+    kept = [group.removeprefix("layers.") for group in plan["kept"]]
+    never = [group.removeprefix("layers.") for group in plan.get("never_quantized", {})]
+    total = len(plan["quantized"]) + len(kept)
+    more = f", never {', '.join(never)}" if never else ""
+    names = f": {', '.join(kept)}" if kept else ""
+    return f"{name}: {plan['scales']} scales, kept {len(kept)} of {total}{more}{names}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -303,12 +351,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("demo", type=Path, help="folder written by `edje demo`")
     parser.add_argument("--queries", type=int, help="use no more; default: all")
     parser.add_argument("--tokens", action="store_true", help="int8 tokens, not precisions")
+    parser.add_argument("--model", default="the demo's", help="what it is, in words for the JSON")
     options = parser.parse_args(arguments)
     if options.tokens and options.name == "fidelity":
         options.name = "int8_tokens"
     measure = measure_tokens if options.tokens else measure_precisions
     given = options.demo, options.queries
-    return run_benchmark(options, lambda *more: measure(*given, *more), summary)
+    return run_benchmark(
+        options, lambda *more: {"model": options.model, **measure(*given, *more)}, summary
+    )
 
 
 if __name__ == "__main__":

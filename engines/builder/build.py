@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from ...arguments import Arguments, StrPath
 from ...bundle import IMAGE_ENCODER, JOINT_ENCODER, TOKENIZER, BundleManifest
 from ...errors import EngineError
 from ...files import publish_folder, refuse_existing, sha256_of
-from ..contract import STATIC, Backend, BuildJob, OpenOptions, Progress
+from ..contract import Backend, BuildJob, OpenOptions, Progress
 from ..fidelity import measure, measure_fidelity, not_measured
 from ..manifest import MANIFEST, EngineManifest, Profile
 from ..precision.emulate import scorer
@@ -23,6 +23,7 @@ from ..precision.graph import Graph
 from ..precision.prepare import DEFAULT_LIMITS, GraphCache, Recipe
 from ..registry import require_builder
 from ..samples import RandomSamples, Samples, SomeSamples
+from ..scales import scales_of
 from ..shallow.depth import Shallow, make_shallow
 from .options import AUTO, FIRST_LIMITS, EngineOptions, EngineRequest, auto_faults
 
@@ -160,7 +161,7 @@ class _Build:
             request.options.token_dtype,
             request.calibration,
             request.options.limits_to_hold,
-            _activation_scales(self.module, request.precision),
+            scales_of(self.module, request.precision, self.source.sizes),
         )
 
     def into(self, folder: Path) -> EngineManifest:
@@ -239,12 +240,6 @@ def check_files(bundle: Path, names: Sequence[str]) -> None:
             faults=missing,
             hint="export it again (an image encoder needs `edje export ... --vision-model DIR`)",
         )
-
-
-def _activation_scales(module: Backend, precision: str) -> str:
-    """Return what the backend says of its 8-bit activations' scales, if it says anything."""
-    chosen: Callable[[str], str] = getattr(module, "activation_scales", lambda _: STATIC)
-    return chosen(precision)
 
 
 def _asked(request: EngineRequest) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from ..contract import Progress
 from ..manifest import FORMAT_VERSION, EngineManifest
 from ..registry import file_faults, require_builder
 from ..samples import Samples
+from ..scales import scales_of
 from .build import build_one
 from .options import EngineOptions, EngineRequest
 
@@ -120,6 +121,8 @@ def key_parts(request: EngineRequest) -> dict[str, Any]:
         "precision": request.precision,
         "device": module.device(request.precision, options.backend_options),
         "calibration": request.calibration and request.calibration.fingerprint,
+        # A backend may offer others elsewhere, on a CPU of the same features.
+        "scales": [way.key for way in scales_of(module, request.precision, manifest.sizes)],
         "options": {name: _plain(name, value) for name, value in given.items()},
     }
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ...bundle import ATTENTION_OUTPUT, ModelSizes
 from ...kernels.device import open_gpu
 from ...kernels.device.facts import Gpu, capability_key, current_gpu, current_index, gpu_fault
 from ...kernels.launch import runs_on
@@ -15,8 +16,9 @@ from ...kernels.layer_variants import POINTER_TILES, product_name, product_tma_n
 from ...kernels.layer_variants8 import KINDS
 from ...kernels.manifest import read_manifest
 from ...kernels.tuning import read_tuning, serving_table, tuned_capabilities
-from ..contract import DYNAMIC, BuildJob, BuildOptions, Engine, OpenOptions, given_options
+from ..contract import BuildJob, BuildOptions, Engine, OpenOptions, given_options
 from ..manifest import EngineManifest
+from ..scales import DYNAMIC, Scales
 from .plan import Plan
 from .run import NativeEngine, raise_setting_faults
 from .weights import read_weights
@@ -25,6 +27,9 @@ from .weights import read_weights
 COMPUTE_TYPES = {"fp16": "float16", "bf16": "bfloat16", "int8": "float16", "fp8": "float16"}
 # What loads the compiled kernels: r570 and later.
 LEAST_CUDA = "12.8"
+NEVER_QUANTIZED = {
+    ATTENTION_OUTPUT: "its input is made head by head, and it is a twelfth of the products"
+}
 NEEDED = ("cuda.core", "safetensors")
 
 
@@ -62,9 +67,9 @@ def compute_type(precision: str) -> str:
     return COMPUTE_TYPES[precision]
 
 
-def activation_scales(precision: str) -> str:
-    """Return where 8-bit activations get their scales: our kernels find them while running."""
-    return DYNAMIC
+def activation_scales(precision: str, sizes: ModelSizes) -> tuple[Scales, ...]:
+    """Return how 8-bit activations are scaled: our kernels find scales while running."""
+    return (Scales(DYNAMIC, never=NEVER_QUANTIZED),)
 
 
 def device(precision: str, options: BuildOptions) -> dict[str, Any]:

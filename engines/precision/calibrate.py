@@ -20,21 +20,32 @@ from .lower import LARGEST, Linear, find_linears, numpy_type, round_to
 OUTLIER_RATIO = 6.0
 
 
-def outlier_values(seen: Mapping[str, Activations]) -> dict[str, float]:
-    """Return the values with outlier channels, and their ratio of largest to median channel."""
+def outlier_values(
+    seen: Mapping[str, Activations], least: float = OUTLIER_RATIO
+) -> dict[str, float]:
+    """Return the values with outlier channels, and their ratio of largest to median channel.
+
+    Args:
+        least: ratio from which on a channel stands out.
+    """
     ratios = {name: _ratio(values.channel_amax) for name, values in seen.items()}
-    return {name: ratio for name, ratio in ratios.items() if ratio > OUTLIER_RATIO}
+    return {name: ratio for name, ratio in ratios.items() if ratio > least}
 
 
-def smooth(graph: Graph, seen: Mapping[str, Activations]) -> Graph:
-    """Return an equal graph in which the inputs of linears with outlier channels are even."""
+def smooth(graph: Graph, seen: Mapping[str, Activations], least: float = OUTLIER_RATIO) -> Graph:
+    """Return an equal graph in which the inputs of linears with outlier channels are even.
+
+    Args:
+        seen: the values to look at; others stay as they are.
+        least: as of `outlier_values`.
+    """
     readers: dict[str, list[Linear]] = {}
     for linear in find_linears(graph):
         readers.setdefault(linear.group, []).append(linear)
     group_of_value = {linear.value: linear.group for linear in find_linears(graph)}
     factors = {
         name: _factors(graph, seen[name].channel_amax, readers[group_of_value[name]])
-        for name in outlier_values(seen)
+        for name in outlier_values(seen, least)
     }
     new = graph.replaced([])
     weights = {linear.weight: linear.value for linear in find_linears(graph)}

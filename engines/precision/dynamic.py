@@ -1,18 +1,18 @@
-"""8 bits with scales found while running: one a token and 128 columns, for weights and values.
+"""8 bits with scales found while running: one a token and block of columns; weights likewise.
 
 A static scale a tensor spends its steps on the few channels that stand out; these follow the
 values, and trained models' scores move a fifth to a ninth as far.
 
-What the pass adds, by name; the native engine's build reads it by these names. VALUE is what a
-quantised linear reads, W its weight, `path` the first linear that reads VALUE
-(`layers.0/query` for query, key and value, which share one; the last layer's query reads the CLS
-rows alone and has nodes of its own, `layers.0/key` then being the first; what they round is the
-same):
+What the pass adds, by name; the builds of the native engine and of OpenVINO's read it by these
+names. VALUE is what a quantised linear reads, W its weight, B the columns of a block, `path` the
+first linear that reads VALUE (`layers.0/query` for query, key and value, which share one; the last
+layer's query reads the CLS rows alone and has nodes of its own, `layers.0/key` then being the
+first; what they round is the same):
 
-- `/path/dynamic/...`: float32 nodes that cut VALUE into blocks of 128 columns (the last one may be
+- `/path/dynamic/...`: float32 nodes that cut VALUE into blocks of B columns (the last one may be
   short), divide each by its largest |x| / 127 (int8) or / 448 (E4M3), round, and multiply it back.
   What comes out is `VALUE.dynamic`.
-- `W.quantized`, int8 or float8_e4m3fn [K, N], and `W.scales`, float32 [ceil(K / 128), N]; the
+- `W.quantized`, int8 or float8_e4m3fn [K, N], and `W.scales`, float32 [ceil(K / B), N]; the
   nodes `/linear/dynamic/weight/...` make `W.dequantized` of them.
 - Where the value was smoothed before (`calibrate.smooth`), VALUE and W end in `.smooth`, and
   `path.smooth`, float32 [K], holds what the channels are multiplied by.
@@ -29,7 +29,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ...bundle import (
-    ATTENTION_OUTPUT,
     DEQUANTIZED,
     DYNAMIC,
     QUANTIZED,
@@ -39,37 +38,40 @@ from ...bundle import (
     path_of_node,
     value_name,
 )
+from ..scales import BLOCK
 from .float8 import round_to_float8
 from .graph import Graph, node, with_inputs
 from .lower import LARGEST, ONNX_TYPES, Linear, find_linears, numpy_type, round_to
 
-BLOCK = 128
 # Blocks of smaller values are zeros to every compute type; scales stay normal float32 numbers.
 LEAST = 1e-30
 SUMS_FLOAT32 = {DYNAMIC: "scales found while running, and the sums of 8-bit products"}
-NEVER_QUANTIZED = {
-    ATTENTION_OUTPUT: "its input is made head by head, and it is a twelfth of the products"
-}
 
 
-def dynamic_linears(graph: Graph) -> list[Linear]:
-    """Return the linears that this form quantises: all but the attention's output."""
-    return [
-        linear
-        for linear in find_linears(graph)
-        if linear.name.rpartition(".")[2] not in NEVER_QUANTIZED
-    ]
+def dynamic_linears(graph: Graph, never: Collection[str] = ()) -> list[Linear]:
+    """Return the linears that this form quantises: all but the parts `never` of a layer."""
+    return [linear for linear in find_linears(graph) if linear.name.rpartition(".")[2] not in never]
 
 
-def quantize_dynamic(graph: Graph, precision: str, *, keep: Collection[str] = ()) -> Graph:
+def quantize_dynamic(
+    graph: Graph,
+    precision: str,
+    *,
+    keep: Collection[str] = (),
+    never: Collection[str] = (),
+    block: int = BLOCK,
+) -> Graph:
     """Return the graph with all `dynamic_linears` quantised but those of the layer groups `keep`.
 
     Args:
         precision: `int8` or `fp8` (E4M3).
+        never: parts of a layer that are not quantised, as `attention_output`.
+        block: columns that share a scale; a last block may be shorter.
     """
     new = graph.replaced([])
-    writer = _Writer(new, precision)
-    chosen = {linear.name: linear for linear in dynamic_linears(graph) if linear.group not in keep}
+    writer = _Writer(new, precision, block)
+    linears = dynamic_linears(graph, never)
+    chosen = {linear.name: linear for linear in linears if linear.group not in keep}
     for item in graph.nodes:
         linear = chosen.get(linear_of(item.name)) if item.op_type == "MatMul" else None
         if linear is None:
@@ -85,8 +87,8 @@ def quantize_dynamic(graph: Graph, precision: str, *, keep: Collection[str] = ()
 class _Writer:
     """Adds the nodes and weights of this form to a graph, for each value and weight once."""
 
-    def __init__(self, graph: Graph, precision: str):
-        self._graph, self._precision = graph, precision
+    def __init__(self, graph: Graph, precision: str, block: int):
+        self._graph, self._precision, self._block = graph, precision, block
         self._largest = LARGEST[precision]
         self._done: dict[str, str] = {}
 
@@ -95,7 +97,7 @@ class _Writer:
         if value in self._done:
             return self._done[value]
         output = self._done[value] = f"{value}.{DYNAMIC}"
-        num_blocks, width = -(-columns // BLOCK), min(columns, BLOCK)
+        num_blocks, width = -(-columns // self._block), min(columns, self._block)
         missing = num_blocks * width - columns
         last = self._constant("last_axis", np.array([-1], np.int64))
         if missing:  # zeros change no block's largest, and are cut off again
@@ -119,10 +121,10 @@ class _Writer:
     def weight(self, name: str, path: str) -> str:
         """Store a weight [K, N] quantised, with its scales; dequantise it by nodes under `path`."""
         values = self._graph.array(name)
-        starts = np.arange(0, len(values), BLOCK)
+        starts = np.arange(0, len(values), self._block)
         amax = np.maximum.reduceat(np.abs(values), starts, axis=0)
         scales = (np.maximum(amax, np.float32(LEAST)) / self._largest).astype(np.float32)
-        block_of_row = np.arange(len(values)) // BLOCK
+        block_of_row = np.arange(len(values)) // self._block
         kind = numpy_type(self._precision)
         stored = round_to(values / scales[block_of_row], kind, self._largest)
         quantized = self._graph.set_weight(f"{name}.{QUANTIZED}", stored)

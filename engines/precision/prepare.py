@@ -16,14 +16,14 @@ from ...bundle import VISUAL_SCALES as SCALES
 from ...bundle import VISUAL_TOKENS as TOKENS
 from ...bundle import BundleManifest
 from ...errors import EngineError
-from ..contract import DYNAMIC, STATIC, Progress
+from ..contract import Progress
 from ..fidelity import FidelityLimits
 from ..manifest import QUANTIZED, Profile
 from ..samples import Samples, sample_batches
+from ..scales import DYNAMIC, ONLY_STATIC, Scales
 from .dynamic import SUMS_FLOAT32
 from .graph import Graph, node
 from .lower import ONNX_TYPES, STAYS_FLOAT32, find_linears, lower
-from .schemes import scheme_of
 from .search import Choice, choose
 
 
@@ -72,8 +72,7 @@ class Recipe:
         token_dtype: `float16`, or `int8` for int8 tokens with scales.
         calibration: pairs to choose scales by; only int8 and fp8 look at them.
         limits: what the ranking of those pairs must hold.
-        scales: of int8 and fp8 activations: `static`, stored in the graph, or `dynamic`, found
-            while running.
+        scales: the ways of scaling int8 and fp8 activations that the search may choose from.
     """
 
     precision: str
@@ -81,7 +80,7 @@ class Recipe:
     token_dtype: str = "float16"
     calibration: Samples | None = None
     limits: FidelityLimits = field(default_factory=lambda: DEFAULT_LIMITS)
-    scales: str = STATIC
+    scales: tuple[Scales, ...] = ONLY_STATIC
 
 
 def prepare_graph(
@@ -100,7 +99,7 @@ def prepare_graph(
     """
     plan: dict[str, Any] = {"compute_type": recipe.compute_type}
     is_quantized, is_float32 = recipe.precision in QUANTIZED, recipe.compute_type == "float32"
-    is_dynamic = is_quantized and recipe.scales == DYNAMIC
+    is_dynamic = False
     if not is_quantized and is_float32 and recipe.token_dtype == "float16":
         shutil.copyfile(source, out)
         return plan
@@ -108,7 +107,7 @@ def prepare_graph(
     if is_quantized:
         choice = _quantized(graph, recipe, bundle, profile, progress)
         plan |= _quantization(graph, choice, recipe)
-        graph = choice.graph
+        graph, is_dynamic = choice.graph, choice.scales.kind == DYNAMIC
     elif not is_float32:
         graph = lower(graph, recipe.compute_type)
     if not is_float32:
@@ -140,7 +139,8 @@ class GraphCache:
 
         The same `source`, calibration and limits are the caller's to pass every time.
         """
-        key = (recipe.precision, recipe.compute_type, recipe.token_dtype, recipe.scales)
+        ways = [way.key for way in recipe.scales] if recipe.precision in QUANTIZED else []
+        key = (recipe.precision, recipe.compute_type, recipe.token_dtype, *ways)
         with TemporaryDirectory() as scratch:
             folder = Path(scratch) if self._folder is None else self._folder
             folder.mkdir(exist_ok=True)
@@ -179,9 +179,8 @@ def _quantization(graph: Graph, choice: Choice, recipe: Recipe) -> dict[str, Any
     groups = list(dict.fromkeys(linear.group for linear in find_linears(graph)))
     left = {linear.group for linear in find_linears(choice.graph)}
     return {
-        "scales": recipe.scales,
+        "scales": choice.scales.kind,
         "quantized": [group for group in groups if group not in left],
-        **scheme_of(recipe.scales).facts(recipe.precision),
         "calibration_data": "" if samples is None else samples.data,
         "calibration_random": samples is not None and samples.random,
         **choice.facts,

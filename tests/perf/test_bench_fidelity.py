@@ -8,6 +8,8 @@ import pytest
 
 from capabilities import needs_int8
 from edje.bundle import BundleManifest
+from edje.engines.fidelity import FidelityLimits
+from edje.engines.precision.prepare import Recipe
 from edje.errors import EdjeError
 from edje.perf import bench_fidelity as bench
 from edje.perf.random_model import full_size, image_id, random_tokens, write_store
@@ -80,12 +82,24 @@ def test_lost_points_are_counted_against_the_reference():
 
 
 def test_every_precision_is_scored_as_its_graph(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "EMULATED", bench.EMULATED[:2])  # int8 and fp8 search for minutes
+    searched = [name for name in bench.EMULATED if "rest" in name]  # for minutes
+    for name in searched:
+        monkeypatch.delitem(bench.EMULATED, name)
+    impossible = FidelityLimits(min_kendall_tau=1.0)
+    refused = Recipe("fp8", "float32", limits=impossible)
     monkeypatch.setattr(bench, "FOR_REAL", ())
+    monkeypatch.setitem(bench.EMULATED, "never", refused)
     result = bench.measure_precisions(demo, 2, tmp_path, print)
-    assert list(result["rows"]) == [bench.REFERENCE, "bf16 (graph)", "fp16 (graph)"]
+    assert "does not hold the fidelity limits" in result["plans"].pop("never")["refused"]
+    monkeypatch.delitem(bench.EMULATED, "never")
+    graphs = [f"{name} (graph)" for name in (*bench.EMULATED, *bench.UNBOUND)]
+    assert list(result["rows"]) == [bench.REFERENCE, *graphs]
     assert result["rows"][bench.REFERENCE]["kendall_tau"] == 1
     assert 0 < result["rows"]["fp16 (graph)"]["max_abs_diff"] < 0.1
-    assert set(result["plans"]) == {"bf16", "fp16"}
-    assert result["broken"] == []
+    assert set(result["plans"]) == {"bf16", "fp16", *bench.UNBOUND}
+    assert result["broken"] == []  # nothing kept is measured, not judged
+    said = bench.summary(result)
+    assert "int8, nothing kept: static scales, kept 0 of 8" in said
+    assert "int8 token scales, nothing kept: dynamic scales, kept 0 of 6, never attention" in said
+    assert "bf16: all in bfloat16" in said
     json.dumps(result)

@@ -118,4 +118,5 @@ class EightBits:
 
 def prepared(graph: Graph, kind: str, keep: tuple[str, ...] = ()) -> Graph:
     """Return a bundle's graph as builds of 8-bit engines get it, nothing smoothed."""
-    return lower(quantize_dynamic(graph, kind, keep=keep), "float16")
+    never = backend.NEVER_QUANTIZED
+    return lower(quantize_dynamic(graph, kind, keep=keep, never=never), "float16")

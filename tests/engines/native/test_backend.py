@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edje.bundle import BundleManifest
 from edje.engines.contract import BuildOptions, OpenOptions
 from edje.engines.manifest import EngineManifest
 from edje.engines.native import backend
@@ -53,14 +55,15 @@ def test_a_chip_that_the_kernels_do_not_serve_is_named(machine: Machine) -> None
     assert backend.why_not("fp16") is None
 
 
-def test_fp8_needs_a_gpu_that_multiplies_it(machine: Machine) -> None:
+def test_fp8_needs_a_gpu_that_multiplies_it(machine: Machine, tiny_bundle: Path) -> None:
     machine.capability = (8, 6)
     assert backend.why_not("int8") is None
     reason = f"{GPU_NAME} has compute capability 8.6, the fp8 kernels are for 8.9, 9.0"
     assert str(backend.why_not("fp8")).startswith(reason)
     machine.capability = (8, 9)
     assert backend.why_not("fp8") is None
-    assert backend.activation_scales("int8") == "dynamic"
+    (scales,) = backend.activation_scales("int8", BundleManifest.read(tiny_bundle).sizes)
+    assert (scales.kind, scales.block, list(scales.never)) == ("dynamic", 128, ["attention_output"])
 
 
 def test_an_older_driver_is_named(machine: Machine) -> None:

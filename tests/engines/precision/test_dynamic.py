@@ -99,18 +99,19 @@ def test_what_is_rounded_is_the_schemes_bit_by_bit_and_so_is_the_product_nearly(
     assert (np.abs(found.reshape(rows, num_out) - expected) <= near).all()
 
 
+@pytest.mark.parametrize("never", [(), ("attention_output",)])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_all_linears_but_the_attentions_output_are_quantised_under_their_names(graph, precision):
-    quantized = quantize_dynamic(graph, precision)
+def test_all_linears_but_what_never_is_are_quantised_under_their_names(graph, precision, never):
+    quantized = quantize_dynamic(graph, precision, never=never)
     checker.check_model(quantized.model(), full_check=True)
     left = {linear.group.rpartition(".")[2] for linear in find_linears(quantized)}
-    assert left == {"attention_output"}
+    assert left == set(never)
     products = {node.name: node for node in quantized.nodes if node.op_type == "MatMul"}
     shared = {products[f"/layers.0/{part}/MatMul"].input[0] for part in ("query", "key", "value")}
     assert len(shared) == 1
     makers = [node for node in quantized.nodes if shared & set(node.output)]
     assert [node.name.rpartition("/")[0] for node in makers] == ["/layers.0/query/dynamic/back"]
-    for linear in dynamic_linears(graph):
+    for linear in dynamic_linears(graph, never):
         assert {f"{linear.weight}.quantized", f"{linear.weight}.scales"} <= set(quantized.weights)
     for name in graph.weights:
         np.testing.assert_array_equal(quantized.array(name), graph.array(name))
@@ -119,7 +120,7 @@ def test_all_linears_but_the_attentions_output_are_quantised_under_their_names(g
 def test_kept_layer_groups_stay_whole(graph, queries, run):
     kept = {"layers.0.qkv", "layers.1.ffn2"}
     left = {linear.group for linear in find_linears(quantize_dynamic(graph, "int8", keep=kept))}
-    assert {group for group in left if not group.endswith("attention_output")} == kept
+    assert left == kept
     same = quantize_dynamic(graph, "int8", keep={linear.group for linear in find_linears(graph)})
     np.testing.assert_array_equal(run(same, queries[0][0]), run(graph, queries[0][0]))
 
@@ -136,7 +137,7 @@ def test_lowered_the_scheme_stays_float32_from_the_value_to_the_product(
 ):
     batches, planted = queries[0], with_outliers(graph)
     even = smooth(planted, observe(planted, batches))
-    lowered = lower(quantize_dynamic(even, precision), element)
+    lowered = lower(quantize_dynamic(even, precision, never=("attention_output",)), element)
     checker.check_model(lowered.model(), full_check=True)
     types, smoothed = types_of(lowered), 0
     for node in lowered.nodes:
