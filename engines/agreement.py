@@ -81,9 +81,9 @@ def _rescored(expected: Scores, scores: Scores, margin: float) -> float:
     if len(expected) <= k:
         return 0.0
     last = np.partition(expected, len(expected) - k)[-k]
-    return float(max(0, np.count_nonzero(scores + max(margin, 0.0) >= last) - k)) / (
-        len(expected) - k
-    )
+    with np.errstate(invalid="ignore"):  # what has no score is looked at: -inf + inf is not below
+        hopeless = scores + max(margin, 0.0) < last
+    return float(max(0, np.count_nonzero(~hopeless) - k)) / (len(expected) - k)
 
 
 def depth_shares(

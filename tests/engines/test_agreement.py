@@ -7,7 +7,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edje.engines.agreement import kendall_tau, rank_agreement, recall, top_agreement
+from edje.engines.agreement import (
+    SAFETY,
+    depth_shares,
+    kendall_tau,
+    rank_agreement,
+    recall,
+    top_agreement,
+)
 
 small = st.integers(-5, 5)
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -102,3 +109,38 @@ def test_scores_may_come_from_any_iterable():
     first, second = rng.standard_normal((2, 5, 12)).astype(np.float32)
     assert rank_agreement(iter(first), map(np.copy, second)) == rank_agreement(first, second)
     assert recall(iter(first), iter([0] * 5)) == recall(first, [0] * 5)
+
+
+def test_how_deep_the_best_stand_by_hand():
+    expected = [np.arange(20.0), np.arange(20.0)]
+    last_is_third = np.arange(20.0)
+    last_is_third[19] = 16.5  # behind 18 and 17
+    shares = depth_shares(expected, [expected[0], last_is_third])
+    assert set(shares) == {"1", "2", "5", "10"}
+    assert shares["1"] == {"0.9": 0.15, "0.95": 0.15, "0.99": 0.15, "1": 0.15}
+    assert shares["10"]["1"] == 0.5
+    assert depth_shares([np.array([1.0])], [np.array([1.0])]) == {}
+
+
+@unhurried
+@given(st.lists(st.tuples(small, small), min_size=2, max_size=40))
+def test_so_deep_all_of_the_best_are_found_and_no_less_deep(pairs):
+    expected, scores = np.array(pairs, float).T
+    for k, recalls in depth_shares([expected], [scores]).items():
+        best = set(np.argsort(-expected, kind="stable")[: int(k)].tolist())
+        order = np.argsort(-scores, kind="stable").tolist()
+        deep = round(recalls["1"] * len(scores))
+        assert best <= set(order[:deep])
+        assert not best <= set(order[: deep - 1])
+        assert recalls["0.9"] <= recalls["1"]
+
+
+def test_what_must_be_looked_at_again_by_hand():
+    expected = np.arange(20.0)
+    assert rank_agreement([expected], [expected - 0.0]).rescored == 0
+    overrated = rank_agreement([expected], [expected + 3])
+    assert overrated.rescored == pytest.approx(3 / 18)  # what now reaches the second best, 18
+    low = expected.copy()
+    low[5] -= 4  # SAFETY * 4 = 6: from the second best, 18, down to 12
+    assert SAFETY == 1.5
+    assert rank_agreement([expected], [low]).rescored == pytest.approx(6 / 18)

@@ -330,3 +330,89 @@ def test_without_figures_of_real_pairs_no_margin_is_learned(fast, precise):
         learned_margin(fast_manifest(**fast), precise_manifest(**precise))
     assert "edje verify" in caught.value.hint
     assert "rescore_margin" in caught.value.hint
+
+
+SHALLOW = {"layers": 1, "fidelity": {**REAL, "num_queries": 4, "num_pairs": 80}}
+
+
+def three_layers(manifest: EngineManifest, layers: int = 3) -> EngineManifest:
+    """The manifest as that of a model of three layers, or of the first ones."""
+    sizes = replace(manifest.bundle.sizes, num_layers=3)
+    return replace(manifest, bundle=replace(manifest.bundle, sizes=sizes), layers=layers)
+
+
+@pytest.fixture
+def trio():
+    first = FastEngine(three_layers(fast_manifest(**SHALLOW), 1), error=4.0)
+    middle = FastEngine(three_layers(fast_manifest()), error=0.7)
+    last = ToyEngine(three_layers(precise_manifest()))
+    first.running = middle.running = last.running
+    return first, middle, last
+
+
+def test_three_engines_in_a_row_return_the_last_ones_hits(tmp_path, trio, alone):
+    first, *behind = trio
+    values = np.random.default_rng(0).permutation(600) / 4
+    with (
+        toy_store(tmp_path / "many", values) as many,
+        Reranker(first, toy_tokenizer(tmp_path), many, rescore=behind) as reranker,
+        Reranker(ToyEngine(precise_manifest()), toy_tokenizer(tmp_path), many) as exact,
+    ):
+        result = reranker.rank("red circle", top_k=5)
+        assert result.hits == exact.rank("red circle", top_k=5).hits
+    last, middle = result.rescoring, result.rescoring.before
+    assert (last.engine.precision, middle.engine.precision) == ("fp32", "int8")
+    assert result.engine.layers == "1 of 3"
+    assert 5 <= last.num_rescored < middle.num_rescored < 600
+    assert (middle.margin, middle.before) == (None, None)
+    assert "times as deep" in middle.chosen
+    assert "within" in last.chosen
+    assert last.margin == pytest.approx(SAFETY * 2.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("recall", "num_images", "expected"),
+    [(0.9, 60, 15), (0.99, 60, 24), (1.0, 60, 24), (0.9, 24, 6)],
+)
+def test_a_recall_keeps_the_share_that_held_it(tmp_path, trio, recall, num_images, expected):
+    """Of 20 candidates each, the best was within 5 (8) of them, the best 2 within 6 (9)."""
+    depths = {"1": {"0.9": 0.25, "0.99": 0.4, "1": 0.4}, "2": {"0.9": 0.3, "0.99": 0.45, "1": 0.45}}
+    first, _, last = trio
+    fidelity = {**SHALLOW["fidelity"], "depths": depths}
+    first.manifest = replace(first.manifest, fidelity=fidelity)
+    tokenizer = toy_tokenizer(tmp_path)
+    with (
+        toy_store(tmp_path / "some", np.arange(num_images)) as some,
+        Reranker(first, tokenizer, some, rescore=last, recall=recall) as reranker,
+    ):
+        rescoring = reranker.rank("x", top_k=1).rescoring
+        assert rescoring.num_rescored in (expected, expected + 1)  # one has no fast score
+        assert f"recall of {recall:g}" in rescoring.chosen
+        assert len(reranker.rank("x", top_k=20)) == 20
+
+
+def test_a_recall_that_was_never_measured_is_refused(tmp_path, trio, store):
+    first, _, last = trio
+    with pytest.raises(EngineError, match="too few candidates"):
+        Reranker(first, toy_tokenizer(tmp_path), store, rescore=last, recall=0.9)
+
+
+@pytest.mark.parametrize("recall", [0, -1, 1.01, math.nan, "0.9", True])
+def test_a_recall_that_is_no_share_is_refused(tmp_path, trio, store, recall):
+    first, _, last = trio
+    with pytest.raises(RequestError, match="recall"):
+        Reranker(first, toy_tokenizer(tmp_path), store, rescore=last, recall=recall)
+
+
+def test_margin_and_recall_exclude_each_other(tmp_path, trio, store):
+    first, _, last = trio
+    both = {"recall": 0.9, "rescore_margin": 1.0}
+    with pytest.raises(RequestError, match="both choose survivors, give one"):
+        Reranker(first, toy_tokenizer(tmp_path), store, rescore=last, **both)
+
+
+def test_the_last_engine_must_be_whole(tmp_path, trio, store):
+    first, middle, _ = trio
+    with pytest.raises(EngineError, match="cannot rerank together") as caught:
+        Reranker(middle, toy_tokenizer(tmp_path), store, rescore=first)
+    assert "1 of 3 layers" in caught.value.faults[0]
