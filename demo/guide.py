@@ -18,8 +18,8 @@ from rich.table import Table
 
 from .. import __version__
 from ..bundle import JOINT_ENCODER, PARITY
-from ..engines.builder.auto import trial_lines
 from ..engines.builder.build import build_engine
+from ..engines.builder.trial import trial_lines
 from ..engines.cpu import cpu_features
 from ..engines.image import ImageEncoder
 from ..engines.manifest import EngineManifest

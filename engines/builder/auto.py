@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,37 +22,18 @@ from ..contract import Batch, Engine, Progress
 from ..fidelity import Fidelity, batch_on_gpu, engine_scorer
 from ..manifest import MANIFEST, QUANTIZED, EngineManifest
 from ..precision.prepare import GraphCache
-from ..registry import by_reason, open_engine, probe_backends
+from ..registry import open_engine, probe_backends
 from ..samples import RandomSamples, RankingSample, Samples, int8_batch, sample_batches
 from ..shallow.depth import Shallow
 from .build import build_one, check_files
-from .options import EngineRequest
+from .options import FIRST, EngineRequest
+from .pair import best_pair
+from .trial import Trial
 
 NUM_ROUNDS = 5
 BATCH_PAIRS, GPU_BATCH_PAIRS = 64, 1024  # at most: 64 pairs would leave a GPU half idle
 GPU_FORWARDS = 4  # enqueued one after the other, as requests do
 NOTHING_TO_CALIBRATE = "needs real pairs to calibrate with, none were given"
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """What came of one backend and precision.
-
-    Attributes:
-        pairs_per_s: of the fastest of `NUM_ROUNDS`: a forward on a CPU, or `GPU_FORWARDS` on a
-            GPU that has the pairs already; None where it was not timed.
-        kendall_tau, top_1: agreement with float32; None where it was not measured.
-        refused: why it was not taken, but for being slower; None where it could have been.
-        not_tried: why it was not even built; None where it was.
-    """
-
-    backend: str
-    precision: str
-    pairs_per_s: float | None = None
-    kendall_tau: float | None = None
-    top_1: float | None = None
-    refused: str | None = None
-    not_tried: str | None = None
 
 
 def build_fastest(
@@ -62,6 +43,7 @@ def build_fastest(
     overwrite: bool = False,
     progress: Progress = lambda _: None,
     shallow: Shallow | None = None,
+    first_out: Path | None = None,
 ) -> EngineManifest:
     """Build `out` with the fastest faithful backend and precision that this machine has.
 
@@ -73,6 +55,8 @@ def build_fastest(
     Args:
         request: what is asked for; its backend and precision are chosen here.
         shallow: the graph to build from in place of the bundle's.
+        first_out: where an engine goes that is faster before this one, in a cascade; nothing is
+            written there where no such pair pays, and `build_options["pair"]` says so.
 
     Raises:
         EngineError: nothing can be built here, or nothing holds the limits (all reasons); a
@@ -82,7 +66,9 @@ def build_fastest(
     bundle, calibration, options = request.bundle, request.calibration, request.options
     source = BundleManifest.read(bundle)
     options.profile(source.text.max_wordpieces)
-    refuse_existing(out, overwrite, MANIFEST)
+    for folder in (out, first_out):
+        if folder is not None:
+            refuse_existing(folder, overwrite, MANIFEST)
     check_files(bundle, [IMAGE_ENCODER] if options.image_encoder else [])
     with TemporaryDirectory() as scratch:
         graphs = GraphCache(Path(scratch) / "graphs")
@@ -90,14 +76,27 @@ def build_fastest(
             Path(scratch) / f"{trial.backend}-{trial.precision}": trial
             for trial in _candidates(calibration)
         }
+        if first_out is not None:
+            folders |= {
+                Path(scratch) / f"{folder.name}-first": replace(trial, is_first=True)
+                for folder, trial in folders.items()
+                if trial.precision in QUANTIZED
+            }
         for folder, trial in folders.items():
             if trial.not_tried is None:
                 folders[folder] = _try(request, folder, trial, progress, graphs, shallow)
         progress("timing what was built")
         samples = RandomSamples(source) if calibration is None else calibration
         folders = _timed(folders, next(iter(samples)))
-        best = _fastest(folders)
-        return _publish(best, request, out, overwrite, list(folders.values()))
+        pair = best_pair(folders)
+        if pair is None:
+            raise _nothing_faithful(folders.values())
+        more: dict[str, Any] = {"auto": [asdict(trial) for trial in folders.values()]}
+        if first_out is not None:
+            more["pair"] = pair.to_json(folders)
+            if pair.first is not None:
+                _publish(pair.first, request, first_out, overwrite, more)
+        return _publish(pair.engine, request, out, overwrite, more)
 
 
 def _candidates(calibration: Samples | None) -> list[Trial]:
@@ -126,6 +125,8 @@ def _try(
 ) -> Trial:
     """Build one engine and hold it against the limits."""
     options = replace(request.options, image_encoder=False)  # copied once, at the end
+    if trial.is_first:
+        options = replace(options, role=FIRST, limits=None)
     backend, precision = trial.backend, trial.precision
     asked = replace(request, backend=backend, precision=precision, options=options)
     try:
@@ -133,17 +134,17 @@ def _try(
     except EngineError as error:
         reasons = "; ".join(error.faults)
         refused = f"{error.message}: {reasons}" if reasons else error.message
-        return Trial(backend, precision, refused=refused)
+        return replace(trial, refused=refused)
     fidelity = Fidelity.from_json(manifest.fidelity)
     if fidelity is None:
-        return Trial(backend, precision, refused="its fidelity could not be measured")
+        return replace(trial, refused="its fidelity could not be measured")
     # Of a shallow engine the limits hold against its own float32 graph: its head costs more.
     broken = options.limits_to_hold.broken_by(fidelity) if shallow is None else []
-    return Trial(
-        backend,
-        precision,
+    return replace(
+        trial,
         kendall_tau=fidelity.kendall_tau,
         top_1=fidelity.top_1,
+        rescored=fidelity.rescored,
         refused="; ".join(broken) or None,
     )
 
@@ -203,15 +204,12 @@ def _batch(sample: RankingSample, engine: Engine) -> Batch:
     return int8_batch(batch) if manifest.token_dtype == "int8" else batch
 
 
-def _fastest(folders: Mapping[Path, Trial]) -> Path:
-    timed = {folder: trial.pairs_per_s for folder, trial in folders.items() if trial.pairs_per_s}
-    if not timed:
-        raise EngineError(
-            "no backend of this machine gives a faithful engine",
-            faults=[f"{t.backend} {t.precision}: {_why(t)}" for t in folders.values()],
-            hint="`edje doctor` says what is missing; --min-kendall-tau lowers the limit",
-        )
-    return max(timed, key=lambda folder: timed[folder])
+def _nothing_faithful(trials: Iterable[Trial]) -> EngineError:
+    return EngineError(
+        "no backend of this machine gives a faithful engine",
+        faults=[f"{t.backend} {t.precision}: {_why(t)}" for t in trials if not t.is_first],
+        hint="`edje doctor` says what is missing; --min-kendall-tau lowers the limit",
+    )
 
 
 def _why(trial: Trial) -> str | None:
@@ -219,13 +217,12 @@ def _why(trial: Trial) -> str | None:
 
 
 def _publish(
-    engine: Path, request: EngineRequest, out: Path, overwrite: bool, trials: Sequence[Trial]
+    engine: Path, request: EngineRequest, out: Path, overwrite: bool, more: Mapping[str, Any]
 ) -> EngineManifest:
-    """Copy the engine that was timed to `out`; its manifest gets the trials."""
+    """Copy the engine that was timed to `out`; its manifest gets `more`, what was tried."""
     manifest = EngineManifest.read(engine)
     bundle, image_encoder = request.bundle, request.options.image_encoder
-    options = {**manifest.build_options, "image_encoder": image_encoder}
-    options["auto"] = [asdict(trial) for trial in trials]
+    options = {**manifest.build_options, "image_encoder": image_encoder, **more}
     with publish_folder(out, manifest=MANIFEST, overwrite=overwrite) as folder:
         shutil.copytree(engine, folder, dirs_exist_ok=True)
         files = dict(manifest.files)
@@ -235,21 +232,3 @@ def _publish(
         manifest = replace(manifest, build_options=options, files=files)
         manifest.write(folder)
     return manifest
-
-
-def trial_lines(trials: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Yield what `--backend auto` made of each backend and precision of a manifest's `auto`.
-
-    The fastest comes first. Those that were not tried come last, one line for all that share a
-    backend and a reason.
-    """
-    skipped: dict[str, list[tuple[str, str | None]]] = {}
-    for trial in sorted(trials, key=lambda trial: -(trial["pairs_per_s"] or 0)):
-        backend, precision, agrees = trial["backend"], trial["precision"], trial["kendall_tau"]
-        skipped.setdefault(backend, []).append((precision, trial["not_tried"]))
-        if trial["not_tried"] is None:
-            figures = f"{trial['pairs_per_s'] or 0:,.0f} pairs/s, Kendall tau {agrees or 0:.4f}"
-            yield f"{backend} {precision}", trial["refused"] or figures
-    for backend, verdicts in skipped.items():
-        for reason, precisions in by_reason(verdicts).items():
-            yield f"{backend} {' '.join(precisions)}", f"not tried: {reason}"

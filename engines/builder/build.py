@@ -42,6 +42,7 @@ def build_engine(
     options: EngineOptions | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    first_out: StrPath | None = None,
 ) -> EngineManifest:
     """Build the engine folder `out` from the bundle folder `bundle`; return its manifest.
 
@@ -56,6 +57,8 @@ def build_engine(
         options: the rest; None: the defaults.
         overwrite: replace `out` if it is an engine folder.
         progress: called with one short line before each step.
+        first_out: with `auto`, another engine folder: for one that is faster before `out`, as the
+            first stage of a cascade; it is written where such a pair reaches a top k sooner.
 
     Raises:
         CheckpointError: `bundle` is no model bundle.
@@ -67,11 +70,14 @@ def build_engine(
     given, asked = Arguments("build_engine"), "fp32" if precision is None else precision
     request = EngineRequest.take(given, bundle, backend, asked, calibration, options)
     out = given.path("out", out)
+    first = None if first_out is None else given.path("first_out", first_out)
     given.flag("overwrite", overwrite)
     given.callback("progress", progress)
     given.check()
     progress = progress or (lambda _: None)
     faults = auto_faults(precision, request.options.backend_options) if backend == AUTO else []
+    if first is not None and (backend != AUTO or request.options.is_first):
+        faults.append("--first-out: only auto chooses two engines, whole ones")
     if faults:
         raise EngineError("the fastest backend is chosen by measuring", faults=faults)
     refuse_existing(out, overwrite, MANIFEST)
@@ -80,7 +86,9 @@ def build_engine(
             return build_one(request, out, overwrite=overwrite, progress=progress, shallow=shallow)
         from .auto import build_fastest
 
-        return build_fastest(request, out, overwrite=overwrite, progress=progress, shallow=shallow)
+        return build_fastest(
+            request, out, overwrite=overwrite, progress=progress, shallow=shallow, first_out=first
+        )
 
 
 @contextmanager

@@ -63,6 +63,10 @@ class BuildArguments:
     role: Annotated[
         str, typer.Option(help="alone, or first: of a cascade, whose survivors are rescored.")
     ] = "alone"
+    first_out: Annotated[
+        Path | None,
+        typer.Option(help="auto: write a faster engine to put before OUT, where one pays."),
+    ] = None
     min_kendall_tau: Annotated[
         float | None, typer.Option(help="Least rank agreement with float32; default: 0.975.")
     ] = None
@@ -191,6 +195,7 @@ def _build(arguments: BuildArguments) -> None:
             options=options,
             overwrite=arguments.overwrite,
             progress=progress,
+            first_out=arguments.first_out,
         )
     if arguments.as_json:
         print_json({"engine": str(arguments.out), **manifest.to_json()})
@@ -204,7 +209,7 @@ build = verb_of(BuildArguments, _build)
 
 def _facts(manifest: EngineManifest) -> Mapping[str, Any]:
     """Return what a newcomer wants to see of a new engine."""
-    from ...engines.builder.auto import trial_lines
+    from ...engines.builder.trial import trial_lines
 
     plan = manifest.precision_plan
     kept = [*plan.get("never_quantized", {}), *plan.get("kept", {})]
@@ -216,8 +221,21 @@ def _facts(manifest: EngineManifest) -> Mapping[str, Any]:
     if "quantized" in plan:
         facts["calibrated"] = f"{plan['method']}, on {plan['calibration_data']}"
         facts["kept in 16 bit"] = ", ".join(kept) or "nothing"
+    if "pair" in manifest.build_options:
+        facts["before it"] = _before(manifest.build_options["pair"])
     facts |= trial_lines(manifest.build_options.get("auto", []))
     return facts
+
+
+def _before(pair: Mapping[str, Any]) -> str:
+    """Say which engine to put before the one that was built, or that none pays."""
+    alone, first = f"{pair['alone_pairs_per_s']:,.0f}", pair["first"]
+    if first is None:
+        return f"nothing: no first engine reaches {pair['wanted']} sooner than {alone} pairs/s"
+    return (
+        f"{first['backend']} {first['precision']}, in --first-out: about "
+        f"{pair['pairs_per_s']:,.0f} instead of {alone} pairs/s to {pair['wanted']}"
+    )
 
 
 def _depth(shallow: Mapping[str, Any]) -> str:

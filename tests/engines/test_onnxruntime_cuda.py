@@ -13,9 +13,9 @@ import pytest
 
 from edje.arrays import DeviceArray
 from edje.engines import registry
-from edje.engines.builder.auto import trial_lines
 from edje.engines.builder.build import build_engine
 from edje.engines.builder.options import EngineOptions
+from edje.engines.builder.trial import trial_lines
 from edje.engines.contract import Batch, BuildOptions, OpenOptions
 from edje.engines.fidelity import score_host_batch
 from edje.engines.manifest import EngineManifest
