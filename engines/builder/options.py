@@ -18,9 +18,9 @@ from ..samples import Samples, check_samples
 AUTO = "auto"
 TOKEN_DTYPES = ("float16", "int8")
 ALONE, FIRST = ROLES = ("alone", "first")
-# What a first engine must hold of a cascade: its products take half the time, so more to score
-# again would eat up what it saves.
-FIRST_LIMITS = FidelityLimits(max_rescored=0.5)
+# A first engine keeps nothing in 16 bit: of its ways of scaling the search takes the one with which
+# a cascade takes least time, and refuses one that leaves nothing out.
+FIRST_LIMITS = FidelityLimits(max_rescored=0.9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +34,8 @@ class EngineOptions:
         token_dtype: of the stored tokens that it takes: `float16`, or `int8` with a scale a token.
         limits: what its ranking must hold against float32; None: by its role.
         role: `alone`: its order counts (Kendall tau 0.975, and 2 % of the first places);
-            `first`: of a cascade, whose survivors another engine scores again (at most half of
-            the candidates beyond the best tenth).
+            `first`: of a cascade, whose survivors another engine scores again: everything in 8
+            bits that can be, in the way that leaves fewest survivors for its time.
         layers: how many of the model's first layers it runs, with a head fitted on the calibration
             pairs; `auto`: those with which a cascade takes least time; None: all, and the model's
             own head. Fewer than all are always a `first` engine.

@@ -77,7 +77,29 @@ def choose(
         for kind, each in zip(schemes, scales, strict=True)
     ]
     ways.sort(key=lambda way: way.scheme.cost())
-    return _cheapest(ways, progress)
+    return _best_first(ways) if limits.max_rescored is not None else _cheapest(ways, progress)
+
+
+def _best_first(ways: Sequence[_Search]) -> Choice:
+    """Quantise everything, in the way with which a cascade takes least time.
+
+    What products cost, and the share of the candidates that must be scored again, add up.
+    """
+    tries = [
+        (way, way.best_method(sum(more.most_pairs for more in ways[number:])))
+        for number, way in enumerate(ways)
+    ]
+    holding = [(way, best) for way, best in tries if way.holds(best)]
+    if not holding:
+        raise EngineError(
+            f"{ways[0].precision} is no first stage for this model: it rules out too little",
+            faults=[f"{way.what}: {fault}" for way, best in tries for fault in way.faults(best)],
+            hint="build with --precision fp16, bf16 or fp32, or set the limits lower",
+        )
+    way, best = min(holding, key=lambda found: found[1].cost + found[1].agreement.rescored)
+    tried = [attempt.to_json() for each in ways for attempt in each.tried]
+    again = f"a cascade would rescore {best.agreement.rescored:.1%}"
+    return way.choice(best, tried, f"products cost {best.cost:.2f}, {again}: together the least")
 
 
 def _cheapest(ways: Sequence[_Search], progress: Progress) -> Choice:
@@ -127,7 +149,7 @@ class Try:
 
     def to_json(self) -> dict[str, Any]:
         """Return what a manifest says of it."""
-        names = ("num_pairs", "kendall_tau", "top_1", "mean_abs_diff", "max_abs_diff")
+        names = ("num_pairs", "kendall_tau", "top_1", "mean_abs_diff", "max_abs_diff", "rescored")
         figures = {name: round(getattr(self.agreement, name), 6) for name in names}
         kept = {"kept": len(self.kept)} if self.kept else {}
         way = f"{self.method}, smoothed" if self.form == SMOOTHED else self.method
@@ -282,6 +304,10 @@ class _Search:
         """Tell whether some pairs are so far off that all cannot hold the limits."""
         least = self.limits.min_kendall_tau
         return least is not None and attempt.agreement.kendall_tau < least - PLAINLY
+
+    def faults(self, attempt: Try) -> list[str]:
+        """Return one sentence for every limit that an attempt breaks."""
+        return self.limits.broken_by(attempt.agreement)
 
     def refusal(self) -> EngineError:
         """Return the error that says what breaks with all layer groups but one kept."""
