@@ -50,7 +50,7 @@ ONLINE = MAY_IMPORT.keys() - {"export", "demo", "demo.training", "perf"}
 FRONT_DOORS = {PACKAGE, f"{PACKAGE}.engines"}
 MOST_UNDER_RERANKER = 36
 OFFLINE_LIBRARIES = {"torch", "transformers", "onnx", "onnxscript"}
-PASSES = f"{PACKAGE}.engines.precision"
+PASSES = (f"{PACKAGE}.engines.precision", f"{PACKAGE}.engines.shallow")
 # What a base install holds: all that the online layers may import before it is asked for.
 BASE_LIBRARIES = {"ftfy", "numpy", "rich", "tokenizers", "typer", "xxhash"}
 
@@ -179,7 +179,13 @@ def test_few_files_lie_beneath_the_reranker(tree: Tree) -> None:
     beneath = reached(tree.eager_edges(), f"{PACKAGE}.runtime.reranker")
     assert len(beneath) <= MOST_UNDER_RERANKER, sorted(beneath)
     folders = {tree.folder(module) for module in beneath}
-    assert not folders & {"engines.precision", "engines.builder", "export", "runtime.indexing"}
+    assert not folders & {
+        "engines.precision",
+        "engines.shallow",
+        "engines.builder",
+        "export",
+        "runtime.indexing",
+    }
     only_gpus_need = {f"{PACKAGE}.runtime.{name}" for name in ("pool", "resident_map", "graphs")}
     assert "kernels" not in folders
     assert not beneath & only_gpus_need

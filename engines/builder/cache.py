@@ -26,7 +26,7 @@ from ..manifest import FORMAT_VERSION, EngineManifest
 from ..registry import file_faults, require_builder
 from ..samples import Samples
 from ..scales import scales_of
-from .build import build_one
+from .build import build_one, shallow_graph
 from .options import EngineOptions, EngineRequest
 
 CACHE_VERSION = 2
@@ -80,7 +80,8 @@ def cached_engine(
         if entry.exists():
             progress(f"removing the damaged engine {entry}")
             shutil.rmtree(entry)
-        build_one(request, entry, progress=progress)
+        with shallow_graph(request, progress) as shallow:
+            build_one(request, entry, progress=progress, shallow=shallow)
         if not is_sound(entry, parts):
             shutil.rmtree(entry)
             raise EngineError(

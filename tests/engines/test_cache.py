@@ -251,6 +251,8 @@ OTHERS = {
     "text_buckets": (16, 64),
     "token_dtype": "int8",
     "limits": FidelityLimits(min_kendall_tau=0.5),
+    "role": "first",
+    "layers": 1,
     "image_encoder": True,
 }
 OPTIONS = {

@@ -60,10 +60,10 @@ def test_a_section_of_another_kind(engine_folder, value):
 
 
 def test_a_file_that_is_no_json_object_and_another_format_version(engine_folder):
-    edit(engine_folder, lambda values: values.update(format_version=3, new_field=1))
+    edit(engine_folder, lambda values: values.update(format_version=4, new_field=1))
     with pytest.raises(EngineError) as caught:
         EngineManifest.read(engine_folder)
-    assert "format version is 3, this edje reads 2" in str(caught.value)
+    assert "format version is 4, this edje reads 3" in str(caught.value)
     assert f"--out {engine_folder} --overwrite" in str(caught.value)
     for content in (b"{", b"[1]", b"null", b"\xff\xfe", b""):
         (engine_folder / "engine.json").write_bytes(content)

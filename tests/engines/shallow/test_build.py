@@ -7,6 +7,7 @@ import pytest
 
 from edje.bundle import JOINT_ENCODER, BundleManifest
 from edje.engines.builder.build import build_engine
+from edje.engines.builder.cache import cached_engine
 from edje.engines.builder.options import EngineOptions
 from edje.engines.contract import OpenOptions
 from edje.engines.cpu import why_no_int8
@@ -96,6 +97,20 @@ def test_without_real_pairs_there_is_no_head(deep_bundle, tmp_path, made_up):
         build(deep_bundle, tmp_path / "engine", samples, layers=1)
     assert "--calibration-store" in caught.value.hint
     assert not (tmp_path / "engine").exists()
+
+
+def test_the_cache_builds_it_once_and_finds_it_again(deep_bundle, tmp_path, samples):
+    told: list[str] = []
+    arguments = {"backend": "onnxruntime", "precision": "fp32", "calibration": samples}
+    options = EngineOptions(layers=1, max_pairs=32)
+    for _ in range(2):
+        entry = cached_engine(
+            deep_bundle, tmp_path, **arguments, options=options, progress=told.append
+        )
+    assert EngineManifest.read(entry).layers == 1
+    assert sum(line.startswith("building") for line in told) == 1
+    whole = cached_engine(deep_bundle, tmp_path, **arguments)
+    assert whole != entry
 
 
 def test_some_samples_are_every_fourth_and_the_rest(samples):

@@ -55,7 +55,12 @@ def test_rerank_answers_in_json_and_as_a_table(edje, tiny_engine, tiny_store, tm
     assert {hit["id"] for hit in result["hits"]} == {"img-1", "img-3"}
     assert len(result["hits"]) == 3
     engine = {"backend": "openvino", "precision": "fp32", "device": "host"}
-    assert result["engine"] == {**engine, "tokens": "float16", "residency": "disk"}
+    assert result["engine"] == {
+        **engine,
+        "tokens": "float16",
+        "residency": "disk",
+        "layers": "",
+    }
     stages = ["tokenize", "resolve", "gather", "upload", "compute", "download", "total"]
     assert list(result["timings_ms"]) == stages
     assert (result["truncated"], result["errors"]) == (False, [])
