@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "engines": ENGINES,
     "engines.precision": ENGINES,
     "engines.tensorrt": ENGINES,
-    "engines.native": {*ENGINES, "engines.precision"},
+    "engines.shallow": {*ENGINES, "engines.precision"},
+    "engines.native": {*ENGINES, "engines.precision", "engines.shallow"},
     "engines.builder": {*ENGINES, "engines.precision"},
     "export": {GROUND},
     "runtime": ONLINE_PATH,
@@ -49,7 +50,7 @@ ONLINE = MAY_IMPORT.keys() - {"export", "demo", "demo.training", "perf"}
 FRONT_DOORS = {PACKAGE, f"{PACKAGE}.engines"}
 MOST_UNDER_RERANKER = 36
 OFFLINE_LIBRARIES = {"torch", "transformers", "onnx", "onnxscript"}
-PASSES = f"{PACKAGE}.engines.precision"
+PASSES = (f"{PACKAGE}.engines.precision", f"{PACKAGE}.engines.shallow")
 # What a base install holds: all that the online layers may import before it is asked for.
 BASE_LIBRARIES = {"ftfy", "numpy", "rich", "tokenizers", "typer", "xxhash"}
 
@@ -104,7 +105,7 @@ class Tree:
     def offline_faults(self) -> Iterator[str]:
         """Offline libraries anywhere in the online folders, even inside a function.
 
-        Building changes graphs: its precision passes may import onnx, inside functions.
+        Building changes graphs: its passes may import onnx, inside functions.
         """
         for found in self.imports:
             library = found.target.split(".")[0]
