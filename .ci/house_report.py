@@ -33,10 +33,10 @@ from private_names import private_accesses  # noqa: E402
 LIMITS: dict[str, tuple[float, float]] = {
     # The targets count what there was before the backends `native` and `onnxruntime-cuda`, which
     # have 34 files, 5,100 lines and 3,650 of tests; without them 154 files, 32,513 and 27,387.
-    "source files": (191, 140),
-    "source lines": (38_150, 25_000),
-    "product lines (without perf and demo)": (32_020, 20_500),
-    "test lines": (31_330, 19_000),
+    "source files": (192, 140),
+    "source lines": (38_090, 25_000),
+    "product lines (without perf and demo)": (32_010, 20_500),
+    "test lines": (31_360, 19_000),
     "largest folder, % of lines": (25, 25),
     "files under Reranker": (36, 36),
     "longest import chain": (16, 16),

@@ -130,5 +130,27 @@ def score(
     return result
 
 
+def shallow_score(
+    hidden_states: Array, lengths: Int32, weight: Array, bias: Array, *, text_slots: int
+) -> Float64:
+    """Return a linear head of each pair's CLS row, mean text row and mean visual row, [P].
+
+    Neither the text's padding, slots `lengths[pair]` to `text_slots`, nor SEP, the last slot,
+    counts; they may hold anything.
+
+    Args:
+        hidden_states: [P, S, H].
+        lengths: int32 [P].
+        weight: [3, H].
+        bias: [1].
+        text_slots: at a pair's begin.
+    """
+    wide = hidden_states.astype(np.float64)
+    text = [slots[:length].mean(axis=0) for slots, length in zip(wide, lengths, strict=True)]
+    rows = np.stack([wide[:, 0], np.array(text), wide[:, text_slots:-1].mean(axis=1)], axis=1)
+    result: Float64 = np.einsum("prh,rh->p", rows, weight.astype(np.float64)) + bias
+    return result
+
+
 BLOCK = 128  # columns of a scale
 _erf = np.vectorize(math.erf, otypes=[np.float64])

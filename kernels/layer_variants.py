@@ -50,6 +50,7 @@ ALL_QUERIES, ONE_QUERY = 64, 16
 NORM_COLUMNS = (128, 512, 1024)
 NORM_ROWS = 4
 SCORE_PAIRS = 16
+SHALLOW_SLOTS = 32
 
 
 def product_name(dtype: str, gelu: str, tile: str) -> str:
@@ -85,6 +86,11 @@ def score_name(dtype: str) -> str:
     return f"score_{dtype}"
 
 
+def shallow_score_name(dtype: str) -> str:
+    """Return the name for hidden states of this dtype."""
+    return f"shallow_score_{dtype}"
+
+
 def layer_variants(dtype: str) -> Iterator[Variant]:
     """Yield everything that an encoder's layers and head run on activations of this dtype."""
     for gelu in GELU_FORMS:
@@ -96,6 +102,7 @@ def layer_variants(dtype: str) -> Iterator[Variant]:
     for columns in NORM_COLUMNS:
         yield add_norm_variant(add_norm_name(dtype, columns), dtype, columns)
     yield _score(dtype)
+    yield _shallow_score(dtype)
 
 
 def _product(dtype: str, gelu: str, tile: str) -> Variant:
@@ -207,3 +214,17 @@ def _score(dtype: str) -> Variant:
     )
     sizes: dict[str, int | None] = {"PAIRS": SCORE_PAIRS, "BLOCK_OUT": 64, "BLOCK_IN": 32}
     return Variant(score_name(dtype), "score", "score", parameters, sizes)
+
+
+def _shallow_score(dtype: str) -> Variant:
+    parameters = (
+        Parameter("hidden_states", f"*{ELEMENTS[dtype]}", 16),
+        Parameter("lengths", "*i32"),
+        Parameter("weight", "*fp32", 16),
+        Parameter("bias", "*fp32"),
+        Parameter("control", "*i64"),
+        *(Parameter(name, "i32") for name in ("num_slots", "text_slots")),
+        Parameter("width", "i32", 16),
+    )
+    sizes: dict[str, int | None] = {"SLOTS": SHALLOW_SLOTS, "COLUMNS": UNIT}
+    return Variant(shallow_score_name(dtype), "shallow_score", "shallow_score", parameters, sizes)

@@ -42,8 +42,9 @@ from .layer_variants import (
     score_name,
 )
 from .norm_call import AddNorm
+from .shallow_call import ShallowScore
 
-__all__ = ["AddNorm", "Attention", "Product", "Score"]
+__all__ = ["AddNorm", "Attention", "Product", "Score", "ShallowScore"]
 
 
 class Product:

@@ -15,6 +15,7 @@ SOURCES = (
     "products8.py",
     "quantize.py",
     "score.py",
+    "shallow_score.py",
     "top_k.py",
 )
 # Of a gather or scatter, 8 kB a program: four loads of 16 bytes in flight in each of 128 threads.

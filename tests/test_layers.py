@@ -34,8 +34,8 @@ MAY_IMPORT = {
     "engines": ENGINES,
     "engines.precision": ENGINES,
     "engines.tensorrt": ENGINES,
-    "engines.native": {*ENGINES, "engines.precision"},
     "engines.shallow": {*ENGINES, "engines.precision"},
+    "engines.native": {*ENGINES, "engines.precision", "engines.shallow"},
     "engines.builder": {*ENGINES, "engines.precision", "engines.shallow"},
     "export": {GROUND},
     "runtime": ONLINE_PATH,
@@ -105,7 +105,7 @@ class Tree:
     def offline_faults(self) -> Iterator[str]:
         """Offline libraries anywhere in the online folders, even inside a function.
 
-        Building changes graphs: its precision passes may import onnx, inside functions.
+        Building changes graphs: its passes may import onnx, inside functions.
         """
         for found in self.imports:
             library = found.target.split(".")[0]

@@ -13,11 +13,13 @@ from ...errors import EngineError
 from ...kernels.tuning import Tuning, read_tuning
 from ..contract import BuildJob
 from ..precision.graph import Graph
+from ..shallow.cut import num_layers_of
 from .plan import HEADS, MOST_PAIRS_AT_ONCE, Plan
 from .report import write_report
 from .weights import (
     ATTENTION_NORM,
     FFN_NORM,
+    is_shallow,
     quantized_groups,
     take_weights,
     write_weights,
@@ -74,15 +76,17 @@ def make_plan(job: BuildJob, graph: Graph, capabilities: Sequence[str], element:
             faults=faults,
             hint="build with --backend tensorrt or onnxruntime-cuda",
         )
-    quantized, kind = quantized_groups(graph, sizes.num_layers)
+    num_layers = num_layers_of(graph)
+    quantized, kind = quantized_groups(graph, num_layers)
     return Plan(
         hidden=sizes.hidden,
         intermediate=sizes.intermediate,
-        num_layers=sizes.num_layers,
+        num_layers=num_layers,
+        shallow=is_shallow(graph),
         num_heads=sizes.num_heads,
         num_tokens=sizes.num_tokens,
         sep_id=job.bundle.text.sep_id,
-        epsilons=tuple(_epsilon(nodes, path) for path in _norm_paths(sizes.num_layers)),
+        epsilons=tuple(_epsilon(nodes, path) for path in _norm_paths(num_layers)),
         activation=str(activation),
         element=element,
         token_dtype=job.token_dtype,

@@ -2,9 +2,14 @@
 
     assemble       the slot's text and tokens -> hidden states
     every layer    qkv, attention, attention_output, add + norm, ffn1 with GELU, ffn2, add + norm
-    the last one   keys and values of every slot, everything else for each pair's CLS row
     (what an 8-bit product reads, the step before it writes in 8 bits)
+
+    the last one   keys and values of every slot, everything else for each pair's CLS row
     score          pooler and classifier -> the slot's scores
+
+In a shallow engine the last layer is as whole as the others, and then comes
+
+    shallow_score  a linear head over every slot -> the slot's scores
 
 `control` says how many pairs a batch has, and no kernel works past them.
 """
@@ -12,19 +17,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import cast
 
 from ...arrays import DeviceArray
 from ...bundle import ATTENTION_OUTPUT, FFN1, FFN2, QKV
 from ...kernels.device.contract import Device, Stream
 from ...kernels.launch import KernelLibrary
-from ...kernels.layers import Attention, Score
+from ...kernels.layers import Attention, Score, ShallowScore
 from ...kernels.operations import Assemble, DeviceEmbeddings
 from ..contract import Batch
-from .memory import Activations, Rows, as_rows_of, columns
+from .memory import Activations, ClsRows, Rows, as_rows_of, columns
 from .plan import Plan
 from .steps import Steps, Work
-from .weights import CLASSIFIER, NORM, POOLER, POSITIONS, WORDS
+from .weights import CLASSIFIER, NORM, POOLER, POSITIONS, SHALLOW_HEAD, WORDS
 
 
 class Forward:
@@ -67,9 +73,14 @@ class Forward:
                 num_queries=num_queries,
             )
             for bucket in plan.text_buckets
-            for num_queries in (1, plan.num_slots(bucket))
+            for num_queries in (plan.num_slots(bucket), *([] if plan.shallow else [1]))
         }
-        self._score = Score(library, dtype=plan.element, width=plan.width)
+        if self._memory.cls is None:
+            linear = ShallowScore(library, dtype=plan.element, width=plan.width)
+            self._end = partial(self._score_slots, linear)
+        else:
+            pooler = Score(library, dtype=plan.element, width=plan.width)
+            self._end = partial(self._score_cls, pooler, self._memory.cls)
         tables = DeviceEmbeddings(
             weights[WORDS],
             weights[POSITIONS],
@@ -99,15 +110,37 @@ class Forward:
 
     def enqueue(self, bucket: int, num_pairs: int, stream: Stream) -> None:
         """Run what follows `assemble`, for batches of `bucket` and at most `num_pairs` pairs."""
-        memory, steps, last = self._memory, self._steps, self.plan.num_layers - 1
         work = Work(num_pairs, self.plan.num_slots(bucket), stream)
-        steps.quantize(0, QKV, memory.hidden, work)
-        for layer in range(last):
+        self._steps.quantize(0, QKV, self._memory.hidden, work)
+        for layer in range(self.plan.num_whole_layers):
             self._layer(layer, bucket, work)
-        self._last_layer(last, bucket, work)
-        head = (*steps.linear(POOLER), *steps.linear(CLASSIFIER))
-        cls = memory.cls.exact
-        self._score.enqueue(cls, *head, memory.control, num_pairs=num_pairs, stream=stream)
+        self._end(bucket, work)
+
+    def _score_slots(self, score: ShallowScore, bucket: int, work: Work) -> None:
+        """Run a shallow engine's head."""
+        memory = self._memory
+        score.enqueue(
+            memory.hidden.exact,
+            memory.lengths,
+            *self._steps.linear(SHALLOW_HEAD),
+            memory.control,
+            num_pairs=work.num_pairs,
+            num_slots=work.rows_per_pair,
+            text_slots=bucket,
+            stream=work.stream,
+        )
+
+    def _score_cls(self, score: Score, cls: ClsRows, bucket: int, work: Work) -> None:
+        """Run the last layer, pooler and classifier."""
+        self._last_layer(cls, bucket, work)
+        score.enqueue(
+            cls.states.exact,
+            *self._steps.linear(POOLER),
+            *self._steps.linear(CLASSIFIER),
+            self._memory.control,
+            num_pairs=work.num_pairs,
+            stream=work.stream,
+        )
 
     def _layer(self, layer: int, bucket: int, work: Work) -> None:
         """Run a whole layer over every slot."""
@@ -118,17 +151,18 @@ class Forward:
         self._attend(bucket, (queries, keys, values), 3 * width, work)
         self._finish(layer, memory.hidden, work)
 
-    def _last_layer(self, layer: int, bucket: int, work: Work) -> None:
+    def _last_layer(self, rows: ClsRows, bucket: int, work: Work) -> None:
         """Run the last layer: keys and values of every slot, everything else for the CLS rows."""
         memory, width, slots = self._memory, self.plan.attention, work.rows_per_pair
+        layer = self.plan.num_layers - 1
         both, cls = as_rows_of(memory.qkv, 2 * width), work._replace(rows_per_pair=1)
         product = self._steps.product
         product(layer, QKV, memory.hidden, Rows(both), work, part=slice(width, None))
-        query, queries = slice(width), Rows(memory.queries)
+        query, queries = slice(width), Rows(rows.queries)
         product(layer, QKV, memory.hidden, queries, cls, part=query, row_step=slots)
         keys, values = (columns(both, at * width, width) for at in range(2))
-        self._attend(bucket, (memory.queries, keys, values), 2 * width, cls)
-        self._finish(layer, memory.cls, cls, residual_stride=slots * self.plan.width)
+        self._attend(bucket, (rows.queries, keys, values), 2 * width, cls)
+        self._finish(layer, rows.states, cls, residual_stride=slots * self.plan.width)
 
     def _attend(
         self,

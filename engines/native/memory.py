@@ -78,11 +78,24 @@ class Rows(NamedTuple):
     scaled: Scaled | None = None
 
 
+class ClsRows(NamedTuple):
+    """The last layer's rows where it goes on with each pair's first row only.
+
+    Attributes:
+        queries: [P, A].
+        states: [P, W]: the hidden states.
+    """
+
+    queries: DeviceArray
+    states: Rows
+
+
 class Activations:
     """What the kernels of one forward write and read, with room for the plan's largest batch.
 
     R rows are the slots of all pairs, P pairs; W, A, I the plan's `width`, `attention`, `wide`.
-    `hidden`, `wide` and `cls` have room for their 8-bit form where the plan quantises anything.
+    `hidden`, `wide` and what `cls` has of them have room for their 8-bit form where the plan
+    quantises anything.
 
     Attributes:
         hidden: [R, W]: the hidden states; every layer overwrites them.
@@ -90,7 +103,7 @@ class Activations:
         context: [R, A]: what attention gives; its padded columns are 0 from the start.
         update: [R, W]: what is added to the hidden states next.
         wide: [R, I]: between the two products of the feed-forward.
-        queries, cls: [P, A], [P, W]: of the last layer, which goes on with each pair's first row.
+        cls: the last layer's rows; None in a shallow engine, whose layers are all whole.
         lengths: int32 [P]: the text slots of each pair that are no padding.
         control: int64 [2]: where the scores go, and how many pairs there are.
         order: int32 [P]: 0, 1, ...: a batch's own tokens, as records by their numbers.
@@ -115,8 +128,10 @@ class Activations:
         self.qkv = allocate(device, element, rows, 3 * plan.attention)
         self.update = allocate(device, element, rows, plan.width)
         self.wide = self._rows(device, plan, rows, plan.wide)
-        self.queries = allocate(device, element, pairs, plan.attention)
-        self.cls = self._rows(device, plan, pairs, plan.width)
+        self.cls: ClsRows | None = None
+        if not plan.shallow:
+            queries = allocate(device, element, pairs, plan.attention)
+            self.cls = ClsRows(queries, self._rows(device, plan, pairs, plan.width))
         self.lengths = allocate(device, np.dtype(np.int32), pairs)
 
     def _rows(self, device: Device, plan: Plan, num_rows: int, width: int) -> Rows:
@@ -132,9 +147,10 @@ def activation_bytes(plan: Plan) -> int:
     """Return about how many bytes `Activations` takes."""
     rows = plan.max_pairs * plan.num_slots(plan.text_buckets[-1])
     of_a_row = 2 * plan.width + 4 * plan.attention + plan.wide
-    of_a_pair = plan.width + plan.attention
-    exact = (rows * of_a_row + plan.max_pairs * of_a_pair) * NUMPY_TYPES[plan.element].itemsize
+    cls_rows = 0 if plan.shallow else plan.max_pairs
+    of_a_cls = plan.width + plan.attention
+    exact = (rows * of_a_row + cls_rows * of_a_cls) * NUMPY_TYPES[plan.element].itemsize
     if not plan.quantized:
         return exact
-    values = rows * (plan.width + plan.wide) + plan.max_pairs * plan.width
+    values = rows * (plan.width + plan.wide) + cls_rows * plan.width
     return exact + values + values // ALIGNMENT * np.dtype(np.float32).itemsize

@@ -12,7 +12,7 @@ from ...bundle import ATTENTION_OUTPUT, FFN1, FFN2, QKV, layer_path
 from ...errors import EngineError
 
 PLAN = "plan.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Rows and columns of activations are padded to this, so that no tile of a product is cut.
 ALIGNMENT = 128
 # Columns of a head that the kernels know; smaller heads are padded to the next.
@@ -49,7 +49,10 @@ class Plan:
     """The content of `plan.json`.
 
     Attributes:
-        hidden, intermediate, num_layers, num_heads, num_tokens: as in the bundle.
+        hidden, intermediate, num_heads, num_tokens: as in the bundle.
+        num_layers: of the graph.
+        shallow: whether the graph ends with a linear head over every slot of its last layer, in
+            place of pooler and classifier, which read the CLS row.
         sep_id: the word of the last slot.
         epsilons: of every LayerNorm: the embeddings' first, then two a layer.
         activation: `exact` (GELU by erf) or `tanh`.
@@ -67,6 +70,7 @@ class Plan:
     hidden: int
     intermediate: int
     num_layers: int
+    shallow: bool
     num_heads: int
     num_tokens: int
     sep_id: int
@@ -102,6 +106,11 @@ class Plan:
     def attention(self) -> int:
         """Columns of queries, of keys, of values and of what attention gives, padding included."""
         return padded(self.num_heads * self.head)
+
+    @property
+    def num_whole_layers(self) -> int:
+        """Layers that compute every slot: the last before a pooler computes the CLS rows alone."""
+        return self.num_layers if self.shallow else self.num_layers - 1
 
     def is_quantized(self, layer: int, step: str) -> bool:
         """Tell whether a step of a layer reads 8-bit rows."""

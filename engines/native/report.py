@@ -17,6 +17,7 @@ from ...kernels.layer_variants import (
     product_name,
     product_tma_name,
     score_name,
+    shallow_score_name,
 )
 from ...kernels.layer_variants8 import (
     WIDE,
@@ -49,7 +50,7 @@ def write_report(folder: Path, plan: Plan) -> Mapping[str, Any]:
 
 def _kernels(plan: Plan, capability: str) -> Iterator[tuple[str, str, int, float | None]]:
     """Yield step, kernel, launches a forward and measured microseconds on one architecture."""
-    element, whole = plan.element, plan.num_layers - 1
+    element = plan.element
     columns = min(size for size in ASSEMBLE_COLUMNS if size >= plan.width)
     yield "assemble", assemble_name(plan.token_dtype, element, columns), 1, None
     name_of = product_tma_name if capability in TMA_CAPABILITIES else product_name
@@ -68,9 +69,10 @@ def _kernels(plan: Plan, capability: str) -> Iterator[tuple[str, str, int, float
         num_slots = plan.num_slots(bucket)
         blocks = attention_blocks(num_slots, num_slots)
         step = f"attention, {bucket} text slots"
-        yield step, attention_name(element, plan.head, *blocks), whole, None
-    blocks = attention_blocks(1, num_slots)
-    yield "attention, CLS rows", attention_name(element, plan.head, *blocks), 1, None
+        yield step, attention_name(element, plan.head, *blocks), plan.num_whole_layers, None
+    if not plan.shallow:
+        blocks = attention_blocks(1, num_slots)
+        yield "attention, CLS rows", attention_name(element, plan.head, *blocks), 1, None
     columns = min(size for size in NORM_COLUMNS if size >= plan.width)
     norms = range(2 * plan.num_layers)
     copied = sum(is_copied(plan, number) for number in norms)
@@ -79,7 +81,7 @@ def _kernels(plan: Plan, capability: str) -> Iterator[tuple[str, str, int, float
     if copied:
         name = add_norm8_name(plan.kind, columns)
         yield f"add and norm, and {plan.kind}", name, copied, None
-    yield "score", score_name(element), 1, None
+    yield "score", (shallow_score_name if plan.shallow else score_name)(element), 1, None
 
 
 def _eight_bit_kernels(plan: Plan, capability: str) -> Iterator[tuple[str, str, int, float | None]]:
@@ -106,8 +108,8 @@ def _eight_bit_kernels(plan: Plan, capability: str) -> Iterator[tuple[str, str, 
 
 
 def _is_twice(plan: Plan, layer: int, step: str) -> bool:
-    """Tell whether a layer launches a product twice: the last asks for its CLS rows apart."""
-    return step == QKV and layer == plan.num_layers - 1
+    """Tell whether a layer launches a product twice: one that is not whole, for its CLS rows."""
+    return step == QKV and layer == plan.num_whole_layers
 
 
 def _described(

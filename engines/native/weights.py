@@ -22,6 +22,7 @@ from ...bundle import (
     QUANTIZED,
     QUERY,
     SCALES,
+    SHALLOW,
     SMOOTH,
     VALUE,
     WORD_EMBEDDINGS,
@@ -38,6 +39,7 @@ WEIGHTS = "weights.safetensors"
 ATTENTION_NORM, FFN_NORM = "attention_norm", "ffn_norm"
 NORM, WORDS, POSITIONS = "embeddings/norm", "embeddings.words", "embeddings.positions"
 POOLER, CLASSIFIER = "pooler", "classifier"
+SHALLOW_HEAD = f"{SHALLOW}/head"
 
 
 def take_weights(graph: Graph, plan: Plan) -> dict[str, Array]:
@@ -52,10 +54,11 @@ def take_weights(graph: Graph, plan: Plan) -> dict[str, Array]:
         EngineError: weights that the bundle's graphs have are not there (all named).
     """
     taken = _Weights(graph, plan)
-    found = {**taken.embeddings(), **taken.head()}
+    head = taken.shallow_head() if plan.shallow else taken.head()
+    found = {**taken.embeddings(), **head}
     for number in range(plan.num_layers):
         found |= taken.layer(number)
-    if plan.quantized and _smooths_cls_apart(graph, plan.num_layers):
+    if plan.quantized and not plan.shallow and _smooths_cls_apart(graph, plan.num_layers):
         raise EngineError(
             "this graph smooths what the last layer's query reads otherwise than its keys",
             hint="build from the bundle: one 8-bit copy of the hidden states serves both",
@@ -66,6 +69,11 @@ def take_weights(graph: Graph, plan: Plan) -> dict[str, Array]:
             faults=[f"{name}: missing" for name in taken.missing],
         )
     return found
+
+
+def is_shallow(graph: Graph) -> bool:
+    """Tell whether a graph ends with a linear head over every slot, not with a pooler."""
+    return weight_name(SHALLOW_HEAD) in graph.weights
 
 
 def quantized_groups(graph: Graph, num_layers: int) -> tuple[tuple[str, ...], str]:
@@ -134,6 +142,13 @@ class _Weights:
             classifier_bias.reshape(1),
         )
         return dict(zip(names, padded_arrays, strict=True))
+
+    def shallow_head(self) -> dict[str, Array]:
+        """Return the linear head [3, width] and its bias [1], float32, padded."""
+        names = _both(SHALLOW_HEAD)
+        weight, bias = map(self._float32, names)
+        rows = _in_zeros(weight.reshape(3, -1), 3, self._plan.width)
+        return dict(zip(names, (rows, bias.reshape(1)), strict=True))
 
     def layer(self, number: int) -> dict[str, Array]:
         """Return what a layer has of weights, by their names."""

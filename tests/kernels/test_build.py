@@ -38,6 +38,7 @@ SAMPLE = {
     "attention_float16_32_q16_t64": "12.0",
     "add_norm_bfloat16_512": "9.0",
     "score_float16": "8.6",
+    "shallow_score_bfloat16": "9.0",
     "product8_fp8_none_to_float16_64x128x128": "8.9",
     "product8_tma_int8_exact_to_int8_64x128x128": "9.0",
     "quantize_float16_to_int8": "8.0",

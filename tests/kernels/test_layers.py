@@ -19,7 +19,7 @@ from edje.errors import EngineError
 from edje.kernels import layer_references
 from edje.kernels.launch import KernelLibrary
 from edje.kernels.layer_variants import POINTER_TILES, TMA_TILES
-from edje.kernels.layers import AddNorm, Attention, Product, Score
+from edje.kernels.layers import AddNorm, Attention, Product, Score, ShallowScore
 from launches import NotedKernels, fake_memory
 from recording_device import RecordingDevice
 
@@ -285,6 +285,83 @@ def test_score(device: Any, seed: int, dtype: str, hidden: int, num_pairs: int) 
     assert (scores[-5:] == STALE).all()
 
 
+def shallow_arrays(
+    rng: np.random.Generator, dtype: str, hidden: int, slots: tuple[int, int], num_pairs: int
+) -> list[np.ndarray]:
+    """Return hidden states of `slots` (text, all), lengths, and a head; what is not read is NaN."""
+    text_slots, num_slots = slots
+    rows = rows_of(rng, num_pairs * num_slots, hidden, dtype)
+    lengths = rng.integers(1, text_slots + 1, num_pairs).astype(np.int32)
+    by_pair = rows.reshape(num_pairs, num_slots, -1)
+    by_pair[:, -1] = np.nan
+    by_pair[:, :text_slots][np.arange(text_slots) >= lengths[:, None]] = np.nan
+    weight = rows_of(rng, 3, hidden, "float16").astype(np.float32) / np.float32(hidden**0.5)
+    return [rows, lengths, weight, rng.standard_normal(1).astype(np.float32)]
+
+
+@a_few
+@given(
+    seed=seeds,
+    dtype=dtypes,
+    hidden=st.sampled_from([48, 128, 384]),
+    text_slots=st.integers(1, 70),
+    num_tokens=st.integers(1, 70),
+    num_pairs=st.integers(1, 6),
+)
+def test_shallow_score(
+    device: Any,
+    seed: int,
+    dtype: str,
+    hidden: int,
+    text_slots: int,
+    num_tokens: int,
+    num_pairs: int,
+) -> None:
+    rng, slots = np.random.default_rng(seed), (text_slots, text_slots + num_tokens + 1)
+    arrays = shallow_arrays(rng, dtype, hidden, slots, num_pairs)
+    rows, *rest = arrays
+    width = rows.shape[1]
+    by_pair = rows.reshape(num_pairs, slots[1], width)
+    by_pair[-1, text_slots] = np.nan  # of a slot that counts: its own pair's score only
+    scores = np.full(num_pairs + 5, STALE, np.float32)
+    target = upload(device, scores)
+    ShallowScore(device.library, dtype=dtype, width=width).enqueue(
+        *(upload(device, each) for each in arrays),
+        control_of(device, num_pairs, target.address),
+        num_pairs=num_pairs,
+        num_slots=slots[1],
+        text_slots=text_slots,
+        stream=device.stream,
+    )
+    device.finish()
+    expected = layer_references.shallow_score(by_pair, *rest, text_slots=text_slots)
+    np.testing.assert_allclose(scores[:-5], expected, rtol=0, atol=5e-6)
+    assert np.isnan(expected).nonzero()[0].tolist() == [num_pairs - 1]
+    assert (scores[-5:] == STALE).all()
+
+
+def test_a_shallow_score_is_the_same_bits_in_every_batch(device: Any) -> None:
+    arrays = shallow_arrays(np.random.default_rng(0), "float16", 384, (15, 80), 20)
+    score, found = ShallowScore(device.library, dtype="float16", width=384), []
+    for num_pairs in (1, 7, 20):
+        scores = np.full(20, STALE, np.float32)
+        target = upload(device, scores)
+        score.enqueue(
+            *(upload(device, each) for each in arrays),
+            control_of(device, num_pairs, target.address),
+            num_pairs=20,  # more than the batch has: the rest is left alone
+            num_slots=80,
+            text_slots=15,
+            stream=device.stream,
+        )
+        device.finish()
+        assert (scores[num_pairs:] == STALE).all()
+        found.append(scores)
+    for few in found[:-1]:
+        known = few[few != STALE]
+        assert known.tobytes() == found[-1][: len(known)].tobytes()
+
+
 @pytest.fixture
 def noted() -> Iterator[RecordingDevice]:
     opened = RecordingDevice(0, kernels=NotedKernels())
@@ -409,4 +486,7 @@ def test_other_steps_refuse_what_does_not_fit(
     score = Score(library, dtype="float16", width=384)
     found = names(score, short, few, few, few, few, num_pairs=80)
     assert found == ["cls", "pooler_weight", "classifier_bias", "control"]
+    shallow = ShallowScore(library, dtype="bfloat16", width=384)
+    found = names(shallow, short, few, few, few, num_pairs=1, num_slots=80, text_slots=79)
+    assert found == ["hidden_states", "lengths", "weight", "bias", "control", "text_slots"]
     assert noted.launches == []

@@ -89,9 +89,17 @@ EIGHT_BIT_BUCKETS = (15, 63)
 class EightBits:
     """Builds engines of prepared graphs, and opens them on pretended GPUs."""
 
-    def __init__(self, bundle: BundleManifest, folder: Path, like: Path, interpreted: Any):
+    def __init__(
+        self,
+        bundle: BundleManifest,
+        folder: Path,
+        like: Path,
+        interpreted: Any,
+        buckets: tuple[int, ...] = EIGHT_BIT_BUCKETS,
+    ):
         """Build into `folder`; manifests are like that of the engine folder `like`."""
         self._bundle, self._folder, self._interpreted = bundle, folder, interpreted
+        self._buckets = buckets
         self._manifest = replace(EngineManifest.read(like), bundle=bundle)
 
     def built(self, graph: Graph, precision: str, name: str) -> Path:
@@ -100,7 +108,7 @@ class EightBits:
         out.mkdir()
         path = out / "graph.onnx"
         graph.write(path)
-        profile, options = Profile(64, EIGHT_BIT_BUCKETS), BuildOptions()
+        profile, options = Profile(64, self._buckets), BuildOptions(report=True)
         job = BuildJob(
             path, out, precision, "float16", profile, self._bundle, options, lambda _: None
         )
