@@ -33,10 +33,13 @@ from private_names import private_accesses  # noqa: E402
 LIMITS: dict[str, tuple[float, float]] = {
     # The targets count what there was before the backends `native` and `onnxruntime-cuda`, which
     # have 34 files, 5,100 lines and 3,650 of tests; without them 154 files, 32,513 and 27,387.
-    "source files": (192, 140),
-    "source lines": (38_090, 25_000),
-    "product lines (without perf and demo)": (32_010, 20_500),
-    "test lines": (31_360, 19_000),
+    # Since then: scales found while running on CPUs and their search (3 files, 560 lines), shallow
+    # engines and their native kernel (7, 1,000), cascades of several engines, pairs chosen by
+    # `auto` and their benchmark (4, 720); 1,300 lines of tests for all of it.
+    "source files": (201, 140),
+    "source lines": (39_960, 25_000),
+    "product lines (without perf and demo)": (33_490, 20_500),
+    "test lines": (32_300, 19_000),
     "largest folder, % of lines": (25, 25),
     "files under Reranker": (36, 36),
     "longest import chain": (16, 16),

@@ -100,7 +100,7 @@ def rescore_top(
     num_done = 0
     while True:
         num_known, threshold = _kth_best(precise, top_k)
-        most = len(fast) if rule.share is not None else max(pairs_per_round, top_k - num_known)
+        most = max(pairs_per_round, top_k - num_known) if search.in_rounds else len(fast)
         positions = search.still_open(order[num_done : num_done + most], num_done, threshold)
         if not len(positions):
             break
@@ -113,8 +113,13 @@ def rescore_top(
 
 
 class _Search(ABC):
-    """A rule at work on one query's candidates."""
+    """A rule at work on one query's candidates.
 
+    Attributes:
+        in_rounds: what is scored can close what is open still, so little is asked for at once.
+    """
+
+    in_rounds = False
     margin: float | None = None
     num_widened = 0
 
@@ -128,6 +133,8 @@ class _Search(ABC):
 
 
 class _ByMargin(_Search):
+    in_rounds = True
+
     def __init__(self, margin: float, expected: Float64, slack: float):
         self.margin: float = margin
         self._expected, self._slack = expected, slack
@@ -143,12 +150,12 @@ class _ByMargin(_Search):
 
 
 class _ByDepth(_Search):
-    def __init__(self, slack: float, num_unknown: int):
-        self._slack, self._num_unknown, self._deepest = slack, num_unknown, 0
+    def __init__(self, slack: float, num_unknown: int, top_k: int):
+        self._slack, self._num_unknown, self._deepest = slack, num_unknown, top_k
 
     def still_open(self, positions: Int64, num_before: int, threshold: float) -> Int64:
-        if not math.isfinite(threshold):
-            return positions
+        if not math.isfinite(threshold) and num_before:
+            return positions  # too few had a score
         ranked = max(LOOKS_AGAIN * self._deepest, self._deepest + LEAST)
         return positions[: max(0, self._num_unknown + ranked - num_before)]
 
@@ -171,7 +178,7 @@ def _search(rule: Rule, expected: Float64, num_unknown: int, top_k: int) -> _Sea
     if rule.margin is not None:
         return _ByMargin(rule.margin, expected, rule.slack)
     if rule.share is None:
-        return _ByDepth(rule.slack, num_unknown)
+        return _ByDepth(rule.slack, num_unknown, top_k)
     num_ranked = len(expected) - num_unknown
     return _ByShare(num_unknown + max(top_k, math.ceil(rule.share * num_ranked)))
 

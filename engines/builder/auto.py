@@ -66,9 +66,8 @@ def build_fastest(
     bundle, calibration, options = request.bundle, request.calibration, request.options
     source = BundleManifest.read(bundle)
     options.profile(source.text.max_wordpieces)
-    for folder in (out, first_out):
-        if folder is not None:
-            refuse_existing(folder, overwrite, MANIFEST)
+    for wanted in filter(None, (out, first_out)):
+        refuse_existing(wanted, overwrite, MANIFEST)
     check_files(bundle, [IMAGE_ENCODER] if options.image_encoder else [])
     with TemporaryDirectory() as scratch:
         graphs = GraphCache(Path(scratch) / "graphs")
