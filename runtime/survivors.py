@@ -34,7 +34,7 @@ PAIRS_PER_ROUND = 16
 # How deep a shallow engine's order is searched (trained scorer of six layers, cut after 4 and 5;
 # 1,000 candidates, the top 10 wanted). Twice and 32: 94 to 98 % of the top tens are whole; three
 # times and 100: 98 to 100 %; six times costs half as much again and finds no more.
-LOOKS_AGAIN, LEAST = 3, 100
+LOOKS_AGAIN, LEAST = 4, 150
 
 
 @dataclass(frozen=True, slots=True)

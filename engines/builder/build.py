@@ -20,12 +20,12 @@ from ..fidelity import measure, measure_fidelity, not_measured
 from ..manifest import MANIFEST, EngineManifest, Profile
 from ..precision.emulate import scorer
 from ..precision.graph import Graph
-from ..precision.prepare import DEFAULT_LIMITS, GraphCache, Recipe
+from ..precision.prepare import GraphCache, Recipe
 from ..registry import require_builder
 from ..samples import RandomSamples, Samples, SomeSamples
 from ..scales import scales_of
 from ..shallow.depth import Shallow, make_shallow
-from .options import AUTO, FIRST_LIMITS, EngineOptions, EngineRequest, auto_faults
+from .options import AUTO, EngineOptions, EngineRequest, auto_faults
 
 # A shallow engine's head is fitted on the others, its fidelity is measured on each fourth query.
 MEASURED_STEP = 4
@@ -254,8 +254,7 @@ def _asked(request: EngineRequest) -> dict[str, Any]:
     """Return the entries of `build_options` that another build needs to give the same engine."""
     options, pairs = request.options, request.calibration
     limits = options.limits_to_hold
-    default = FIRST_LIMITS if options.is_first else DEFAULT_LIMITS
-    asked: dict[str, Any] = {} if limits == default else asdict(limits)
+    asked: dict[str, Any] = {} if limits == options.default_limits else asdict(limits)
     if options.layers is not None:
         asked["layers"] = options.layers
     elif options.is_first:

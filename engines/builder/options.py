@@ -21,6 +21,9 @@ ALONE, FIRST = ROLES = ("alone", "first")
 # A first engine keeps nothing in 16 bit: of its ways of scaling the search takes the one with which
 # a cascade takes least time, and refuses one that leaves nothing out.
 FIRST_LIMITS = FidelityLimits(max_rescored=0.9)
+# Of a shallow engine against its own float32 graph: beside what its head errs, 8 bits may err, too
+# (trained weights, 4 of 6 layers: static scales, tau 0.84, leave no more survivors than dynamic).
+SHALLOW_LIMITS = FidelityLimits(min_kendall_tau=0.8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +74,14 @@ class EngineOptions:
     @property
     def limits_to_hold(self) -> FidelityLimits:
         """The limits that were set, or those of the role."""
-        return self.limits or (FIRST_LIMITS if self.is_first else DEFAULT_LIMITS)
+        return self.limits or self.default_limits
+
+    @property
+    def default_limits(self) -> FidelityLimits:
+        """The limits of the role."""
+        if self.layers is not None:
+            return SHALLOW_LIMITS
+        return FIRST_LIMITS if self.is_first else DEFAULT_LIMITS
 
     @property
     def is_first(self) -> bool:

@@ -24,7 +24,7 @@ from .fit import Fit, fit_head, observe
 AUTO = "auto"
 # A cascade looks this many times as deep as the deepest image that it found among the top k
 # (`runtime/survivors.py`).
-LOOKS_AGAIN = 3.0
+LOOKS_AGAIN = 4.0
 _TIMED_PAIRS, _ROUNDS = 16, 3
 _TOP_SHARE = 10  # one of so many candidates is wanted: fewer would be the easiest alone
 
