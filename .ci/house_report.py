@@ -37,8 +37,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     # engines and their native kernel (7, 1,000), cascades of several engines, pairs chosen by
     # `auto` and their benchmark (4, 720); 1,300 lines of tests for all of it.
     "source files": (201, 140),
-    "source lines": (39_960, 25_000),
-    "product lines (without perf and demo)": (33_490, 20_500),
+    "source lines": (39_970, 25_000),
+    "product lines (without perf and demo)": (33_505, 20_500),
     "test lines": (32_300, 19_000),
     "largest folder, % of lines": (25, 25),
     "files under Reranker": (36, 36),

@@ -31,9 +31,10 @@ Float64 = npt.NDArray[np.float64]
 # Small rounds follow the rising threshold closely; smaller ones leave the engine half idle (CPU
 # time a pair, demo scorer, OpenVINO float32 on two cores: 3.2 ms at 4 pairs, 2.5 at 16 and 32).
 PAIRS_PER_ROUND = 16
-# How deep a shallow engine's order is searched (trained scorer of six layers, cut after 4 and 5;
-# 1,000 candidates, the top 10 wanted). Twice and 32: 94 to 98 % of the top tens are whole; three
-# times and 100: 98 to 100 %; six times costs half as much again and finds no more.
+# How deep a shallow engine's order is searched (trained scorer of six layers, cut after 4 and 5, 50
+# queries, 1,000 candidates, the top 10 wanted, simulated from float32 scores). Twice and 32: 94 to
+# 98 % of the top tens are whole; three times and 100: 98 to 100 %. With 8-bit static scales the
+# latter lost one image of one query in twelve, so it is four times and 150.
 LOOKS_AGAIN, LEAST = 4, 150
 
 
