@@ -34,21 +34,20 @@ class Hop:
     Attributes:
         margin: raw logits; None: by depth, or by what held `recall`.
         recall: share of the top k that may not be lost, on queries like those of the calibration.
-        shares: share of the best -> share of the candidates, by fast score, that holds them;
+        shares: how many are wanted -> share of the candidates, by fast score, that holds them;
             ascending, only with `recall`.
     """
 
     margin: float | None = None
     recall: float | None = None
-    shares: Sequence[tuple[float, float]] = ()
+    shares: Sequence[tuple[int, float]] = ()
 
     def rule(self, top_k: int, num_candidates: int, slack: float) -> Rule:
         """Return the rule for one request."""
         if self.recall is None:
             return Rule(margin=self.margin, slack=slack)
-        wanted = top_k / num_candidates
-        found = [share for best, share in self.shares if best >= wanted]
-        return Rule(share=found[0] if found else max(wanted, self.shares[-1][1]))
+        found = [share for best, share in self.shares if best >= top_k]
+        return Rule(share=found[0] if found else max(top_k / num_candidates, self.shares[-1][1]))
 
     def words(self, rule: Rule, margin: float | None) -> str:
         """Say how survivors were chosen."""
@@ -228,14 +227,13 @@ def _figure(manifest: EngineManifest, name: str, *, random_counts: bool = False)
     raise _unmeasured(manifest, f"{name} is {figure!r}")
 
 
-def _shares(manifest: EngineManifest, recall: float) -> list[tuple[float, float]]:
-    """Return what share of the candidates held `recall` of which share of the best."""
+def _shares(manifest: EngineManifest, recall: float) -> list[tuple[int, float]]:
+    """Return what share of the candidates held `recall` of how many of the best."""
     fidelity = _fidelity(manifest)
     depths = fidelity.get("depths") or {}
     try:
-        candidates = fidelity["num_pairs"] / fidelity["num_queries"]
         shares = [
-            (int(k) / candidates, min(s for r, s in each.items() if float(r) >= recall - 1e-9))
+            (int(k), min(s for r, s in each.items() if float(r) >= recall - 1e-9))
             for k, each in depths.items()
         ]
     except (KeyError, TypeError, ValueError) as error:
