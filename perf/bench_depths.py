@@ -168,7 +168,7 @@ def measure(
             model=asdict(first.bundle.sizes),
             backend=f"{first.backend} {first.backend_version}",
             candidates=max(len(query.candidates) for query in queries),
-            images=len(TokenStoreIds(store)),
+            images=len(store_ids(store)),
             top_k=TOP_K,
         ),
         "num_queries": len(queries),
@@ -225,24 +225,16 @@ def _engine_facts(manifest: EngineManifest) -> dict[str, Any]:
     }
 
 
-class TokenStoreIds(Sequence[str]):
-    """The ids of a store, in order."""
-
-    def __init__(self, path: Path):
-        with TokenStore.open(path) as store:
-            self._ids = sorted(store.ids())
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._ids[index]
+def store_ids(path: Path) -> list[str]:
+    """Return the ids of a store, in order."""
+    with TokenStore.open(path) as store:
+        return sorted(store.ids())
 
 
 def test_queries(store: Path, path: Path, num_candidates: int, count: int | None) -> list[Query]:
     """Return the test queries, their candidates filled up from the store with a seed."""
     entries = [json.loads(line) for line in read_text(path).splitlines()][:count]
-    ids = TokenStoreIds(store)
+    ids = store_ids(store)
     queries = []
     for number, entry in enumerate(entries):
         own = list(entry["candidates"])

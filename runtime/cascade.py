@@ -17,12 +17,12 @@ import numpy as np
 
 from ..arguments import Arguments
 from ..arrays import Float32, Int64
-from ..engines.agreement import SAFETY
+from ..engines.agreement import LOOKS_AGAIN, SAFETY
 from ..engines.manifest import EngineManifest
 from ..errors import EngineError, StoppedError
 from .pipeline import Pipeline, Request, Scored
 from .results import MARGIN, RECALL, EngineLabel, Rescoring
-from .survivors import LEAST, LOOKS_AGAIN, Rule, rescore_top
+from .survivors import LEAST, Rule, rescore_top
 
 _MEASURE = "measure it: edje verify ENGINE --bundle B --store S --queries F --write"
 

@@ -24,18 +24,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arrays import Bool, Float32, Int64
-from ..engines.agreement import SAFETY
+from ..engines.agreement import LOOKS_AGAIN, SAFETY
 
 Float64 = npt.NDArray[np.float64]
 
 # Small rounds follow the rising threshold closely; smaller ones leave the engine half idle (CPU
 # time a pair, demo scorer, OpenVINO float32 on two cores: 3.2 ms at 4 pairs, 2.5 at 16 and 32).
 PAIRS_PER_ROUND = 16
-# How deep a shallow engine's order is searched (trained scorer of six layers, cut after 4 and 5, 50
-# queries, 1,000 candidates, the top 10 wanted, simulated from float32 scores). Twice and 32: 94 to
-# 98 % of the top tens are whole; three times and 100: 98 to 100 %. With 8-bit static scales the
-# latter lost one image of one query in twelve, so it is four times and 150.
-LOOKS_AGAIN, LEAST = 4, 150
+LEAST = 150  # beside `LOOKS_AGAIN`: a few finds say little of how deep the next one stands
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +94,17 @@ def rescore_top(
     num_unknown = len(fast) - int(np.count_nonzero(finite))  # they come first
     search = _search(rule, expected, num_unknown, top_k)
     precise = np.full(len(fast), np.nan, np.float32)
-    num_done = 0
+    num_done = num_known = 0
+    threshold = -math.inf
     while True:
-        num_known, threshold = _kth_best(precise, top_k)
         most = max(pairs_per_round, top_k - num_known) if search.in_rounds else len(fast)
         positions = search.still_open(order[num_done : num_done + most], num_done, threshold)
         if not len(positions):
             break
         precise[positions] = score_precisely(positions)
         num_done += len(positions)
-        search.learn(precise, order[:num_done], _kth_best(precise, top_k)[1])
+        num_known, threshold = _kth_best(precise, top_k)
+        search.learn(precise, order[:num_done], threshold)
     rescored = np.zeros(len(fast), np.bool_)
     rescored[order[:num_done]] = True
     return Selection(precise, rescored, search.margin, search.num_widened)

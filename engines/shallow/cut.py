@@ -26,6 +26,7 @@ from ...bundle import (
     OUTPUT,
     SHALLOW,
     TEXT_SLOTS,
+    VISUAL_TOKENS,
     layer_of,
     layer_path,
     node_name,
@@ -197,7 +198,7 @@ def _scalar(graph: Graph, value: float) -> str:
 
 def _num_tokens(graph: Graph) -> int:
     """Return m, the visual tokens of a pair."""
-    (tokens,) = (value for value in graph.inputs if value.name == "visual_tokens")
+    (tokens,) = (value for value in graph.inputs if value.name == VISUAL_TOKENS)
     return int(tokens.type.tensor_type.shape.dim[1].dim_value)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from ...arrays import Float32
 from ...bundle import BundleManifest
 from ...errors import EngineError
+from ..agreement import LOOKS_AGAIN
 from ..contract import Batch, Progress
 from ..manifest import Profile
 from ..precision.emulate import runner
@@ -22,9 +23,6 @@ from .cut import ROWS, check_layers, cut, num_layers_of
 from .fit import Fit, fit_head, observe
 
 AUTO = "auto"
-# A cascade looks this many times as deep as the deepest image that it found among the top k
-# (`runtime/survivors.py`).
-LOOKS_AGAIN = 4.0
 _TIMED_PAIRS, _ROUNDS = 16, 3
 _TOP_SHARE = 10  # one of so many candidates is wanted: fewer would be the easiest alone
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edje.runtime.survivors import LEAST, LOOKS_AGAIN, Rule, rescore_top
+from edje.engines.agreement import LOOKS_AGAIN
+from edje.runtime.survivors import LEAST, Rule, rescore_top
 
 scores = st.lists(
     st.one_of(st.floats(-9, 9, width=16), st.sampled_from([math.nan, math.inf])),
