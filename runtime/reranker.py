@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from time import monotonic, perf_counter
+from time import perf_counter
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
@@ -27,7 +27,9 @@ from .results import (
     EngineLabel,
     Missing,
     RankResult,
+    Rescoring,
     StageTimes,
+    deadline_of,
     faults_of,
     raise_faults,
     split_pairs,
@@ -49,7 +51,10 @@ class Reranker(Closing):
     Make it with `Reranker.open`; end it with `close` or a `with` block.
 
     Attributes:
-        residency: where it reads its tokens from, and why.
+        tokenizer, store: as given.
+        labels: of the engines, the first one first.
+        profile: limits of the last one.
+        residency: where the tokens are read from, and why.
     """
 
     def __init__(
@@ -89,8 +94,8 @@ class Reranker(Closing):
 
             manifests = [each.manifest for each in self._engines]
             hops = hops_of(manifests, rescore_margin, recall)
-        self._tokenizer = tokenizer
-        self._store = store
+        self.tokenizer = tokenizer
+        self.store = store
         self._process = os.getpid()
         self._idle = threading.Condition()
         self._num_running = 0
@@ -104,10 +109,11 @@ class Reranker(Closing):
             )
             self._owned = undo.pop_all()
         where = self._device.name, store.layout.dtype, self.residency.place
-        self._labels = [EngineLabel.of(each.manifest, *where) for each in self._engines]
+        self.profile = self._engines[-1].manifest.profile
+        self.labels = [EngineLabel.of(each.manifest, *where) for each in self._engines]
         self._cascade: Cascade | None = None
         if behind:
-            self._cascade = Cascade(self._pipelines, self._labels, hops)
+            self._cascade = Cascade(self._pipelines, self.labels, hops)
 
     @classmethod
     def open(
@@ -229,13 +235,13 @@ class Reranker(Closing):
         if top_k is not None:
             top_k = given.whole("top_k", top_k, "1 or more, or None for all")
         given.choice("missing", missing, get_args(Missing))
-        deadline = _deadline_of(given, timeout_s, cancelled)
+        deadline = deadline_of(given, timeout_s, cancelled)
         given.check()
         with self._running():
-            queries = self._tokenizer([query])
+            queries = self.tokenizer([query])
             tokenized = perf_counter()
-            ids = self._store.ids() if ids is None else ids
-            asked = Candidates.find(self._store, ids, missing)
+            ids = self.store.ids() if ids is None else ids
+            asked = Candidates.find(self.store, ids, missing)
             times = partial(StageTimes.of, began, tokenized, perf_counter())
             alone = np.zeros(len(asked.rows), np.int64)
             request = Request(queries, alone, asked.rows, deadline, cancelled)
@@ -267,15 +273,15 @@ class Reranker(Closing):
         """
         given = Arguments("Reranker.predict")
         texts, ids = split_pairs(given, pairs)
-        deadline = _deadline_of(given, timeout_s, cancelled)
+        deadline = deadline_of(given, timeout_s, cancelled)
         given.check()
         with self._running():
             if not ids:
                 return np.empty(0, np.float32)
             number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-            queries = self._tokenizer(list(number))
+            queries = self.tokenizer(list(number))
             asked = np.array([number[text] for text in texts], np.int64)
-            pair = np.stack([asked, self._store.rows(ids)], axis=1)
+            pair = np.stack([asked, self.store.rows(ids)], axis=1)
             unique, position = np.unique(pair, axis=0, return_inverse=True)
             columns = unique[:, 0].copy(), unique[:, 1].copy()
             request = Request(queries, *columns, deadline, cancelled)
@@ -287,6 +293,22 @@ class Reranker(Closing):
                 raise _stopped(stop, known, int(np.isfinite(known).sum()), len(known)) from None
             raise_faults(faults_of(ids, scored, position))
             return scored.scores[position]
+
+    def score(self, request: Request, top_k: int | None = None) -> tuple[Scored, Rescoring | None]:
+        """Score tokenised queries against rows, for callers that form batches themselves.
+
+        Queries of one text bucket and at most `profile.max_pairs` pairs run as one batch.
+
+        Args:
+            top_k: of one query, what is wanted of a cascade; None: its precise engine scores all.
+
+        Raises:
+            As `rank`; what was stopped has its `Scored` as `partial`.
+        """
+        with self._running():
+            if top_k is None or self._cascade is None or top_k >= len(request.rows):
+                return self._pipelines[-1].run(request), None
+            return self._cascade.run(request, top_k)
 
     def warm_up(self, query: str | None = None) -> None:
         """Score a full batch of every text bucket, twice: allocate, compile and capture now.
@@ -300,13 +322,13 @@ class Reranker(Closing):
             As `rank`.
         """
         with self._running():
-            rows = self._store.live_rows()
+            rows = self.store.live_rows()
             for pipeline in self._pipelines if len(rows) else ():
-                if query is not None:
+                if query is None:
+                    pipeline.warm_up(np.random.default_rng(0).choice(rows, pipeline.max_pairs))
+                else:
                     alone = np.zeros(1, np.int64)
-                    pipeline.run(Request(self._tokenizer([query]), alone, rows[:1]))
-                    continue
-                pipeline.warm_up(np.random.default_rng(0).choice(rows, pipeline.max_pairs))
+                    pipeline.run(Request(self.tokenizer([query]), alone, rows[:1]))
 
     def graphs(self) -> tuple[GraphReport, ...]:
         """Return what was captured, launched and run plainly, and why: one report an engine."""
@@ -317,7 +339,7 @@ class Reranker(Closing):
         return self._device.usage()
 
     def close(self) -> None:
-        """Refuse new requests, let batches on their way finish, free everything.
+        """Refuse requests, let batches on their way finish, free everything.
 
         A request that still needs batches fails with EngineError. May be called twice. In a
         forked child it does nothing: everything belongs to the process that opened it.
@@ -345,14 +367,11 @@ class Reranker(Closing):
         times: Callable[[Scored], StageTimes],
     ) -> RankResult:
         """Score one query's images and rank them; when it is stopped, say how far it got."""
-        truncated, rescoring = bool(request.queries.truncated[0]), None
-        cascade = None if top_k is None or top_k >= len(asked.rows) else self._cascade
-        label = self._labels[-1 if cascade is None else 0]  # of the engine that scores all
+        truncated = bool(request.queries.truncated[0])
+        alone = self._cascade is None or top_k is None or top_k >= len(asked.rows)
+        label = self.labels[-1 if alone else 0]
         try:
-            if cascade is None or top_k is None:
-                scored = self._pipelines[-1].run(request)
-            else:
-                scored, rescoring = cascade.run(request, top_k)
+            scored, rescoring = self.score(request, top_k)
         except StoppedError as stop:
             part: Scored = stop.partial
             known = asked.result(part, top_k, truncated, times(part), label, stopped=True)
@@ -377,16 +396,5 @@ class Reranker(Closing):
 
 def _stopped(stop: StoppedError, known: object, num_scored: int, num_asked: int) -> StoppedError:
     """Return the error with what is known so far."""
-    message = f"{stop.message}: {num_scored:,} of {num_asked:,} have a score"
-    return StoppedError(message, partial=known, num_scored=num_scored, num_asked=num_asked)
-
-
-def _deadline_of(
-    given: Arguments, timeout_s: float | None, cancelled: Callable[[], bool] | None
-) -> float | None:
-    """Return when the time is up, as `time.monotonic` counts; check what else ends a request."""
-    given.callback("cancelled", cancelled)
-    if timeout_s is None:
-        return None
-    expected = "0 or more seconds, or None"
-    return monotonic() + given.number("timeout_s", timeout_s, expected, finite=False)
+    said = f"{stop.message}: {num_scored:,} of {num_asked:,} have a score"
+    return StoppedError(said, partial=known, num_scored=num_scored, num_asked=num_asked)

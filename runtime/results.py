@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
@@ -276,6 +276,17 @@ def raise_faults(faults: Sequence[Fault]) -> None:
             faults=[f"{fault.id!r}: {fault.reason}" for fault in faults[:20]],
             hint="`edje store verify --repair STORE` takes damaged records out; then index again",
         )
+
+
+def deadline_of(
+    given: Arguments, timeout_s: float | None, cancelled: Callable[[], bool] | None
+) -> float | None:
+    """Return when the time is up, as `time.monotonic` counts; check what else ends a request."""
+    given.callback("cancelled", cancelled)
+    if timeout_s is None:
+        return None
+    expected = "0 or more seconds, or None"
+    return monotonic() + given.number("timeout_s", timeout_s, expected, finite=False)
 
 
 def split_pairs(given: Arguments, pairs: object) -> tuple[list[str], list[str]]:

@@ -40,9 +40,10 @@ MAY_IMPORT = {
     "export": {GROUND},
     "runtime": ONLINE_PATH,
     "runtime.indexing": ONLINE_PATH,
+    "runtime.server": ONLINE_PATH,
     "demo": {*ONLINE_PATH, *OFFLINE, "runtime.indexing"},
     "demo.training": {*ONLINE_PATH, *OFFLINE, "runtime.indexing", "demo"},
-    "runtime.cli": {*ONLINE_PATH, *OFFLINE, "runtime.indexing", "demo"},
+    "runtime.cli": {*ONLINE_PATH, *OFFLINE, "runtime.indexing", "runtime.server", "demo"},
     "perf": {*ONLINE_PATH, *OFFLINE, "runtime.indexing", "demo", "engines.native"},
 }
 ONLINE = MAY_IMPORT.keys() - {"export", "demo", "demo.training", "perf"}

@@ -24,6 +24,7 @@ from .options import (
     start_output,
 )
 from .rerank import rerank
+from .serve import serve
 from .store import store_app
 
 if TYPE_CHECKING:
@@ -214,6 +215,7 @@ def _outputs(found: Mapping[str, Any]) -> str:
 app.command()(build)
 app.command(cls=IndexCommand)(index)
 app.command()(rerank)
+app.command()(serve)
 
 
 @app.command()

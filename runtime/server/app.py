@@ -1,0 +1,141 @@
+"""The server's app: FastAPI for what is asked seldom, the front for what is asked always."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import HTTPException
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from ... import __version__
+from . import kserve
+from .front import App, Front
+from .host import Host
+from .metrics import CONTENT_TYPE
+from .openapi import hot_paths
+from .refusals import Refusal
+
+TITLE = "edje"
+SUMMARY = "Reranks images of a token store for text queries."
+
+
+def make_app(host: Host) -> App:
+    """Return the ASGI app that serves `host`."""
+    app = FastAPI(title=TITLE, summary=SUMMARY, version=__version__, redoc_url=None)
+    _add_health(app, host)
+    _add_models(app, host)
+    _add_kserve(app, host)
+
+    @app.get("/metrics", tags=["operations"], response_class=Response)
+    def metrics() -> Response:
+        """Return the counters, as Prometheus reads them."""
+        return Response(host.metrics.text(), media_type=CONTENT_TYPE)
+
+    @app.exception_handler(StarletteHTTPException)
+    async def refused(_: Request, error: StarletteHTTPException) -> Response:
+        """Answer in the one body that all clients read."""
+        refusal = Refusal(error.status_code, str(error.detail), reason="http")
+        return JSONResponse(refusal.body(), error.status_code, headers=error.headers)
+
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = made()
+            schema["paths"] = {**hot_paths(host.settings.model), **schema["paths"]}
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    return Front(host, app)
+
+
+def _add_health(app: FastAPI, host: Host) -> None:
+    """Add what an orchestrator asks."""
+
+    async def live() -> dict[str, bool]:
+        """Say that the event loop runs."""
+        return {"live": True}
+
+    async def ready() -> Response:
+        """Say whether a known pair was scored lately, and right; 503 where not."""
+        return JSONResponse(host.state(), 200 if host.ready else 503)
+
+    for path in ("/livez", "/ping", "/v2/health/live"):
+        app.add_api_route(path, live, methods=["GET"], tags=["operations"])
+    for path in ("/readyz", "/health", "/healthz", "/v2/health/ready"):
+        app.add_api_route(path, ready, methods=["GET"], tags=["operations"])
+
+
+def _add_models(app: FastAPI, host: Host) -> None:
+    """Add what clients ask about the model."""
+    name = host.settings.model
+
+    @app.get("/v1/models", tags=["models"])
+    @app.get("/models", tags=["models"], include_in_schema=False)
+    async def models() -> dict[str, Any]:
+        """List the one model, as OpenAI's and NVIDIA's clients ask for it."""
+        model = {"id": name, "object": "model", "created": 0, "owned_by": TITLE}
+        return {"object": "list", "data": [model]}
+
+    @app.get("/info", tags=["models"])
+    async def info() -> dict[str, Any]:
+        """Say what runs and how its scores are to be read; TEI's fields are among them."""
+        service = host.service
+        assert service is not None
+        labels = [
+            {"backend": label.backend, "precision": label.precision, "layers": label.layers}
+            for label in service.reranker.labels
+        ]
+        return {
+            "model_id": name,
+            "model_type": {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
+            "version": __version__,
+            "score_type": "sigmoid",
+            "scores": "sigmoid in 0 to 1 of a float32 logit, which ranks; raw_scores gives logits",
+            "engines": labels,
+            "device": service.reranker.labels[-1].device,
+            "num_images": len(service.reranker.store),
+            "max_input_length": max(service.reranker.profile.text_buckets),
+            "max_batch_pairs": service.reranker.profile.max_pairs,
+            "max_client_batch_size": None,
+            "unknown_ids": service.options.unknown,
+            "generation": host.generation,
+        }
+
+
+def _add_kserve(app: FastAPI, host: Host) -> None:
+    """Add what clients of KServe's protocol ask about the model."""
+    name = host.settings.model
+
+    @app.get("/v2", tags=["kserve"])
+    async def server() -> dict[str, Any]:
+        """Say what server this is, as KServe asks."""
+        return {"name": TITLE, "version": __version__, "extensions": ["binary_tensor_data"]}
+
+    @app.get("/v2/models/{model}", tags=["kserve"])
+    @app.get("/v2/models/{model}/versions/1", tags=["kserve"], include_in_schema=False)
+    async def metadata(model: str) -> dict[str, Any]:
+        """Describe the model's tensors, as KServe asks."""
+        _check(model)
+        tensors = {"inputs": kserve.INPUTS, "outputs": kserve.OUTPUTS}
+        return {"name": name, "versions": ["1"], "platform": TITLE, **tensors}
+
+    @app.get("/v2/models/{model}/ready", tags=["kserve"])
+    @app.get("/v2/models/{model}/versions/1/ready", tags=["kserve"], include_in_schema=False)
+    async def model_ready(model: str) -> Response:
+        """Say whether the model is ready, as KServe asks."""
+        _check(model)
+        return JSONResponse(host.state(), 200 if host.ready else 503)
+
+    @app.get("/v2/models/{model}/config", tags=["kserve"])
+    async def config(model: str) -> dict[str, Any]:
+        """Describe the model as Triton's clients ask for it."""
+        _check(model)
+        return {"name": name, "platform": TITLE, "max_batch_size": 0, "backend": TITLE}
+
+    def _check(model: str) -> None:
+        if model != name:
+            raise HTTPException(404, f"there is no model {model[:80]!r} here, but {name!r}")

@@ -1,0 +1,383 @@
+"""The hot routes as bare ASGI: raw body in, bytes out; everything else goes to the FastAPI app."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, MutableMapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from time import perf_counter
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+
+from ...errors import StoppedError
+from .answers import Answer, Stages
+from .asks import read_body
+from .dialects import NVIDIA, SCORE, Dialect, new_id, rerank_dialect
+from .host import Host
+from .keys import Keys
+from .kserve import HEADER_LENGTH, InferRequest, read_infer, write_infer
+from .refusals import Refusal, refusal_of
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+LARGE_BODY = 256 << 10  # bytes: read off the event loop, for it takes milliseconds
+WATCH_AFTER_S = 0.05  # a request that is answered sooner is not watched for a client that leaves
+BODY_TIMEOUT_S = 30.0
+SEND_TIMEOUT_S = 60.0
+# What needs no key: probes and Prometheus have none.
+OPEN_PATHS = frozenset(
+    {
+        *("/livez", "/readyz", "/healthz", "/health", "/ping", "/metrics"),
+        *("/v2/health/live", "/v2/health/ready"),
+    }
+)
+TIMEOUT_HEADERS = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
+_encode = msgspec.json.Encoder().encode
+_SAFE_ID = re.compile(r"[\w.:/=+-]{1,128}").fullmatch
+
+
+_CLOSE = {"connection": "close"}
+
+
+class _TimeLimit:
+    """A block that ends after some seconds, without an error; `expired` tells.
+
+    As `asyncio.timeout`, which Python 3.10 lacks, for a third of its cost.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self.expired = False
+
+    def __enter__(self) -> _TimeLimit:
+        task = asyncio.current_task()
+        assert task is not None
+
+        def expire() -> None:
+            self.expired = True
+            task.cancel()
+
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, expire)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        self._timer.cancel()
+        return self.expired and kind is asyncio.CancelledError
+
+
+class ClientLeft(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class Exchange:
+    """One request on a hot route, and what is told of it afterwards."""
+
+    __slots__ = ("began", "dialect", "headers", "id", "key", "num_pairs", "path", "query", "stages")
+
+    def __init__(self, scope: Scope):
+        self.began = perf_counter()
+        self.path: str = scope["path"]
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        given = self.headers.get(b"x-request-id", b"").decode("latin-1")
+        self.id = given if _SAFE_ID(given) else new_id()
+        self.dialect = "none"
+        self.key: str | None = None
+        self.num_pairs = 0
+        self.query: str | None = None
+        self.stages: Stages | None = None
+
+    def timeout_s(self) -> float | None:
+        """Return how long the client waits, where a header says so."""
+        for name in TIMEOUT_HEADERS:
+            value = self.headers.get(name)
+            if value is not None:
+                if not value.isdigit() or not int(value):
+                    raise Refusal(400, f"{name.decode()} is no whole number of milliseconds")
+                return int(value) / 1e3
+        return None
+
+
+class Front:
+    """The server's ASGI app: hot routes by a dictionary, the rest by `rest`."""
+
+    def __init__(self, host: Host, rest: App):
+        self._host, self._rest = host, rest
+        settings = host.settings
+        self._settings = settings
+        self._keys = Keys(settings.keys, settings.max_pairs_per_key)
+        pattern = settings.id_pattern
+        self._pattern = None if pattern is None else re.compile(pattern)
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="edje-large")
+        self._counted: dict[tuple[str, int], Any] = {}
+        rerank = partial(self._rerank, None)
+        self._hot: dict[str, Callable[..., Awaitable[tuple[bytes, dict[str, str]]]]] = {
+            **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), rerank),
+            **dict.fromkeys(("/score", "/v1/score"), partial(self._rerank, SCORE)),
+            **dict.fromkeys(("/ranking", "/v1/ranking"), partial(self._rerank, NVIDIA)),
+            f"/v2/models/{settings.model}/infer": self._infer,
+            f"/v2/models/{settings.model}/versions/1/infer": self._infer,
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection's request."""
+        if scope["type"] != "http":
+            await self._rest(scope, receive, send)
+            return
+        path = scope["path"]
+        handler = self._hot.get(path)
+        if handler is None and path.startswith("/v1/retrieval/") and path.endswith("/reranking"):
+            handler = self._hot["/ranking"]  # NVIDIA's, with the model's name within
+        if handler is not None:
+            if scope["method"] != "POST":
+                handler = _post_only
+            await self._serve(handler, Exchange(scope), receive, send)
+        elif path in OPEN_PATHS or not self._settings.keys:
+            await self._rest(scope, receive, send)
+        else:
+            try:
+                self._keys.check(dict(scope["headers"]).get(b"authorization"))
+            except Refusal as refusal:
+                exchange = Exchange(scope)
+                payload = _encode(refusal.body())
+                headers = {**refusal.headers, "content-type": "application/json"}
+                await _send(send, refusal.status, payload, headers, exchange)
+                self._told(exchange, refusal.status, refusal)
+                return
+            await self._rest(scope, receive, send)
+
+    async def _serve(
+        self,
+        handler: Callable[..., Awaitable[tuple[bytes, dict[str, str]]]],
+        exchange: Exchange,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Answer one request, refuse it in its dialect, or learn that nobody waits."""
+        refusal: Refusal | None = None
+        try:
+            exchange.key = self._keys.check(exchange.headers.get(b"authorization"))
+            raw = await self._read(exchange, receive)
+            payload, headers = await handler(exchange, raw, receive)
+            status = 200
+        except ClientLeft:
+            self._told(exchange, 499, None)
+            return
+        except Exception as error:
+            refusal = refusal_of(error)
+            status, headers = refusal.status, dict(refusal.headers)
+            as_text = exchange.dialect in ("tei", "kserve")
+            payload = _encode(refusal.body(as_text=as_text))
+        headers.setdefault("content-type", "application/json")
+        await _send(send, status, payload, headers, exchange)
+        self._told(exchange, status, refusal)
+
+    async def _read(self, exchange: Exchange, receive: Receive) -> bytes:
+        """Return the whole body.
+
+        Raises:
+            Refusal: 413 too large, 408 it did not come.
+            ClientLeft: the client went away.
+        """
+        limit = self._settings.max_body_bytes
+        length = exchange.headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > limit:
+            raise _too_large(limit)
+        parts: list[bytes] = []
+        size = 0
+        with _TimeLimit(BODY_TIMEOUT_S) as limited:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientLeft
+                part = message.get("body", b"")
+                size += len(part)
+                if size > limit:
+                    raise _too_large(limit)
+                if not message.get("more_body"):
+                    return b"".join([*parts, part]) if parts else part
+                parts.append(part)
+        assert limited.expired
+        raise Refusal(408, "the body did not come in time", reason="slow", headers=_CLOSE)
+
+    async def _rerank(
+        self, dialect: Dialect | None, exchange: Exchange, raw: bytes, receive: Receive
+    ) -> tuple[bytes, dict[str, str]]:
+        """Serve the dialects that are JSON."""
+
+        def begin() -> tuple[Any, Any, Future[Answer]]:
+            body = read_body(raw)
+            found = rerank_dialect(body) if dialect is None else dialect
+            exchange.dialect = found.name
+            ask = found.read(body, self._pattern)
+            ask.check()
+            return found, ask, self._submit(exchange, ask.query, ask.ids, ask.top_n)
+
+        found, ask, future = await self._begin(exchange, begin, raw)
+        answer = await self._answered(exchange, future, receive)
+        encoding = perf_counter()
+        payload = found.write(ask, answer, self._settings.model)
+        self._host.metrics.count_stages(answer.stages, perf_counter() - encoding)
+        return payload, self._headers(answer)
+
+    async def _infer(
+        self, exchange: Exchange, raw: bytes, receive: Receive
+    ) -> tuple[bytes, dict[str, str]]:
+        """Serve KServe's inference."""
+        exchange.dialect = "kserve"
+        length = exchange.headers.get(HEADER_LENGTH.encode())
+
+        def begin() -> tuple[InferRequest, Future[Answer]]:
+            request = read_infer(raw, None if length is None else length.decode("latin-1"))
+            return request, self._submit(exchange, request.query, request.candidates, None)
+
+        request, future = await self._begin(exchange, begin, raw)
+        answer = await self._answered(exchange, future, receive)
+        encoding = perf_counter()
+        payload, headers = write_infer(request, answer, self._settings.model)
+        self._host.metrics.count_stages(answer.stages, perf_counter() - encoding)
+        return payload, {**headers, **self._headers(answer)}
+
+    async def _begin(self, exchange: Exchange, begin: Callable[[], Any], raw: bytes) -> Any:
+        """Parse and submit: here, or on another thread where that takes long."""
+        if len(raw) < LARGE_BODY:
+            return begin()
+        return await asyncio.get_running_loop().run_in_executor(self._aside, begin)
+
+    def _submit(
+        self, exchange: Exchange, query: str, candidates: Any, top_n: int | None
+    ) -> Future[Answer]:
+        service = self._host.service
+        assert service is not None
+        exchange.query, number = query, len(candidates)
+        self._keys.take(exchange.key, number)
+        exchange.num_pairs = number
+        try:
+            return service.submit(query, candidates, top_n=top_n, timeout_s=exchange.timeout_s())
+        except BaseException:
+            self._keys.give_back(exchange.key, number)
+            raise
+
+    async def _answered(
+        self, exchange: Exchange, future: Future[Answer], receive: Receive
+    ) -> Answer:
+        """Wait for the answer; at the deadline, or when the client leaves, give the request up."""
+        loop = asyncio.get_running_loop()
+        service = self._host.service
+        assert service is not None
+        limit = exchange.timeout_s() or service.options.timeout_s
+        watch: list[asyncio.Task[None]] = []
+
+        async def wait_for_leaving() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            future.cancel()
+
+        watching = loop.call_later(
+            WATCH_AFTER_S, lambda: watch.append(loop.create_task(wait_for_leaving()))
+        )
+        late = loop.call_later(limit, _too_late, future)
+        try:
+            answer = await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if future.cancelled():
+                raise ClientLeft from None
+            future.cancel()
+            raise
+        finally:
+            watching.cancel()
+            late.cancel()
+            for task in watch:
+                task.cancel()
+            self._keys.give_back(exchange.key, exchange.num_pairs)
+        exchange.stages = answer.stages
+        return answer
+
+    def _headers(self, answer: Answer) -> dict[str, str]:
+        """Return what a client may want to know beside the ranking, and count it."""
+        stages, metrics = answer.stages, self._host.metrics
+        headers = {
+            "server-timing": (
+                f"tokenize;dur={stages.tokenize:.3f}, resolve;dur={stages.resolve:.3f}, "
+                f"queue;dur={stages.queue:.3f}, read;dur={stages.read:.3f}, "
+                f"upload;dur={stages.upload:.3f}, compute;dur={stages.compute:.3f}, "
+                f"download;dur={stages.download:.3f}, total;dur={stages.total:.3f}"
+            ),
+            "x-edje-generation": str(self._host.generation),
+        }
+        if answer.missing:
+            metrics.unknown_ids.inc(len(answer.missing))
+            names = ",".join(quote(fault.id[:80], safe="") for fault in answer.missing[:20])
+            headers["x-edje-missing"] = f"{len(answer.missing)};{names}"
+        if answer.errors:
+            metrics.bad_records.inc(len(answer.errors))
+        return headers
+
+    def _told(self, exchange: Exchange, status: int, refusal: Refusal | None) -> None:
+        """Count the request and let its line be written."""
+        seconds = perf_counter() - exchange.began
+        metrics, key = self._host.metrics, (exchange.dialect, status)
+        counted = self._counted.get(key)
+        if counted is None:
+            counted = metrics.requests.labels(exchange.dialect, str(status))
+            self._counted[key] = counted
+        counted.inc()
+        metrics.request_seconds.observe(seconds)
+        if status == 499:
+            metrics.disconnects.inc()
+        if refusal is not None:
+            metrics.refusals.labels(refusal.reason).inc()
+        trace = exchange.headers.get(b"traceparent")
+        cause = None if refusal is None or refusal.cause is None else str(refusal.cause)
+        self._host.log.write(
+            "request",
+            id=exchange.id,
+            path=exchange.path,
+            dialect=exchange.dialect,
+            status=status,
+            ms=round(seconds * 1e3, 3),
+            queue_ms=None if exchange.stages is None else round(exchange.stages.queue, 3),
+            pairs=exchange.num_pairs,
+            key=exchange.key,
+            traceparent=None if trace is None else trace[:80].decode("latin-1"),
+            query=exchange.query if self._settings.log_queries else None,
+            reason=None if refusal is None else refusal.reason,
+            cause=cause,
+        )
+
+
+async def _send(
+    send: Send, status: int, payload: bytes, headers: dict[str, str], exchange: Exchange
+) -> None:
+    """Send one whole answer; a client that does not read it is left after a minute."""
+    headers["content-length"] = str(len(payload))
+    headers["x-request-id"] = exchange.id
+    lines = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": lines})
+    body = {"type": "http.response.body", "body": payload}
+    if len(payload) < 1 << 16:  # below the transport's buffer: never waits
+        await send(body)
+        return
+    with _TimeLimit(SEND_TIMEOUT_S):
+        await send(body)
+
+
+def _too_late(future: Future[Answer]) -> None:
+    if not future.done():
+        future.set_exception(StoppedError("the deadline passed before all of it was scored"))
+
+
+def _too_large(limit: int) -> Refusal:
+    message = f"the body is larger than {limit:,} bytes"
+    return Refusal(413, message, reason="too_large", headers=_CLOSE)
+
+
+async def _post_only(exchange: Exchange, *_: object) -> tuple[bytes, dict[str, str]]:
+    raise Refusal(405, "this route takes POST", reason="method", headers={"allow": "POST"})

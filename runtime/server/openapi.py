@@ -1,0 +1,158 @@
+"""The hot routes' part of the OpenAPI document, by hand: they read raw bodies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_TEXT = {"type": "string"}
+_COUNT = {"type": ["integer", "null"], "minimum": 0, "description": "Null and 0 are all."}
+_FLAG = {"type": ["boolean", "null"]}
+_QUERY = {"type": "string", "minLength": 1, "examples": ["a dog in the snow"]}
+_DOCUMENT = {
+    "description": "The id of a stored image.",
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "object",
+            "properties": {"id": _TEXT, "text": _TEXT, "image": _TEXT, "content": {}},
+        },
+    ],
+}
+_DOCUMENTS = {"type": "array", "items": _DOCUMENT, "minItems": 1}
+_IDS = {"type": "array", "items": _TEXT, "minItems": 1}
+_USAGE = {
+    "type": "object",
+    "properties": {"prompt_tokens": {"type": "integer"}, "total_tokens": {"type": "integer"}},
+}
+_MODEL = {"type": ["string", "null"], "description": "Any name; the answer says it again."}
+
+
+def _object(required: str = "", **properties: Any) -> dict[str, Any]:
+    made: dict[str, Any] = {"type": "object", "properties": properties}
+    if required:
+        made["required"] = required.split()
+    return made
+
+
+def _list(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": item}
+
+
+_ERROR = _object(
+    "message detail error error_type",
+    message=_TEXT,
+    title=_TEXT,
+    detail=_list(_object("loc msg type", loc=_list({}), msg=_TEXT, type=_TEXT)),
+    error={"description": "An object; a sentence in the dialects of TEI and KServe."},
+    error_type=_TEXT,
+)
+_STATUSES = {
+    "400": "The body is no JSON.",
+    "401": "No API key, or one that is not known.",
+    "408": "The body did not come.",
+    "413": "The body is too large.",
+    "422": "A field cannot be used, or the store lacks an id; all faults are named.",
+    "429": "Too much waits; `Retry-After` says for how long.",
+    "500": "The engine or the store failed.",
+    "503": "The server is ending; another takes the request.",
+    "504": "The deadline passed.",
+}
+_RERANK = _object(
+    "query documents",
+    query=_QUERY,
+    documents=_DOCUMENTS,
+    top_n=_COUNT,
+    top_k=_COUNT,
+    raw_scores=_FLAG,
+    return_documents=_FLAG,
+    model=_MODEL,
+)
+_TEI = _object(
+    "query texts", query=_QUERY, texts=_IDS, raw_scores=_FLAG, return_text=_FLAG, top_n=_COUNT
+)
+_RESULT = _object("index relevance_score", index={"type": "integer"}, relevance_score={})
+_RERANKED = _object(
+    "",
+    id=_TEXT,
+    object=_TEXT,
+    created={"type": "integer"},
+    model=_TEXT,
+    results=_list(_RESULT),
+    data=_list(_RESULT),
+    usage=_USAGE,
+    meta={"type": "object"},
+    score_type={"enum": ["sigmoid", "logit"]},
+    errors=_list(_object("index id message", index={"type": "integer"}, id=_TEXT, message=_TEXT)),
+)
+_TEI_RANKED = _list(_object("index score", index={"type": "integer"}, score={}, text=_TEXT))
+_NVIDIA = _object(
+    "query passages",
+    query=_object("text", text=_QUERY),
+    passages=_list(_object("text", text=_TEXT)),
+    top_n=_COUNT,
+    model=_MODEL,
+)
+_NVIDIA_RANKED = _object(
+    "rankings", rankings=_list(_object("index logit", index={"type": "integer"}, logit={}))
+)
+_SCORE = _object(
+    "text_1 text_2",
+    text_1=_QUERY,
+    text_2={"anyOf": [_TEXT, _DOCUMENTS]},
+    use_activation=_FLAG,
+    model=_MODEL,
+)
+_SCORED = _object("data", data=_list(_object("index score", index={"type": "integer"}, score={})))
+_TENSOR = _object(
+    "name datatype shape",
+    name=_TEXT,
+    datatype={"enum": ["BYTES", "INT64", "FP32"]},
+    shape=_list({"type": "integer", "minimum": 0}),
+    data=_list({}),
+    parameters={"type": "object"},
+)
+_INFER = _object("inputs", id=_TEXT, inputs=_list(_TENSOR), outputs=_list({"type": "object"}))
+_INFERRED = _object("outputs", id=_TEXT, model_name=_TEXT, outputs=_list(_TENSOR))
+
+
+def hot_paths(model: str) -> dict[str, Any]:
+    """Return the OpenAPI paths of the hot routes; `model`: KServe's name of it."""
+    rerank = _post(
+        "Rank stored images for a query: Cohere, Jina, vLLM, Infinity, Voyage; TEI by `texts`.",
+        {"anyOf": [_RERANK, _TEI]},
+        {"anyOf": [_RERANKED, _TEI_RANKED]},
+    )
+    ranking = _post("Rank as NVIDIA's retrieval NIM does: raw logits.", _NVIDIA, _NVIDIA_RANKED)
+    score = _post("Score as vLLM does: in the order sent.", _SCORE, _SCORED)
+    infer = _post(
+        "Score as KServe's protocol 2 does; binary tensors for many candidates.", _INFER, _INFERRED
+    )
+    retrieval = {**ranking, "parameters": [_path_parameter("model")]}
+    return {
+        **{path: {"post": rerank} for path in ("/rerank", "/v1/rerank", "/v2/rerank")},
+        **{path: {"post": score} for path in ("/score", "/v1/score")},
+        **{path: {"post": ranking} for path in ("/ranking", "/v1/ranking")},
+        "/v1/retrieval/{model}/reranking": {"post": retrieval},
+        f"/v2/models/{model}/infer": {"post": infer},
+    }
+
+
+def _post(what: str, request: Mapping[str, Any], response: Mapping[str, Any]) -> dict[str, Any]:
+    error = {"application/json": {"schema": _ERROR}}
+    return {
+        "summary": what,
+        "tags": ["rerank"],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": request}}},
+        "responses": {
+            "200": {
+                "description": "The ranking.",
+                "content": {"application/json": {"schema": response}},
+            },
+            **{code: {"description": why, "content": error} for code, why in _STATUSES.items()},
+        },
+    }
+
+
+def _path_parameter(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": _TEXT}

@@ -1,0 +1,149 @@
+"""The process of `edje serve`: sockets, signals, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+
+import uvicorn
+import uvloop
+
+from ...errors import EdjeError
+from .admin import make_admin_app
+from .app import make_app
+from .host import DRAIN_S, Host
+from .logs import JsonLog
+from .settings import Settings
+
+EXIT_DEAD_ENGINE = 1
+
+
+class Server(uvicorn.Server):
+    """uvicorn that drains first: it says not ready, waits, and only then stops to accept."""
+
+    def __init__(self, config: uvicorn.Config, host: Host, grace_s: float):
+        super().__init__(config)
+        self._host, self._grace_s = host, grace_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to end on SIGTERM or Ctrl-C; the second signal ends at once."""
+        if self._host.draining is not None or sig == signal.SIGINT:
+            super().handle_exit(sig, frame)
+            return
+        self._host.drain("the server is ending")
+        threading.Timer(self._grace_s, super().handle_exit, (sig, frame)).start()
+
+
+def serve(
+    settings: Settings,
+    *,
+    address: str,
+    port: int,
+    admin_port: int | None = None,
+    grace_s: float = 0.0,
+    drain_s: float = DRAIN_S,
+    on_ready: Callable[[Host, int], None] = lambda host, port: None,
+) -> int:
+    """Serve until a signal ends it, or the engine dies; return the exit code.
+
+    SIGTERM: not ready at once, after `grace_s` seconds no new connection, what was accepted is
+    answered within `drain_s`. SIGHUP: open engine and store anew, and let them take over.
+
+    Args:
+        address: to listen on.
+        port: 0: any that is free.
+        admin_port: on the loopback address; None: no admin routes.
+        on_ready: called with the host and the port once requests are taken.
+
+    Raises:
+        EdjeError: engine or store cannot be opened.
+    """
+    log = JsonLog()
+    ending: list[Callable[[], None]] = []
+
+    def die(why: str) -> None:
+        for end in ending:
+            end()
+
+    host = Host(settings, log, on_death=die)
+    code = 0
+    try:
+        code = uvloop.run(
+            _serve(host, address, port, admin_port, grace_s, drain_s, on_ready, ending)
+        )
+    finally:
+        host.close(drain_s)
+        log.close()
+    return EXIT_DEAD_ENGINE if host.health.dead else code
+
+
+async def _serve(
+    host: Host,
+    address: str,
+    port: int,
+    admin_port: int | None,
+    grace_s: float,
+    drain_s: float,
+    on_ready: Callable[[Host, int], None],
+    ending: list[Callable[[], None]],
+) -> int:
+    config = uvicorn.Config(
+        make_app(host),
+        host=address,
+        port=port,
+        http="httptools",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(drain_s)),
+        lifespan="off",
+    )
+    server = Server(config, host, grace_s)
+    admin = None
+    if admin_port is not None:
+        admin = uvicorn.Server(
+            uvicorn.Config(
+                make_admin_app(host),
+                host="127.0.0.1",
+                port=admin_port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+            )
+        )
+        admin.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+
+    def end() -> None:
+        server.should_exit = True
+
+    ending.append(end)
+    loop = asyncio.get_running_loop()
+    with suppress(NotImplementedError, AttributeError):  # no SIGHUP on Windows
+        loop.add_signal_handler(signal.SIGHUP, _reload_aside, host)
+    tasks = [loop.create_task(server.serve())]
+    if admin is not None:
+        tasks.append(loop.create_task(admin._serve()))
+    while not server.started and not tasks[0].done():
+        await asyncio.sleep(0.01)
+    if server.started:
+        on_ready(host, server.servers[0].sockets[0].getsockname()[1])
+    await tasks[0]
+    if admin is not None:
+        admin.should_exit = True
+        await tasks[1]
+    return 0
+
+
+def _reload_aside(host: Host) -> None:
+    """Reload on a thread of its own: it takes seconds."""
+
+    def reload() -> None:
+        with suppress(EdjeError):  # it is in the log, and the old service goes on
+            host.reload()
+
+    threading.Thread(target=reload, name="edje-reload", daemon=True).start()

@@ -1,0 +1,146 @@
+"""Which pairs run next: requests of many callers share batches. Pure: no clock, no I/O, no lock.
+
+A batch is what waits when the engine can take one: nothing is ever held back to fill it.
+
+- A batch holds one text bucket. The buckets with something waiting take turns.
+- Within a bucket the request whose deadline comes first goes first, but takes at most a quarter of
+  the batch before everyone else had a quarter: 10 candidates never wait behind 5,000.
+- What waits is spread evenly over the batches that it needs: 300 pairs with room for 256 become
+  150 and 150.
+- A request whose deadline has passed, or whose caller has left, is dropped before it costs work.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+SLICES = 4  # into so many parts a batch is cut, of which a request gets one before its second
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request's pairs, as far as the scheduler sees them.
+
+    Attributes:
+        bucket: text slots T of its query.
+        num_pairs: how many it asks for.
+        deadline: when the caller stops waiting, on the clock of `Scheduler.take`; inf: never.
+        alone: its pairs run as one batch by itself, whatever their number (a cascade's request).
+        num_taken: pairs that were given to batches.
+    """
+
+    bucket: int
+    num_pairs: int
+    deadline: float
+    alone: bool = False
+    num_taken: int = 0
+
+    @property
+    def num_left(self) -> int:
+        """Pairs that still wait."""
+        return self.num_pairs - self.num_taken
+
+
+AnyJob = TypeVar("AnyJob", bound=Job)
+
+
+class Share(NamedTuple, Generic[AnyJob]):
+    """The pairs `start` to `stop` of a job, which run in one batch."""
+
+    job: AnyJob
+    start: int
+    stop: int
+
+
+class Scheduler(Generic[AnyJob]):
+    """The pairs that wait, and the rule by which they become batches. One thread at a time."""
+
+    def __init__(self, max_pairs: int):
+        """`max_pairs`: room in a batch."""
+        self._max_pairs = max_pairs
+        self._slice = max(1, max_pairs // SLICES)
+        self._waiting: dict[int, list[AnyJob]] = {}  # by bucket, the earliest deadline first
+        self._turns: dict[int, int] = {}  # when a bucket had its last batch
+        self._turn = 0
+        self.num_pairs = 0
+
+    @property
+    def num_jobs(self) -> int:
+        """Requests with pairs that wait."""
+        return sum(map(len, self._waiting.values()))
+
+    def add(self, job: AnyJob) -> None:
+        """Let a job's pairs wait."""
+        insort(self._waiting.setdefault(job.bucket, []), job, key=_deadline)
+        self.num_pairs += job.num_left
+
+    def drop(self, job: AnyJob) -> bool:
+        """Take a job's waiting pairs out; return whether there were any."""
+        jobs = self._waiting.get(job.bucket, [])
+        if job not in jobs:
+            return False
+        self._leave(jobs, (job,))
+        return True
+
+    def expire(self, now: float) -> list[AnyJob]:
+        """Take out and return the jobs whose deadline has passed."""
+        late: list[AnyJob] = []
+        for jobs in list(self._waiting.values()):
+            number = next((n for n, job in enumerate(jobs) if job.deadline > now), len(jobs))
+            late += jobs[:number]
+            self._leave(jobs, jobs[:number])
+        return late
+
+    def take(self) -> list[Share[AnyJob]]:
+        """Return the next batch; empty where nothing waits."""
+        buckets = [bucket for bucket, jobs in self._waiting.items() if jobs]
+        if not buckets:
+            return []
+        self._turn += 1
+        bucket = min(buckets, key=lambda one: (self._turns.get(one, 0), self._first(one)))
+        self._turns[bucket] = self._turn
+        jobs = self._waiting[bucket]
+        sharing = [job for job in jobs if not job.alone]
+        if jobs[0].alone or not sharing:
+            counts = {jobs[0]: jobs[0].num_left}
+        else:
+            counts = self._divide(sharing)
+        shares = []
+        for job, count in counts.items():
+            shares.append(Share(job, job.num_taken, job.num_taken + count))
+            job.num_taken += count
+            self.num_pairs -= count
+        self._waiting[bucket] = [job for job in jobs if job.num_left]
+        return shares
+
+    def _divide(self, jobs: list[AnyJob]) -> dict[AnyJob, int]:
+        """Return how many pairs each job gets of one batch: a slice each, then the rest in line."""
+        waiting = sum(job.num_left for job in jobs)
+        num_batches = -(-waiting // self._max_pairs)
+        room = -(-waiting // num_batches)
+        counts: dict[AnyJob, int] = {}
+        for limit in (self._slice, self._max_pairs):
+            for job in jobs:
+                if not room:
+                    return counts
+                had = counts.get(job, 0)
+                more = min(room, limit, job.num_left - had)
+                if more:
+                    counts[job] = had + more
+                    room -= more
+        return counts
+
+    def _first(self, bucket: int) -> float:
+        return self._waiting[bucket][0].deadline
+
+    def _leave(self, jobs: list[AnyJob], leaving: Iterable[AnyJob]) -> None:
+        for job in list(leaving):
+            jobs.remove(job)
+            self.num_pairs -= job.num_left
+
+
+def _deadline(job: Job) -> float:
+    return job.deadline

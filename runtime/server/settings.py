@@ -1,0 +1,74 @@
+"""What `edje serve` was told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...arguments import Arguments
+from ...errors import RequestError
+from .limits import ServiceOptions
+
+MAX_BODY_BYTES = 64 << 20
+MODEL = "edje"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One server.
+
+    Attributes:
+        engine, store: folders.
+        opening: what else `Reranker.open` takes.
+        service: how requests are queued.
+        model: the name that `/v1/models` tells; requests may name any.
+        max_body_bytes: larger ones are refused with 413.
+        keys: bearer keys, one of which a request must carry; empty: none is needed.
+        max_pairs_per_key: pairs of one key that may be in flight; None: no limit.
+        id_pattern: finds the id in a document that holds more than it (LlamaIndex puts metadata
+            before); its first group, or all of it.
+        images: folder or folders of the indexed pictures, for the page's thumbnails; None: none.
+        log_queries: whether query texts appear in the log.
+    """
+
+    engine: Path
+    store: Path
+    opening: Mapping[str, Any] = field(default_factory=dict)
+    service: ServiceOptions = field(default_factory=ServiceOptions)
+    model: str = MODEL
+    max_body_bytes: int = MAX_BODY_BYTES
+    keys: Sequence[str] = ()
+    max_pairs_per_key: int | None = None
+    id_pattern: str | None = None
+    images: Path | None = None
+    log_queries: bool = False
+
+    def check(self) -> None:
+        """Refuse what cannot be meant, all of it.
+
+        Raises:
+            RequestError
+        """
+        given = Arguments("edje serve")
+        try:
+            self.service.check()
+        except RequestError as wrong:
+            given.faults += wrong.faults or [wrong.message]
+        given.whole("max_body_bytes", self.max_body_bytes, "1 or more bytes")
+        if not self.model:
+            given.refuse("model", self.model, "a name")
+        if any(not key or key != key.strip() for key in self.keys):
+            given.faults.append("keys: one is empty or has spaces around it")
+        if self.max_pairs_per_key is not None:
+            given.whole("max_pairs_per_key", self.max_pairs_per_key, "1 or more, or None")
+        if self.id_pattern is not None:
+            try:
+                re.compile(self.id_pattern)
+            except re.error as error:
+                given.faults.append(f"id_pattern {self.id_pattern!r} is no expression: {error}")
+        if self.images is not None and not self.images.is_dir():
+            given.faults.append(f"images: {self.images} is no folder")
+        given.check()

@@ -1,0 +1,215 @@
+"""The threads that form batches of what waits, run them, and hand the scores out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from math import inf
+from time import monotonic, perf_counter
+
+import numpy as np
+
+from ...errors import EdjeError, EngineError, StoppedError
+from ..pipeline import Request, Scored
+from ..reranker import Reranker
+from ..text import TokenizedQueries
+from .answers import Waiting
+from .limits import Load
+from .scheduler import Scheduler, Share
+
+_KEPT = 0.8  # of the rate measured so far, at each full batch
+# While one batch is computed the next one is read; a third would only be formed too early.
+NUM_THREADS = 2
+
+
+class Worker:
+    """Runs what is added, batch by batch, on threads of its own.
+
+    Attributes:
+        on_batch: called after each batch with its `Scored` and the number of its pairs, on the
+            thread that ran it.
+        on_failure: called with what a batch failed with, before its requests learn of it.
+        num_dropped: pairs that were accepted and never scored.
+    """
+
+    def __init__(self, reranker: Reranker, max_pairs: int):
+        """Start the threads."""
+        self._reranker = reranker
+        self._max_pairs = max_pairs
+        self._scheduler: Scheduler[Waiting] = Scheduler(max_pairs)
+        self._changed = threading.Condition()
+        self._unanswered: set[Waiting] = set()
+        self._closing = False
+        self._scored_pairs = self._scored_s = self._last_done = 0.0
+        self.on_batch: Callable[[Scored, int], None] | None = None
+        self.on_failure: Callable[[Exception], None] | None = None
+        self.num_dropped = 0
+        self._threads = [
+            threading.Thread(target=self._work, name=f"edje-batches-{number}", daemon=True)
+            for number in range(NUM_THREADS)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def add(self, job: Waiting) -> None:
+        """Let a request wait; its future is kept or fails whatever happens.
+
+        Raises:
+            EngineError: the worker is closed.
+        """
+        with self._changed:
+            self.check_open()
+            self._unanswered.add(job)
+            self._scheduler.add(job)
+            self._changed.notify()
+        job.future.add_done_callback(lambda _: self._forget(job))
+
+    def load(self) -> Load:
+        """Return what there is to do."""
+        rate = self._scored_pairs / self._scored_s if self._scored_s else 0.0
+        return Load(len(self._unanswered), self._scheduler.num_pairs, rate)
+
+    def check_open(self) -> None:
+        """Raise EngineError once the worker is closed."""
+        if self._closing:
+            raise _closed()
+
+    def close(self, drain_s: float) -> None:
+        """Refuse what comes, finish what was accepted within `drain_s` seconds, end the threads."""
+        until = monotonic() + drain_s
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            limit = None if drain_s == inf else max(0.0, until - monotonic())
+            self._changed.wait_for(lambda: not self._unanswered, limit)
+            left = list(self._unanswered)
+        for job in left:
+            _fail(job, _closed())
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        """Form batches and run them, until the service is closed and nothing waits."""
+        while True:
+            with self._changed:
+                late = self._scheduler.expire(monotonic())
+                self.num_dropped += sum(job.num_left for job in late)
+                shares = self._scheduler.take()
+                if not shares and not late:
+                    if self._closing and not self._unanswered:
+                        return
+                    self._changed.wait()
+            for job in late:
+                _fail(job, _too_late(job))
+            if shares:
+                self._run(shares)
+
+    def _run(self, shares: list[Share[Waiting]]) -> None:
+        """Run one batch; when it fails, each request of it alone, so that only the guilty fail."""
+        began = perf_counter()
+        for job, start, _ in shares:
+            if not start:
+                job.stages.queue = (began - job.began) * 1e3 - (
+                    job.stages.tokenize + job.stages.resolve
+                )
+        try:
+            scored = self._score(shares)
+        except Exception as error:
+            if len(shares) > 1 and isinstance(error, EdjeError):
+                for share in shares:
+                    self._run([share])
+                return
+            if self.on_failure is not None:
+                self.on_failure(error)
+            for job, _, _ in shares:
+                _fail(job, error)
+            return
+        self._measure(began, len(scored.scores))
+        if self.on_batch is not None:
+            self.on_batch(scored, len(scored.scores))
+        first = 0
+        for job, start, stop in shares:
+            pairs = slice(first, first + stop - start)
+            first = pairs.stop
+            with self._changed:  # another batch of the same request may end now
+                job.take_in(start, scored, pairs)
+                done = job.num_scored == job.num_pairs
+            if done:
+                self._answer(job)
+
+    def _score(self, shares: list[Share[Waiting]]) -> Scored:
+        """Score the pairs of several requests together."""
+        if len(shares) == 1:
+            job, start, stop = shares[0]
+            request = Request(
+                job.queries, np.zeros(stop - start, np.int64), job.asked.rows[start:stop]
+            )
+            if not job.alone:
+                return self._reranker.score(request)[0]
+            scored, job.rescoring = self._reranker.score(request, job.top_n)
+            return scored
+        queries = [share.job.queries for share in shares]
+        counts = [share.stop - share.start for share in shares]
+        return self._reranker.score(
+            Request(
+                TokenizedQueries(
+                    np.concatenate([each.text_ids for each in queries]),
+                    np.concatenate([each.text_length for each in queries]),
+                    np.concatenate([each.truncated for each in queries]),
+                ),
+                np.repeat(np.arange(len(shares)), counts),
+                np.concatenate([job.asked.rows[start:stop] for job, start, stop in shares]),
+            )
+        )[0]
+
+    def _measure(self, began: float, num_pairs: int) -> None:
+        """Learn from one batch how many pairs a second are scored.
+
+        One that is half empty because nothing else waited says nothing of that.
+        """
+        now = perf_counter()
+        with self._changed:
+            seconds = now - max(began, self._last_done)
+            self._last_done = now
+            if num_pairs * 2 >= self._max_pairs or self._scheduler.num_pairs:
+                kept = _KEPT ** min(1.0, num_pairs / self._max_pairs)
+                self._scored_pairs = self._scored_pairs * kept + num_pairs
+                self._scored_s = self._scored_s * kept + max(seconds, 1e-6)
+
+    def _answer(self, job: Waiting) -> None:
+        label = self._reranker.labels[0 if job.alone else -1]
+        try:
+            answer = job.answer(label)
+        except Exception as error:
+            _fail(job, error)
+            return
+        with suppress(Exception):  # cancelled meanwhile
+            job.future.set_result(answer)
+
+    def _forget(self, job: Waiting) -> None:
+        """A request is answered, failed or cancelled: nothing of it shall be scored any more."""
+        with self._changed:
+            num_left = job.num_left
+            if self._scheduler.drop(job):
+                self.num_dropped += num_left
+            self._unanswered.discard(job)
+            if self._closing:
+                self._changed.notify_all()
+
+
+def _fail(job: Waiting, error: BaseException) -> None:
+    with suppress(Exception):  # answered or cancelled meanwhile
+        job.future.set_exception(error)
+
+
+def _too_late(job: Waiting) -> StoppedError:
+    return StoppedError(
+        f"the deadline passed with {job.num_scored:,} of {job.num_pairs:,} pairs scored",
+        num_scored=job.num_scored,
+        num_asked=job.num_pairs,
+    )
+
+
+def _closed() -> EngineError:
+    return EngineError("the service is closing", hint="send the request again: another takes it")
