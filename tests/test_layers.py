@@ -52,6 +52,11 @@ FRONT_DOORS = {PACKAGE, f"{PACKAGE}.engines"}
 MOST_UNDER_RERANKER = 36
 OFFLINE_LIBRARIES = {"torch", "transformers", "onnx", "onnxscript"}
 PASSES = (f"{PACKAGE}.engines.precision", f"{PACKAGE}.engines.shallow")
+# `ScoringService` and what it stands on: embedding it needs no HTTP library.
+SERVICE = {
+    f"{PACKAGE}.runtime.server{name}"
+    for name in ("", ".service", ".worker", ".scheduler", ".answers", ".limits")
+}
 # What a base install holds: all that the online layers may import before it is asked for.
 BASE_LIBRARIES = {"ftfy", "numpy", "rich", "tokenizers", "typer", "xxhash"}
 
@@ -119,14 +124,18 @@ class Tree:
         """Heavy libraries that load before they are asked for.
 
         An online module may import one at its top (a backend does), but then every online module
-        imports *that* module inside a function.
+        imports *that* module inside a function. The server's HTTP half may among itself; what
+        embeds the service (`SERVICE`) may not.
         """
         online = [f for f in self.imports if self.folder(f.module) in ONLINE and f.eager]
         heavy = {found.module: found for found in online if _is_heavy(found.target)}
         for found in online:
+            among = self.folder(found.module) == self.folder(found.target) == "runtime.server"
+            if among and found.module not in SERVICE:
+                continue
             if found.target in heavy and found.module not in heavy:
                 yield f"{found} at its top, and {heavy[found.target]}: import it in a function"
-        front = {PACKAGE, f"{PACKAGE}.runtime.cli", f"{PACKAGE}.runtime.cli.app"}
+        front = {PACKAGE, f"{PACKAGE}.runtime.cli", f"{PACKAGE}.runtime.cli.app", *SERVICE}
         for module in front & heavy.keys():
             yield f"{heavy[module]} at its top"
 

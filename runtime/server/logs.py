@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from collections import deque
@@ -9,11 +10,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any, BinaryIO
 
-import msgspec
-
 MAX_LINES = 10_000  # that may wait for a slow disk; what comes then is lost, and counted
-
-_encode = msgspec.json.Encoder().encode
 
 
 class JsonLog:
@@ -69,11 +66,11 @@ class JsonLog:
         while self._lines:
             fields = self._lines.popleft()
             told = {name: value for name, value in fields.items() if value is not None}
-            lines.append(_encode(told) + b"\n")
+            lines.append(json.dumps(told, ensure_ascii=False) + "\n")
         if not lines:
             return
         try:
-            self._stream.write(b"".join(lines))
+            self._stream.write("".join(lines).encode("utf-8", "backslashreplace"))
             self._stream.flush()
         except (OSError, ValueError):  # full, closed, or nobody reads
             self.on_lost(len(lines))
