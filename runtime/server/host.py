@@ -30,11 +30,17 @@ class Host:
         settings: Settings,
         log: JsonLog,
         *,
+        open_service: Callable[[], ScoringService] | None = None,
         on_death: Callable[[str], None] = lambda _: None,
         probe_every_s: float = INTERVAL_S,
         probe_timeout_s: float = PROBE_TIMEOUT_S,
     ):
         """Open engine and store, warm up, probe.
+
+        Args:
+            open_service: makes a service, now and at each reload; None: of the settings' engine
+                and store.
+            on_death: called with the reason when the engine has failed for good.
 
         Raises:
             RequestError: settings that cannot be meant.
@@ -42,6 +48,7 @@ class Host:
         """
         settings.check()
         self.settings, self.log = settings, log
+        self._open_service = open_service or self._open_settings
         self._on_death = on_death
         self._reloading = threading.Lock()
         self.service: ScoringService | None = None
@@ -106,11 +113,14 @@ class Host:
             if self.service is not None:
                 self.service.close(drain_s)
 
-    def _open(self) -> ScoringService:
+    def _open_settings(self) -> ScoringService:
         settings = self.settings
-        service = ScoringService.open(
+        return ScoringService.open(
             settings.engine, store=settings.store, options=settings.service, **settings.opening
         )
+
+    def _open(self) -> ScoringService:
+        service = self._open_service()
         service.worker.on_batch = self.metrics.count_batch
         service.worker.on_failure = self._failed
         try:

@@ -20,15 +20,8 @@ class JsonLog:
         on_lost: called with the number of lines that could not be written.
     """
 
-    def __init__(
-        self, stream: BinaryIO | None = None, on_lost: Callable[[int], None] | None = None
-    ):
-        """Start the thread.
-
-        Args:
-            stream: of bytes; None: stderr.
-            on_lost: called with the number of lines that could not be written.
-        """
+    def __init__(self, stream: BinaryIO | None = None):
+        """Start the thread; `stream`: of bytes; None: stderr."""
         self._stream = stream if stream is not None else sys.stderr.buffer
         self.on_lost: Callable[[int], None] = lambda _: None
         self._lines: deque[dict[str, Any]] = deque()

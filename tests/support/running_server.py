@@ -1,0 +1,122 @@
+"""A real server on loopback, in a thread of this process, and the least client that asks it."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from edje.runtime.server import ScoringService
+from edje.runtime.server.app import make_app
+from edje.runtime.server.host import Host
+from edje.runtime.server.logs import JsonLog
+from edje.runtime.server.settings import Settings
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that takes requests."""
+
+    host: Host
+    port: int
+    log: io.BytesIO
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def ask(
+        self,
+        path: str,
+        body: Any = None,
+        *,
+        method: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 30.0,
+    ) -> Reply:
+        """Send one request on a connection of its own; a body that is not bytes goes as JSON."""
+        raw = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            how = method or ("GET" if body is None else "POST")
+            connection.request(how, path, raw, dict(headers or {}))
+            response = connection.getresponse()
+            given = {name.lower(): value for name, value in response.getheaders()}
+            return Reply(response.status, given, response.read())
+        finally:
+            connection.close()
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What was logged so far."""
+        return [json.loads(line) for line in self.log.getvalue().splitlines()]
+
+    def metric(self, name: str) -> float:
+        """The value of a metric, labels included in its name."""
+        text = self.ask("/metrics").body.decode()
+        found = [line.rpartition(" ")[2] for line in text.splitlines() if line.startswith(name)]
+        assert found, f"{name} is not among the metrics"
+        return sum(map(float, found))
+
+
+@contextmanager
+def running(
+    settings: Settings,
+    open_service: Callable[[], ScoringService] | None = None,
+    **host_options: Any,
+) -> Iterator[Running]:
+    """Serve until the block ends."""
+    stream = io.BytesIO()
+    log = JsonLog(stream)
+    host = Host(settings, log, open_service=open_service, **host_options)
+    config = uvicorn.Config(
+        make_app(host),
+        host="127.0.0.1",
+        port=0,
+        http="httptools",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=5,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 20
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            assert time.monotonic() < deadline, "the server takes too long to start"
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield Running(host, port, stream)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        host.close(5.0)
+        log.close()
+
+
+def settings_of(engine: Path, store: Path, **changed: Any) -> Settings:
+    """Settings for a small engine: one thread, as tests run beside each other."""
+    return Settings(engine, store, opening={"num_threads": 1}, **changed)
