@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from ...errors import StoppedError
+from ...errors import EngineError, StoppedError
 from .answers import Answer, Stages
 from .asks import read_body
 from .dialects import NVIDIA, SCORE, Dialect, new_id, rerank_dialect
@@ -254,13 +254,21 @@ class Front:
     def _submit(
         self, exchange: Exchange, query: str, candidates: Any, top_n: int | None
     ) -> Future[Answer]:
-        service = self._host.service
-        assert service is not None
         exchange.query, number = query, len(candidates)
         self._keys.take(exchange.key, number)
         exchange.num_pairs = number
         try:
-            return service.submit(query, candidates, top_n=top_n, timeout_s=exchange.timeout_s())
+            while True:
+                service = self._host.service
+                assert service is not None
+                try:
+                    return service.submit(
+                        query, candidates, top_n=top_n, timeout_s=exchange.timeout_s()
+                    )
+                except EngineError:
+                    if service is self._host.service:
+                        raise
+                    # A reload came between: the new service takes it.
         except BaseException:
             self._keys.give_back(exchange.key, number)
             raise

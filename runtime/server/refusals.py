@@ -39,7 +39,7 @@ class Fault:
     kind: str = "value_error"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Refusal(Exception):
     """A request that gets no ranking.
 
