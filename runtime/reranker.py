@@ -53,7 +53,7 @@ class Reranker(Closing):
     Attributes:
         tokenizer, store: as given.
         labels: of the engines, the first one first.
-        profile: limits of the last one.
+        profile, bundle: limits of the last one, and the model that all were built from.
         residency: where the tokens are read from, and why.
     """
 
@@ -89,10 +89,10 @@ class Reranker(Closing):
         for name, value in {"rescore_margin": rescore_margin, "recall": recall}.items():
             if value is not None and not behind:
                 raise RequestError(f"{name} was given without rescore, the precise engine")
+        manifests = [each.manifest for each in self._engines]
         if behind:
             from .cascade import Cascade, hops_of
 
-            manifests = [each.manifest for each in self._engines]
             hops = hops_of(manifests, rescore_margin, recall)
         self.tokenizer = tokenizer
         self.store = store
@@ -109,11 +109,11 @@ class Reranker(Closing):
             )
             self._owned = undo.pop_all()
         where = self._device.name, store.layout.dtype, self.residency.place
-        self.profile = self._engines[-1].manifest.profile
+        self.profile, self.bundle = manifests[-1].profile, manifests[-1].bundle
         self.labels = [EngineLabel.of(each.manifest, *where) for each in self._engines]
-        self._cascade: Cascade | None = None
-        if behind:
-            self._cascade = Cascade(self._pipelines, self.labels, hops)
+        self._cascade: Cascade | None = (
+            Cascade(self._pipelines, self.labels, hops) if behind else None
+        )
 
     @classmethod
     def open(

@@ -52,7 +52,7 @@ class ServeArguments:
     max_batch: Annotated[
         int | None, typer.Option(help="Pairs in a batch; default: as the engine was built.")
     ] = None
-    max_body_mb: Annotated[float, typer.Option(help="Largest body, in 1e6 bytes.")] = 64.0
+    max_body_mb: Annotated[float, typer.Option(help="Largest body, in 1e6 bytes.")] = 16.0
     api_keys: Annotated[
         Path | None,
         typer.Option(help=f"File with a bearer key a line; or {KEYS_VARIABLE}=KEY,KEY."),
@@ -165,10 +165,11 @@ def _serve(arguments: ServeArguments) -> None:
 
     def say(host: Host, port: int) -> None:
         assert host.service is not None
-        label = host.service.reranker.labels[0]
-        num_images = len(host.service.reranker.store)
+        facts = host.service.facts()
+        engine = facts["engines"][0]
         note(
-            f"serving {num_images:,} images on {label.backend} {label.precision} at "
+            f"serving {facts['num_images']:,} images on {engine['backend']} "
+            f"{engine['precision']} at "
             f"http://{arguments.host}:{port} (a page at /, the API at /docs)"
         )
 

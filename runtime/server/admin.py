@@ -33,8 +33,7 @@ def make_admin_app(host: Host) -> FastAPI:
         load = service.load()
         return {
             **host.state(),
-            "engine": str(host.settings.engine),
-            "store": str(host.settings.store),
+            **host.settings.places,
             "num_requests": load.num_requests,
             "num_pairs": load.num_pairs,
             "pairs_per_s": round(load.pairs_per_s, 1),

@@ -61,6 +61,7 @@ class Answer:
         engine: what scored all candidates.
         rescoring: what a cascade's precise engine did; None where one engine did everything.
         num_asked: candidates, duplicates and missing ones included.
+        unreached: candidates of shards that are down, where the caller allowed that.
     """
 
     ids: Sequence[str]
@@ -74,6 +75,7 @@ class Answer:
     engine: EngineLabel
     rescoring: Rescoring | None
     num_asked: int
+    unreached: tuple[Fault, ...] = ()
 
     @property
     def hits(self) -> tuple[Hit, ...]:

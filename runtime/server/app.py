@@ -13,6 +13,7 @@ from ... import __version__
 from . import kserve
 from .front import App, Front
 from .host import Host
+from .identity import MEDIA_TYPE, SCORER_HEADER
 from .metrics import CONTENT_TYPE
 from .openapi import hot_paths
 from .refusals import Refusal
@@ -27,6 +28,7 @@ def make_app(host: Host) -> App:
     _add_health(app, host)
     _add_models(app, host)
     _add_kserve(app, host)
+    _add_ids(app, host)
 
     @app.get("/metrics", tags=["operations"], response_class=Response)
     def metrics() -> Response:
@@ -85,25 +87,36 @@ def _add_models(app: FastAPI, host: Host) -> None:
         """Say what runs and how its scores are to be read; TEI's fields are among them."""
         service = host.service
         assert service is not None
-        labels = [
-            {"backend": label.backend, "precision": label.precision, "layers": label.layers}
-            for label in service.reranker.labels
-        ]
         return {
             "model_id": name,
             "model_type": {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
             "version": __version__,
             "score_type": "sigmoid",
             "scores": "sigmoid in 0 to 1 of a float32 logit, which ranks; raw_scores gives logits",
-            "engines": labels,
-            "device": service.reranker.labels[-1].device,
-            "num_images": len(service.reranker.store),
-            "max_input_length": max(service.reranker.profile.text_buckets),
-            "max_batch_pairs": service.reranker.profile.max_pairs,
+            **service.facts(),
             "max_client_batch_size": None,
             "unknown_ids": service.options.unknown,
             "generation": host.generation,
         }
+
+
+def _add_ids(app: FastAPI, host: Host) -> None:
+    """Add what a router asks, to learn which ids are here."""
+
+    @app.get("/ids/digests", tags=["route"], response_class=Response)
+    def digests(request: Request) -> Response:
+        """Return the sorted xxh3-128 digests of all ids, the low 8 bytes of each, little-endian.
+
+        The ETag changes with the ids and with the scorer; with `If-None-Match` it costs nothing.
+        """
+        service = host.service
+        identity = None if service is None else service.identity()
+        if identity is None:
+            raise HTTPException(404, "there is no store here: ask the shards")
+        headers = {"etag": f'"{identity.tag}"', SCORER_HEADER: identity.scorer}
+        if identity.tag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(identity.to_bytes(), media_type=MEDIA_TYPE, headers=headers)
 
 
 def _add_kserve(app: FastAPI, host: Host) -> None:

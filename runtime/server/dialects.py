@@ -311,6 +311,9 @@ def warnings_of(answer: Answer) -> list[str]:
         rest = len(answer.missing) - 5
         more = f" and {rest} more" if rest > 0 else ""
         warnings.append(f"{len(answer.missing)} ids are not in the store: {names}{more}")
+    if answer.unreached:
+        shards = ", ".join(sorted({fault.reason for fault in answer.unreached}))
+        warnings.append(f"{len(answer.unreached)} ids are not ranked: {shards}")
     if answer.errors:
         warnings.append(f"{len(answer.errors)} ids have no score: see errors")
     return warnings

@@ -16,11 +16,14 @@ import msgspec
 from ...errors import EngineError, StoppedError
 from .answers import Answer, Stages
 from .asks import read_body
+from .contract import Service
 from .dialects import NVIDIA, SCORE, Dialect, new_id, rerank_dialect
 from .host import Host
+from .identity import STATE_HEADER
 from .keys import Keys
 from .kserve import HEADER_LENGTH, InferRequest, read_infer, write_infer
 from .refusals import Refusal, refusal_of
+from .time_limit import TimeLimit
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -40,37 +43,12 @@ OPEN_PATHS = frozenset(
     }
 )
 TIMEOUT_HEADERS = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
+PARTIAL_HEADER = b"x-edje-allow-partial"
 _encode = msgspec.json.Encoder().encode
 _SAFE_ID = re.compile(r"[\w.:/=+-]{1,128}").fullmatch
 
 
 _CLOSE = {"connection": "close"}
-
-
-class _TimeLimit:
-    """A block that ends after some seconds, without an error; `expired` tells.
-
-    As `asyncio.timeout`, which Python 3.10 lacks, for a third of its cost.
-    """
-
-    def __init__(self, seconds: float):
-        self._seconds = seconds
-        self.expired = False
-
-    def __enter__(self) -> _TimeLimit:
-        task = asyncio.current_task()
-        assert task is not None
-
-        def expire() -> None:
-            self.expired = True
-            task.cancel()
-
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, expire)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        self._timer.cancel()
-        return self.expired and kind is asyncio.CancelledError
 
 
 class ClientLeft(Exception):
@@ -80,7 +58,18 @@ class ClientLeft(Exception):
 class Exchange:
     """One request on a hot route, and what is told of it afterwards."""
 
-    __slots__ = ("began", "dialect", "headers", "id", "key", "num_pairs", "path", "query", "stages")
+    __slots__ = (
+        "began",
+        "dialect",
+        "headers",
+        "id",
+        "key",
+        "num_pairs",
+        "path",
+        "query",
+        "service",
+        "stages",
+    )
 
     def __init__(self, scope: Scope):
         self.began = perf_counter()
@@ -92,6 +81,7 @@ class Exchange:
         self.key: str | None = None
         self.num_pairs = 0
         self.query: str | None = None
+        self.service: Service | None = None  # that was asked: a reload may come between
         self.stages: Stages | None = None
 
     def timeout_s(self) -> float | None:
@@ -192,7 +182,7 @@ class Front:
             raise _too_large(limit)
         parts: list[bytes] = []
         size = 0
-        with _TimeLimit(BODY_TIMEOUT_S) as limited:
+        with TimeLimit(BODY_TIMEOUT_S) as limited:
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -218,7 +208,9 @@ class Front:
             exchange.dialect = found.name
             ask = found.read(body, self._pattern)
             ask.check()
-            return found, ask, self._submit(exchange, ask.query, ask.ids, ask.top_n)
+            partial = body.get("allow_partial") is True
+            future = self._submit(exchange, ask.query, ask.ids, top_n=ask.top_n, partial=partial)
+            return found, ask, future
 
         found, ask, future = await self._begin(exchange, begin, raw)
         answer = await self._answered(exchange, future, receive)
@@ -236,14 +228,23 @@ class Front:
 
         def begin() -> tuple[InferRequest, Future[Answer]]:
             request = read_infer(raw, None if length is None else length.decode("latin-1"))
-            return request, self._submit(exchange, request.query, request.candidates, None)
+            asked = request.query, request.candidates
+            future = self._submit(
+                exchange, *asked, partial=request.partial, unknown=request.unknown
+            )
+            return request, future
 
         request, future = await self._begin(exchange, begin, raw)
         answer = await self._answered(exchange, future, receive)
         encoding = perf_counter()
         payload, headers = write_infer(request, answer, self._settings.model)
         self._host.metrics.count_stages(answer.stages, perf_counter() - encoding)
-        return payload, {**headers, **self._headers(answer)}
+        headers |= self._headers(answer)
+        if request.details and exchange.service is not None:
+            identity = exchange.service.identity()
+            if identity is not None:
+                headers[STATE_HEADER] = identity.tag
+        return payload, headers
 
     async def _begin(self, exchange: Exchange, begin: Callable[[], Any], raw: bytes) -> Any:
         """Parse and submit: here, or on another thread where that takes long."""
@@ -252,18 +253,22 @@ class Front:
         return await asyncio.get_running_loop().run_in_executor(self._aside, begin)
 
     def _submit(
-        self, exchange: Exchange, query: str, candidates: Any, top_n: int | None
+        self, exchange: Exchange, query: str, candidates: Any, *, partial: bool, **options: Any
     ) -> Future[Answer]:
         exchange.query, number = query, len(candidates)
         self._keys.take(exchange.key, number)
         exchange.num_pairs = number
         try:
             while True:
-                service = self._host.service
+                service = exchange.service = self._host.service
                 assert service is not None
                 try:
                     return service.submit(
-                        query, candidates, top_n=top_n, timeout_s=exchange.timeout_s()
+                        query,
+                        candidates,
+                        timeout_s=exchange.timeout_s(),
+                        partial=partial or exchange.headers.get(PARTIAL_HEADER) in (b"1", b"true"),
+                        **options,
                     )
                 except EngineError:
                     if service is self._host.service:
@@ -278,7 +283,7 @@ class Front:
     ) -> Answer:
         """Wait for the answer; at the deadline, or when the client leaves, give the request up."""
         loop = asyncio.get_running_loop()
-        service = self._host.service
+        service = exchange.service
         assert service is not None
         limit = exchange.timeout_s() or service.options.timeout_s
         watch: list[asyncio.Task[None]] = []
@@ -324,6 +329,9 @@ class Front:
             metrics.unknown_ids.inc(len(answer.missing))
             names = ",".join(quote(fault.id[:80], safe="") for fault in answer.missing[:20])
             headers["x-edje-missing"] = f"{len(answer.missing)};{names}"
+        if answer.unreached:
+            reasons = sorted({fault.reason for fault in answer.unreached})
+            headers["x-edje-partial"] = f"{len(answer.unreached)};{', '.join(reasons)}"
         if answer.errors:
             metrics.bad_records.inc(len(answer.errors))
         return headers
@@ -373,7 +381,7 @@ async def _send(
     if len(payload) < 1 << 16:  # below the transport's buffer: never waits
         await send(body)
         return
-    with _TimeLimit(SEND_TIMEOUT_S):
+    with TimeLimit(SEND_TIMEOUT_S):
         await send(body)
 
 

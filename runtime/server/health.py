@@ -7,7 +7,8 @@ from collections.abc import Callable
 from time import monotonic
 
 from ...errors import EdjeError
-from .service import ScoringService
+from .contract import Service
+from .limits import PassingError
 
 INTERVAL_S = 5.0
 PROBE_TIMEOUT_S = 10.0
@@ -19,12 +20,13 @@ class Health:
 
     Attributes:
         fault: why the service is not ready; None: it is.
+        passes: whether the fault may pass by itself.
         dead: the engine failed again and again; only a new process can help.
     """
 
     def __init__(
         self,
-        current: Callable[[], ScoringService | None],
+        current: Callable[[], Service | None],
         on_death: Callable[[str], None],
         *,
         interval_s: float = INTERVAL_S,
@@ -46,6 +48,7 @@ class Health:
         self._failures = 0
         self._checked_at = monotonic()
         self.fault: str | None = "no probe has run yet"
+        self.passes = False
         self.dead = False
 
     def start(self) -> None:
@@ -81,7 +84,8 @@ class Health:
             if self._current() is not service:
                 return  # a reload came between: the next probe asks the new one
             self.fault = error.message
-            self._failures += 1
+            self.passes = isinstance(error, PassingError)
+            self._failures = 0 if self.passes else self._failures + 1
         else:
             self.fault, self._failures = None, 0
         self._checked_at = monotonic()

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ...errors import EdjeError, EngineError
+from .contract import Service
 from .health import INTERVAL_S, PROBE_TIMEOUT_S, Health
 from .logs import JsonLog
 from .metrics import Metrics
-from .service import ScoringService
-from .settings import Settings
+from .settings import FrontSettings
 
 DRAIN_S = 30.0
 
@@ -27,31 +27,27 @@ class Host:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: FrontSettings,
         log: JsonLog,
         *,
-        open_service: Callable[[], ScoringService] | None = None,
         on_death: Callable[[str], None] = lambda _: None,
         probe_every_s: float = INTERVAL_S,
         probe_timeout_s: float = PROBE_TIMEOUT_S,
     ):
-        """Open engine and store, warm up, probe.
+        """Open the service and probe it.
 
         Args:
-            open_service: makes a service, now and at each reload; None: of the settings' engine
-                and store.
             on_death: called with the reason when the engine has failed for good.
 
         Raises:
             RequestError: settings that cannot be meant.
-            EdjeError: as `ScoringService.open`, or the first probe failed.
+            EdjeError: the service cannot be opened, or the first probe failed for good.
         """
         settings.check()
         self.settings, self.log = settings, log
-        self._open_service = open_service or self._open_settings
         self._on_death = on_death
         self._reloading = threading.Lock()
-        self.service: ScoringService | None = None
+        self.service: Service | None = None
         self.generation = 0
         self.draining: str | None = None
         self.metrics = Metrics(lambda: self.service, lambda: self.ready)
@@ -62,7 +58,7 @@ class Host:
         )
         self.service = self._open()
         self.health.start()
-        if self.health.fault is not None:
+        if self.health.fault is not None and not self.health.passes:
             fault = self.health.fault
             self.close(0.0)
             raise EngineError(f"the first probe failed: {fault}")
@@ -99,7 +95,7 @@ class Host:
             self.log.write("reload", outcome="done", generation=self.generation)
             if old is not None:
                 old.close(DRAIN_S)
-                self.metrics.dropped_before += old.worker.num_dropped
+                self.metrics.dropped_before += old.num_dropped
 
     def drain(self, why: str) -> None:
         """Say not ready; requests that still come are served."""
@@ -113,21 +109,8 @@ class Host:
             if self.service is not None:
                 self.service.close(drain_s)
 
-    def _open_settings(self) -> ScoringService:
-        settings = self.settings
-        return ScoringService.open(
-            settings.engine, store=settings.store, options=settings.service, **settings.opening
-        )
-
-    def _open(self) -> ScoringService:
-        service = self._open_service()
-        service.worker.on_batch = self.metrics.count_batch
-        service.worker.on_failure = self._failed
-        try:
-            service.probe()  # learns the score of the known pair
-        except BaseException:
-            service.close(0.0)
-            raise
+    def _open(self) -> Service:
+        service = self.settings.open_service(self.metrics, self._failed)
         if not self.generation:
             self.generation = 1
         return service

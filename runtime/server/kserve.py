@@ -4,6 +4,10 @@ Inputs: `QUERY` BYTES [1], and `IDS` BYTES [N] or `ROWS` INT64 [N] (rows of the 
 `SCORES` FP32 [N], raw logits in the order sent, NaN where there is none (JSON: null). With binary
 inputs and outputs nothing of it is parsed number by number: the route for thousands of candidates.
 
+Parameters of a request, all optional: `unknown_ids` (error, lowest, skip), `allow_partial`, and
+`details`, which lets the answer's parameters tell why a score is NaN (`missing`, `damaged`:
+positions with commas) and what became of the query (`num_wordpieces`, `truncated`).
+
 Source: KServe "Open Inference Protocol", Triton's extension "Binary Tensor Data".
 """
 
@@ -13,18 +17,18 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
 
 from ...arrays import Float32, Int64
-from .answers import Answer
+from ..results import Fault as Missed
+from .answers import Answer, Unknown
 from .asks import read_body
 from .refusals import Fault, Refusal
 
 HEADER_LENGTH = "inference-header-content-length"
-PARAMETERS = ("timeout_ms",)
 INPUTS: Sequence[Mapping[str, Any]] = (
     {"name": "QUERY", "datatype": "BYTES", "shape": [1]},
     {"name": "IDS", "datatype": "BYTES", "shape": [-1]},
@@ -44,12 +48,18 @@ class InferRequest:
         id: of the request, told back.
         candidates: ids, or int64 [N] rows of the store.
         binary: the scores go out as bytes.
+        unknown: what ids do that the store lacks; None: as the server does.
+        partial: an answer without a shard that is down will do.
+        details: the answer tells why scores are missing.
     """
 
     id: str
     query: str
     candidates: list[str] | Int64
     binary: bool
+    unknown: Unknown | None = None
+    partial: bool = False
+    details: bool = False
 
 
 def read_infer(raw: bytes, header_length: str | None) -> InferRequest:
@@ -89,13 +99,25 @@ def read_infer(raw: bytes, header_length: str | None) -> InferRequest:
             faults.append(Fault(("inputs", "IDS"), "expected BYTES [N]"))
         if rows is not None and not isinstance(rows, np.ndarray):
             faults.append(Fault(("inputs", "ROWS"), "expected INT64 [N]"))
+    parameters = body.get("parameters")
+    own: dict[str, Any] = parameters if isinstance(parameters, dict) else {}
+    unknown = own.get("unknown_ids")
+    if unknown is not None and unknown not in get_args(Unknown):
+        expected = " or ".join(get_args(Unknown))
+        faults.append(Fault(("parameters", "unknown_ids"), f"expected {expected}"))
     if faults:
         raise _refused(faults)
     assert isinstance(query, list)
     candidates: Any = rows if ids is None else ids
     identity = body.get("id")
     return InferRequest(
-        identity if isinstance(identity, str) else "", query[0], candidates, _wants_binary(body)
+        identity if isinstance(identity, str) else "",
+        query[0],
+        candidates,
+        _wants_binary(body),
+        unknown,
+        own.get("allow_partial") is True,
+        own.get("details") is True,
     )
 
 
@@ -108,6 +130,13 @@ def write_infer(request: InferRequest, answer: Answer, model: str) -> tuple[byte
     body: dict[str, Any] = {"model_name": model, "model_version": "1", "outputs": [output]}
     if request.id:
         body["id"] = request.id
+    if request.details:
+        body["parameters"] = {
+            "num_wordpieces": answer.num_wordpieces,
+            "truncated": answer.truncated,
+            "missing": _positions(answer.missing),
+            "damaged": _positions(answer.errors),
+        }
     if not request.binary:
         output["data"] = [None if value != value else value for value in scores.tolist()]
         return _encode(body), {}
@@ -177,6 +206,10 @@ def _wants_binary(body: dict[str, Any]) -> bool:
         if isinstance(found, dict) and "binary_data" in found:
             return bool(found["binary_data"])
     return isinstance(own, dict) and bool(own.get("binary_data_output"))
+
+
+def _positions(faults: Sequence[Missed]) -> str:
+    return ",".join(str(fault.index) for fault in faults)
 
 
 def _refused(faults: Sequence[Fault]) -> Refusal:

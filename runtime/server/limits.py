@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from ...arguments import Arguments
-from ...errors import RequestError
+from ...errors import EngineError, RequestError
 from .answers import Unknown
 
 
@@ -20,6 +20,10 @@ class OverloadedError(RequestError):
     def __init__(self, message: str, retry_after_s: float):
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class PassingError(EngineError):
+    """The service cannot be trusted with a request now, and waiting helps: no reason to end."""
 
 
 class UnknownIdsError(RequestError):

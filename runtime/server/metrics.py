@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -10,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from ..pipeline import Scored
 from .answers import Stages
+from .contract import Service
 from .service import ScoringService
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -19,6 +21,7 @@ _SECONDS = (
     *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
 _PAIRS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+Own = TypeVar("Own")
 REQUEST_STAGES = ("tokenize", "resolve", "queue", "encode")
 BATCH_STAGES = ("read", "upload", "compute", "download")
 
@@ -26,7 +29,7 @@ BATCH_STAGES = ("read", "upload", "compute", "download")
 class Metrics:
     """Counters of one server; it outlives the services that follow each other in it."""
 
-    def __init__(self, current: Callable[[], ScoringService | None], ready: Callable[[], bool]):
+    def __init__(self, current: Callable[[], Service | None], ready: Callable[[], bool]):
         """`current`: the service that takes requests now; `ready`: what `/readyz` says."""
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
@@ -70,7 +73,15 @@ class Metrics:
             lambda: float(ready())
         )
         registry.register(_ServiceCollector(current, self))
+        self._own: dict[Callable[[CollectorRegistry], Any], Any] = {}
         self.dropped_before = 0  # pairs that services dropped which have ended
+
+    def own(self, make: Callable[[CollectorRegistry], Own]) -> Own:
+        """Return the counters that `make` makes: once, for services that follow each other."""
+        if make not in self._own:
+            self._own[make] = make(self.registry)
+        found: Own = self._own[make]
+        return found
 
     def count_batch(self, scored: Scored, num_pairs: int) -> None:
         """Count one batch; runs on the thread that scored it."""
@@ -100,7 +111,7 @@ class Metrics:
 class _ServiceCollector(Collector):
     """Figures that the service holds, asked for when somebody looks."""
 
-    def __init__(self, current: Callable[[], ScoringService | None], metrics: Metrics):
+    def __init__(self, current: Callable[[], Service | None], metrics: Metrics):
         self._current, self._metrics = current, metrics
 
     def collect(self) -> Iterator[Metric]:
@@ -116,16 +127,22 @@ class _ServiceCollector(Collector):
         dropped = CounterMetricFamily(
             "edje_dropped_pairs", "Pairs never scored: their caller left, or was too late."
         )
-        dropped.add_metric([], self._metrics.dropped_before + service.worker.num_dropped)
+        dropped.add_metric([], self._metrics.dropped_before + service.num_dropped)
         yield dropped
-        usage = service.reranker.usage()
-        yield _gauge("edje_pinned_bytes", "Pinned host memory.", usage.pinned_bytes)
-        yield _gauge("edje_device_bytes", "Device memory.", usage.device_bytes)
-        labels = ("backend", "precision", "device", "tokens", "residency", "layers")
-        info = GaugeMetricFamily("edje_engine_info", "The engines in use.", labels=labels)
-        for label in service.reranker.labels:
-            info.add_metric([str(getattr(label, name)) for name in labels], 1)
-        yield info
+        if isinstance(service, ScoringService):
+            yield from _engine_figures(service)
+
+
+def _engine_figures(service: ScoringService) -> Iterator[Metric]:
+    """Yield what only an engine in this process has."""
+    usage = service.reranker.usage()
+    yield _gauge("edje_pinned_bytes", "Pinned host memory.", usage.pinned_bytes)
+    yield _gauge("edje_device_bytes", "Device memory.", usage.device_bytes)
+    labels = ("backend", "precision", "device", "tokens", "residency", "layers")
+    info = GaugeMetricFamily("edje_engine_info", "The engines in use.", labels=labels)
+    for label in service.reranker.labels:
+        info.add_metric([str(getattr(label, name)) for name in labels], 1)
+    yield info
 
 
 def _gauge(name: str, what: str, value: float) -> GaugeMetricFamily:

@@ -23,6 +23,7 @@ from ..results import Candidates
 from ..store import TokenStore
 from ..text import TokenizedQueries
 from .answers import Answer, Stages, Unknown, Waiting
+from .identity import Identity
 from .limits import Load, OverloadedError, ServiceOptions, UnknownIdsError
 from .worker import Worker
 
@@ -58,6 +59,7 @@ class ScoringService:
         self._is_cascade = len(reranker.labels) > 1
         self._probe: tuple[Int64, float] | None = None
         self._live: Int64 | None = None
+        self._identity: Identity | None = None
         self.worker = Worker(reranker, self._max_pairs)
 
     @classmethod
@@ -95,6 +97,7 @@ class ScoringService:
         top_n: int | None = None,
         timeout_s: float | None = None,
         unknown: Unknown | None = None,
+        partial: bool = False,
     ) -> Future[Answer]:
         """Let a query's candidates wait for their batches; return at once.
 
@@ -103,6 +106,7 @@ class ScoringService:
             top_n: how many hits to return; None: all.
             timeout_s: None: as the service's options say.
             unknown: None: as the service's options say.
+            partial: an answer without a shard that is down will do; one engine has no shards.
 
         Returns:
             The answer to come. `cancel()` takes what no batch holds yet out of the queue. It fails
@@ -143,6 +147,34 @@ class ScoringService:
     def load(self) -> Load:
         """Return what there is to do."""
         return self.worker.load()
+
+    @property
+    def num_dropped(self) -> int:
+        """Pairs that were accepted and never scored."""
+        return self.worker.num_dropped
+
+    def facts(self) -> dict[str, Any]:
+        """Return what runs here, as JSON values; nothing of paths."""
+        reranker = self.reranker
+        return {
+            "engines": [
+                {"backend": label.backend, "precision": label.precision, "layers": label.layers}
+                for label in reranker.labels
+            ],
+            "device": reranker.labels[-1].device,
+            "num_images": len(reranker.store),
+            "max_input_length": max(self._buckets),
+            "max_batch_pairs": reranker.profile.max_pairs,
+            "fingerprint_scorer": reranker.bundle.fingerprint_scorer,
+            "fingerprint_encoder": reranker.bundle.fingerprint_encoder,
+        }
+
+    def identity(self) -> Identity:
+        """Return which scores this service gives, and for which ids; made on the first call."""
+        if self._identity is None:
+            scorer, store = self.reranker.bundle.fingerprint_scorer, self.reranker.store
+            self._identity = Identity.of(scorer, store.digests())
+        return self._identity
 
     def probe(self, timeout_s: float = 10.0) -> None:
         """Score a known pair through the queue, and compare with what it scored at first.

@@ -1,28 +1,31 @@
-"""What `edje serve` was told."""
+"""What a server was told."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...arguments import Arguments
 from ...errors import RequestError
 from .limits import ServiceOptions
+from .service import ScoringService
 
-MAX_BODY_BYTES = 64 << 20
+if TYPE_CHECKING:
+    from .contract import Service
+    from .metrics import Metrics
+
+MAX_BODY_BYTES = 16 << 20
 MODEL = "edje"
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """One server.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontSettings:
+    """How one server speaks HTTP, whatever scores for it.
 
     Attributes:
-        engine, store: folders.
-        opening: what else `Reranker.open` takes.
         service: how requests are queued.
         model: the name that `/v1/models` tells; requests may name any.
         max_body_bytes: larger ones are refused with 413.
@@ -34,9 +37,6 @@ class Settings:
         log_queries: whether query texts appear in the log.
     """
 
-    engine: Path
-    store: Path
-    opening: Mapping[str, Any] = field(default_factory=dict)
     service: ServiceOptions = field(default_factory=ServiceOptions)
     model: str = MODEL
     max_body_bytes: int = MAX_BODY_BYTES
@@ -45,6 +45,25 @@ class Settings:
     id_pattern: str | None = None
     images: Path | None = None
     log_queries: bool = False
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """What is served, for the operator alone."""
+        raise NotImplementedError
+
+    def open_service(
+        self, metrics: Metrics, on_failure: Callable[[Exception], None] = lambda _: None
+    ) -> Service:
+        """Open what scores.
+
+        Args:
+            metrics: that count what it does.
+            on_failure: called with what a batch failed with.
+
+        Raises:
+            EdjeError: it cannot be opened.
+        """
+        raise NotImplementedError
 
     def check(self) -> None:
         """Refuse what cannot be meant, all of it.
@@ -72,3 +91,49 @@ class Settings:
         if self.images is not None and not self.images.is_dir():
             given.faults.append(f"images: {self.images} is no folder")
         given.check()
+
+
+@dataclass(frozen=True, slots=True)
+class Settings(FrontSettings):
+    """A server of one engine and one store.
+
+    Attributes:
+        engine, store: folders.
+        opening: what else `Reranker.open` takes.
+    """
+
+    engine: Path
+    store: Path
+    opening: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """The folders."""
+        return {"engine": str(self.engine), "store": str(self.store)}
+
+    def open_service(
+        self, metrics: Metrics, on_failure: Callable[[Exception], None] = lambda _: None
+    ) -> Service:
+        """Open engine and store; one probe learns the score of the known pair."""
+        made = ScoringService.open(
+            self.engine, store=self.store, options=self.service, **self.opening
+        )
+        return wired(made, metrics, on_failure)
+
+
+def wired(
+    service: ScoringService, metrics: Metrics, on_failure: Callable[[Exception], None]
+) -> ScoringService:
+    """Let metrics and host learn what a service does; let it learn the score of a known pair.
+
+    Raises:
+        EdjeError: the probe failed; the service is closed.
+    """
+    service.worker.on_batch = metrics.count_batch
+    service.worker.on_failure = on_failure
+    try:
+        service.probe()
+    except BaseException:
+        service.close(0.0)
+        raise
+    return service

@@ -234,7 +234,7 @@ class RecordIndex:
         """Return int64 [N] row handles, and the ids that are unknown."""
         with self._lock:
             table, fresh_rows = self._table, self._fresh_rows
-        places = table.find(_digests(ids))
+        places = table.find(digests_of(ids))
         found = np.full(len(ids), -1, np.int64)
         known = places >= 0
         found[known] = table.locations(places[known])
@@ -285,6 +285,12 @@ class RecordIndex:
             names.append(unpacked[at][row - firsts[at]])
         return names
 
+    def digests(self) -> UInt64:
+        """Return uint64 [N], ascending: the low half of each live id's digest."""
+        table = self._merged()
+        alive = table.live[table.order]
+        return table.keys[:-1] if alive.all() else table.keys[:-1][alive]
+
     def bad_record(self, plan: ReadPlan, place: int, reason: str) -> BadRecord:
         """Name the record at `place` of `plan`."""
         location = int(plan.locations[place])
@@ -319,8 +325,8 @@ class RecordIndex:
             return self._table
 
 
-def _digests(ids: Sequence[str]) -> UInt64:
-    """Return the digests of `ids` as uint64 [N, 2], high half first."""
+def digests_of(ids: Sequence[str]) -> UInt64:
+    """Return the digests of `ids` as big-endian uint64 [N, 2], high half first."""
     try:
         joined = b"".join(map(xxhash.xxh3_128_digest, map(str.encode, ids)))
     except UnicodeEncodeError:  # no id of a store has a lone surrogate: what it gives is unknown

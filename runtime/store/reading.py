@@ -71,6 +71,17 @@ class ReadableStore:
         """Return the row handles of all records: int64 [N], ascending, the caller's."""
         return self._index.live_rows()
 
+    def digests(self) -> UInt64:
+        """Return what tells which ids are here: the low 64 bits of each id's xxh3-128 digest.
+
+        Returns:
+            uint64 [N], ascending, host; not to be written to.
+
+        Raises:
+            StoreError: the store is closed.
+        """
+        return self._index.digests()
+
     def read(
         self,
         rows: Int64 | Iterable[int],

@@ -19,7 +19,24 @@ from edje.runtime.server import ScoringService
 from edje.runtime.server.app import make_app
 from edje.runtime.server.host import Host
 from edje.runtime.server.logs import JsonLog
-from edje.runtime.server.settings import Settings
+from edje.runtime.server.metrics import Metrics
+from edje.runtime.server.settings import FrontSettings, Settings, wired
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenSettings(FrontSettings):
+    """A server of whatever service `opens` makes, now and at each reload."""
+
+    opens: Callable[[], ScoringService]
+
+    @property
+    def places(self) -> dict[str, Any]:
+        return {}
+
+    def open_service(
+        self, metrics: Metrics, on_failure: Callable[[Exception], None] = lambda _: None
+    ) -> ScoringService:
+        return wired(self.opens(), metrics, on_failure)
 
 
 @dataclass(frozen=True)
@@ -80,15 +97,11 @@ class Running:
 
 
 @contextmanager
-def running(
-    settings: Settings,
-    open_service: Callable[[], ScoringService] | None = None,
-    **host_options: Any,
-) -> Iterator[Running]:
+def running(settings: FrontSettings, **host_options: Any) -> Iterator[Running]:
     """Serve until the block ends."""
     stream = io.BytesIO()
     log = JsonLog(stream)
-    host = Host(settings, log, open_service=open_service, **host_options)
+    host = Host(settings, log, **host_options)
     config = uvicorn.Config(
         make_app(host),
         host="127.0.0.1",

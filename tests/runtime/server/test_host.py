@@ -16,10 +16,9 @@ from edje.errors import EdjeError, EngineError, RequestError
 from edje.runtime.reranker import Reranker
 from edje.runtime.server import ScoringService
 from edje.runtime.server.settings import Settings
-from running_server import Running, running, settings_of
+from running_server import GivenSettings, Running, running, settings_of
 from toy_engine import ToyEngine, toy_manifest, toy_store, toy_tokenizer
 
-NOWHERE = Settings(Path("engine"), Path("store"))
 IDS = [f"img-{number}" for number in range(12)]
 
 
@@ -61,7 +60,7 @@ def ready(server: Running) -> int:
 
 
 def test_ready_follows_a_known_pair_and_live_the_loop(toys):
-    with running(NOWHERE, toys, probe_every_s=0.05, probe_timeout_s=0.3) as server:
+    with running(GivenSettings(opens=toys), probe_every_s=0.05, probe_timeout_s=0.3) as server:
         assert ready(server) == 200
         hold = threading.Event()
         toys.engines[0].before = lambda _: hold.wait(20) and None
@@ -75,7 +74,7 @@ def test_ready_follows_a_known_pair_and_live_the_loop(toys):
 
 def test_a_passing_fault_costs_readiness_and_not_the_process(toys):
     deaths: list[str] = []
-    with running(NOWHERE, toys, probe_every_s=0.05, on_death=deaths.append) as server:
+    with running(GivenSettings(opens=toys), probe_every_s=0.05, on_death=deaths.append) as server:
         failing = threading.Event()
         failing.set()
 
@@ -92,7 +91,7 @@ def test_a_passing_fault_costs_readiness_and_not_the_process(toys):
 
 def test_an_engine_that_fails_again_and_again_is_dead(toys):
     deaths: list[str] = []
-    with running(NOWHERE, toys, probe_every_s=0.05, on_death=deaths.append) as server:
+    with running(GivenSettings(opens=toys), probe_every_s=0.05, on_death=deaths.append) as server:
 
         def fail(_: object) -> None:
             raise RuntimeError("the device is gone")
@@ -109,7 +108,7 @@ def test_an_engine_that_fails_again_and_again_is_dead(toys):
 
 def test_scores_that_are_wrong_are_no_health(toys):
     deaths: list[str] = []
-    with running(NOWHERE, toys, probe_every_s=0.05, on_death=deaths.append) as server:
+    with running(GivenSettings(opens=toys), probe_every_s=0.05, on_death=deaths.append) as server:
         original = toys.engines[0]._infer  # the toy's own promise: tests may bend it
 
         def wrong(batch, scores) -> None:
@@ -127,12 +126,15 @@ def test_a_service_that_fails_its_first_probe_does_not_start(toys):
         raise RuntimeError("broken from the start")
 
     toys.before = fail
-    with pytest.raises(EngineError, match="broken from the start"), running(NOWHERE, toys):
+    with (
+        pytest.raises(EngineError, match="broken from the start"),
+        running(GivenSettings(opens=toys)),
+    ):
         pass
 
 
 def test_a_reload_takes_over_without_losing_a_request(toys):
-    with running(NOWHERE, toys) as server:
+    with running(GivenSettings(opens=toys)) as server:
         stop = threading.Event()
 
         def ask(_: int) -> list[int]:
@@ -156,7 +158,7 @@ def test_a_reload_takes_over_without_losing_a_request(toys):
 
 
 def test_a_reload_that_fails_keeps_what_runs(toys):
-    with running(NOWHERE, toys) as server:
+    with running(GivenSettings(opens=toys)) as server:
         toys.fault = EngineError("the new engine is stale")
         with pytest.raises(EngineError, match="stale"):
             server.host.reload()
@@ -185,7 +187,7 @@ def test_a_reload_sees_what_was_indexed_meanwhile(tiny_engine, tiny_store, tmp_p
 
 
 def test_draining_is_not_ready_and_still_serves(toys):
-    with running(NOWHERE, toys) as server:
+    with running(GivenSettings(opens=toys)) as server:
         server.host.drain("the server is ending")
         assert ready(server) == 503
         assert server.ask("/rerank", {"query": "red", "documents": IDS}).status == 200

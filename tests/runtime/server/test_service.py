@@ -38,6 +38,12 @@ class Gate:
         assert self.open.wait(20)
 
 
+def wait_until_taken(service: ScoringService) -> None:
+    """Wait until batches hold all that was submitted."""
+    while service.load().num_pairs:
+        time.sleep(0.001)
+
+
 @contextmanager
 def toy_service(tmp_path, engine: ToyEngine, **options) -> Iterator[ScoringService]:
     with toy_store(tmp_path / "store", np.linspace(-2, 2, 40)) as store:
@@ -98,10 +104,12 @@ def test_requests_that_wait_together_share_a_batch(tmp_path):
     engine = ToyEngine(toy_manifest(max_pairs=16), before=gate)
     with toy_service(tmp_path, engine) as service:
         ids = ids_of(service)
-        first = [service.submit("red", ids[:16]) for _ in range(2)]
+        first = []
+        for _ in range(2):  # one batch a thread
+            first.append(service.submit("red", ids[:16]))
+            wait_until_taken(service)
         assert gate.reached.acquire(timeout=10)
-        while service.load().num_pairs:  # both threads hold a batch now
-            time.sleep(0.001)
+        wait_until_taken(service)
         rest = [service.submit("red", ids[n : n + 2]) for n in range(8)]
         gate.open.set()
         for future in first + rest:
@@ -178,7 +186,10 @@ def test_a_deadline_drops_what_no_batch_holds(tmp_path):
     engine = ToyEngine(toy_manifest(max_pairs=4), before=gate)
     with toy_service(tmp_path, engine) as service:
         ids = ids_of(service)
-        held = [service.submit("red", ids[:4]) for _ in range(2)]
+        held = []
+        for _ in range(2):  # one batch a thread
+            held.append(service.submit("red", ids[:4]))
+            wait_until_taken(service)
         late = service.submit("red", ids, timeout_s=0.05)
         gate.reached.acquire(timeout=10)
         time.sleep(0.1)
@@ -196,7 +207,10 @@ def test_a_cancelled_request_costs_nothing_more(tmp_path):
     engine = ToyEngine(toy_manifest(max_pairs=4), before=gate)
     with toy_service(tmp_path, engine) as service:
         ids = ids_of(service)
-        held = [service.submit("red", ids[:4]) for _ in range(2)]
+        held = []
+        for _ in range(2):  # one batch a thread
+            held.append(service.submit("red", ids[:4]))
+            wait_until_taken(service)
         gone = service.submit("red", ids)
         assert gone.cancel()
         gate.open.set()
@@ -301,8 +315,9 @@ def test_a_cancelled_task_drops_its_request(tmp_path):
 
     async def main(service: ScoringService) -> None:
         ids = ids_of(service)
-        for _ in range(2):
+        for _ in range(2):  # one batch a thread
             service.submit("red", ids[:4])
+            wait_until_taken(service)
         task = asyncio.create_task(service.rank("red", ids))
         await asyncio.sleep(0.05)
         task.cancel()
