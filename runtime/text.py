@@ -31,9 +31,12 @@ def canonicalize(text: str) -> str:
 
     Source: EDJE `data/utils.py` `pre_caption` = open_clip `canonicalize_text(basic_clean(x))`.
     """
-    import ftfy  # slow to import, needed by this normalisation only
+    if text.isascii() and text.isprintable() and "&" not in text:
+        fixed = text.strip()  # nothing to fix: no entity, no control character, nothing garbled
+    else:
+        import ftfy  # slow to import, needed by this normalisation only
 
-    fixed = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+        fixed = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     plain = fixed.replace("_", " ").translate(_DELETE_PUNCTUATION).lower()
     return " ".join(plain.split())
 
@@ -68,7 +71,7 @@ class QueryTokenizer:
         self._tokenizer = tokenizer
         self._spec = spec
         self._normalize = _NORMALIZERS[spec.normalization]
-        self._normalize("warm-up")  # pays the lazy import before the first request
+        self._normalize("wärm-up")  # pays the lazy import before the first request
 
     @classmethod
     def open(cls, folder: StrPath, spec: TextSpec) -> QueryTokenizer:

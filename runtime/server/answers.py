@@ -127,12 +127,19 @@ class Waiting(Job):
     def answer(self, engine: EngineLabel) -> Answer:
         """Rank what was scored."""
         asked, scored = self.asked, self.scored
-        missing, errors = asked.missing(), faults_of(asked.ids, scored, asked.position)
-        scores = np.append(scored.scores, np.float32(np.nan))[asked.position]
-        if missing and self.unknown == "lowest":
-            scores[asked.position < 0] = -np.inf
-        order = np.argsort(-scores, kind="stable")
-        if errors or missing or scored.skipped is not None:
+        missing = asked.missing()
+        errors: tuple[Fault, ...] = ()
+        if missing:
+            scores = np.append(scored.scores, np.float32(np.nan))[asked.position]
+        else:
+            scores = scored.scores[asked.position]
+        order = (-scores).argsort(kind="stable")
+        # What is not finite stands at an end.
+        if missing or not np.isfinite(scores[order[[0, -1]]]).all():
+            errors = faults_of(asked.ids, scored, asked.position)
+            if self.unknown == "lowest":
+                scores[asked.position < 0] = -np.inf
+            order = (-scores).argsort(kind="stable")
             order = order[~np.isnan(scores[order])]
         order = order[: self.top_n]
         self.stages.total = (perf_counter() - self.began) * 1e3

@@ -31,13 +31,13 @@ _encode = msgspec.json.Encoder().encode
 _run, _number = urandom(4).hex(), count()
 
 
-class Document(msgspec.Struct):
+class Document(msgspec.Struct, gc=False):
     """An echoed document."""
 
     text: str
 
 
-class Scored(msgspec.Struct, omit_defaults=True):
+class Scored(msgspec.Struct, omit_defaults=True, gc=False):
     """One candidate, as most dialects have it."""
 
     index: int
@@ -45,7 +45,7 @@ class Scored(msgspec.Struct, omit_defaults=True):
     document: Document | None = None
 
 
-class TeiScored(msgspec.Struct, omit_defaults=True):
+class TeiScored(msgspec.Struct, omit_defaults=True, gc=False):
     """One candidate, as TEI has it."""
 
     index: int
@@ -53,14 +53,14 @@ class TeiScored(msgspec.Struct, omit_defaults=True):
     text: str | None = None
 
 
-class NvidiaScored(msgspec.Struct):
+class NvidiaScored(msgspec.Struct, gc=False):
     """One candidate, as NVIDIA has it."""
 
     index: int
     logit: float
 
 
-class WeaviateScored(msgspec.Struct):
+class WeaviateScored(msgspec.Struct, gc=False):
     """One candidate, as Weaviate has it."""
 
     document: str

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any, BinaryIO
 
+GATHER_S = 0.05  # one thread switch for the lines of so long, not one a line
 MAX_LINES = 10_000  # that may wait for a slow disk; what comes then is lost, and counted
 
 
@@ -47,12 +49,13 @@ class JsonLog:
         self._thread.join(5.0)
 
     def _work(self) -> None:
-        while True:
+        while not self._closed:
             self._wake.wait()
+            if not self._closed:
+                time.sleep(GATHER_S)
             self._wake.clear()
             self._write_waiting()
-            if self._closed:
-                return
+        self._write_waiting()  # what came while the last lines were written
 
     def _write_waiting(self) -> None:
         lines = []

