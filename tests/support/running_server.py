@@ -18,7 +18,7 @@ import uvicorn
 from edje.runtime.server import ScoringService
 from edje.runtime.server.app import make_app
 from edje.runtime.server.host import Host
-from edje.runtime.server.logs import JsonLog
+from edje.runtime.server.logs import GATHER_S, JsonLog
 from edje.runtime.server.metrics import Metrics
 from edje.runtime.server.settings import FrontSettings, Settings, wired
 
@@ -85,7 +85,8 @@ class Running:
             connection.close()
 
     def lines(self) -> list[dict[str, Any]]:
-        """What was logged so far."""
+        """What was logged so far; lines are gathered for a moment before they are written."""
+        time.sleep(3 * GATHER_S)
         return [json.loads(line) for line in self.log.getvalue().splitlines()]
 
     def metric(self, name: str) -> float:

@@ -230,6 +230,7 @@ def calls(store: TokenStore) -> dict[str, Callable[[], object]]:
     return {
         "rows": lambda: store.rows(["a"]),
         "live_rows": store.live_rows,
+        "digests": store.digests,
         "read": lambda: store.read(rows, out),
         "prefetch": lambda: store.prefetch(rows),
         "iterate": store.iterate,
