@@ -14,7 +14,7 @@ From a checkpoint to a ranking, in five calls:
 
 The repository root is this package. Its public names are imported when they are first asked for,
 so that `import edje` costs next to nothing; what else is public is in the `__all__` of
-`edje.engines`, `edje.runtime.store` and `edje.runtime.indexing`.
+`edje.engines`, `edje.runtime.store`, `edje.runtime.indexing` and `edje.runtime.server`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,10 @@ from pathlib import Path
 import pdoc
 
 # The packages whose `__all__` is public.
-FACES = ("edje", "edje.engines", "edje.runtime.store", "edje.runtime.indexing")
+FACES = (
+    *("edje", "edje.engines", "edje.runtime.store", "edje.runtime.indexing"),
+    "edje.runtime.server",
+)
 
 
 def main(out: Path) -> None:

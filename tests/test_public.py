@@ -19,7 +19,7 @@ import edje
 from edje.lazy import MOVED
 
 ROOT = Path(__file__).parent.parent
-FACES = ("edje.engines", "edje.runtime.store", "edje.runtime.indexing")
+FACES = (*("edje.engines", "edje.runtime.store", "edje.runtime.indexing", "edje.runtime.server"),)
 MOST_NAMES = 8
 
 
