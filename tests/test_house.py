@@ -188,6 +188,8 @@ def test_the_wheel_holds_every_module_and_what_they_read(wheel: list[str]) -> No
     cubins = {path.name for path in (ROOT / "kernels" / "cubins").iterdir()}
     assert {f"edje/kernels/cubins/{name}" for name in cubins} <= set(wheel)
     assert {"edje/demo/page.html", "edje/demo/model/model.safetensors"} <= set(wheel)
+    page = {path.name for path in (ROOT / "runtime" / "server" / "page").iterdir()}
+    assert {f"edje/runtime/server/page/{name}" for name in page} <= set(wheel)
 
 
 def test_the_benchmarks_and_the_training_run_from_the_checkout() -> None:

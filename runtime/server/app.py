@@ -5,18 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import HTTPException
+from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from ... import __version__
+from ...errors import EdjeError
 from . import kserve
 from .front import App, Front
 from .host import Host
 from .identity import MEDIA_TYPE, SCORER_HEADER
 from .metrics import CONTENT_TYPE
 from .openapi import hot_paths
-from .refusals import Refusal
+from .pages import add_page
+from .refusals import Fault, Refusal, refusal_of
 
 TITLE = "edje"
 SUMMARY = "Reranks images of a token store for text queries."
@@ -29,17 +31,13 @@ def make_app(host: Host) -> App:
     _add_models(app, host)
     _add_kserve(app, host)
     _add_ids(app, host)
+    add_page(app, host)
+    _add_refusals(app)
 
     @app.get("/metrics", tags=["operations"], response_class=Response)
     def metrics() -> Response:
         """Return the counters, as Prometheus reads them."""
         return Response(host.metrics.text(), media_type=CONTENT_TYPE)
-
-    @app.exception_handler(StarletteHTTPException)
-    async def refused(_: Request, error: StarletteHTTPException) -> Response:
-        """Answer in the one body that all clients read."""
-        refusal = Refusal(error.status_code, str(error.detail), reason="http")
-        return JSONResponse(refusal.body(), error.status_code, headers=error.headers)
 
     made = app.openapi
 
@@ -52,6 +50,27 @@ def make_app(host: Host) -> App:
 
     app.openapi = openapi  # type: ignore[method-assign]
     return Front(host, app)
+
+
+def _add_refusals(app: FastAPI) -> None:
+    """Answer what cannot be served in the one body that all clients read."""
+
+    @app.exception_handler(StarletteHTTPException)
+    async def refused(_: Request, error: StarletteHTTPException) -> Response:
+        refusal = Refusal(error.status_code, str(error.detail), reason="http")
+        return JSONResponse(refusal.body(), error.status_code, headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        faults = [Fault(tuple(one["loc"][1:]), one["msg"]) for one in error.errors()]
+        named = "; ".join(f"{'.'.join(map(str, f.where))}: {f.message}" for f in faults)
+        return JSONResponse(Refusal(422, named, faults).body(), 422)
+
+    @app.exception_handler(Refusal)
+    @app.exception_handler(EdjeError)
+    async def failed(_: Request, error: Exception) -> Response:
+        refusal = refusal_of(error)
+        return JSONResponse(refusal.body(), refusal.status, headers=dict(refusal.headers))
 
 
 def _add_health(app: FastAPI, host: Host) -> None:

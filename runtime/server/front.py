@@ -22,6 +22,7 @@ from .host import Host
 from .identity import STATE_HEADER
 from .keys import Keys
 from .kserve import HEADER_LENGTH, InferRequest, read_infer, write_infer
+from .pages import FILES
 from .refusals import Refusal, refusal_of
 from .time_limit import TimeLimit
 
@@ -35,11 +36,12 @@ LARGE_BODY = 256 << 10  # bytes: read off the event loop, for it takes milliseco
 WATCH_AFTER_S = 0.05  # a request that is answered sooner is not watched for a client that leaves
 BODY_TIMEOUT_S = 30.0
 SEND_TIMEOUT_S = 60.0
-# What needs no key: probes and Prometheus have none.
+# What needs no key: probes and Prometheus have none, and the page asks for one.
 OPEN_PATHS = frozenset(
     {
         *("/livez", "/readyz", "/healthz", "/health", "/ping", "/metrics"),
         *("/v2/health/live", "/v2/health/ready"),
+        *FILES,
     }
 )
 TIMEOUT_HEADERS = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
