@@ -35,20 +35,20 @@ export function drawStages(bar, legend, stages, total) {
   );
 }
 
-/** Draw a thread from each candidate's place before to its place after. */
-export function drawThreads(svg, order, number, isAnimated) {
-  svg.setAttribute("viewBox", `0 0 ${number} 100`);
+/** Draw a thread from each candidate's place before to its place after, in pixels of the drawing. */
+export function drawThreads(svg, order, isAnimated) {
+  const { width, height } = svg.getBoundingClientRect();
+  const step = width / order.length;
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   const paths = order.map((index, place) => {
     const path = document.createElementNS(SVG, "path");
-    const [from, to] = [index + 0.5, place + 0.5];
-    path.setAttribute("d", `M${from} 0C${from} 45 ${to} 55 ${to} 100`);
+    const [from, to] = [(index + 0.5) * step, (place + 0.5) * step];
+    path.setAttribute("d", `M${from} 0C${from} ${height * 0.5} ${to} ${height * 0.5} ${to} ${height}`);
+    path.setAttribute("pathLength", "1"); // so that one dash is all of it
     path.dataset.index = index;
-    path.classList.toggle("best", place < BEST);
     path.style.setProperty("--place", place);
-    if (place < BEST && isAnimated) {
-      path.setAttribute("pathLength", "1");
-      path.classList.add("drawn");
-    }
+    path.classList.toggle("best", place < BEST);
+    path.classList.toggle("drawn", place < BEST && isAnimated);
     return path;
   });
   svg.replaceChildren(...paths.reverse()); // the best lies on top

@@ -12,7 +12,7 @@ const NOTHING = -9999; // the server's logit of ids that the store lacks and tha
 
 const state = {
   ids: [], own: null, seed: 0, count: 48, pictures: false, numImages: 0,
-  items: [], answer: null, order: [], asking: null,
+  items: [], answer: null, order: [], asking: null, drawing: 0,
 };
 
 // --- what the address holds -----------------------------------------------------------------
@@ -24,7 +24,6 @@ function readLink() {
   state.seed = given.has("seed") && Number.isSafeInteger(seed) && seed >= 0 ? seed : newSeed();
   const count = Number(given.get("n"));
   state.count = count >= 1 && count <= 500 ? Math.floor(count) : 48;
-  for (const radio of document.getElementsByName("count")) radio.checked = Number(radio.value) === state.count;
   const ids = given.get("ids");
   state.own = ids ? idsIn(ids) : null;
   if (state.own) $("ids").value = state.own.join("\n");
@@ -64,7 +63,7 @@ function showError(error, again) {
   $("error-title").textContent = { 0: "No answer", 401: "Not allowed", 429: "Busy", 504: "Out of time" }[error.status] ?? "It was refused";
   $("error-text").textContent = error.message;
   $("error-more").textContent = error.requestId ? `${error.status}, request ${error.requestId}` : "";
-  $("again").hidden = needsKey;
+  $("again").hidden = ![0, 408, 429].includes(error.status) && error.status < 500; // would be refused again
   $("again").onclick = again;
   if (needsKey) $("key").focus();
 }
@@ -84,6 +83,7 @@ function busy(is) {
 async function takeCandidates() {
   hideError();
   forgetAnswer();
+  for (const radio of document.getElementsByName("count")) radio.checked = !state.own && Number(radio.value) === state.count;
   if (api.needsKey && !api.key()) {
     $("unlock").hidden = false;
     $("grid").replaceChildren();
@@ -92,12 +92,15 @@ async function takeCandidates() {
   }
   busy(true);
   if (!state.items.length) showSkeleton();
+  const drawing = (state.drawing += 1);
   try {
     const drawn = await api.drawCandidates(state.own ? 1 : state.count, state.seed);
+    if (drawing !== state.drawing) return false; // a later draw shows its own
     $("unlock").hidden = true;
     Object.assign(state, { pictures: drawn.pictures, numImages: drawn.num_images, ids: state.own ?? drawn.ids });
   } catch (error) {
-    state.items = [];
+    if (drawing !== state.drawing) return false;
+    Object.assign(state, { ids: [], items: [] });
     $("grid").replaceChildren();
     showError(error, start);
     return false;
@@ -141,6 +144,7 @@ function showEmpty(text) {
 function forgetAnswer() {
   state.asking?.abort();
   state.answer = null;
+  document.body.classList.remove("answered");
   for (const id of ["summary", "weave", "orders"]) $(id).hidden = true;
 }
 
@@ -188,6 +192,7 @@ function showAnswer(query, answer) {
     return [index, { place, logit, share }];
   }));
   for (const index of rest) answer.facts.set(index, { place: null, why: answer.errors.get(index) ?? "The store does not hold it" });
+  document.body.classList.add("answered");
   showTimes(answer);
   showWeave();
   $("orders").hidden = false;
@@ -199,7 +204,8 @@ function showAnswer(query, answer) {
     : "None of the candidates has a score.");
   $("heading").textContent = "Reranked";
   const notes = answer.warnings.length ? ` ${answer.warnings.join("; ")}.` : "";
-  $("subtitle").textContent = `for “${query}”. Bars compare logits within this answer.${notes}`;
+  $("subtitle").textContent = `Under each picture: its place, how far it moved, its score and its logit.${notes}`;
+  document.title = `${query} · edje`;
 }
 
 /** Show the tiles before or after reranking. */
@@ -231,16 +237,15 @@ function showWeave() {
   $("weave").hidden = number < 2;
   $("weave").style.setProperty("--number", number);
   $("weave-before").textContent = state.own ? "in your order" : "as drawn";
-  const strip = (order) => order.map((index, place) => {
-    const box = picture(state.ids[index], 160, state.pictures, { named: false });
+  const strip = (order) => order.map((index) => {
+    const box = picture(state.ids[index], state.pictures, { named: false });
     box.dataset.index = index;
     if (state.answer.facts.get(index).place === 0) box.classList.add("best");
-    box.style.setProperty("--place", place);
     return box;
   });
   $("strip-before").replaceChildren(...strip(state.ids.map((_, index) => index)));
   $("strip-after").replaceChildren(...strip(state.order));
-  drawThreads($("threads"), state.order, number, !isStill());
+  drawThreads($("threads"), state.order, !isStill());
 }
 
 /** Mark one candidate's thread and its two ends; null: none. */
@@ -259,11 +264,11 @@ function openDetail(item) {
   const id = state.ids[index];
   const facts = state.answer?.facts.get(index);
   $("detail").dataset.index = index;
-  $("detail-picture").replaceChildren(picture(id, 1280, state.pictures));
+  $("detail-picture").replaceChildren(picture(id, state.pictures, { width: 1280 }));
   $("detail-id").textContent = id;
   const rows = [["Before", `${index + 1} of ${state.ids.length}`]];
   if (facts && facts.place !== null) {
-    rows.push(["After", `${facts.place + 1} of ${state.ids.length}`], ["Score", `${sigmoid(facts.logit).toPrecision(4)}`], ["Logit", logitText(facts.logit)]);
+    rows.push(["After", `${facts.place + 1} of ${state.ids.length}`], ["Score", sigmoid(facts.logit).toPrecision(4).replace("e-", "e−")], ["Logit", logitText(facts.logit)]);
   } else if (facts) rows.push(["After", `no score: ${facts.why}`]);
   $("detail-facts").replaceChildren(...rows.map(([name, value]) => {
     const row = document.createElement("div");
@@ -293,13 +298,13 @@ async function showFacts() {
   } catch { /* what fails here fails below, too, and is said there */ }
 }
 
-async function copy(text, button) {
+async function copy(text, button, otherwise) {
   const said = button.textContent;
   try {
     await navigator.clipboard.writeText(text);
     button.textContent = "Copied";
   } catch {
-    button.textContent = "Not allowed here";
+    button.textContent = otherwise; // only pages of https or this machine may copy
   }
   say(button.textContent);
   setTimeout(() => (button.textContent = said), 1600);
@@ -346,7 +351,10 @@ function connect() {
     state.own = null;
     again();
   });
-  $("share").addEventListener("click", () => copy(new URL(link(), location.href).href, $("share")));
+  $("share").addEventListener("click", () => {
+    keepLink("replaceState");
+    copy(location.href, $("share"), "In the address");
+  });
   $("unlock").addEventListener("submit", (event) => {
     event.preventDefault();
     api.keepKey($("key").value.trim());
@@ -358,7 +366,7 @@ function connect() {
   $("detail-close").addEventListener("click", () => $("detail").close());
   $("detail-back").addEventListener("click", () => stepDetail(-1));
   $("detail-next").addEventListener("click", () => stepDetail(1));
-  $("detail-copy").addEventListener("click", () => copy($("detail-id").textContent, $("detail-copy")));
+  $("detail-copy").addEventListener("click", () => copy($("detail-id").textContent, $("detail-copy"), "Select it"));
   $("detail").addEventListener("click", (event) => event.target === $("detail") && $("detail").close());
   $("detail").addEventListener("close", () => state.items[Number($("detail").dataset.index)]?.button.focus());
   $("detail").addEventListener("keydown", (event) => {
@@ -373,6 +381,7 @@ function connect() {
     $("query").select();
   });
   addEventListener("popstate", start);
+  new ResizeObserver(() => state.answer && drawThreads($("threads"), state.order, false)).observe($("weave"));
 }
 
 connect();

@@ -38,7 +38,7 @@ function hueOf(id) {
 }
 
 /** A picture that fills its box: a plate with the id, until and unless there is a picture. */
-export function picture(id, width, hasPicture, { named = true } = {}) {
+export function picture(id, hasPicture, { width = 320, named = true } = {}) {
   const box = element("span", "picture");
   box.style.setProperty("--hue", hueOf(id));
   if (named) {
@@ -73,16 +73,26 @@ export function tile(id, index, hasPicture) {
   const button = element("button", "open");
   button.type = "button";
   button.tabIndex = -1;
-  const shown = picture(id, 320, hasPicture);
-  const rank = element("span", "rank", index + 1);
-  button.append(shown, rank);
+  const shown = picture(id, hasPicture);
+  button.append(shown);
   const under = element("div", "under");
   under.setAttribute("aria-hidden", "true");
+  under.append(placeLine(index + 1));
   item.append(button, under);
-  Object.assign(item, { id: `tile-${index}`, button, under, rank, ready: shown.ready });
+  Object.assign(item, { button, under, ready: shown.ready });
   item.dataset.index = index;
   button.setAttribute("aria-label", `${index + 1}: ${id}`);
   return item;
+}
+
+function placeLine(place, change) {
+  const line = element("span", "place");
+  line.append(element("b", "", place));
+  if (change === undefined) return line;
+  const word = change > 0 ? "up" : change < 0 ? "down" : "same";
+  const sign = { up: "▲", down: "▼", same: "=" }[word];
+  line.append(element("span", `change ${word}`, change ? `${sign} ${Math.abs(change)}` : sign));
+  return line;
 }
 
 /** Write what is known of a candidate onto its tile; `place` is null where it has no score. */
@@ -90,24 +100,22 @@ export function annotate(item, { id, index, place, logit, share, why, showPlace,
   const best = place === 0;
   item.classList.toggle("best", best);
   item.classList.toggle("unranked", place === null);
-  item.rank.textContent = showPlace ? (place === null ? "–" : place + 1) : index + 1;
   if (place === null) {
-    item.under.replaceChildren(element("span", "soft", "no score"));
+    item.under.replaceChildren(placeLine(showPlace ? "–" : index + 1), element("span", "soft", "no score"));
     item.button.setAttribute("aria-label", `${id}: no score. ${why}. It was ${index + 1}`);
     item.button.title = why;
     return;
   }
   const change = index - place;
-  const word = change > 0 ? "up" : change < 0 ? "down" : "same";
-  const sign = { up: "▲", down: "▼", same: "=" }[word];
-  const badge = element("span", `change ${word}`, change ? `${sign}${Math.abs(change)}` : sign);
-  const line = element("span", "scores");
-  line.append(element("b", "", scoreText(logit)), badge);
   const bar = element("span", "share");
   bar.append(element("i"));
   bar.firstChild.style.width = `${(share * 100).toFixed(1)}%`;
-  item.under.replaceChildren(line, bar, element("span", "logit", `logit ${logitText(logit)}`));
-  const moved = change ? `${word} ${Math.abs(change)} from ${index + 1}` : "where it was";
+  const line = element("span", "scores");
+  line.append(element("b", "", scoreText(logit)), element("span", "soft", logitText(logit)));
+  item.under.replaceChildren(
+    placeLine((showPlace ? place : index) + 1, change), bar, line, element("span", "name", id),
+  );
+  const moved = change ? `${change > 0 ? "up" : "down"} ${Math.abs(change)} from ${index + 1}` : "where it was";
   item.button.setAttribute(
     "aria-label",
     `${place + 1} of ${total}, ${moved}: ${id}, score ${scoreText(logit)}, logit ${logitText(logit)}`,
