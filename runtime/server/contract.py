@@ -8,6 +8,7 @@ from math import inf
 from typing import Any, Protocol
 
 from ...arrays import Int64
+from ..store import TokenStore
 from .answers import Answer, Unknown
 from .identity import Identity
 from .limits import Load, ServiceOptions
@@ -21,6 +22,10 @@ class Service(Protocol):
     """
 
     options: ServiceOptions
+
+    @property
+    def store(self) -> TokenStore | None:
+        """What it reads; None where it has no store itself."""
 
     @property
     def num_dropped(self) -> int:

@@ -37,13 +37,10 @@ WATCH_AFTER_S = 0.05  # a request that is answered sooner is not watched for a c
 BODY_TIMEOUT_S = 30.0
 SEND_TIMEOUT_S = 60.0
 # What needs no key: probes and Prometheus have none, and the page asks for one.
-OPEN_PATHS = frozenset(
-    {
-        *("/livez", "/readyz", "/healthz", "/health", "/ping", "/metrics"),
-        *("/v2/health/live", "/v2/health/ready"),
-        *FILES,
-    }
-)
+OPEN_PATHS = frozenset(FILES) | {
+    *("/livez", "/readyz", "/healthz", "/health", "/ping", "/metrics"),
+    *("/v2/health/live", "/v2/health/ready"),
+}
 TIMEOUT_HEADERS = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
 PARTIAL_HEADER = b"x-edje-allow-partial"
 _encode = msgspec.json.Encoder().encode

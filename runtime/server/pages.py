@@ -24,7 +24,12 @@ from .pictures import THUMBNAIL_TYPE, Picture, Pictures, is_unchanged, width_for
 from .refusals import Refusal
 
 FOLDER = Path(__file__).parent / "page"
-TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".svg": "image/svg+xml"}
+TYPES = {
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
 # Path -> file.
 FILES = {
     "/": "page.html",
@@ -84,7 +89,7 @@ def _add_candidates(app: FastAPI, host: Host) -> None:
     ) -> dict[str, Any]:
         """Draw ids of the store at random; the same seed draws the same ids of the same store."""
         with one_at_a_time:
-            ids, total = _of_store(host, lambda store: _draw(store, count, seed))
+            ids, total = _of_store(host, lambda store: _draw(store, count, seed)) or ([], None)
         return {
             "ids": ids,
             "seed": seed,
@@ -110,9 +115,9 @@ def _add_images(app: FastAPI, host: Host) -> None:
     def answer(image_id: str, width: int | None, request: Request) -> Response:
         if pictures is None:
             raise _no_picture("this server shows no pictures: `edje serve --images FOLDER` does")
-        found = None
-        if _of_store(host, lambda store: image_id in store):
-            found = pictures.find(image_id)
+        # A server without a store of its own cannot know which ids there are.
+        is_known = _of_store(host, lambda store: image_id in store) is not False
+        found = pictures.find(image_id) if is_known else None
         if found is None:
             raise _no_picture("there is no picture of this id")
         return _picture_response(pictures, found, width, request, is_private)
@@ -146,14 +151,16 @@ def _no_picture(why: str) -> Refusal:
     return Refusal(404, why, reason="not_found")
 
 
-def _of_store(host: Host, ask: Callable[[TokenStore], _T]) -> _T:
-    """Ask the store that is served now; once more where a reload closed it meanwhile."""
+def _of_store(host: Host, ask: Callable[[TokenStore], _T]) -> _T | None:
+    """Ask the store that is served now, once more where a reload closed it meanwhile.
+
+    None: this server has no store itself.
+    """
     service = host.service
-    assert service is not None
+    store = None if service is None else service.store
     try:
-        return ask(service.reranker.store)
+        return None if store is None else ask(store)
     except StoreError:
-        now = host.service
-        if now is service or now is None:
+        if host.service is service:
             raise
-        return ask(now.reranker.store)
+        return _of_store(host, ask)

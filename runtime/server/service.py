@@ -149,6 +149,11 @@ class ScoringService:
         return self.worker.load()
 
     @property
+    def store(self) -> TokenStore:
+        """What it reads."""
+        return self.reranker.store
+
+    @property
     def num_dropped(self) -> int:
         """Pairs that were accepted and never scored."""
         return self.worker.num_dropped

@@ -127,7 +127,13 @@ function showCandidates() {
   if (state.items.length) state.items[0].button.tabIndex = 0;
   $("grid").replaceChildren(...state.items);
   $("empty").hidden = state.items.length > 0;
-  if (!state.items.length) showEmpty("The store is empty. `edje index` puts images into it.");
+  if (!state.items.length) {
+    const hasStore = state.numImages !== null;
+    showEmpty(hasStore ? "The store is empty. `edje index` puts images into it." : "This server has no store of its own to draw from. Give it ids of yours.");
+    if (!hasStore) openOwn(true);
+    $("subtitle").textContent = "";
+    return;
+  }
   const number = state.ids.length.toLocaleString("en");
   $("heading").textContent = "Candidates";
   $("subtitle").textContent = state.own
@@ -291,8 +297,9 @@ function stepDetail(way) {
 async function showFacts() {
   try {
     const info = await api.info();
-    const engines = info.engines.map((one) => [one.backend, one.precision, one.layers && `layers ${one.layers}`].filter(Boolean).join(" "));
-    const facts = [engines.join(" → "), info.device, `${info.num_images.toLocaleString("en")} images`];
+    const engines = (info.engines ?? []).map((one) => [one.backend, one.precision, one.layers && `layers ${one.layers}`].filter(Boolean).join(" "));
+    const images = info.num_images === undefined ? null : `${info.num_images.toLocaleString("en")} images`;
+    const facts = [engines.join(" → "), info.device, images].filter(Boolean);
     $("facts").replaceChildren(...facts.map((fact) => Object.assign(document.createElement("li"), { textContent: fact })));
     $("version").textContent = `edje-runtime ${info.version}`;
   } catch { /* what fails here fails below, too, and is said there */ }
@@ -308,6 +315,12 @@ async function copy(text, button, otherwise) {
   }
   say(button.textContent);
   setTimeout(() => (button.textContent = said), 1600);
+}
+
+function openOwn(is) {
+  $("own").hidden = !is;
+  $("own-open").setAttribute("aria-expanded", is);
+  return is;
 }
 
 async function start() {
@@ -336,11 +349,7 @@ function connect() {
     Object.assign(state, { seed: newSeed(), own: null });
     again();
   });
-  $("own-open").addEventListener("click", () => {
-    $("own").hidden = !$("own").hidden;
-    $("own-open").setAttribute("aria-expanded", !$("own").hidden);
-    if (!$("own").hidden) $("ids").focus();
-  });
+  $("own-open").addEventListener("click", () => openOwn($("own").hidden) && $("ids").focus());
   $("own-use").addEventListener("click", () => {
     const ids = idsIn($("ids").value);
     if (!ids.length) return $("ids").focus();
