@@ -220,6 +220,14 @@ def test_a_link_brings_back_the_same_answer_and_back_the_one_before(
     browser.open(f"{shown.url}/{first}")
     browser.wait(f"{ANSWERED} && {STILL}")
     assert browser.run(ORDER) == order
+    browser.run("document.getElementById('query').select()")
+    browser.type("something else")
+    browser.press("Enter")
+    browser.wait(f"location.hash !== {json.dumps(first)} && {ANSWERED} && {STILL}")
+    browser.run("history.back()")
+    asked = f"document.getElementById('query').value === {json.dumps(QUERY)}"
+    browser.wait(f"{asked} && {ANSWERED} && {STILL}")
+    assert browser.run(ORDER) == order
     assert browser.problems == []
 
 
