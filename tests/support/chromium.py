@@ -106,7 +106,8 @@ class Chromium:
         self.call("Page.navigate", url="about:blank")
         self.problems.clear()
         self.asked.clear()
-        self.call("Page.navigate", url=url)
+        failed = self.call("Page.navigate", url=url).get("errorText")
+        assert failed is None, f"{url}: {failed}"
         self.wait("location.href !== 'about:blank' && document.readyState === 'complete'")
 
     def run(self, script: str) -> Any:
