@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edje.runtime.reranker import Reranker
+from edje.runtime.server import ScoringService
 from edje.runtime.store import TokenStore
-from running_server import Running, running, settings_of
+from running_server import GivenSettings, Running, running, settings_of
 
 IDS = [f"img-{number}" for number in range(12)]
 FILES = {
@@ -156,6 +158,24 @@ def test_an_empty_store_draws_nothing(tiny_engine: Path, tiny_store: Path, tmp_p
     with running(settings_of(tiny_engine, tmp_path / "empty")) as server:
         drawn = server.ask("/page/candidates?count=5").json()
         assert (drawn["ids"], drawn["num_images"]) == ([], 0)
+
+
+class StorelessService(ScoringService):
+    """Scores, but has no store to tell of, as a router of shards."""
+
+    store = None
+
+
+def test_a_server_without_a_store_draws_nothing_and_shows_what_the_folder_has(
+    tiny_engine: Path, tiny_store: Path, images: Path
+):
+    with Reranker.open(tiny_engine, store=tiny_store, num_threads=1) as reranker:
+        settings = GivenSettings(opens=lambda: StorelessService(reranker), images=images)
+        with running(settings) as server:
+            drawn = server.ask("/page/candidates?count=5").json()
+            assert (drawn["ids"], drawn["num_images"], drawn["pictures"]) == ([], None, True)
+            assert server.ask("/images/img-0").status == 200
+            assert server.ask("/images/..%2fsecret.png").status == 404
 
 
 @pytest.mark.parametrize("asked", ["count=0", "count=501", "count=x", "seed=-1", "seed=1e99"])
