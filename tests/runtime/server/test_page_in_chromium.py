@@ -73,9 +73,9 @@ def shown(tiny_engine: Path, tiny_store: Path, images: Path) -> Iterator[Running
         yield started
 
 
-def visit(browser: Chromium, server: Running, **asked: object) -> None:
+def visit(browser: Chromium, server: Running, motion: str = "reduce", **asked: object) -> None:
     """Open the page, with what its address asks for, and wait for the candidates."""
-    browser.screen(1200)
+    browser.screen(1200, prefers_reduced_motion=motion)
     browser.open(f"{server.url}/#{urlencode(asked)}")
     browser.wait(f"{ANSWERED} && {STILL}" if "q" in asked else DRAWN)
 
@@ -86,7 +86,7 @@ def text(browser: Chromium, selector: str) -> str:
 
 
 def test_typing_a_query_and_enter_ranks_as_the_server_ranks(browser: Chromium, shown: Running):
-    visit(browser, shown, n=12, seed=3)
+    visit(browser, shown, "no-preference", n=12, seed=3)
     assert browser.run(ORDER) == list(range(12))
     browser.press("/")
     assert browser.run(f"{FOCUSED}.id") == "query"
@@ -144,8 +144,7 @@ def test_before_and_after_can_be_compared_and_the_best_is_found_again(
 
 @pytest.mark.parametrize("wish", ["no-preference", "reduce"])
 def test_tiles_move_unless_the_visitor_wants_no_motion(browser, shown, wish: str):
-    visit(browser, shown, n=12, seed=3, q=QUERY)
-    browser.screen(1200, prefers_reduced_motion=wish)
+    visit(browser, shown, wish, n=12, seed=3, q=QUERY)
     moving = browser.run(
         "(document.querySelector('input[name=order][value=before]').click(),"
         " document.querySelectorAll('.tile.moving').length)"
