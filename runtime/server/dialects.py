@@ -117,7 +117,7 @@ class Cohere(Dialect):
     """
 
     name = "cohere"
-    field = "results"
+    fields = ("results",)
 
     def read(self, body: dict[str, Any], pattern: re.Pattern[str] | None) -> Ask:
         """Read `query`, `documents`, `top_n` (or `top_k`), `raw_scores`, `return_documents`."""
@@ -147,7 +147,7 @@ class Cohere(Dialect):
             "object": "rerank",
             "created": int(time()),
             "model": ask.model or model,
-            self.field: results,
+            **dict.fromkeys(self.fields, msgspec.Raw(_encode(results))),
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
             "meta": {
                 "api_version": {"version": "2"},
@@ -166,7 +166,17 @@ class Voyage(Cohere):
     """Voyage: `top_k`, `truncation`, and `data` in place of `results`."""
 
     name = "voyage"
-    field = "data"
+    fields = ("data",)
+
+
+class Either(Cohere):
+    """One who reads `results` or `data` and does not say which: he finds both.
+
+    LiteLLM's voyage provider leaves `truncation` out, as only Voyage's own clients send it; older
+    LightRAG says `top_k` and reads `results`.
+    """
+
+    fields = ("results", "data")
 
 
 class Tei(Dialect):
@@ -278,8 +288,8 @@ class VllmScore(Dialect):
         return _encode(body)
 
 
-COHERE, VOYAGE, TEI, WEAVIATE = Cohere(), Voyage(), Tei(), Weaviate()
-NVIDIA, SCORE = Nvidia(), VllmScore()
+COHERE, VOYAGE, EITHER, TEI = Cohere(), Voyage(), Either(), Tei()
+WEAVIATE, NVIDIA, SCORE = Weaviate(), Nvidia(), VllmScore()
 
 
 def rerank_dialect(body: dict[str, Any]) -> Dialect:
@@ -288,8 +298,11 @@ def rerank_dialect(body: dict[str, Any]) -> Dialect:
         return TEI
     if "property" in body:
         return WEAVIATE
-    if "truncation" in body or ("top_k" in body and "top_n" not in body):
+    if "truncation" in body:
         return VOYAGE
+    may_be_voyage = "return_documents" in body and "raw_scores" not in body  # the latter: Infinity
+    if body.get("top_n") is None and ("top_k" in body or may_be_voyage):
+        return EITHER
     return COHERE
 
 

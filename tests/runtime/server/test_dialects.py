@@ -93,6 +93,14 @@ def test_voyage_reads_data():
     assert got["usage"]["total_tokens"] == 7
 
 
+def test_who_does_not_say_whether_he_reads_results_or_data_finds_both():
+    """LiteLLM's voyage provider leaves `truncation` out; older LightRAG says `top_k` for `top_n`."""
+    got = ask(d.EITHER, {"query": "q", "documents": IDS, "return_documents": True, "top_k": 3})
+    assert [result["index"] for result in got["results"]] == [2, 0, 1]
+    assert got["results"][0]["document"] == {"text": "img-2"}
+    assert got["data"] == got["results"]
+
+
 def test_tei_reads_a_bare_array():
     got = ask(d.TEI, {"query": "q", "texts": IDS, "return_text": True, "raw_scores": True})
     assert got == [
@@ -149,7 +157,11 @@ def test_score_takes_one_query():
         ({"documents": []}, d.COHERE),
         ({"documents": [], "top_n": 3}, d.COHERE),
         ({"documents": [], "top_n": 3, "top_k": 3}, d.COHERE),
-        ({"documents": [], "top_k": 3}, d.VOYAGE),
+        ({"documents": [], "top_k": 3}, d.EITHER),
+        ({"documents": [], "top_k": 3, "top_n": None}, d.EITHER),
+        ({"documents": [], "return_documents": True}, d.EITHER),
+        ({"documents": [], "return_documents": True, "top_n": 3}, d.COHERE),
+        ({"documents": [], "return_documents": False, "raw_scores": False}, d.COHERE),
         ({"documents": [], "truncation": True}, d.VOYAGE),
         ({"texts": []}, d.TEI),
         ({"documents": [], "property": ""}, d.WEAVIATE),
