@@ -94,7 +94,7 @@ def test_voyage_reads_data():
 
 
 def test_who_does_not_say_whether_he_reads_results_or_data_finds_both():
-    """LiteLLM's voyage provider leaves `truncation` out; older LightRAG says `top_k` for `top_n`."""
+    """LiteLLM's voyage leaves `truncation` out; older LightRAG says `top_k` for `top_n`."""
     got = ask(d.EITHER, {"query": "q", "documents": IDS, "return_documents": True, "top_k": 3})
     assert [result["index"] for result in got["results"]] == [2, 0, 1]
     assert got["results"][0]["document"] == {"text": "img-2"}
