@@ -56,9 +56,10 @@ def _add_refusals(app: FastAPI) -> None:
     """Answer what cannot be served in the one body that all clients read."""
 
     @app.exception_handler(StarletteHTTPException)
-    async def refused(_: Request, error: StarletteHTTPException) -> Response:
+    async def refused(request: Request, error: StarletteHTTPException) -> Response:
         refusal = Refusal(error.status_code, str(error.detail), reason="http")
-        return JSONResponse(refusal.body(), error.status_code, headers=error.headers)
+        body = refusal.body(as_text=kserve.is_kserve(request.url.path))
+        return JSONResponse(body, error.status_code, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:

@@ -21,7 +21,7 @@ from .dialects import NVIDIA, SCORE, Dialect, new_id, rerank_dialect
 from .host import Host
 from .identity import STATE_HEADER
 from .keys import Keys
-from .kserve import HEADER_LENGTH, InferRequest, read_infer, write_infer
+from .kserve import HEADER_LENGTH, InferRequest, is_kserve, read_infer, write_infer
 from .pages import FILES
 from .refusals import Refusal, refusal_of
 from .time_limit import TimeLimit
@@ -76,7 +76,7 @@ class Exchange:
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         given = self.headers.get(b"x-request-id", b"").decode("latin-1")
         self.id = given if _SAFE_ID(given) else new_id()
-        self.dialect = "none"
+        self.dialect = "kserve" if is_kserve(self.path) else "none"
         self.key: str | None = None
         self.num_pairs = 0
         self.query: str | None = None
@@ -135,7 +135,7 @@ class Front:
                 self._keys.check(dict(scope["headers"]).get(b"authorization"))
             except Refusal as refusal:
                 exchange = Exchange(scope)
-                payload = _encode(refusal.body())
+                payload = _encode(refusal.body(as_text=exchange.dialect == "kserve"))
                 headers = {**refusal.headers, "content-type": "application/json"}
                 await _send(send, refusal.status, payload, headers, exchange)
                 self._told(exchange, refusal.status, refusal)
@@ -222,7 +222,6 @@ class Front:
         self, exchange: Exchange, raw: bytes, receive: Receive
     ) -> tuple[bytes, dict[str, str]]:
         """Serve KServe's inference."""
-        exchange.dialect = "kserve"
         length = exchange.headers.get(HEADER_LENGTH.encode())
 
         def begin() -> tuple[InferRequest, Future[Answer]]:

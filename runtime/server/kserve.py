@@ -62,6 +62,11 @@ class InferRequest:
     details: bool = False
 
 
+def is_kserve(path: str) -> bool:
+    """Whether a route is the protocol's: its clients read errors as a sentence."""
+    return path == "/v2" or path.startswith(("/v2/models/", "/v2/health/"))
+
+
 def read_infer(raw: bytes, header_length: str | None) -> InferRequest:
     """Read the body of an inference request.
 

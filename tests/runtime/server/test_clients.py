@@ -222,11 +222,15 @@ def test_triton_raises_its_exception_with_the_status(client, locked: Running, ov
     with pytest.raises(InferenceServerException) as unknown:
         client.infer("another", [query, bytes_input("IDS", IDS, True)])
     assert unknown.value.status() == "404"
+    with pytest.raises(InferenceServerException, match="there is no model 'another' here"):
+        client.get_model_metadata("another")
     asked = [query, bytes_input("IDS", ["img-0"], True)]
     keyless = triton.InferenceServerClient(locked.url.removeprefix("http://"))
     with pytest.raises(InferenceServerException, match="an API key is needed") as refused:
         keyless.infer(MODEL, asked)
     assert refused.value.status() == "401"
+    with pytest.raises(InferenceServerException, match="an API key is needed"):
+        keyless.get_server_metadata()
     assert keyless.infer(MODEL, asked, headers={"Authorization": f"Bearer {KEY}"}) is not None
     keyless.close()
     late = triton.InferenceServerClient(overloaded.url.removeprefix("http://"))
