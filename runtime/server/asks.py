@@ -122,10 +122,12 @@ class Fields:
         return None
 
     def flag(self, name: str, *, default: bool = False) -> bool:
-        """Read true or false."""
+        """Read true or false; older RAGFlow sends them as text."""
         value = self._body.get(name)
         if value is None:
             return default
+        if isinstance(value, str):
+            value = {"true": True, "false": False}.get(value.lower(), value)
         if not isinstance(value, bool):
             self._refuse((name,), value, "true or false")
             return default

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import count
 from os import urandom
 from time import time
@@ -117,7 +117,7 @@ class Cohere(Dialect):
     """
 
     name = "cohere"
-    fields = ("results",)
+    fields: Sequence[str] = ("results",)
 
     def read(self, body: dict[str, Any], pattern: re.Pattern[str] | None) -> Ask:
         """Read `query`, `documents`, `top_n` (or `top_k`), `raw_scores`, `return_documents`."""
@@ -152,7 +152,7 @@ class Cohere(Dialect):
             "meta": {
                 "api_version": {"version": "2"},
                 "billed_units": {"search_units": 1},
-                "tokens": {"input_tokens": tokens},
+                "tokens": {"input_tokens": tokens, "output_tokens": 0},
                 "warnings": warnings_of(answer),
             },
             "score_type": score_type(ask),
@@ -293,15 +293,19 @@ WEAVIATE, NVIDIA, SCORE = Weaviate(), Nvidia(), VllmScore()
 
 
 def rerank_dialect(body: dict[str, Any]) -> Dialect:
-    """Return the dialect of a body sent to `/rerank`: its fields tell."""
-    if "texts" in body:
+    """Return the dialect of a body sent to `/rerank`: its fields tell; null is no field."""
+
+    def has(name: str) -> bool:
+        return body.get(name) is not None
+
+    if has("texts"):
         return TEI
-    if "property" in body:
+    if has("property"):
         return WEAVIATE
-    if "truncation" in body:
+    if has("truncation"):
         return VOYAGE
-    may_be_voyage = "return_documents" in body and "raw_scores" not in body  # the latter: Infinity
-    if body.get("top_n") is None and ("top_k" in body or may_be_voyage):
+    is_infinity = has("raw_scores")
+    if not has("top_n") and (has("top_k") or (has("return_documents") and not is_infinity)):
         return EITHER
     return COHERE
 

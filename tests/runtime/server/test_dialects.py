@@ -163,6 +163,7 @@ def test_score_takes_one_query():
         ({"documents": [], "return_documents": True, "top_n": 3}, d.COHERE),
         ({"documents": [], "return_documents": False, "raw_scores": False}, d.COHERE),
         ({"documents": [], "truncation": True}, d.VOYAGE),
+        ({"documents": [], "truncation": None, "texts": None, "property": None}, d.COHERE),
         ({"texts": []}, d.TEI),
         ({"documents": [], "property": ""}, d.WEAVIATE),
     ],
