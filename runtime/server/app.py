@@ -58,7 +58,7 @@ def _add_refusals(app: FastAPI) -> None:
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> Response:
         refusal = Refusal(error.status_code, str(error.detail), reason="http")
-        body = refusal.body(as_text=kserve.is_kserve(request.url.path))
+        body = refusal.body("kserve" if kserve.is_kserve(request.url.path) else "none")
         return JSONResponse(body, error.status_code, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)

@@ -93,12 +93,9 @@ class Dialect(ABC):
 
     Attributes:
         name: in metrics and logs.
-        error_is_text: whether a client reads `error` as a sentence.
-        unknown: what it needs of unknown ids whatever the server's rule; None: the rule.
     """
 
     name: str
-    error_is_text = False
 
     @abstractmethod
     def read(self, body: dict[str, Any], pattern: re.Pattern[str] | None) -> Ask:
@@ -183,7 +180,6 @@ class Tei(Dialect):
     """Hugging Face text-embeddings-inference: `texts`, and a bare array."""
 
     name = "tei"
-    error_is_text = True
 
     def read(self, body: dict[str, Any], pattern: re.Pattern[str] | None) -> Ask:
         """Read `query`, `texts`, `raw_scores`, `return_text`; `top_n` as some of its clients do."""

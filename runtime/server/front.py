@@ -135,7 +135,7 @@ class Front:
                 self._keys.check(dict(scope["headers"]).get(b"authorization"))
             except Refusal as refusal:
                 exchange = Exchange(scope)
-                payload = _encode(refusal.body(as_text=exchange.dialect == "kserve"))
+                payload = _encode(refusal.body(exchange.dialect))
                 headers = {**refusal.headers, "content-type": "application/json"}
                 await _send(send, refusal.status, payload, headers, exchange)
                 self._told(exchange, refusal.status, refusal)
@@ -162,8 +162,7 @@ class Front:
         except Exception as error:
             refusal = refusal_of(error)
             status, headers = refusal.status, dict(refusal.headers)
-            as_text = exchange.dialect in ("tei", "kserve")
-            payload = _encode(refusal.body(as_text=as_text))
+            payload = _encode(refusal.body(exchange.dialect))
         headers.setdefault("content-type", "application/json")
         await _send(send, status, payload, headers, exchange)
         self._told(exchange, status, refusal)

@@ -43,7 +43,10 @@ _ERROR = _object(
     "message detail error error_type",
     message=_TEXT,
     title=_TEXT,
-    detail=_list(_object("loc msg type", loc=_list({}), msg=_TEXT, type=_TEXT)),
+    detail={
+        "description": "At 422 a list of all faults but in Voyage's dialect; else a sentence.",
+        "oneOf": [_list(_object("loc msg type", loc=_list({}), msg=_TEXT, type=_TEXT)), _TEXT],
+    },
     error={"description": "An object; a sentence in the dialects of TEI and KServe."},
     error_type=_TEXT,
 )

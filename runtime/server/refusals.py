@@ -12,6 +12,8 @@ from ...errors import EdjeError, EngineError, RequestError, StoppedError, StoreE
 from .limits import OverloadedError, UnknownIdsError
 
 MAX_NAMED = 20  # faults told of one request
+ERROR_IS_TEXT = frozenset({"tei", "kserve"})  # dialects
+DETAIL_IS_TEXT = frozenset({"voyage"})
 # Our status -> TEI's name of the kind, which its clients compare.
 _KINDS = {
     413: "validation",
@@ -59,30 +61,33 @@ class Refusal(Exception):
     headers: Mapping[str, str] = field(default_factory=dict)
     cause: BaseException | None = None
 
-    def body(self, *, as_text: bool = False) -> dict[str, Any]:
-        """Return the answer's body.
+    def body(self, dialect: str = "none") -> dict[str, Any]:
+        """Return the answer's body, as the clients of a dialect read it.
 
-        Cohere's clients read `message`, FastAPI's and Jina's `detail`, vLLM's and OpenAI's `error`,
-        TEI's and KServe's `error` as a sentence (`as_text`), NVIDIA's `title`.
+        Cohere's read `message`, FastAPI's, Infinity's, Jina's and Voyage's `detail`, vLLM's and
+        OpenAI's `error`, TEI's and KServe's `error` as a sentence, NVIDIA's `title`. As FastAPI's,
+        `detail` is a list of faults at 422 alone; Voyage's clients join it to text even then.
         """
-        kind = _KINDS.get(self.status, self.reason)
         error: Any = self.message
-        if not as_text:
+        if dialect not in ERROR_IS_TEXT:
             param = None
             if self.faults:
                 param = ".".join(map(str, self.faults[0].where))
             code = self.status
             error = {"message": self.message, "type": self.reason, "param": param, "code": code}
-        faults = self.faults or (Fault((), self.message, self.reason),)
+        detail: Any = self.message
+        if self.status == 422 and dialect not in DETAIL_IS_TEXT:
+            faults = self.faults or (Fault((), self.message, self.reason),)
+            detail = [
+                {"loc": ["body", *fault.where], "msg": fault.message, "type": fault.kind}
+                for fault in faults[:MAX_NAMED]
+            ]
         return {
             "message": self.message,
             "title": HTTPStatus(self.status).phrase,
-            "detail": [
-                {"loc": ["body", *fault.where], "msg": fault.message, "type": fault.kind}
-                for fault in faults[:MAX_NAMED]
-            ],
+            "detail": detail,
             "error": error,
-            "error_type": kind,
+            "error_type": _KINDS.get(self.status, self.reason),
         }
 
 

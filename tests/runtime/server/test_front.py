@@ -70,8 +70,15 @@ def test_a_refusal_has_one_body_that_every_client_reads(server: Running, body, s
     told = reply.json()
     assert told["message"] == told["error"]["message"]
     assert told["error"]["code"] == status
-    assert told["detail"][0]["msg"]
+    assert told["detail"] == told["message"] if status == 400 else told["detail"][0]["msg"]
     assert "/" not in told["message"].replace("edje://", "")
+
+
+def test_voyages_detail_is_a_sentence(server: Running):
+    """Its client makes text of it, and a list would break that."""
+    reply = server.ask("/v1/rerank", {**RERANK, "documents": ["nope"], "truncation": True})
+    assert reply.status == 422
+    assert reply.json()["detail"] == "1 ids are not in the store: 'nope'"
 
 
 def test_teis_error_is_a_sentence(server: Running):
