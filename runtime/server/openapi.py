@@ -47,7 +47,7 @@ _ERROR = _object(
         "description": "At 422 a list of all faults but in Voyage's dialect; else a sentence.",
         "oneOf": [_list(_object("loc msg type", loc=_list({}), msg=_TEXT, type=_TEXT)), _TEXT],
     },
-    error={"description": "An object; a sentence in the dialects of TEI and KServe."},
+    error={"description": "An object; a sentence at 401, and for TEI, KServe and Voyage."},
     error_type=_TEXT,
 )
 _STATUSES = {

@@ -12,7 +12,7 @@ from ...errors import EdjeError, EngineError, RequestError, StoppedError, StoreE
 from .limits import OverloadedError, UnknownIdsError
 
 MAX_NAMED = 20  # faults told of one request
-ERROR_IS_TEXT = frozenset({"tei", "kserve"})  # dialects
+ERROR_IS_TEXT = frozenset({"tei", "kserve", "voyage"})  # dialects
 DETAIL_IS_TEXT = frozenset({"voyage"})
 # Our status -> TEI's name of the kind, which its clients compare.
 _KINDS = {
@@ -66,10 +66,12 @@ class Refusal(Exception):
 
         Cohere's read `message`, FastAPI's, Infinity's, Jina's and Voyage's `detail`, vLLM's and
         OpenAI's `error`, TEI's and KServe's `error` as a sentence, NVIDIA's `title`. As FastAPI's,
-        `detail` is a list of faults at 422 alone; Voyage's clients join it to text even then.
+        `detail` is a list of faults at 422 alone; Voyage's clients join it to text even then, and
+        older ones fall over an `error` that is an object. At 401 no body has told the dialect yet,
+        and a sentence is what all of them can read.
         """
         error: Any = self.message
-        if dialect not in ERROR_IS_TEXT:
+        if dialect not in ERROR_IS_TEXT and self.status != 401:
             param = None
             if self.faults:
                 param = ".".join(map(str, self.faults[0].where))

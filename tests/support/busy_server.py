@@ -41,11 +41,11 @@ def busy(ask: Callable[[], int], callers: int = 4) -> Iterator[None]:
             thread.join()
 
 
-def until_raised(call: Callable[[], object], kind: type[E]) -> E:
+def until_raised(call: Callable[[], object], kind: type[E] | tuple[type[E], ...]) -> E:
     """Call until it raises `kind`: between two requests even a busy server admits one."""
     for _ in range(TRIES):
         try:
             call()
         except kind as raised:
             return raised
-    raise AssertionError(f"{TRIES} calls, and none raised {kind.__name__}")
+    raise AssertionError(f"{TRIES} calls, and none raised {kind}")
