@@ -12,6 +12,7 @@ TORCH_INDEX ?=
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 GPU_ARGS ?=
+CLIENTS_ARGS ?=
 BENCH_ARGS ?=
 
 VENV := .venv
@@ -22,10 +23,10 @@ DEMO_EXTRAS := cpu,build,export,index
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types sizes docs bench gpu tune kernels train clean
+.PHONY: help setup demo test test-clients check lint types sizes docs bench gpu tune kernels train clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(INSTALLED) ## make .venv and install everything into it (the others do it too)
 
@@ -35,6 +36,9 @@ demo: $(or $(wildcard $(INSTALLED)),$(INSTALLED_FOR_DEMO)) ## scenes -> export -
 # A worker a core; a file's tests stay together, for they share what takes long to make.
 test: $(INSTALLED) ## run the whole test suite (no GPU, no network)
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+
+test-clients: $(INSTALLED) ## ask a real server with the SDKs people have, each unchanged (network, minutes)
+	$(BIN)/python tests/clients/run.py $(CLIENTS_ARGS)
 
 check: lint types sizes ## ruff, mypy --strict, the import layers, the limits of the house
 	$(BIN)/pytest -q tests/test_layers.py tests/test_house.py

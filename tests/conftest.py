@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 NUM_IMAGES = 12  # of `tiny_store`
 DATA = Path(__file__).parent / "data"
+collect_ignore = ["clients"]  # they have environments of their own: `make test-clients`
 
 os.environ["HF_HUB_OFFLINE"] = (
     "1"  # before anything imports huggingface_hub: no test needs a network

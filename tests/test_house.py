@@ -216,13 +216,24 @@ def test_the_licence_is_whole(project: dict[str, Any]) -> None:
 
 
 def targets() -> set[str]:
-    return set(re.findall(r"^([a-z]+):", read("Makefile"), re.M))
+    return set(re.findall(r"^([a-z-]+):", read("Makefile"), re.M))
 
 
 def test_make_help_lists_real_targets() -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    listed = set(re.findall(r"^make ([a-z]+) ", shown.stdout, re.M))
-    assert {"demo", "test", "check", "bench", "clean"} <= listed <= targets()
+    listed = set(re.findall(r"^make ([a-z-]+) ", shown.stdout, re.M))
+    assert {"demo", "test", "test-clients", "check", "bench", "clean"} <= listed <= targets()
+    phony = re.search(r"^\.PHONY: (.*)$", read("Makefile"), re.M)
+    assert phony is not None
+    assert set(phony[1].split()) == targets()
+
+
+def test_every_pin_of_the_clients_environments_is_exact() -> None:
+    files = sorted((ROOT / "tests" / "clients").glob("*/requirements.txt"))
+    assert [path.parent.name for path in files] == ["cohere5", "newest"]
+    for path in files:
+        lines = [line for line in path.read_text("utf-8").splitlines() if line[0] != "#"]
+        assert [line for line in lines if not re.fullmatch(r"[\w.\[\]-]+==[\w.]+", line)] == []
 
 
 # Stands in for Python, pip and what they install: writes down how it was called.
@@ -297,7 +308,9 @@ def test_the_make_commands_of_the_pages_exist(page: str) -> None:
     assert "test" in named
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "tests/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "tests/README.md", "tests/clients/README.md"]
+)
 def test_the_local_links_of_the_pages_lead_somewhere(page: str) -> None:
     links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", read(page))
     links += re.findall(r'(?:src|href)="(?!https?:|#)([^"#]+)"', read(page))

@@ -25,8 +25,15 @@ class ServeProcess:
         lines: what it wrote to stderr so far.
     """
 
-    def __init__(self, engine: Path, store: Path, *options: str, env: dict[str, str] | None = None):
-        command = [sys.executable, "-m", "edje", "serve", str(engine), "--store", str(store)]
+    def __init__(
+        self,
+        engine: Path,
+        store: Path,
+        *options: str,
+        env: dict[str, str] | None = None,
+        python: str = sys.executable,
+    ):
+        command = [python, "-m", "edje", "serve", str(engine), "--store", str(store)]
         self._command = [*command, "--port", "0", *options]
         self._env = env
         self.lines: list[str] = []
