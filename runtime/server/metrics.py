@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -49,6 +56,8 @@ class Metrics:
             "edje_disconnects", "Requests whose client left.", registry=registry
         )
         self.reloads = Counter("edje_reloads", "Reloads.", ["outcome"], registry=registry)
+        for outcome in ("done", "failed"):  # from 0 on: Prometheus sees no rise in a first sample
+            self.reloads.labels(outcome)
         self.log_lines_lost = Counter(
             "edje_log_lines_lost", "Log lines that could not be written.", registry=registry
         )
@@ -73,6 +82,7 @@ class Metrics:
             lambda: float(ready())
         )
         registry.register(_ServiceCollector(current, self))
+        ProcessCollector(registry=registry)  # memory, CPU, open files
         self._own: dict[Callable[[CollectorRegistry], Any], Any] = {}
         self.dropped_before = 0  # pairs that services dropped which have ended
 
@@ -122,6 +132,8 @@ class _ServiceCollector(Collector):
         load = service.load()
         yield _gauge("edje_queue_pairs", "Pairs that wait for a batch.", load.num_pairs)
         yield _gauge("edje_queue_seconds", "Time that what waits will take.", load.wait_s)
+        limit = service.options.max_wait_s
+        yield _gauge("edje_queue_limit_seconds", "Requests are refused above it.", limit)
         yield _gauge("edje_requests_in_flight", "Requests being served.", load.num_requests)
         yield _gauge("edje_pairs_per_second", "Scored lately, at full batches.", load.pairs_per_s)
         dropped = CounterMetricFamily(
