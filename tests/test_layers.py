@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "runtime": ONLINE_PATH,
     "runtime.indexing": ONLINE_PATH,
     "runtime.server": ONLINE_PATH,
+    "runtime.server.adapters": ONLINE_PATH,
     "demo": {*ONLINE_PATH, *OFFLINE, "runtime.indexing"},
     "demo.training": {*ONLINE_PATH, *OFFLINE, "runtime.indexing", "demo"},
     "runtime.cli": {*ONLINE_PATH, *OFFLINE, "runtime.indexing", "runtime.server", "demo"},
