@@ -57,9 +57,9 @@ def test_lancedb_orders_a_vector_search(
 def test_lancedb_orders_a_hybrid_search_and_keeps_its_scores(
     table: Any, reranker: Reranker, expected: list[tuple[str, float]]
 ) -> None:
-    from edje.runtime.server.adapters.lancedb import EdjeReranker
-
     from lancedb.index import FTS
+
+    from edje.runtime.server.adapters.lancedb import EdjeReranker
 
     table.create_index("caption", config=FTS())
     for kept in ("relevance", "all"):
