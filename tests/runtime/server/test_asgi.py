@@ -35,7 +35,11 @@ COMMANDS = {
 
 @pytest.mark.parametrize("server", COMMANDS)
 def test_another_server_serves_it(
-    server: str, tiny_engine: Path, tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+    server: str,
+    tiny_engine: Path,
+    tiny_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if find_spec(server) is None:
         pytest.skip(f"{server} is not installed")
@@ -43,11 +47,13 @@ def test_another_server_serves_it(
     monkeypatch.setenv("EDJE_STORE", str(tiny_store))
     port = free_port()
     command = [sys.executable, "-m", server, *COMMANDS[server], str(port)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    log = tmp_path / "log"
+    with log.open("wb") as written:
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=written, stdout=written)
     try:
         url = f"http://127.0.0.1:{port}"
         while not ready(url):
-            assert process.poll() is None, f"{server} ended with {process.returncode}"
+            assert process.poll() is None, log.read_text("utf-8")
             time.sleep(0.05)
         body = b'{"query": "a cat", "documents": ["img-1", "img-2"]}'
         with urllib.request.urlopen(urllib.request.Request(f"{url}/v2/rerank", body)) as answer:
