@@ -36,10 +36,10 @@ LIMITS: dict[str, tuple[float, float]] = {
     # Since then: scales found while running on CPUs and their search (3 files, 560 lines), shallow
     # engines and their native kernel (7, 1,000), cascades of several engines, pairs chosen by
     # `auto` and their benchmark (4, 720); 1,300 lines of tests for all of it.
-    "source files": (260, 140),
-    "source lines": (50_000, 25_000),
-    "product lines (without perf and demo)": (43_000, 20_500),
-    "test lines": (37_000, 19_000),
+    "source files": (290, 140),
+    "source lines": (54_000, 25_000),
+    "product lines (without perf and demo)": (46_000, 20_500),
+    "test lines": (42_000, 19_000),
     "largest folder, % of lines": (25, 25),
     "files under Reranker": (36, 36),
     "longest import chain": (16, 16),
