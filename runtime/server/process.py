@@ -30,12 +30,23 @@ class Server(uvicorn.Server):
         self._host, self._grace_s = host, grace_s
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to end on SIGTERM or Ctrl-C; the second signal ends at once."""
-        if self._host.draining is not None or sig == signal.SIGINT:
-            super().handle_exit(sig, frame)
-            return
-        self._host.drain("the server is ending")
-        threading.Timer(self._grace_s, super().handle_exit, (sig, frame)).start()
+        """Begin to end on SIGTERM or Ctrl-C; one more signal ends at once.
+
+        uvicorn's own would raise the signal again at the end: nothing would be closed, and an
+        orderly end would look like a crash.
+        """
+        if self.should_exit:
+            self.force_exit = True
+        elif self._host.draining is not None or sig == signal.SIGINT:
+            self._end()
+        else:
+            self._host.drain("the server is ending")
+            timer = threading.Timer(self._grace_s, self._end)
+            timer.daemon = True  # an end without grace need not wait for it
+            timer.start()
+
+    def _end(self) -> None:
+        self.should_exit = True
 
 
 def serve(
@@ -62,6 +73,7 @@ def serve(
     Raises:
         EdjeError: engine or store cannot be opened.
     """
+    _heed_signals_while_opening()
     log = JsonLog()
     ending: list[Callable[[], None]] = []
 
@@ -137,6 +149,23 @@ async def _serve(
         admin.should_exit = True
         await tasks[1]
     return 0
+
+
+def _heed_signals_while_opening() -> None:
+    """Let SIGTERM end a server that is still opening, and SIGHUP not.
+
+    The first process of a container ignores signals that it has no handler for: its pod would hang
+    in its end until it is killed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def end(sig: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + sig)
+
+    signal.signal(signal.SIGTERM, end)
+    with suppress(AttributeError):  # no SIGHUP on Windows
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what is opened is the newest anyway
 
 
 def _reload_aside(host: Host) -> None:
