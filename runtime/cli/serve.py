@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -167,10 +168,11 @@ def _serve(arguments: ServeArguments) -> None:
         assert host.service is not None
         label = host.service.reranker.labels[0]
         num_images = len(host.service.reranker.store)
-        note(
-            f"serving {num_images:,} images on {label.backend} {label.precision} at "
-            f"http://{arguments.host}:{port} (a page at /, the API at /docs)"
-        )
+        with suppress(OSError):  # the disk of its log is full: serve all the same
+            note(
+                f"serving {num_images:,} images on {label.backend} {label.precision} at "
+                f"http://{arguments.host}:{port} (a page at /, the API at /docs)"
+            )
 
     code = run(
         settings,

@@ -15,6 +15,7 @@ import uvloop
 from ...errors import EdjeError
 from .admin import make_admin_app
 from .app import make_app
+from .connections import Connection
 from .host import DRAIN_S, Host
 from .logs import JsonLog
 from .settings import Settings
@@ -75,6 +76,7 @@ def serve(
     """
     _heed_signals_while_opening()
     log = JsonLog()
+    log.take_over()
     ending: list[Callable[[], None]] = []
 
     def die(why: str) -> None:
@@ -107,7 +109,7 @@ async def _serve(
         make_app(host),
         host=address,
         port=port,
-        http="httptools",
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,
