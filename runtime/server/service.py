@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from math import inf
 from time import monotonic, perf_counter
 from typing import Any, get_args
@@ -279,7 +280,7 @@ class ScoringService:
         try:
             future = self._submit(PROBE_QUERY, rows, None, timeout_s, None, perf_counter())
             answer = future.result(timeout_s)
-        except (StoppedError, TimeoutError) as late:
+        except (StoppedError, FutureTimeoutError, CancelledError) as late:
             raise EngineError(f"no score within {timeout_s:g} s") from late
         if not len(answer.logits):
             raise EngineError(f"a known pair has no score: {answer.errors[0].reason}")
