@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from ...errors import EdjeError, EngineError
@@ -120,6 +121,23 @@ class Host:
         )
 
     def _open(self) -> ScoringService:
+        """Open on a thread that then ends.
+
+        OpenVINO gives the thread that opens it another stack for signals, and frees that with the
+        engine: after a reload, a signal that came to that thread would end the process.
+        """
+        opened: Future[ScoringService] = Future()
+
+        def work() -> None:
+            try:
+                opened.set_result(self._open_here())
+            except BaseException as error:
+                opened.set_exception(error)
+
+        threading.Thread(target=work, name="edje-open", daemon=True).start()
+        return opened.result()
+
+    def _open_here(self) -> ScoringService:
         service = self._open_service()
         service.worker.on_batch = self.metrics.count_batch
         service.worker.on_failure = self._failed

@@ -21,6 +21,7 @@ from .logs import JsonLog
 from .settings import Settings
 
 EXIT_DEAD_ENGINE = 1
+KEEP_ALIVE_S = 75  # longer than balancers and pools keep idle connections (60): they close first
 
 
 class Server(uvicorn.Server):
@@ -113,6 +114,7 @@ async def _serve(
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(drain_s)),
         lifespan="off",
     )
