@@ -245,7 +245,7 @@ def test_a_deadline_is_kept_and_what_is_late_is_not_computed(server, engine):
 
 
 def test_an_odd_deadline_is_refused_or_no_deadline(server):
-    for header in ("soon", "-5", "0", "1.5", "", "９"):
+    for header in ("soon", "-5", "0", "1.5", "", "\uff19"):
         found = server.ask(
             "/rerank", ask_for("red", EVERY), headers={"x-request-timeout-ms": header.encode()}
         )
@@ -313,9 +313,11 @@ def test_a_head_that_comes_slowly_but_in_time_is_served(server):
 def test_a_client_that_does_not_read_is_left(server, monkeypatch, large):
     """One answer that is larger than all buffers, or many small ones that fill them."""
     monkeypatch.setattr(connections, "READER_TIMEOUT_S", 0.3)
-    number = 1 if large else 15_000
-    ids = EVERY * 4000 if large else EVERY
+    number = 1 if large else 1500
+    ids = EVERY * 4000 if large else EVERY[:20]
     with open_socket(server) as client:
+        if not large:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         wholly = len(ids) * number * len('{"index":1,"relevance_score":1}')
         with suppress(OSError):  # the server leaves meanwhile
             for _ in range(number):
@@ -423,7 +425,7 @@ def test_a_reload_that_fails_keeps_what_serves(server, engine, store, how):
         moved = gone.rename(gone.with_name("gone")), gone
     else:
         set_mood(engine, how)
-    with pytest.raises(EngineError) if how == "raise" else pytest.raises(Exception):  # noqa: B017, PT011
+    with pytest.raises(EngineError) if how == "raise" else pytest.raises(Exception):  # noqa: PT011
         server.host.reload()
     set_mood(engine, "fine")
     if moved:
