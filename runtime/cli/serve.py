@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -167,11 +168,12 @@ def _serve(arguments: ServeArguments) -> None:
         assert host.service is not None
         facts = host.service.facts()
         engine = facts["engines"][0]
-        note(
-            f"serving {facts['num_images']:,} images on {engine['backend']} "
-            f"{engine['precision']} at "
-            f"http://{arguments.host}:{port} (a page at /, the API at /docs)"
-        )
+        with suppress(OSError):  # the disk of its log is full: serve all the same
+            note(
+                f"serving {facts['num_images']:,} images on {engine['backend']} "
+                f"{engine['precision']} at "
+                f"http://{arguments.host}:{port} (a page at /, the API at /docs)"
+            )
 
     code = run(
         settings,

@@ -15,6 +15,7 @@ import msgspec
 
 from .refusals import Fault, Refusal
 
+MAX_FAULTS = 100  # that are noted: millions of them would take gigabytes
 SCHEME = "edje://"  # how an id is written where a client wants a URL
 
 _decode = msgspec.json.Decoder().decode
@@ -104,8 +105,11 @@ class Fields:
             if any(one.startswith(SCHEME) for one in value):
                 self.ask.ids = ids = [one.removeprefix(SCHEME) for one in value]
         else:
-            ids = [self._id(one, name, at) for at, one in enumerate(value)]
-            self.ask.ids = ids
+            self.ask.ids = ids = []
+            for at, one in enumerate(value):
+                ids.append(self._id(one, name, at))
+                if len(self.ask.faults) >= MAX_FAULTS:
+                    break
         return ids
 
     def count(self, *names: str) -> int | None:

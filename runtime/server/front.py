@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -35,6 +36,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 LARGE_BODY = 256 << 10  # bytes: read off the event loop, for it takes milliseconds
 WATCH_AFTER_S = 0.05  # a request that is answered sooner is not watched for a client that leaves
 BODY_TIMEOUT_S = 30.0
+LONGEST_S = 1e8  # three years: event loops take no larger number, nor infinity
 SEND_TIMEOUT_S = 60.0
 # What needs no key: probes and Prometheus have none, and the page asks for one.
 OPEN_PATHS = frozenset(FILES) | {
@@ -88,9 +90,10 @@ class Exchange:
         for name in TIMEOUT_HEADERS:
             value = self.headers.get(name)
             if value is not None:
-                if not value.isdigit() or not int(value):
+                if not value.isdigit() or not value.strip(b"0"):
                     raise Refusal(400, f"{name.decode()} is no whole number of milliseconds")
-                return int(value) / 1e3
+                # Python refuses to read thousands of digits; nobody waits for years.
+                return min(int(value[:20]) / 1e3, LONGEST_S)
         return None
 
 
@@ -293,7 +296,7 @@ class Front:
         watching = loop.call_later(
             WATCH_AFTER_S, lambda: watch.append(loop.create_task(wait_for_leaving()))
         )
-        late = loop.call_later(limit, _too_late, future)
+        late = loop.call_later(min(limit, LONGEST_S), _too_late, future)
         try:
             answer = await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -383,7 +386,7 @@ async def _send(
 
 
 def _too_late(future: Future[Answer]) -> None:
-    if not future.done():
+    with suppress(InvalidStateError):  # answered at this very moment
         future.set_exception(StoppedError("the deadline passed before all of it was scored"))
 
 

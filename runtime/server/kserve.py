@@ -29,6 +29,7 @@ from .asks import read_body
 from .refusals import Fault, Refusal
 
 HEADER_LENGTH = "inference-header-content-length"
+MAX_DIMENSIONS = 8  # a product of millions of numbers would take minutes
 INPUTS: Sequence[Mapping[str, Any]] = (
     {"name": "QUERY", "datatype": "BYTES", "shape": [1]},
     {"name": "IDS", "datatype": "BYTES", "shape": [-1]},
@@ -78,7 +79,8 @@ def read_infer(raw: bytes, header_length: str | None) -> InferRequest:
     """
     data = b""
     if header_length is not None:
-        if not header_length.isdigit() or int(header_length) > len(raw):
+        digits = header_length.isascii() and header_length.isdigit() and len(header_length) < 20
+        if not digits or int(header_length) > len(raw):
             raise Refusal(400, f"{HEADER_LENGTH} is {header_length[:40]!r}, expected a length")
         raw, data = raw[: int(header_length)], raw[int(header_length) :]
     body = read_body(raw)
@@ -156,7 +158,9 @@ def write_infer(request: InferRequest, answer: Answer, model: str) -> tuple[byte
 def _values(tensor: dict[str, Any], data: bytes, at: int) -> tuple[list[str] | Int64, int]:
     """Return the values of a tensor, and where the next one's binary data begins."""
     datatype, shape = tensor.get("datatype"), tensor.get("shape")
-    if not isinstance(shape, list) or not all(type(one) is int and one >= 0 for one in shape):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"its shape is {shape!r:.40}, expected {MAX_DIMENSIONS} numbers at most")
+    if not all(type(one) is int and 0 <= one < 1 << 63 for one in shape):
         raise ValueError(f"its shape is {shape!r:.40}, expected whole numbers")
     if datatype not in ("BYTES", "INT64"):
         raise ValueError(f"its datatype is {datatype!r:.40}, expected BYTES or INT64")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from datetime import datetime, timezone
+from io import FileIO, RawIOBase
 from typing import Any, BinaryIO
 
 GATHER_S = 0.05  # one thread switch for the lines of so long, not one a line
@@ -23,8 +24,12 @@ class JsonLog:
     """
 
     def __init__(self, stream: BinaryIO | None = None):
-        """Start the thread; `stream`: of bytes; None: stderr."""
-        self._stream = stream if stream is not None else sys.stderr.buffer
+        """Start the thread; `stream`: of bytes; None: stderr.
+
+        Not `sys.stderr`: what it cannot write it keeps, and ends the process with another exit
+        code, or with an abort where a thread still waits for a reader.
+        """
+        self._stream: RawIOBase | BinaryIO = stream or FileIO(2, "w", closefd=False)
         self.on_lost: Callable[[int], None] = lambda _: None
         self._lines: deque[dict[str, Any]] = deque()
         self._wake = threading.Event()
@@ -48,6 +53,10 @@ class JsonLog:
         self._wake.set()
         self._thread.join(5.0)
 
+    def take_over(self) -> None:
+        """Let what libraries log become lines too: they would write to stderr, and may block."""
+        logging.getLogger().addHandler(_Forwarding(self))
+
     def _work(self) -> None:
         while not self._closed:
             self._wake.wait()
@@ -66,7 +75,25 @@ class JsonLog:
         if not lines:
             return
         try:
-            self._stream.write("".join(lines).encode("utf-8", "backslashreplace"))
+            left = memoryview("".join(lines).encode("utf-8", "backslashreplace"))
+            while left:
+                left = left[self._stream.write(left) or 0 :]
             self._stream.flush()
         except (OSError, ValueError):  # full, closed, or nobody reads
             self.on_lost(len(lines))
+
+
+class _Forwarding(logging.Handler):
+    """Turns the records of `logging` into lines."""
+
+    def __init__(self, log: JsonLog):
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Let one record wait."""
+        trace = None
+        if record.exc_info:
+            trace = logging.Formatter().formatException(record.exc_info)
+        told = {"logger": record.name, "level": record.levelname.lower(), "trace": trace}
+        self._log.write("library", message=record.getMessage(), **told)

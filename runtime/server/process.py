@@ -15,11 +15,13 @@ import uvloop
 from ...errors import EdjeError
 from .admin import make_admin_app
 from .app import make_app
+from .connections import Connection
 from .host import DRAIN_S, Host
 from .logs import JsonLog
 from .settings import Settings
 
 EXIT_DEAD_ENGINE = 1
+KEEP_ALIVE_S = 75  # longer than balancers and pools keep idle connections (60): they close first
 
 
 class Server(uvicorn.Server):
@@ -75,6 +77,7 @@ def serve(
     """
     _heed_signals_while_opening()
     log = JsonLog()
+    log.take_over()
     ending: list[Callable[[], None]] = []
 
     def die(why: str) -> None:
@@ -107,10 +110,11 @@ async def _serve(
         make_app(host),
         host=address,
         port=port,
-        http="httptools",
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(drain_s)),
         lifespan="off",
     )

@@ -6,8 +6,11 @@ Plain Python, no HTTP: what `edje serve` runs on, and the way to embed the runti
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from concurrent.futures import Future
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
 from math import inf
 from time import monotonic, perf_counter
 from typing import Any, get_args
@@ -60,6 +63,8 @@ class ScoringService:
         self._probe: tuple[Int64, float] | None = None
         self._live: Int64 | None = None
         self._identity: Identity | None = None
+        self._entered = threading.Condition()
+        self._num_entering = 0
         self.worker = Worker(reranker, self._max_pairs)
 
     @classmethod
@@ -134,8 +139,9 @@ class ScoringService:
         if unknown is not None:
             given.choice("unknown", unknown, get_args(Unknown))
         given.check()
-        self._admit()
-        return self._submit(query, ids, top_n, timeout_s, unknown, began)
+        with self._entering():
+            self._admit()
+            return self._submit(query, ids, top_n, timeout_s, unknown, began)
 
     async def rank(self, query: str, candidates: Iterable[str] | Int64, **options: Any) -> Answer:
         """Rank candidates without blocking the event loop; cancelling the task drops the request.
@@ -211,6 +217,8 @@ class ScoringService:
                 EngineError.
         """
         self.worker.close(drain_s)
+        with self._entered:  # it looks ids up in the store, which is about to go
+            self._entered.wait_for(lambda: not self._num_entering)
         if self._owns:
             self.reranker.close()
 
@@ -264,9 +272,22 @@ class ScoringService:
         self.worker.add(job)
         return future
 
+    @contextmanager
+    def _entering(self) -> Iterator[None]:
+        """Count a request that is not in the queue yet, so that `close` can wait for it."""
+        with self._entered:
+            self._num_entering += 1
+        try:
+            self.worker.check_open()
+            yield
+        finally:
+            with self._entered:
+                self._num_entering -= 1
+                if not self._num_entering:
+                    self._entered.notify_all()
+
     def _admit(self) -> None:
         """Raise OverloadedError where what waits takes longer than may be."""
-        self.worker.check_open()
         load = self.load()
         if load.wait_s > self.options.max_wait_s:
             raise OverloadedError(
@@ -314,9 +335,10 @@ class ScoringService:
 
     def _probe_score(self, rows: Int64, timeout_s: float) -> float:
         try:
-            future = self._submit(PROBE_QUERY, rows, None, timeout_s, None, perf_counter())
+            with self._entering():
+                future = self._submit(PROBE_QUERY, rows, None, timeout_s, None, perf_counter())
             answer = future.result(timeout_s)
-        except (StoppedError, TimeoutError) as late:
+        except (StoppedError, FutureTimeoutError, CancelledError) as late:
             raise EngineError(f"no score within {timeout_s:g} s") from late
         if not len(answer.logits):
             raise EngineError(f"a known pair has no score: {answer.errors[0].reason}")

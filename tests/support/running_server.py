@@ -17,6 +17,7 @@ import uvicorn
 
 from edje.runtime.server import ScoringService
 from edje.runtime.server.app import make_app
+from edje.runtime.server.connections import Connection
 from edje.runtime.server.host import Host
 from edje.runtime.server.logs import GATHER_S, JsonLog
 from edje.runtime.server.metrics import Metrics
@@ -107,7 +108,7 @@ def running(settings: FrontSettings, **host_options: Any) -> Iterator[Running]:
         make_app(host),
         host="127.0.0.1",
         port=0,
-        http="httptools",
+        http=Connection,
         log_config=None,
         access_log=False,
         lifespan="off",

@@ -1,0 +1,161 @@
+"""What only a process of its own can show: signals, exit codes, a log that cannot be written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from pathlib import Path
+
+import pytest
+
+from moody_backend import set_mood, text_score, write_engine
+from served_process import Served, served
+from toy_engine import toy_store
+
+IDS = [f"img-{i}" for i in range(24)]
+BODY = {"query": "red", "documents": IDS, "raw_scores": True, "top_n": 1}
+BEST = pytest.approx(23 + text_score("red"), abs=1e-3)
+
+# Signal stacks of the main thread, before and after an engine was opened, closed and freed.
+SIGNAL_STACK = """
+import ctypes, sys
+from edje.runtime.server.host import Host
+from edje.runtime.server.logs import JsonLog
+from edje.runtime.server.settings import Settings
+from pathlib import Path
+
+def stack():
+    words = (ctypes.c_size_t * 3)()
+    assert ctypes.CDLL(None).sigaltstack(None, words) == 0
+    return words[0]
+
+before = stack()
+host = Host(Settings(Path(sys.argv[1]), Path(sys.argv[2])), JsonLog())
+host.reload()
+print(stack() == before)
+host.close()
+"""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    toy_store(tmp_path / "store", range(24)).close()
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Path:
+    return write_engine(tmp_path / "engine")
+
+
+def right(server: Served) -> bool:
+    """Whether a request is answered right; OSError where it was never accepted."""
+    import json
+
+    status, raw = server.ask("/rerank", BODY)
+    assert status == 200, raw
+    assert json.loads(raw)["results"][0]["relevance_score"] == BEST
+    return True
+
+
+def test_sigterm_answers_all_that_was_accepted(engine, store):
+    with served(engine, store) as server, ThreadPoolExecutor(12) as pool:
+        set_mood(engine, "sleep 0.05")
+        accepted = [pool.submit(right, server) for _ in range(12)]
+        while server.metric("edje_requests_in_flight") < 12:
+            time.sleep(0.01)
+        assert server.end() == 0
+        assert all(one.result() for one in accepted)
+
+
+def test_sigkill_under_load_leaves_nothing_broken(engine, store):
+    with served(engine, store) as server, ThreadPoolExecutor(4) as pool:
+        set_mood(engine, "sleep 0.05")
+        waiting = [pool.submit(right, server) for _ in range(4)]
+        time.sleep(0.2)
+        assert server.end(signal.SIGKILL) == -signal.SIGKILL
+        for one in waiting:
+            with pytest.raises((OSError, HTTPException)):
+                one.result()  # the client learns at once
+    set_mood(engine, "fine")
+    with served(engine, store) as server:
+        assert right(server)
+
+
+def test_sighup_reloads_under_load_and_loses_nothing(engine, store):
+    with served(engine, store) as server, ThreadPoolExecutor(4) as pool:
+        stop = threading.Event()
+
+        def press(_: int) -> int:
+            done = 0
+            while not stop.is_set():
+                done += right(server)
+            return done
+
+        under_way = [pool.submit(press, number) for number in range(4)]
+        for generation in (2, 3):
+            server.process.send_signal(signal.SIGHUP)
+            until = time.monotonic() + 10
+            while server.ask("/info")[1].count(b'"generation":%d' % generation) == 0:
+                assert time.monotonic() < until
+                time.sleep(0.05)
+        stop.set()
+        assert sum(one.result() for one in under_way) > 4
+        assert server.end() == 0
+
+
+def test_a_dead_engine_ends_the_process_with_1(engine, store):
+    with served(engine, store) as server:
+        set_mood(engine, "raise")
+        assert server.ask("/rerank", BODY)[0] == 500
+        assert server.process.wait(10) == 1
+
+
+def test_a_full_disk_for_the_log_stops_no_request(engine, store):
+    with open("/dev/full", "wb") as full, served(engine, store, stderr=full) as server:
+        for _ in range(5):
+            assert right(server)
+        time.sleep(0.3)
+        assert server.metric("edje_log_lines_lost_total") >= 5
+        assert server.end() == 0
+
+
+def test_a_log_that_nobody_reads_stops_no_request(engine, store):
+    reading, writing = os.pipe()
+    try:
+        with served(engine, store, stderr=writing) as server:
+            fill(writing)
+            for _ in range(20):
+                assert right(server)
+            assert server.ask("/nowhere")[0] == 404
+            assert right(server)
+            assert server.end() == 0
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def fill(pipe: int) -> None:
+    """Fill a pipe, then let it block again."""
+    os.set_blocking(pipe, False)
+    try:
+        while os.write(pipe, bytes(1 << 16)):
+            pass
+    except BlockingIOError:
+        pass
+    finally:
+        os.set_blocking(pipe, True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the C library of Linux")
+def test_a_reload_leaves_the_signals_their_stack(tiny_engine, tiny_store):
+    """OpenVINO lends the opening thread a stack for signals, and takes it away with the engine."""
+    command = [sys.executable, "-c", SIGNAL_STACK, str(tiny_engine), str(tiny_store)]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert made.stdout == "True\n", made.stderr
