@@ -313,11 +313,11 @@ def test_a_head_that_comes_slowly_but_in_time_is_served(server):
 def test_a_client_that_does_not_read_is_left(server, monkeypatch, large):
     """One answer that is larger than all buffers, or many small ones that fill them."""
     monkeypatch.setattr(connections, "READER_TIMEOUT_S", 0.3)
-    number = 1 if large else 4000  # several times what the system buffers
-    ids = EVERY * 4000 if large else EVERY[:20]
+    number = 1 if large else 3000
+    ids = EVERY * 4000 if large else ["unknown"] * 20  # small ones are refusals: they cost least
     with open_socket(server) as client:
         if not large:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         wholly = number * len(server.ask("/rerank", ask_for("red", ids)).body)
         with suppress(OSError):  # the server leaves meanwhile
             for _ in range(number):
