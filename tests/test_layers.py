@@ -41,9 +41,17 @@ MAY_IMPORT = {
     "runtime": ONLINE_PATH,
     "runtime.indexing": ONLINE_PATH,
     "runtime.server": ONLINE_PATH,
+    "runtime.server.route": {*ONLINE_PATH, "runtime.server"},
     "demo": {*ONLINE_PATH, *OFFLINE, "runtime.indexing"},
     "demo.training": {*ONLINE_PATH, *OFFLINE, "runtime.indexing", "demo"},
-    "runtime.cli": {*ONLINE_PATH, *OFFLINE, "runtime.indexing", "runtime.server", "demo"},
+    "runtime.cli": {
+        *ONLINE_PATH,
+        *OFFLINE,
+        "runtime.indexing",
+        "runtime.server",
+        "runtime.server.route",
+        "demo",
+    },
     "perf": {*ONLINE_PATH, *OFFLINE, "runtime.indexing", "demo", "engines.native"},
 }
 ONLINE = MAY_IMPORT.keys() - {"export", "demo", "demo.training", "perf"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -160,8 +161,7 @@ def _serve(arguments: ServeArguments) -> None:
     from ..server.process import serve as run
 
     settings = arguments.settings()
-    if not _is_loopback(arguments.host) and not settings.keys:
-        warn(f"everybody who reaches {arguments.host} may ask: --api-keys FILE wants a key")
+    warn_of_strangers(arguments.host, settings.keys)
 
     def say(host: Host, port: int) -> None:
         assert host.service is not None
@@ -188,6 +188,12 @@ def _serve(arguments: ServeArguments) -> None:
 
 
 serve = verb_of(ServeArguments, _serve)
+
+
+def warn_of_strangers(address: str, keys: Sequence[str]) -> None:
+    """Warn where other machines may ask without a key."""
+    if not _is_loopback(address) and not keys:
+        warn(f"everybody who reaches {address} may ask: --api-keys FILE wants a key")
 
 
 def _is_loopback(address: str) -> bool:

@@ -17,7 +17,7 @@ from .admin import make_admin_app
 from .app import make_app
 from .host import DRAIN_S, Host
 from .logs import JsonLog
-from .settings import Settings
+from .settings import FrontSettings
 
 EXIT_DEAD_ENGINE = 1
 
@@ -50,7 +50,7 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    settings: Settings,
+    settings: FrontSettings,
     *,
     address: str,
     port: int,
