@@ -138,7 +138,8 @@ class Tree:
         online = [f for f in self.imports if self.folder(f.module) in ONLINE and f.eager]
         heavy = {found.module: found for found in online if _is_heavy(found.target)}
         for found in online:
-            among = self.folder(found.module) == self.folder(found.target) == "runtime.server"
+            both = self.folder(found.module), self.folder(found.target)
+            among = all(f"{folder}.".startswith("runtime.server.") for folder in both)
             if among and found.module not in SERVICE:
                 continue
             if found.target in heavy and found.module not in heavy:

@@ -106,13 +106,7 @@ class RoutingService:
             Refusal: 503, a shard has not told its ids yet, and may hold some of these.
         """
         began = perf_counter()
-        if isinstance(candidates, np.ndarray):
-            raise RequestError("rows are of one store, and there are several: send ids")
-        given = Arguments("RoutingService.submit")
-        ids = given.strings("candidates", candidates)
-        given.check()
-        if not ids:
-            raise RequestError("there are no candidates, expected one id or more")
+        ids = _ids_of(candidates)
         if self._closing:
             raise EngineError("the service is closing", hint="send the request again")
         rule, partial = unknown or self.options.unknown, partial or self._partial
@@ -312,3 +306,14 @@ class RoutingService:
                     target=self._aside.run_forever, name="edje-route", daemon=True
                 ).start()
             return self._aside
+
+
+def _ids_of(candidates: Iterable[str] | Int64) -> list[str]:
+    if isinstance(candidates, np.ndarray):
+        raise RequestError("rows are of one store, and there are several: send ids")
+    given = Arguments("RoutingService.submit")
+    ids = given.strings("candidates", candidates)
+    given.check()
+    if not ids:
+        raise RequestError("there are no candidates, expected one id or more")
+    return ids
