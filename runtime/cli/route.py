@@ -54,7 +54,7 @@ class RouteArguments:
     timeout: Annotated[
         float, typer.Option(help="Seconds that a request may take which names no time itself.")
     ] = 30.0
-    max_body_mb: Annotated[float, typer.Option(help="Largest body, in 1e6 bytes.")] = 64.0
+    max_body_mb: Annotated[float, typer.Option(help="Largest body, in 1e6 bytes.")] = 16.0
     api_keys: Annotated[
         Path | None,
         typer.Option(help=f"File with a bearer key a line; or {KEYS_VARIABLE}=KEY,KEY."),

@@ -42,9 +42,11 @@ class RoutingService:
     Attributes:
         options: as given.
         num_dropped: 0: the shards count what they drop.
+        store: None: the ids lie with the shards.
     """
 
     num_dropped = 0
+    store = None
 
     def __init__(
         self,
