@@ -175,7 +175,7 @@ def _serve(arguments: ServeArguments) -> None:
     settings = arguments.settings()
     warn_of_strangers(arguments.host, settings.keys)
     if arguments.ray:
-        require("cluster-serve", "ray.serve")
+        require("cluster-serve", "ray", "grpc")  # ray alone is the extra `cluster`
         from ..server.route.ray_serve import run as run_on_ray
 
         shards = [arguments.settings(number) for number in range(len(arguments.store))]
