@@ -33,7 +33,7 @@ NAME = "edje-runtime"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 EXTRAS = {
     *("cpu", "gpu", "gpu-onnxruntime", "tensorrt", "rtx", "pycuda"),
-    *("build", "kernels", "export", "index", "cluster", "serve", "dev"),
+    *("build", "kernels", "export", "index", "cluster", "cluster-serve", "serve", "dev"),
 }
 # What a package of an extra is imported as, where its own name with underscores is not it.
 IMPORTED_AS = {

@@ -42,9 +42,17 @@ MAY_IMPORT = {
     "runtime.indexing": ONLINE_PATH,
     "runtime.server": ONLINE_PATH,
     "runtime.server.adapters": ONLINE_PATH,
+    "runtime.server.route": {*ONLINE_PATH, "runtime.server"},
     "demo": {*ONLINE_PATH, *OFFLINE, "runtime.indexing"},
     "demo.training": {*ONLINE_PATH, *OFFLINE, "runtime.indexing", "demo"},
-    "runtime.cli": {*ONLINE_PATH, *OFFLINE, "runtime.indexing", "runtime.server", "demo"},
+    "runtime.cli": {
+        *ONLINE_PATH,
+        *OFFLINE,
+        "runtime.indexing",
+        "runtime.server",
+        "runtime.server.route",
+        "demo",
+    },
     "perf": {*ONLINE_PATH, *OFFLINE, "runtime.indexing", "demo", "engines.native"},
 }
 ONLINE = MAY_IMPORT.keys() - {"export", "demo", "demo.training", "perf"}
@@ -131,7 +139,8 @@ class Tree:
         online = [f for f in self.imports if self.folder(f.module) in ONLINE and f.eager]
         heavy = {found.module: found for found in online if _is_heavy(found.target)}
         for found in online:
-            among = self.folder(found.module) == self.folder(found.target) == "runtime.server"
+            both = self.folder(found.module), self.folder(found.target)
+            among = all(f"{folder}.".startswith("runtime.server.") for folder in both)
             if among and found.module not in SERVICE:
                 continue
             if found.target in heavy and found.module not in heavy:

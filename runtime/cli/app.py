@@ -24,6 +24,7 @@ from .options import (
     start_output,
 )
 from .rerank import rerank
+from .route import route
 from .serve import serve
 from .store import store_app
 
@@ -216,6 +217,7 @@ app.command()(build)
 app.command(cls=IndexCommand)(index)
 app.command()(rerank)
 app.command()(serve)
+app.command()(route)
 
 
 @app.command()

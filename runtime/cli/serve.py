@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -29,7 +30,12 @@ class ServeArguments:
     """The words of `edje serve`: each field is an argument or an option of the command line."""
 
     engine: Annotated[Path, typer.Argument(help="Engine folder, written by `edje build`.")]
-    store: Annotated[Path, typer.Option(help="Token store, written by `edje index`.")]
+    store: Annotated[
+        list[Path],
+        typer.Option(
+            help="Token store, written by `edje index`. Several with --ray: a shard each."
+        ),
+    ]
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines ask.")
     ] = "127.0.0.1"
@@ -84,9 +90,13 @@ class ServeArguments:
     log_queries: Annotated[
         bool, typer.Option("--log-queries", help="Put the query's text in the log.")
     ] = False
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Run on Ray Serve: a deployment for each store.")
+    ] = False
+    copies: Annotated[int, typer.Option(help="With --ray: replicas of each store.")] = 1
 
-    def settings(self) -> Settings:
-        """Return what the server needs, checked.
+    def settings(self, number: int = 0) -> Settings:
+        """Return what the server of the store `number` needs, checked.
 
         Raises:
             RequestError: options that cannot be meant, all of them.
@@ -111,6 +121,9 @@ class ServeArguments:
         if self.max_batch is not None:
             given.whole("--max-batch", self.max_batch, "1 or more")
         given.number("--max-body-mb", self.max_body_mb, "0 or more")
+        given.whole("--copies", self.copies, "1 or more")
+        if not self.ray and (len(self.store) > 1 or self.copies > 1):
+            given.faults.append("several stores or copies need --ray; or `edje route` before them")
         if self.residency is not None:
             given.choice("--residency", self.residency, get_args(Place))
         given.check()
@@ -122,7 +135,7 @@ class ServeArguments:
         }
         made = Settings(
             self.engine,
-            self.store,
+            self.store[number],
             opening=opening,
             service=ServiceOptions(
                 timeout_s=self.timeout,
@@ -161,8 +174,20 @@ def _serve(arguments: ServeArguments) -> None:
     from ..server.process import serve as run
 
     settings = arguments.settings()
-    if not _is_loopback(arguments.host) and not settings.keys:
-        warn(f"everybody who reaches {arguments.host} may ask: --api-keys FILE wants a key")
+    warn_of_strangers(arguments.host, settings.keys)
+    if arguments.ray:
+        require("cluster-serve", "ray", "grpc")  # ray alone is the extra `cluster`
+        from ..server.route.ray_serve import run as run_on_ray
+
+        shards = [arguments.settings(number) for number in range(len(arguments.store))]
+        run_on_ray(
+            shards,
+            settings,
+            copies=arguments.copies,
+            address=arguments.host,
+            port=arguments.port,
+        )
+        return
 
     def say(host: Host, port: int) -> None:
         assert host.service is not None
@@ -190,6 +215,12 @@ def _serve(arguments: ServeArguments) -> None:
 
 
 serve = verb_of(ServeArguments, _serve)
+
+
+def warn_of_strangers(address: str, keys: Sequence[str]) -> None:
+    """Warn where other machines may ask without a key."""
+    if not _is_loopback(address) and not keys:
+        warn(f"everybody who reaches {address} may ask: --api-keys FILE wants a key")
 
 
 def _is_loopback(address: str) -> bool:

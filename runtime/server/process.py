@@ -18,7 +18,7 @@ from .app import make_app
 from .connections import Connection
 from .host import DRAIN_S, Host
 from .logs import JsonLog
-from .settings import Settings
+from .settings import FrontSettings
 
 EXIT_DEAD_ENGINE = 1
 KEEP_ALIVE_S = 75  # longer than balancers and pools keep idle connections (60): they close first
@@ -52,7 +52,7 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    settings: Settings,
+    settings: FrontSettings,
     *,
     address: str,
     port: int,

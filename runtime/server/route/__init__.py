@@ -1,0 +1,1 @@
+"""`edje route`: one store over several servers; ids -> shards, scatter, merge."""
