@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -97,6 +98,8 @@ class Host:
             if old is not None:
                 old.close(DRAIN_S)
                 self.metrics.dropped_before += old.num_dropped
+                del old
+                gc.collect()  # engine and store are in circles: tens of MB would wait for it
 
     def drain(self, why: str) -> None:
         """Say not ready; requests that still come are served."""
