@@ -29,6 +29,7 @@ class Job:
         num_pairs: how many it asks for.
         deadline: when the caller stops waiting, on the clock of `Scheduler.take`; inf: never.
         alone: its pairs run as one batch by itself, whatever their number (a cascade's request).
+        urgent: goes before all others (a probe).
         num_taken: pairs that were given to batches.
     """
 
@@ -36,6 +37,7 @@ class Job:
     num_pairs: int
     deadline: float
     alone: bool = False
+    urgent: bool = False
     num_taken: int = 0
 
     @property
@@ -74,7 +76,7 @@ class Scheduler(Generic[AnyJob]):
 
     def add(self, job: AnyJob) -> None:
         """Let a job's pairs wait."""
-        insort(self._waiting.setdefault(job.bucket, []), job, key=_deadline)
+        insort(self._waiting.setdefault(job.bucket, []), job, key=_place)
         self.num_pairs += job.num_left
 
     def drop(self, job: AnyJob) -> bool:
@@ -89,9 +91,9 @@ class Scheduler(Generic[AnyJob]):
         """Take out and return the jobs whose deadline has passed."""
         late: list[AnyJob] = []
         for jobs in list(self._waiting.values()):
-            number = next((n for n, job in enumerate(jobs) if job.deadline > now), len(jobs))
-            late += jobs[:number]
-            self._leave(jobs, jobs[:number])
+            leaving = [job for job in jobs if job.deadline <= now]
+            late += leaving
+            self._leave(jobs, leaving)
         return late
 
     def take(self) -> list[Share[AnyJob]]:
@@ -100,7 +102,7 @@ class Scheduler(Generic[AnyJob]):
         if not buckets:
             return []
         self._turn += 1
-        bucket = min(buckets, key=lambda one: (self._turns.get(one, 0), self._first(one)))
+        bucket = min(buckets, key=self._next)
         self._turns[bucket] = self._turn
         jobs = self._waiting[bucket]
         sharing = [job for job in jobs if not job.alone]
@@ -133,8 +135,10 @@ class Scheduler(Generic[AnyJob]):
                     room -= more
         return counts
 
-    def _first(self, bucket: int) -> float:
-        return self._waiting[bucket][0].deadline
+    def _next(self, bucket: int) -> tuple[bool, int, float]:
+        """Return a key: the smallest is the bucket whose turn it is."""
+        first = self._waiting[bucket][0]
+        return not first.urgent, self._turns.get(bucket, 0), first.deadline
 
     def _leave(self, jobs: list[AnyJob], leaving: Iterable[AnyJob]) -> None:
         for job in list(leaving):
@@ -142,5 +146,5 @@ class Scheduler(Generic[AnyJob]):
             self.num_pairs -= job.num_left
 
 
-def _deadline(job: Job) -> float:
-    return job.deadline
+def _place(job: Job) -> tuple[bool, float]:
+    return not job.urgent, job.deadline

@@ -27,7 +27,7 @@ from ..store import TokenStore
 from ..text import TokenizedQueries
 from .answers import Answer, Stages, Unknown, Waiting
 from .identity import Identity
-from .limits import Load, OverloadedError, ServiceOptions, UnknownIdsError
+from .limits import Load, OverloadedError, PassingError, ServiceOptions, UnknownIdsError
 from .worker import Worker
 
 PROBE_QUERY = "a photo"
@@ -191,6 +191,7 @@ class ScoringService:
         """Score a known pair through the queue, and compare with what it scored at first.
 
         Raises:
+            PassingError: none in time, while others got theirs.
             EngineError: no score, another one, or none in time; the service cannot be trusted.
             StoreError: the record cannot be read.
         """
@@ -242,6 +243,7 @@ class ScoringService:
         timeout_s: float | None,
         unknown: Unknown | None,
         began: float,
+        urgent: bool = False,
     ) -> Future[Answer]:
         """Let checked arguments wait."""
         queries = self.reranker.tokenizer([query])
@@ -257,6 +259,7 @@ class ScoringService:
             num_pairs,
             monotonic() + (self.options.timeout_s if timeout_s is None else timeout_s),
             self._is_cascade and top_n is not None and top_n < num_pairs,
+            urgent,
             future=future,
             queries=queries,
             asked=asked,
@@ -334,12 +337,16 @@ class ScoringService:
         )
 
     def _probe_score(self, rows: Int64, timeout_s: float) -> float:
+        num_batches = self.worker.num_batches
         try:
             with self._entering():
-                future = self._submit(PROBE_QUERY, rows, None, timeout_s, None, perf_counter())
+                now = perf_counter()
+                future = self._submit(PROBE_QUERY, rows, None, timeout_s, None, now, urgent=True)
             answer = future.result(timeout_s)
         except (StoppedError, FutureTimeoutError, CancelledError) as late:
-            raise EngineError(f"no score within {timeout_s:g} s") from late
+            is_busy = self.worker.num_batches > num_batches  # slow, and no sign of death
+            kind = PassingError if is_busy else EngineError
+            raise kind(f"no score within {timeout_s:g} s") from late
         if not len(answer.logits):
             raise EngineError(f"a known pair has no score: {answer.errors[0].reason}")
         return float(answer.logits[0])

@@ -31,6 +31,7 @@ class Worker:
             thread that ran it.
         on_failure: called with what a batch failed with, before its requests learn of it.
         num_dropped: pairs that were accepted and never scored.
+        num_batches: that gave scores.
     """
 
     def __init__(self, reranker: Reranker, max_pairs: int):
@@ -44,7 +45,7 @@ class Worker:
         self._scored_pairs = self._scored_s = self._last_done = 0.0
         self.on_batch: Callable[[Scored, int], None] | None = None
         self.on_failure: Callable[[Exception], None] | None = None
-        self.num_dropped = 0
+        self.num_dropped = self.num_batches = 0
         self._threads = [
             threading.Thread(target=self._work, name=f"edje-batches-{number}", daemon=True)
             for number in range(NUM_THREADS)
@@ -172,6 +173,7 @@ class Worker:
         with self._changed:
             seconds = now - max(began, self._last_done)
             self._last_done = now
+            self.num_batches += 1
             if num_pairs * 2 >= self._max_pairs or self._scheduler.num_pairs:
                 kept = _KEPT ** min(1.0, num_pairs / self._max_pairs)
                 self._scored_pairs = self._scored_pairs * kept + num_pairs

@@ -210,11 +210,12 @@ class HttpShard:
         """Return the answer, if what scored it is what the server was known for."""
         state = reply.headers.get(STATE_HEADER.encode(), b"").decode("latin-1")
         held = replica.held
-        if held is not None and state == held.tag:
+        fits = self._fits(replica)  # what is held may have been learned anew since it was asked
+        if fits and held is not None and state == held.tag:
             return reply
         changed = ConnectionError("it holds other ids or another scorer than before")
         self._on_change(changed)
-        if held is not None and scorer_of(state) == scorer_of(held.tag):
+        if fits and held is not None and scorer_of(state) == scorer_of(held.tag):
             return reply
         replica.fault = str(changed)  # its scores compare with no other shard's
         return down(self.name, changed)

@@ -20,10 +20,11 @@ from edje.runtime.store import TokenStore
 NAMES = ("größe-日本.png", "b.png")
 ENCODINGS = ("ascii", "latin-1", "utf-8")
 VERBS = [
-    *("export", "build", "index", "rerank", "verify", "doctor", "demo"),
+    *("export", "build", "index", "rerank", "serve", "route", "verify", "doctor", "demo"),
     *(f"store {name}" for name in ("stat", "ids", "delete", "compact", "export", "import")),
     "store verify",
 ]
+NO_JSON = ("demo", "serve", "route")
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +198,7 @@ def test_h_is_help_everywhere_with_quiet_json_and_an_example(verb, capfd):
     assert "-q, --quiet" in short
     assert "-h, --help" in short
     assert (f"Example:\n    edje {verb}" in short) == (verb in VERBS)
-    assert ("--json" in short) == (verb in VERBS and verb != "demo")
+    assert ("--json" in short) == (verb in VERBS and verb not in NO_JSON)
 
 
 def test_every_verb_is_tested_above():

@@ -151,7 +151,7 @@ def test_no_load_makes_a_sound_engine_look_dead(engine, store):
     """Requests with early deadlines go first, but never before the probe."""
     deaths: list[str] = []
     service = ServiceOptions(max_wait_s=60.0)
-    options = {"on_death": deaths.append, "probe_every_s": 0.1, "probe_timeout_s": 1.0}
+    options = {"on_death": deaths.append, "probe_every_s": 0.1, "probe_timeout_s": 5.0}
     with running(Settings(engine, store, service=service), **options) as server:
         set_mood(engine, "sleep 0.02")  # 400 pairs/s
         ready: list[int] = []

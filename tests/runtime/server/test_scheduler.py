@@ -78,6 +78,15 @@ def test_a_large_request_keeps_its_slice_under_a_flood_of_small_ones():
     assert len(first) > 1
 
 
+def test_an_urgent_request_goes_before_every_deadline_and_bucket():
+    flood = [Job(bucket, 50, 1.0) for bucket in (15, 31) for _ in range(5)]
+    scheduler = filled(16, *flood)
+    scheduler.take()
+    probe = Job(31, 1, 9.0, urgent=True)
+    scheduler.add(probe)
+    assert scheduler.take()[0].job is probe
+
+
 def test_an_expired_request_is_dropped_with_what_waits_of_it():
     gone, stays = Job(15, 100, 1.0), Job(15, 5, 9.0)
     scheduler = filled(16, gone, stays)
