@@ -53,7 +53,14 @@ MAY_IMPORT = {
         "runtime.server.route",
         "demo",
     },
-    "perf": {*ONLINE_PATH, *OFFLINE, "runtime.indexing", "demo", "engines.native"},
+    "perf": {
+        *ONLINE_PATH,
+        *OFFLINE,
+        "runtime.indexing",
+        "runtime.cli",
+        "demo",
+        "engines.native",
+    },
 }
 ONLINE = MAY_IMPORT.keys() - {"export", "demo", "demo.training", "perf"}
 # Packages that hand out names of the folders below them, once they are asked for.

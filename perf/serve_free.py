@@ -1,0 +1,41 @@
+"""`edje serve` whose engine and reading take no time: what is left is the front and the sharing.
+
+Run in place of `edje` with the words of `edje serve`; the engine folder gives the model's sizes and
+tokenizer, the store its ids.
+"""
+
+from __future__ import annotations
+
+import sys
+from unittest.mock import patch
+
+from ..arrays import Float32
+from ..engines import registry
+from ..engines.contract import Batch, HostEngine, OpenOptions
+from ..engines.manifest import EngineManifest
+from ..runtime import opening
+from ..runtime.cli import main
+from .bench_pipeline import OneValue
+
+
+class FreeEngine(HostEngine):
+    """A pair's score is the first value of its first token."""
+
+    def _infer(self, batch: Batch, scores: Float32) -> None:
+        scores[:] = batch.visual_tokens[:, 0, 0]
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def open_free(folder: object, options: OpenOptions | None = None) -> FreeEngine:
+    """Open no engine, whatever the folder holds."""
+    return FreeEngine(EngineManifest.read(str(folder)))
+
+
+if __name__ == "__main__":
+    with (
+        patch.object(registry, "open_engine", open_free),
+        patch.object(opening, "tokens_for", lambda engine, store: OneValue()),
+    ):
+        sys.exit(main(sys.argv[1:]))
