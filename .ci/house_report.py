@@ -36,10 +36,12 @@ LIMITS: dict[str, tuple[float, float]] = {
     # Since then: scales found while running on CPUs and their search (3 files, 560 lines), shallow
     # engines and their native kernel (7, 1,000), cascades of several engines, pairs chosen by
     # `auto` and their benchmark (4, 720); 1,300 lines of tests for all of it.
-    "source files": (290, 140),
-    "source lines": (54_000, 25_000),
-    "product lines (without perf and demo)": (46_000, 20_500),
-    "test lines": (42_000, 19_000),
+    # The server: `runtime/server` with router and adapters (44 files, 6,100 lines), two verbs and
+    # its benchmarks (900 lines), 6,600 lines of tests.
+    "source files": (251, 140),
+    "source lines": (47_300, 25_000),
+    "product lines (without perf and demo)": (39_900, 20_500),
+    "test lines": (39_000, 19_000),
     "largest folder, % of lines": (25, 25),
     "files under Reranker": (36, 36),
     "longest import chain": (16, 16),

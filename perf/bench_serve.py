@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import Float32
 from ..engines.manifest import EngineManifest
 from ..runtime.reranker import Reranker
 from .bench_depths import repeated
@@ -42,6 +43,7 @@ NUM_CLIENTS, NUM_CANDIDATES, NUM_IMAGES, NUM_QUERIES = 64, 100, 5000, 8
 LOADS = (0.5, 2.0, 10.0)  # times the capacity
 MAX_WAIT_S, TIMEOUT_S = 1.0, 10.0
 NUM_ROUNDS = 3
+NUM_PREPARED = 200  # different requests
 FRONT = {100: 2000, 1000: 300, 5000: 100}  # candidates -> requests a round
 FREE = (sys.executable, "-m", "edje.perf.serve_free")
 
@@ -59,8 +61,8 @@ class Outcome:
         self.latencies.setdefault(status, []).append(seconds)
 
     def figures(self, status: int) -> dict[str, float]:
-        """Return count and percentiles (ms) of one status."""
-        found = np.array(self.latencies.get(status, []) or [np.nan]) * 1e3
+        """Return count and percentiles (ms) of one status; 0 where there is none."""
+        found = np.array(self.latencies.get(status, []) or [0.0]) * 1e3
         p50, p99 = np.percentile(found, [50, 99])
         return {
             "number": len(self.latencies.get(status, [])),
@@ -74,27 +76,33 @@ class Traffic:
     """Requests of 100 candidates, and what each must be answered."""
 
     def __init__(self, known: Known, port: int, seed: int = 0):
-        self._known, self._port = known, port
+        """Make the requests now: the generator shares the server's cores."""
+        self._port = port
         self._random = random.Random(seed)
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._prepared = [self._prepare(known) for _ in range(NUM_PREPARED)]
+
+    def _prepare(self, known: Known) -> tuple[bytes, Float32, Float32]:
+        """Return a body, the scores of its candidates, and the best of them."""
+        query = self._random.choice(list(known.scores))
+        picked = self._random.sample(range(len(known.ids)), NUM_CANDIDATES)
+        body = {"query": query, "documents": [known.ids[i] for i in picked], "top_n": 10}
+        scores = known.scores[query][picked]
+        return json.dumps(body).encode(), scores, -np.sort(-scores)[:10]
 
     async def ask(self, outcome: Outcome) -> None:
         """Send one request, compare the order of its answer."""
-        query = self._random.choice(list(self._known.scores))
-        picked = self._random.sample(range(len(self._known.ids)), NUM_CANDIDATES)
-        body = {"query": query, "documents": [self._known.ids[i] for i in picked], "top_n": 10}
+        body, scores, best = self._random.choice(self._prepared)
         began = time.perf_counter()
         try:
-            status, payload = await asyncio.wait_for(self._send(json.dumps(body).encode()), 60)
+            status, payload = await asyncio.wait_for(self._send(body), 60)
         except asyncio.TimeoutError:
             outcome.num_hung += 1
             return
         outcome.add(status, time.perf_counter() - began)
         if status == 200:
-            scores = self._known.scores[query][picked]
-            best = np.sort(-scores)[:10]
             found = [scores[result["index"]] for result in json.loads(payload)["results"]]
-            outcome.num_wrong += not np.allclose(found, -best, atol=1e-4)
+            outcome.num_wrong += not np.allclose(found, best, atol=1e-4)
 
     async def _send(self, body: bytes) -> tuple[int, bytes]:
         reader, writer = (
@@ -175,9 +183,10 @@ def measure_capacity(
     with Reranker.open(engine, store=store) as reranker:
         reranker.warm_up()
         for number in range(NUM_ROUNDS):
-            outcome = asyncio.run(Traffic(known, server.port, number).closed_loop(seconds))
+            traffic, began = Traffic(known, server.port, number), time.perf_counter()
+            outcome = asyncio.run(traffic.closed_loop(seconds))
             answered = len(outcome.latencies.get(200, []))
-            served.append(answered * NUM_CANDIDATES / seconds)
+            served.append(answered * NUM_CANDIDATES / (time.perf_counter() - began))
             wrong += outcome.num_wrong
             direct.append(_rank_directly(reranker, known, seconds))
     return {
@@ -190,7 +199,8 @@ def measure_capacity(
 
 def _rank_directly(reranker: Reranker, known: Known, seconds: float) -> float:
     """Return pairs/s of as many threads as there are clients."""
-    counts, until = [0] * NUM_CLIENTS, time.perf_counter() + seconds
+    counts, began = [0] * NUM_CLIENTS, time.perf_counter()
+    until = began + seconds
 
     def work(number: int) -> None:
         chance = random.Random(number)
@@ -204,7 +214,7 @@ def _rank_directly(reranker: Reranker, known: Known, seconds: float) -> float:
         thread.start()
     for thread in threads:
         thread.join()
-    return sum(counts) / seconds
+    return sum(counts) / (time.perf_counter() - began)
 
 
 def measure_load(
@@ -216,8 +226,8 @@ def measure_load(
 ) -> dict[str, Any]:
     """Send so many times what the server can answer."""
     rate = times * capacity["served_pairs_per_s"] / NUM_CANDIDATES
-    began = time.perf_counter()
-    outcome = asyncio.run(Traffic(known, server.port, 9).open_loop(rate, seconds))
+    traffic, began = Traffic(known, server.port, 9), time.perf_counter()
+    outcome = asyncio.run(traffic.open_loop(rate, seconds))
     took = time.perf_counter() - began
     answered = len(outcome.latencies.get(200, []))
     return {
