@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ MODEL = "edje"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FrontSettings:
+class FrontSettings(ABC):
     """How one server speaks HTTP, whatever scores for it.
 
     Attributes:
@@ -47,10 +48,11 @@ class FrontSettings:
     log_queries: bool = False
 
     @property
+    @abstractmethod
     def places(self) -> dict[str, Any]:
         """What is served, for the operator alone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def open_service(
         self, metrics: Metrics, on_failure: Callable[[Exception], None] = lambda _: None
     ) -> Service:
@@ -63,7 +65,6 @@ class FrontSettings:
         Raises:
             EdjeError: it cannot be opened.
         """
-        raise NotImplementedError
 
     def check(self) -> None:
         """Refuse what cannot be meant, all of it.
