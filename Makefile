@@ -33,9 +33,12 @@ setup: $(INSTALLED) ## make .venv and install everything into it (the others do 
 demo: $(or $(wildcard $(INSTALLED)),$(INSTALLED_FOR_DEMO)) ## scenes -> export -> build -> index -> rerank: the table and demo-out/index.html
 	$(BIN)/edje demo
 
-# A worker a core; a file's tests stay together, for they share what takes long to make.
+# A worker a core; a file's tests stay together, for they share what takes long to make. A worker
+# that dies is not replaced: pytest-xdist 3.8 would give its tests away and wait for them for ever.
+# A test that hangs ends its worker, after every stack of it was printed.
 test: $(INSTALLED) ## run the whole test suite (no GPU, no network)
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --max-worker-restart 0 \
+		--timeout 600 --timeout-method thread $(PYTEST_ARGS)
 
 test-clients: $(INSTALLED) ## ask a real server with the SDKs people have, each unchanged (network, minutes)
 	$(BIN)/python tests/clients/run.py $(CLIENTS_ARGS)

@@ -38,7 +38,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     # `auto` and their benchmark (4, 720); 1,300 lines of tests for all of it.
     # The server: `runtime/server` with router and adapters (44 files, 6,100 lines), two verbs and
     # its benchmarks (900 lines), 6,600 lines of tests.
-    "source files": (251, 140),
+    "source files": (252, 140),
     "source lines": (47_300, 25_000),
     "product lines (without perf and demo)": (39_900, 20_500),
     "test lines": (39_000, 19_000),

@@ -205,12 +205,14 @@ def _opened(opener: Callable[[Path], tuple[str, Run]], model: Path) -> tuple[str
 def _open_openvino(model: Path) -> tuple[str, Run]:
     import openvino
 
+    from .openvino_core import DEVICE, openvino_core
+
     # float32 even where the CPU has bf16: stored tokens outlive every engine.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     limit = thread_limit(sees_affinity=True)
     if limit is not None:
         settings["INFERENCE_NUM_THREADS"] = str(limit)
-    compiled = openvino.Core().compile_model(model, "CPU", settings)
+    compiled = openvino_core().compile_model(model, DEVICE, settings)
     output = compiled.output(0)
     return f"openvino {openvino.__version__} cpu", lambda inputs: compiled([inputs])[output]
 

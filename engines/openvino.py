@@ -22,6 +22,7 @@ from .cpu import device as device
 from .cpu import device_faults as device_faults
 from .cpu import option_fault, pairs_per_forward, why_no_bf16, why_no_int8
 from .manifest import EngineManifest
+from .openvino_core import DEVICE, openvino_core
 from .openvino_dynamic import (
     GROUP_KEY,
     Settings,
@@ -125,7 +126,6 @@ def _replace(old: ov.Node, new: ov.Node) -> None:
 
 
 MODEL = "joint_encoder.xml"
-DEVICE = "CPU"
 # Type of everything but int8 products. int8 engines keep it float32 on CPUs with bf16, too: that
 # saves little (attention is a fifth of the time) and bf16 would round what int8 was calibrated on.
 ELEMENT_TYPES = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
@@ -156,7 +156,7 @@ def why_not(precision: str) -> str | None:
     """
     if precision not in ELEMENT_TYPES:
         return f"not a precision of this backend ({', '.join(ELEMENT_TYPES)})"
-    core = ov.Core()
+    core = openvino_core()
     if DEVICE not in core.available_devices:
         return "this openvino has no CPU plugin"
     capabilities = core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
@@ -192,7 +192,7 @@ def build(job: BuildJob) -> Mapping[str, Any]:
     """Convert the graph to OpenVINO's format; weights stay as they are, opening casts them."""
     fitted = is_x86()
     try:
-        model = ov.Core().read_model(job.graph)
+        model = openvino_core().read_model(job.graph)
         if fitted:
             fit_to_x86(model)
         group = quantize_while_running(model)
@@ -230,7 +230,7 @@ def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine
     elif limit is not None:
         settings.setdefault(THREADS_KEY, limit)
     try:
-        compiled = ov.Core().compile_model(folder / MODEL, DEVICE, settings)
+        compiled = openvino_core().compile_model(folder / MODEL, DEVICE, settings)
     except RuntimeError as error:
         raise EngineError(f"OpenVINO cannot open {folder / MODEL}: {error}") from error
     check_precision(compiled, wanted, quantized_products(manifest.precision_plan))

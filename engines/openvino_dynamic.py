@@ -22,6 +22,7 @@ from openvino import opset13 as ops
 from ..arrays import Array
 from ..bundle import DYNAMIC as PASS
 from ..bundle import ModelSizes
+from .openvino_core import DEVICE, openvino_core
 
 GROUP_KEY = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 _ISA_KEYS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
@@ -104,7 +105,9 @@ def _probe(num_in: int, num_out: int, group: int, settings: Settings) -> str | N
     given = ops.parameter([-1, num_in], np.float32)
     model = ov.Model([ops.matmul(given, _compressed(stored, scales), False, True)], [given])
     try:
-        compiled = ov.Core().compile_model(model, "CPU", {**dict(settings), GROUP_KEY: group})
+        compiled = openvino_core().compile_model(
+            model, DEVICE, {**dict(settings), GROUP_KEY: group}
+        )
         found = compiled({0: values})[0]
     except RuntimeError as error:
         return f"OpenVINO cannot run a product of int8: {error}"

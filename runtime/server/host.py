@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 from ...errors import EdjeError, EngineError
@@ -114,21 +113,7 @@ class Host:
                 self.service.close(drain_s)
 
     def _open(self) -> Service:
-        """Open on a thread that then ends.
-
-        OpenVINO gives the thread that opens it another stack for signals, and frees that with the
-        engine: after a reload, a signal that came to that thread would end the process.
-        """
-        opened: Future[Service] = Future()
-
-        def work() -> None:
-            try:
-                opened.set_result(self.settings.open_service(self.metrics, self._failed))
-            except BaseException as error:
-                opened.set_exception(error)
-
-        threading.Thread(target=work, name="edje-open", daemon=True).start()
-        service = opened.result()
+        service = self.settings.open_service(self.metrics, self._failed)
         if not self.generation:
             self.generation = 1
         return service

@@ -1,7 +1,9 @@
 """OpenVINO runs the precision it was asked for, or nothing."""
 
+import subprocess
+import sys
+
 import numpy as np
-import openvino
 import pytest
 
 from edje.bundle import JOINT_ENCODER
@@ -10,6 +12,7 @@ from edje.engines.builder.build import build_engine
 from edje.engines.contract import INPUTS, OpenOptions
 from edje.engines.manifest import EngineManifest
 from edje.engines.openvino import widen_score
+from edje.engines.openvino_core import openvino_core
 from edje.engines.registry import open_engine
 from edje.errors import EngineError
 
@@ -17,9 +20,38 @@ from edje.errors import EngineError
 # 2**-8 relative a product; the fixture's scores reach 2.
 BF16_TOLERANCE = 0.05
 
+# The main thread's stack for signals, with no engine, with two, with the younger alone and with
+# none, which another thread closed; then a signal.
+SIGNAL_STACKS = """
+import ctypes, gc, signal, sys
+from pathlib import Path
+from threading import Thread
+from edje.engines.registry import open_engine
+
+def stack():
+    words = (ctypes.c_size_t * 3)()
+    assert ctypes.CDLL(None).sigaltstack(None, words) == 0
+    return words[0]
+
+stacks = [stack()]
+engines = [open_engine(Path(sys.argv[1])) for _ in range(2)]
+stacks.append(stack())
+engines.pop(0).close()
+gc.collect()
+stacks.append(stack())
+closing = Thread(target=lambda: engines.pop().close())
+closing.start()
+closing.join()
+gc.collect()
+stacks.append(stack())
+signal.signal(signal.SIGALRM, lambda *_: None)
+signal.raise_signal(signal.SIGALRM)
+print(len(set(stacks)))
+"""
+
 
 def compile_as(folder, precision):
-    core = openvino.Core()
+    core = openvino_core()
     return core.compile_model(folder / ov.MODEL, "CPU", {ov.PRECISION_KEY: precision})
 
 
@@ -55,7 +87,7 @@ def test_the_hardware_decides_what_runs(monkeypatch, precision, capabilities, ru
             assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
             return capabilities
 
-    monkeypatch.setattr(ov.ov, "Core", Core)
+    monkeypatch.setattr(ov, "openvino_core", Core)
     monkeypatch.delenv("EDJE_CPU_FEATURES", raising=False)
     assert (ov.why_not(precision) is None) == runs
 
@@ -95,7 +127,7 @@ def test_in_bfloat16_no_two_scores_are_tied_by_rounding(bf16_engine):
 
 
 def test_a_wide_score_is_the_same_score(tiny_bundle, official_pairs):
-    core = openvino.Core()
+    core = openvino_core()
     batch = official_pairs.batch([(0, image) for image in range(12)], 63)
     feed = {name: getattr(batch, name) for name in INPUTS}
     plain, wide = (core.read_model(tiny_bundle / JOINT_ENCODER) for _ in range(2))
@@ -123,7 +155,7 @@ class RecordedModel:
     """A compiled model of three streams that notes what its requests are asked."""
 
     def __init__(self, folder, fails=lambda waited: False):
-        self._model = openvino.Core().compile_model(
+        self._model = openvino_core().compile_model(
             folder / ov.MODEL, "CPU", {ov.PRECISION_KEY: "f32"}
         )
         self.fails, self.sizes, self.waited = fails, [], []
@@ -179,3 +211,10 @@ def test_a_failure_waits_for_all_that_was_started(built_engines, official_pairs,
     engine.close()
     with pytest.raises(EngineError, match="closed"):
         run(engine, batch)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the C library of Linux")
+def test_an_engine_leaves_every_thread_its_stack_for_signals(built_engines):
+    command = [sys.executable, "-c", SIGNAL_STACKS, str(built_engines["openvino"])]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert made.stdout == "1\n", made.stderr

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import openvino
 import pytest
 
 from capabilities import needs_int8
@@ -15,6 +14,7 @@ from edje.engines import openvino as ov
 from edje.engines.builder.build import build_engine
 from edje.engines.contract import OpenOptions
 from edje.engines.manifest import EngineManifest
+from edje.engines.openvino_core import openvino_core
 from edje.engines.openvino_dynamic import quantize_while_running, why_not_dynamic
 from edje.engines.precision.emulate import scorer
 from edje.engines.precision.graph import Graph
@@ -126,7 +126,7 @@ def test_settings_that_would_turn_them_off_are_refused(folder):
 
 
 def test_a_graph_without_the_pass_is_left_as_it_is(tiny_bundle):
-    model = openvino.Core().read_model(tiny_bundle / JOINT_ENCODER)
+    model = openvino_core().read_model(tiny_bundle / JOINT_ENCODER)
     before = [node.get_friendly_name() for node in model.get_ordered_ops()]
     assert quantize_while_running(model) is None
     assert [node.get_friendly_name() for node in model.get_ordered_ops()] == before

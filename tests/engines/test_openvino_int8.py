@@ -19,6 +19,7 @@ from edje.engines.builder.options import EngineOptions
 from edje.engines.contract import INPUTS
 from edje.engines.manifest import EngineManifest
 from edje.engines.openvino import fit_to_x86
+from edje.engines.openvino_core import openvino_core
 from edje.engines.registry import open_engine
 from edje.engines.samples import RandomSamples, int8_batch
 from edje.errors import EngineError
@@ -65,7 +66,7 @@ def test_both_libraries_give_the_same_int8_scores(int8_engines, official_pairs, 
 
 @needs_int8
 def test_fitting_changes_no_score_but_for_rounding(int8_engines, official_pairs):
-    core = openvino.Core()
+    core = openvino_core()
     batch = official_pairs.batch([(0, image) for image in range(12)], 63)
     feed = {name: getattr(batch, name) for name in INPUTS}
     graph = int8_engines["onnxruntime"] / ort.MODEL
@@ -83,7 +84,7 @@ def test_fitting_changes_no_score_but_for_rounding(int8_engines, official_pairs)
 def test_fitted_activations_are_unsigned_and_keys_transposed_in_the_product(
     int8_engines, built_engines
 ):
-    core = openvino.Core()
+    core = openvino_core()
     plain = kinds(core.read_model(int8_engines["onnxruntime"] / ort.MODEL))
     fitted = kinds(core.read_model(int8_engines["openvino"] / ov.MODEL))
     quantizers = plain["FakeQuantize f32"]
@@ -111,7 +112,7 @@ def test_a_product_that_does_not_run_in_int8_is_refused(int8_engines, built_engi
     quantized = ov.quantized_products(plan)
     assert "/layers.0/value/MatMul" in quantized
     assert len(quantized) == 2 * 6
-    core = openvino.Core()
+    core = openvino_core()
     options = {ov.PRECISION_KEY: "f32"}
     compiled = core.compile_model(int8_engines["openvino"] / ov.MODEL, "CPU", options)
     ov.check_precision(compiled, "f32", quantized)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,26 +19,6 @@ from toy_engine import toy_store
 IDS = [f"img-{i}" for i in range(24)]
 BODY = {"query": "red", "documents": IDS, "raw_scores": True, "top_n": 1}
 BEST = pytest.approx(23 + text_score("red"), abs=1e-3)
-
-# Signal stacks of the main thread, before and after an engine was opened, closed and freed.
-SIGNAL_STACK = """
-import ctypes, sys
-from edje.runtime.server.host import Host
-from edje.runtime.server.logs import JsonLog
-from edje.runtime.server.settings import Settings
-from pathlib import Path
-
-def stack():
-    words = (ctypes.c_size_t * 3)()
-    assert ctypes.CDLL(None).sigaltstack(None, words) == 0
-    return words[0]
-
-before = stack()
-host = Host(Settings(Path(sys.argv[1]), Path(sys.argv[2])), JsonLog())
-host.reload()
-print(stack() == before)
-host.close()
-"""
 
 
 @pytest.fixture
@@ -151,11 +129,3 @@ def fill(pipe: int) -> None:
         pass
     finally:
         os.set_blocking(pipe, True)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="asks the C library of Linux")
-def test_a_reload_leaves_the_signals_their_stack(tiny_engine, tiny_store):
-    """OpenVINO lends the opening thread a stack for signals, and takes it away with the engine."""
-    command = [sys.executable, "-c", SIGNAL_STACK, str(tiny_engine), str(tiny_store)]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert made.stdout == "True\n", made.stderr
