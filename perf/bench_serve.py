@@ -37,7 +37,8 @@ from ..engines.manifest import EngineManifest
 from ..runtime.reranker import Reranker
 from .bench_depths import repeated
 from .harness import Progress, command_line, conditions, conditions_line, run_benchmark
-from .serve_traffic import ENGINE, STORE, Known, ServerProcess, read_queries, serving
+from .serve_traffic import ENGINE, STORE, Known, read_queries
+from .server_process import ServerProcess, serving
 
 NUM_CLIENTS, NUM_CANDIDATES, NUM_IMAGES, NUM_QUERIES = 64, 100, 5000, 8
 LOADS = (0.5, 2.0, 10.0)  # times the capacity
@@ -145,19 +146,19 @@ def measure(demo: Path, seconds: float, scratch: Path, progress: Progress) -> di
     """Measure everything; `seconds` a load."""
     engine, store = demo / ENGINE, repeated(demo / STORE, scratch / "store", NUM_IMAGES)
     known = Known.of(engine, store, read_queries(demo, NUM_QUERIES))
-    with serving(engine, store, "--max-wait", "600", log=scratch / "log") as server:
+    with serving(engine, store, "--max-wait", "600", scratch=scratch) as server:
         progress("capacity")
         capacity = measure_capacity(engine, store, server, known, seconds)
         progress("10 behind 5,000")
         fairness = measure_fairness(server, known)
     waits = ("--max-wait", str(MAX_WAIT_S), "--timeout", str(TIMEOUT_S))
-    with serving(engine, store, *waits, log=scratch / "log2") as server:
+    with serving(engine, store, *waits, scratch=scratch) as server:
         loads = {}
         for times in LOADS:
             progress(f"{times:g} times the capacity")
             loads[f"{times:g}"] = measure_load(server, known, capacity, times, seconds)
     progress("the front alone")
-    front = measure_front(engine, store, known, scratch)
+    front = measure_front(engine, store, known)
     manifest = EngineManifest.read(engine)
     result = {
         "conditions": conditions(
@@ -261,12 +262,10 @@ def measure_fairness(server: ServerProcess, known: Known) -> dict[str, Any]:
     return {"batches_waited": waited, "batches_of_5000": -(-len(known.ids) // 256)}
 
 
-def measure_front(
-    engine: Path, store: Path, known: Known, scratch: Path
-) -> dict[str, dict[str, float]]:
+def measure_front(engine: Path, store: Path, known: Known) -> dict[str, dict[str, float]]:
     """Measure CPU time a request where scoring costs nothing; one connection, one at a time."""
     found: dict[str, dict[str, float]] = {}
-    with serving(engine, store, log=scratch / "log3", command=FREE) as server:
+    with serving(engine, store, command=FREE) as server:
         for number, repeats in FRONT.items():
             body = {"query": "a red circle", "documents": list(known.ids[:number])}
             raw = json.dumps(body).encode()

@@ -32,7 +32,8 @@ import numpy as np
 
 from ..arrays import Float32
 from .harness import command_line, conditions, conditions_line, run_benchmark
-from .serve_traffic import EDJE, ENGINE, STORE, Known, ServerProcess, read_queries, serving
+from .serve_traffic import ENGINE, STORE, Known, read_queries
+from .server_process import EDJE, ServerProcess, serving
 
 NUM_CLIENTS, NUM_QUERIES, MAX_CANDIDATES = 4, 12, 300
 RELOAD_EVERY_S, SAMPLE_EVERY_S = 20.0, 0.5
@@ -57,7 +58,7 @@ def measure(
     known = Known.of(engine, store, read_queries(demo, NUM_QUERIES))
     soak = Soak(known)
     samples: list[dict[str, float]] = []
-    with serving(engine, store, log=scratch / "log", command=command) as server:
+    with serving(engine, store, command=command, scratch=scratch) as server:
         progress(f"soaking process {server.pid} for {minutes:g} minutes")
         threads = [
             threading.Thread(target=soak.press, args=(server, number), daemon=True)
@@ -76,13 +77,13 @@ def measure(
         hanging = sum(thread.is_alive() for thread in threads)
         metrics = {} if server.has_ended else server.metrics()
         code = server.end() if not server.has_ended else -1
+        log = server.log_text()
     growth = {name: growth_of(samples, name) for name in ALLOWED}
     faults = [*faults_of(growth), *soak.faults[:20]]
     if hanging:
         faults.append(f"{hanging} clients hang")
     if code:
-        last = (scratch / "log").read_text(errors="replace")[-3000:]
-        faults.append(f"the server ended with {code}, expected 0; its log ends with:\n{last}")
+        faults.append(f"the server ended with {code}, expected 0; its log ends:\n{log[-3000:]}")
     return {
         "conditions": conditions(minutes=minutes, clients=NUM_CLIENTS, demo_images=len(known.ids)),
         "answers_checked": soak.num_checked,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import exp
 from pathlib import Path
 
-from serve_process import ServeProcess
+from edje.perf.server_process import ServerProcess, serving
 
 SETUP = "EDJE_CLIENTS_SETUP"  # a file that `run.py` writes
 KEY = "a-key"
@@ -48,7 +48,8 @@ class Setup:
 
     def serve(
         self, *options: str, keys: Sequence[str] = ()
-    ) -> AbstractContextManager[ServeProcess]:
+    ) -> AbstractContextManager[ServerProcess]:
         """Start a server."""
         env = {**os.environ, "EDJE_API_KEYS": ",".join(keys), "PYTHONPATH": ""}
-        return ServeProcess(self.engine, self.store, *options, env=env, python=self.python)
+        command = (self.python, "-m", "edje")
+        return serving(self.engine, self.store, *options, command=command, environ=env)

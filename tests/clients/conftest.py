@@ -12,7 +12,7 @@ import pytest
 from cases import KEY, PATTERN, SETUP, Case, Setup
 
 from busy_server import busy
-from serve_process import ServeProcess
+from edje.perf.server_process import ServerProcess
 
 
 @pytest.fixture(scope="session")
@@ -55,17 +55,17 @@ def locked(setup: Setup) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def idle_until_asked(setup: Setup) -> Iterator[ServeProcess]:
+def idle_until_asked(setup: Setup) -> Iterator[ServerProcess]:
     """A server that refuses whatever would wait, a pair a batch."""
     with setup.serve("--max-wait", "0", "--max-batch", "1", "--num-threads", "1") as server:
         yield server
 
 
 @pytest.fixture
-def overloaded(idle_until_asked: ServeProcess, setup: Setup) -> Iterator[str]:
+def overloaded(idle_until_asked: ServerProcess, setup: Setup) -> Iterator[str]:
     """Where a server listens that has more to do than it admits."""
     every = sorted({name for case in setup.cases for name in case.ids})
     body = {"query": setup.cases[0].query, "documents": every}
-    headers = [("content-type", "application/json")]
+    headers = {"content-type": "application/json"}
     with busy(lambda: idle_until_asked.ask("/rerank", body, headers)[0], callers=8):
         yield idle_until_asked.url

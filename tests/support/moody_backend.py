@@ -27,6 +27,7 @@ from edje.errors import EngineError
 from toy_engine import ToyEngine, toy_manifest, toy_tokenizer_json
 
 NAME = "moody"
+COMMAND = (sys.executable, __file__)
 ENTRY = BackendEntry("moody_backend", "numpy", "cpu", ("fp32",))
 PIECE = {"a": 9, "red": 5, "blue": 6, "circle": 7, "square": 8}  # ids of some words
 

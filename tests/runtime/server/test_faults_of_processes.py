@@ -7,15 +7,17 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
 import pytest
 
-from moody_backend import set_mood, text_score, write_engine
-from served_process import Served, served
+from edje.perf.server_process import ServerProcess, serving
+from moody_backend import COMMAND, set_mood, text_score, write_engine
 from toy_engine import toy_store
 
+moody = partial(serving, command=COMMAND)
 IDS = [f"img-{i}" for i in range(24)]
 BODY = {"query": "red", "documents": IDS, "raw_scores": True, "top_n": 1}
 BEST = pytest.approx(23 + text_score("red"), abs=1e-3)
@@ -32,7 +34,7 @@ def engine(tmp_path: Path) -> Path:
     return write_engine(tmp_path / "engine")
 
 
-def right(server: Served) -> bool:
+def right(server: ServerProcess) -> bool:
     """Whether a request is answered right; OSError where it was never accepted."""
     import json
 
@@ -43,17 +45,17 @@ def right(server: Served) -> bool:
 
 
 def test_sigterm_answers_all_that_was_accepted(engine, store):
-    with served(engine, store) as server, ThreadPoolExecutor(12) as pool:
+    with moody(engine, store) as server, ThreadPoolExecutor(12) as pool:
         set_mood(engine, "sleep 0.05")
         accepted = [pool.submit(right, server) for _ in range(12)]
-        while server.metric("edje_requests_in_flight") < 12:
+        while server.metrics()["edje_requests_in_flight"] < 12:
             time.sleep(0.01)
         assert server.end() == 0
         assert all(one.result() for one in accepted)
 
 
 def test_sigkill_under_load_leaves_nothing_broken(engine, store):
-    with served(engine, store) as server, ThreadPoolExecutor(4) as pool:
+    with moody(engine, store) as server, ThreadPoolExecutor(4) as pool:
         set_mood(engine, "sleep 0.05")
         waiting = [pool.submit(right, server) for _ in range(4)]
         time.sleep(0.2)
@@ -62,12 +64,12 @@ def test_sigkill_under_load_leaves_nothing_broken(engine, store):
             with pytest.raises((OSError, HTTPException)):
                 one.result()  # the client learns at once
     set_mood(engine, "fine")
-    with served(engine, store) as server:
+    with moody(engine, store) as server:
         assert right(server)
 
 
 def test_sighup_reloads_under_load_and_loses_nothing(engine, store):
-    with served(engine, store) as server, ThreadPoolExecutor(4) as pool:
+    with moody(engine, store) as server, ThreadPoolExecutor(4) as pool:
         stop = threading.Event()
 
         def press(_: int) -> int:
@@ -78,7 +80,7 @@ def test_sighup_reloads_under_load_and_loses_nothing(engine, store):
 
         under_way = [pool.submit(press, number) for number in range(4)]
         for generation in (2, 3):
-            server.process.send_signal(signal.SIGHUP)
+            server.send(signal.SIGHUP)
             until = time.monotonic() + 10
             while server.ask("/info")[1].count(b'"generation":%d' % generation) == 0:
                 assert time.monotonic() < until
@@ -89,25 +91,28 @@ def test_sighup_reloads_under_load_and_loses_nothing(engine, store):
 
 
 def test_a_dead_engine_ends_the_process_with_1(engine, store):
-    with served(engine, store) as server:
+    with moody(engine, store) as server:
         set_mood(engine, "raise")
         assert server.ask("/rerank", BODY)[0] == 500
-        assert server.process.wait(10) == 1
+        assert server.wait() == 1
 
 
 def test_a_full_disk_for_the_log_stops_no_request(engine, store):
-    with open("/dev/full", "wb") as full, served(engine, store, stderr=full) as server:
+    with (
+        open("/dev/full", "wb") as full,
+        moody(engine, store, stderr=full) as server,
+    ):
         for _ in range(5):
             assert right(server)
         time.sleep(0.3)
-        assert server.metric("edje_log_lines_lost_total") >= 5
+        assert server.metrics()["edje_log_lines_lost_total"] >= 5
         assert server.end() == 0
 
 
 def test_a_log_that_nobody_reads_stops_no_request(engine, store):
     reading, writing = os.pipe()
     try:
-        with served(engine, store, stderr=writing) as server:
+        with moody(engine, store, stderr=writing) as server:
             fill(writing)
             for _ in range(20):
                 assert right(server)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -16,10 +17,10 @@ import pytest
 
 from edje import Reranker
 from edje.errors import EngineError
+from edje.perf.server_process import serving
 from edje.runtime.server import ScoringService, ServiceOptions
 from edje.runtime.store import TokenStore
 from running_server import GivenSettings, Running, running, settings_of
-from serve_process import ServeProcess
 from sharded import CLOSED, Busy, Silent, cut, routing
 
 IDS = [f"img-{number}" for number in range(12)]
@@ -288,7 +289,7 @@ def test_a_killed_replica_loses_no_request(
     expected = [hit.index for hit in whole.rank(QUERY, asked)]
     found: list[list[int]] = []
     with (
-        ServeProcess(tiny_engine, stores[2], "--num-threads", "1") as killed,
+        serving(tiny_engine, stores[2], "--num-threads", "1") as killed,
         routing([shards[0].url], [killed.url, shards[2].url]) as router,
     ):
 
@@ -300,7 +301,7 @@ def test_a_killed_replica_loses_no_request(
         for thread in threads:
             thread.start()
         wait_for(lambda: len(found) > 20)
-        killed.process.kill()
+        killed.end(signal.SIGKILL)
         for thread in threads:
             thread.join()
         assert found == [expected] * 120
