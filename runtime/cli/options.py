@@ -7,14 +7,20 @@ import io
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Annotated, Any, TypeVar, get_type_hints
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args, get_type_hints
 
 import typer
 from typer.core import TyperGroup
 
+from ...arguments import Arguments
 from ...errors import EdjeError, RequestError
 from ...show import print_facts, print_json, speak
+
+if TYPE_CHECKING:
+    from ..residency import Place
 
 Words = TypeVar("Words")
 
@@ -22,6 +28,48 @@ EXIT_NO_READER = 141  # as the shell says of a program that SIGPIPE ended
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpeningArguments:
+    """How an engine is opened; each field is an option of the command line."""
+
+    rescore: Annotated[
+        list[Path] | None,
+        typer.Option(help="Precise engine: the best become its own. Several: each more precise."),
+    ] = None
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None
+    device: Annotated[
+        str | None, typer.Option(help="host, cuda_core (:1 for the next GPU) or pycuda.")
+    ] = None
+    residency: Annotated[
+        str | None, typer.Option(help="Read tokens from disk (default), host, device or auto.")
+    ] = None
+
+    def check_opening(self, given: Arguments) -> None:
+        """Note what cannot be meant, in the words of the command line."""
+        from ..residency import Place
+
+        if self.num_threads is not None:
+            given.whole("--num-threads", self.num_threads, "1 or more")
+        if self.residency is not None:
+            given.choice("--residency", self.residency, get_args(Place))
+
+    def opening(self, max_bytes: int | None = None) -> dict[str, Any]:
+        """Return what `Reranker.open` takes.
+
+        Args:
+            max_bytes: device memory for tokens; None: most of it.
+        """
+        from ..residency import ResidencyOptions
+
+        place = cast("Place | None", self.residency)
+        return {
+            "rescore": self.rescore,
+            "num_threads": self.num_threads,
+            "device": self.device,
+            "residency": ResidencyOptions(place, max_bytes=max_bytes),
+        }
 
 
 def verb_of(words: Callable[..., Words], run: Callable[[Words], None]) -> Callable[..., None]:

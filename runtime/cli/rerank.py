@@ -13,11 +13,10 @@ import typer
 from ...arguments import Arguments, read_ids
 from ...errors import StoppedError, named
 from ...show import escaped, note, print_json, print_table, warn
-from .options import Json, as_text, verb_of
+from .options import Json, OpeningArguments, as_text, verb_of
 
 if TYPE_CHECKING:
     from ..reranker import Reranker
-    from ..residency import Place
     from ..results import EngineLabel, Missing, RankResult
 
 EXIT_NOT_WHOLE = 1
@@ -25,8 +24,8 @@ MAX_NOTES = 20  # faults that are told one a line
 _HELD = ("device", "auto")  # places for which --resident-gb means something
 
 
-@dataclass(frozen=True, slots=True)
-class RerankArguments:
+@dataclass(frozen=True)
+class RerankArguments(OpeningArguments):
     """The words of `edje rerank`: each field is an argument or an option of the command line."""
 
     engine: Annotated[Path, typer.Argument(help="Engine folder, written by `edje build`.")]
@@ -36,10 +35,6 @@ class RerankArguments:
         str | None, typer.Option(help="File with an id a line, or - for stdin; default: all ids.")
     ] = None
     top_k: Annotated[int | None, typer.Option(help="Hits to show; default: all.")] = None
-    rescore: Annotated[
-        list[Path] | None,
-        typer.Option(help="Precise engine: the top K becomes its own. Several: each more precise."),
-    ] = None
     rescore_margin: Annotated[
         float | None,
         typer.Option(help="How far ENGINE may score below RESCORE; default: as measured."),
@@ -47,13 +42,6 @@ class RerankArguments:
     recall: Annotated[
         float | None,
         typer.Option(help="Rescore a fixed share that held this recall; default: make sure."),
-    ] = None
-    num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None
-    device: Annotated[
-        str | None, typer.Option(help="host, cuda_core (:1 for the next GPU) or pycuda.")
-    ] = None
-    residency: Annotated[
-        str | None, typer.Option(help="Read tokens from disk (default), host, device or auto.")
     ] = None
     resident_gb: Annotated[
         float | None, typer.Option(help="GPU memory for tokens, in 1e9 bytes; default: most.")
@@ -69,7 +57,6 @@ class RerankArguments:
 
     def check(self) -> None:
         """Refuse what cannot be meant, in the words of the command line, before anything loads."""
-        from ..residency import Place
         from ..results import MARGIN, RECALL, Missing
 
         given = Arguments("edje rerank")
@@ -85,10 +72,7 @@ class RerankArguments:
                 given.refuse("--recall", self.recall, RECALL)
             if not self.rescore:
                 given.faults.append("--recall: only with --rescore, the precise engine")
-        if self.num_threads is not None:
-            given.whole("--num-threads", self.num_threads, "1 or more")
-        if self.residency is not None:
-            given.choice("--residency", self.residency, get_args(Place))
+        self.check_opening(given)
         if self.resident_gb is not None:
             if not 1 <= self.resident_gb * 1e9 < inf:
                 given.refuse("--resident-gb", self.resident_gb, "1e9 bytes, more than 0")
@@ -102,18 +86,14 @@ class RerankArguments:
     def open(self) -> Reranker:
         """Open the engines over the store."""
         from ..reranker import Reranker
-        from ..residency import ResidencyOptions
 
         max_bytes = None if self.resident_gb is None else int(self.resident_gb * 1e9)
         return Reranker.open(
             self.engine,
             store=self.store,
-            rescore=self.rescore,
             rescore_margin=self.rescore_margin,
             recall=self.recall,
-            num_threads=self.num_threads,
-            device=self.device,
-            residency=ResidencyOptions(cast("Place | None", self.residency), max_bytes=max_bytes),
+            **self.opening(max_bytes),
         )
 
     def rank(
