@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from hashlib import sha256
 from hmac import compare_digest
@@ -12,13 +13,14 @@ _BEARER = b"bearer "
 
 
 class Keys:
-    """Bearer keys and what each has in flight. One thread: the event loop's."""
+    """Bearer keys and what each has in flight. Safe from any thread."""
 
     def __init__(self, keys: Sequence[str], max_pairs: int | None):
         """`max_pairs`: of one key in flight; None: no limit."""
         self._keys = [key.encode() for key in keys]
         self._max_pairs = max_pairs
         self._in_flight: dict[str, int] = {}
+        self._counting = threading.Lock()
 
     def check(self, header: bytes | None) -> str | None:
         """Return a name for the key in an `Authorization` header; None where none is needed.
@@ -49,15 +51,18 @@ class Keys:
         """
         if name is None or self._max_pairs is None:
             return
-        now = self._in_flight.get(name, 0)
-        if now and now + num_pairs > self._max_pairs:
-            message = f"this key has {now:,} pairs in flight, {self._max_pairs:,} may be"
-            raise Refusal(429, message, reason="key_limit", headers={"retry-after": "1"})
-        self._in_flight[name] = now + num_pairs
+        with self._counting:
+            now = self._in_flight.get(name, 0)
+            if now and now + num_pairs > self._max_pairs:
+                message = f"this key has {now:,} pairs in flight, {self._max_pairs:,} may be"
+                raise Refusal(429, message, reason="key_limit", headers={"retry-after": "1"})
+            self._in_flight[name] = now + num_pairs
 
     def give_back(self, name: str | None, num_pairs: int) -> None:
         """Count pairs as done."""
-        if name is not None and self._max_pairs is not None:
-            self._in_flight[name] -= num_pairs
-            if not self._in_flight[name]:
-                del self._in_flight[name]
+        if name is None or self._max_pairs is None:
+            return
+        with self._counting:
+            left = self._in_flight.pop(name) - num_pairs
+            if left:
+                self._in_flight[name] = left

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from edje.runtime.server.keys import Keys
@@ -43,3 +46,29 @@ def test_a_key_has_so_many_pairs_in_flight_and_one_request_of_any_size():
     keys.take(two, 40)
     keys.give_back(one, 500)
     keys.take(one, 1)
+
+
+class SlowNumber(int):
+    """A number of pairs that takes its time to be added: another thread comes between for sure."""
+
+    def __radd__(self, other: int) -> int:
+        time.sleep(0.1)
+        return int(self) + other
+
+
+def test_the_limit_holds_between_threads():
+    """Large bodies are read on a thread of their own, while the event loop reads small ones."""
+    keys = Keys(["one"], 100)
+    one = keys.check(b"one")
+
+    def take(_: int) -> int:
+        try:
+            keys.take(one, SlowNumber(60))
+        except Refusal as refused:
+            return refused.status
+        return 200
+
+    with ThreadPoolExecutor(3) as pool:
+        assert sorted(pool.map(take, range(3))) == [200, 429, 429]
+    keys.give_back(one, 60)
+    keys.take(one, 100)
