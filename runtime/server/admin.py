@@ -7,7 +7,6 @@ from typing import Any
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 
-from ...errors import EdjeError
 from .host import Host
 from .metrics import CONTENT_TYPE
 
@@ -21,8 +20,9 @@ def make_admin_app(host: Host) -> FastAPI:
         """Open engine and store anew; answers once the new service has taken over."""
         try:
             host.reload()
-        except EdjeError as error:
-            return JSONResponse({"reloaded": False, "error": str(error)}, 500)
+        except Exception as error:
+            why = str(error) or type(error).__name__
+            return JSONResponse({"reloaded": False, "error": why}, 500)
         return JSONResponse({"reloaded": True, "generation": host.generation})
 
     @app.get("/state")

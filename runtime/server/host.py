@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from ...errors import EdjeError, EngineError
+from ...errors import EngineError
 from .contract import Service
 from .health import INTERVAL_S, PROBE_TIMEOUT_S, Health
 from .logs import JsonLog
@@ -81,13 +81,15 @@ class Host:
 
         Raises:
             EdjeError: the new one cannot be opened or fails its probe; the old one stays.
+            Exception: the system refused it memory or threads; the old one stays, too.
         """
         with self._reloading:
             try:
                 fresh = self._open()
-            except EdjeError as error:
+            except Exception as error:
                 self.metrics.reloads.labels("failed").inc()
-                self.log.write("reload", outcome="failed", error=str(error))
+                why = str(error) or type(error).__name__  # a MemoryError says nothing
+                self.log.write("reload", outcome="failed", error=why)
                 raise
             old, self.service = self.service, fresh
             self.generation += 1

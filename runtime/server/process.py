@@ -12,7 +12,6 @@ from types import FrameType
 import uvicorn
 import uvloop
 
-from ...errors import EdjeError
 from .admin import make_admin_app
 from .app import make_app
 from .connections import Connection
@@ -176,7 +175,7 @@ def _reload_aside(host: Host) -> None:
     """Reload on a thread of its own: it takes seconds."""
 
     def reload() -> None:
-        with suppress(EdjeError):  # it is in the log, and the old service goes on
+        with suppress(Exception):  # it is in the log, and the old service goes on
             host.reload()
 
     threading.Thread(target=reload, name="edje-reload", daemon=True).start()

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +166,34 @@ def test_a_reload_that_fails_keeps_what_runs(toys):
         assert server.host.generation == 1
         assert server.ask("/rerank", {"query": "red", "documents": IDS}).status == 200
         assert server.metric('edje_reloads_total{outcome="failed"}') == 1
+
+
+@contextmanager
+def no_more_threads() -> Iterator[None]:
+    """Let the system refuse every new thread of Python's, as one at its limit does."""
+    before = threading.stack_size(1 << 46)  # more than there are addresses for
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
+
+
+def test_a_reload_that_the_system_does_not_allow_is_counted_told_and_changes_nothing(
+    tiny_engine, tiny_store
+):
+    with running(settings_of(tiny_engine, tiny_store)) as server:
+        before = server.host.service
+        with no_more_threads(), pytest.raises(RuntimeError, match="start new thread"):
+            server.host.reload()
+        assert server.host.service is before
+        assert server.host.generation == 1
+        assert server.ask("/rerank", {"query": "red", "documents": IDS}).status == 200
+        assert server.metric('edje_reloads_total{outcome="failed"}') == 1
+        (told,) = [line for line in server.lines() if line["event"] == "reload"]
+        assert told["outcome"] == "failed"
+        assert "start new thread" in told["error"]
+        server.host.reload()
+        assert server.host.generation == 2
 
 
 def test_a_reload_sees_what_was_indexed_meanwhile(tiny_engine, tiny_store, tmp_path):
