@@ -45,6 +45,10 @@ class ServerArguments:
         float, typer.Option(help="Seconds that a request may take which names no time itself.")
     ] = 30.0
     max_body_mb: Annotated[float, typer.Option(help="Largest body, in 1e6 bytes.")] = 16.0
+    max_bodies_mb: Annotated[
+        float | None,
+        typer.Option(help="All bodies at a time; more are refused (429). Default: 16 largest."),
+    ] = None
     api_keys: Annotated[
         Path | None,
         typer.Option(help=f"File with a bearer key a line; or {KEYS_VARIABLE}=KEY,KEY."),
@@ -74,6 +78,8 @@ class ServerArguments:
         for name, value in seconds.items():
             given.number(name, value, "0 or more seconds")
         given.number("--max-body-mb", self.max_body_mb, "0 or more")
+        if self.max_bodies_mb is not None:
+            given.number("--max-bodies-mb", self.max_bodies_mb, "--max-body-mb or more")
 
     def front_settings(self, **service_options: Any) -> dict[str, Any]:
         """Return what `FrontSettings` takes.
@@ -94,6 +100,9 @@ class ServerArguments:
             ),
             "model": self.model_name,
             "max_body_bytes": int(self.max_body_mb * 1e6),
+            "max_bodies_bytes": (
+                None if self.max_bodies_mb is None else int(self.max_bodies_mb * 1e6)
+            ),
             "keys": keys_of(self.api_keys, KEYS_VARIABLE),
             "max_pairs_per_key": self.max_pairs_per_key,
             "id_pattern": self.id_pattern,

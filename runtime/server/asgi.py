@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ...errors import RequestError
 from .app import make_app
-from .front import App, Receive, Scope, Send
+from .bodies import Receive
+from .front import App, Scope, Send
 from .host import Host
 from .logs import JsonLog
 from .settings import Settings

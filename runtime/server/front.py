@@ -17,6 +17,7 @@ import msgspec
 from ...errors import EngineError, StoppedError
 from .answers import Answer, Stages
 from .asks import read_body
+from .bodies import Bodies, ClientLeft, Message, Receive
 from .contract import Service
 from .dialects import NVIDIA, SCORE, Dialect, new_id, rerank_dialect
 from .host import Host
@@ -28,14 +29,11 @@ from .refusals import Refusal, refusal_of
 from .time_limit import TimeLimit
 
 Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LARGE_BODY = 256 << 10  # bytes: read off the event loop, for it takes milliseconds
 WATCH_AFTER_S = 0.05  # a request that is answered sooner is not watched for a client that leaves
-BODY_TIMEOUT_S = 30.0
 LONGEST_S = 1e8  # three years: event loops take no larger number, nor infinity
 SEND_TIMEOUT_S = 60.0
 # What needs no key: probes and Prometheus have none, and the page asks for one.
@@ -47,13 +45,6 @@ TIMEOUT_HEADERS = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
 PARTIAL_HEADER = b"x-edje-allow-partial"
 _encode = msgspec.json.Encoder().encode
 _SAFE_ID = re.compile(r"[\w.:/=+-]{1,128}").fullmatch
-
-
-_CLOSE = {"connection": "close"}
-
-
-class ClientLeft(Exception):
-    """Nobody waits for the answer any more."""
 
 
 class Exchange:
@@ -105,6 +96,8 @@ class Front:
         settings = host.settings
         self._settings = settings
         self._keys = Keys(settings.keys, settings.max_pairs_per_key)
+        self._bodies = Bodies(settings.max_body_bytes, settings.bodies_bytes, self._wait_s)
+        host.metrics.body_bytes.set_function(lambda: self._bodies.num_bytes)
         pattern = settings.id_pattern
         self._pattern = None if pattern is None else re.compile(pattern)
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="edje-large")
@@ -154,9 +147,10 @@ class Front:
     ) -> None:
         """Answer one request, refuse it in its dialect, or learn that nobody waits."""
         refusal: Refusal | None = None
+        raw = b""
         try:
             exchange.key = self._keys.check(exchange.headers.get(b"authorization"))
-            raw = await self._read(exchange, receive)
+            raw = await self._bodies.read(exchange.headers.get(b"content-length", b""), receive)
             payload, headers = await handler(exchange, raw, receive)
             status = 200
         except ClientLeft:
@@ -166,37 +160,11 @@ class Front:
             refusal = refusal_of(error)
             status, headers = refusal.status, dict(refusal.headers)
             payload = _encode(refusal.body(exchange.dialect))
+        finally:
+            self._bodies.release(raw)
         headers.setdefault("content-type", "application/json")
         await _send(send, status, payload, headers, exchange)
         self._told(exchange, status, refusal)
-
-    async def _read(self, exchange: Exchange, receive: Receive) -> bytes:
-        """Return the whole body.
-
-        Raises:
-            Refusal: 413 too large, 408 it did not come.
-            ClientLeft: the client went away.
-        """
-        limit = self._settings.max_body_bytes
-        length = exchange.headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > limit:
-            raise _too_large(limit)
-        parts: list[bytes] = []
-        size = 0
-        with TimeLimit(BODY_TIMEOUT_S) as limited:
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientLeft
-                part = message.get("body", b"")
-                size += len(part)
-                if size > limit:
-                    raise _too_large(limit)
-                if not message.get("more_body"):
-                    return b"".join([*parts, part]) if parts else part
-                parts.append(part)
-        assert limited.expired
-        raise Refusal(408, "the body did not come in time", reason="slow", headers=_CLOSE)
 
     async def _rerank(
         self, dialect: Dialect | None, exchange: Exchange, raw: bytes, receive: Receive
@@ -313,6 +281,10 @@ class Front:
         exchange.stages = answer.stages
         return answer
 
+    def _wait_s(self) -> float:
+        service = self._host.service
+        return 0.0 if service is None else service.load().wait_s
+
     def _headers(self, answer: Answer) -> dict[str, str]:
         """Return what a client may want to know beside the ranking, and count it."""
         stages, metrics = answer.stages, self._host.metrics
@@ -388,11 +360,6 @@ async def _send(
 def _too_late(future: Future[Answer]) -> None:
     with suppress(InvalidStateError):  # answered at this very moment
         future.set_exception(StoppedError("the deadline passed before all of it was scored"))
-
-
-def _too_large(limit: int) -> Refusal:
-    message = f"the body is larger than {limit:,} bytes"
-    return Refusal(413, message, reason="too_large", headers=_CLOSE)
 
 
 async def _post_only(exchange: Exchange, *_: object) -> tuple[bytes, dict[str, str]]:

@@ -61,6 +61,9 @@ class Metrics:
         self.log_lines_lost = Counter(
             "edje_log_lines_lost", "Log lines that could not be written.", registry=registry
         )
+        self.body_bytes = Gauge(
+            "edje_body_bytes", "Bodies of requests that are not answered.", registry=registry
+        )
         self.batch_pairs = Histogram(
             "edje_batch_pairs", "Pairs in a batch.", buckets=_PAIRS, registry=registry
         )

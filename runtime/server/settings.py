@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .metrics import Metrics
 
 MAX_BODY_BYTES = 16 << 20
+BODIES = 16  # of the largest size, that may be there at a time
 MODEL = "edje"
 
 
@@ -30,6 +31,8 @@ class FrontSettings(ABC):
         service: how requests are queued.
         model: the name that `/v1/models` tells; requests may name any.
         max_body_bytes: larger ones are refused with 413.
+        max_bodies_bytes: of all bodies whose requests are not answered yet; what is more is
+            refused with 429. None: 16 of the largest.
         keys: bearer keys, one of which a request must carry; empty: none is needed.
         max_pairs_per_key: pairs of one key that may be in flight; None: no limit.
         id_pattern: finds the id in a document that holds more than it (LlamaIndex puts metadata
@@ -41,11 +44,19 @@ class FrontSettings(ABC):
     service: ServiceOptions = field(default_factory=ServiceOptions)
     model: str = MODEL
     max_body_bytes: int = MAX_BODY_BYTES
+    max_bodies_bytes: int | None = None
     keys: Sequence[str] = ()
     max_pairs_per_key: int | None = None
     id_pattern: str | None = None
     images: Path | None = None
     log_queries: bool = False
+
+    @property
+    def bodies_bytes(self) -> int:
+        """How many bytes of bodies there may be at a time."""
+        if self.max_bodies_bytes is None:
+            return BODIES * self.max_body_bytes
+        return self.max_bodies_bytes
 
     @property
     @abstractmethod
@@ -78,6 +89,9 @@ class FrontSettings(ABC):
         except RequestError as wrong:
             given.faults += wrong.faults or [wrong.message]
         given.whole("max_body_bytes", self.max_body_bytes, "1 or more bytes")
+        if self.bodies_bytes < self.max_body_bytes:
+            least = f"{self.max_body_bytes} or more, as one body may have"
+            given.refuse("max_bodies_bytes", self.max_bodies_bytes, least)
         if not self.model:
             given.refuse("model", self.model, "a name")
         if any(not key or key != key.strip() for key in self.keys):

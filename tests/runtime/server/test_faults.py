@@ -20,7 +20,7 @@ import pytest
 
 from edje.engines import registry
 from edje.errors import EngineError
-from edje.runtime.server import ServiceOptions, connections, front
+from edje.runtime.server import ServiceOptions, bodies, connections
 from edje.runtime.server.settings import Settings
 from moody_backend import ENTRY, NAME, PIECE, set_mood, text_score, write_engine
 from running_server import Reply, Running, running
@@ -276,7 +276,7 @@ def test_what_a_client_that_left_asked_for_is_not_computed(server, engine):
 
 
 def test_a_body_that_does_not_come_is_408(server, monkeypatch):
-    monkeypatch.setattr(front, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 0.2)
     with open_socket(server) as client:
         client.sendall(raw_request(ask_for("red", EVERY))[:-10])
         answer = client.recv(1 << 16)
