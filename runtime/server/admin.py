@@ -13,7 +13,7 @@ from .metrics import CONTENT_TYPE
 
 def make_admin_app(host: Host) -> FastAPI:
     """Return the app of the admin port."""
-    app = FastAPI(title="edje admin", redoc_url=None)
+    app = FastAPI(title="edje admin", docs_url=None, redoc_url=None)
 
     @app.post("/reload")
     def reload() -> Response:

@@ -6,12 +6,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import HTTPException, RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from ... import __version__
 from ...errors import EdjeError
 from . import kserve
+from .docs import HEADERS as docs_headers
+from .docs import docs_page
 from .front import App, Front
 from .host import Host
 from .identity import MEDIA_TYPE, SCORER_HEADER
@@ -26,7 +28,7 @@ SUMMARY = "Reranks images of a token store for text queries."
 
 def make_app(host: Host) -> App:
     """Return the ASGI app that serves `host`."""
-    app = FastAPI(title=TITLE, summary=SUMMARY, version=__version__, redoc_url=None)
+    app = FastAPI(title=TITLE, summary=SUMMARY, version=__version__, docs_url=None, redoc_url=None)
     _add_health(app, host)
     _add_models(app, host)
     _add_kserve(app, host)
@@ -49,6 +51,11 @@ def make_app(host: Host) -> App:
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+    @app.get("/docs", include_in_schema=False)
+    def docs() -> Response:
+        return HTMLResponse(docs_page(app.openapi()), headers=docs_headers)
+
     return Front(host, app)
 
 
