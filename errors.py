@@ -71,6 +71,11 @@ class StoppedError(RequestError):
         self.num_asked = num_asked
 
 
+def counted(number: int, one: str, many: str) -> str:
+    """Return a number and what is counted: `1 id is`, `2 ids are`."""
+    return f"{number:,} {one if number == 1 else many}"
+
+
 def named(names: Sequence[str], *, limit: int = 20) -> str:
     """Return `names` quoted and joined, at most `limit` of them, with the count of the rest."""
     shown = ", ".join(repr(name) for name in names[:limit])

@@ -138,7 +138,7 @@ class _Pairs:
         queries, rows = self.request.query_of_pair[at], self.request.rows[at]
         part = self.pipeline.run(replace(self.request, query_of_pair=queries, rows=rows))
         self.result.damaged.update({int(at[one]): why for one, why in part.damaged.items()})
-        self.result.add_times(part)
+        self.result.add_work(part)
         return part.scores
 
 

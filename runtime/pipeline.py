@@ -76,6 +76,8 @@ class Scored:
         upload_ms: time this request's batches took to the device; 0 where it shares host memory.
         compute_ms: time the engine spent on this request's batches.
         download_ms: time their scores took back; 0 where the device shares host memory.
+        num_hits, num_misses: pairs whose tokens a pool on the device held, and those that the store
+            had to be read for; 0 where there is no pool.
         skipped: bool [N]: pairs that a cascade, or a request that was stopped, left without a
             score; None: there are none.
     """
@@ -86,6 +88,8 @@ class Scored:
     upload_ms: float = 0.0
     compute_ms: float = 0.0
     download_ms: float = 0.0
+    num_hits: int = 0
+    num_misses: int = 0
     skipped: npt.NDArray[np.bool_] | None = None
 
     def leave_out(self, batches: Iterable[PlannedBatch]) -> None:
@@ -95,12 +99,14 @@ class Scored:
             self.skipped[planned.pairs] = True
         self.scores[self.skipped] = np.nan
 
-    def add_times(self, other: Scored) -> None:
-        """Add the times of another run of the same request."""
+    def add_work(self, other: Scored) -> None:
+        """Add times, hits and misses of another run of the same request."""
         self.gather_ms += other.gather_ms
         self.upload_ms += other.upload_ms
         self.compute_ms += other.compute_ms
         self.download_ms += other.download_ms
+        self.num_hits += other.num_hits
+        self.num_misses += other.num_misses
 
 
 @dataclass(slots=True)
@@ -224,6 +230,9 @@ class Pipeline:
             position = int(pairs[record.position])
             result.scores[position] = np.nan
             result.damaged[position] = record.reason
+        if slot.pooled is not None:
+            result.num_hits += slot.pooled.num_hits
+            result.num_misses += slot.pooled.num_misses
         result.gather_ms += flight.gather_ms
         result.compute_ms += slot.computed.elapsed_ms(slot.began)
         if not self._device.shares_memory:

@@ -221,6 +221,9 @@ class PooledTokens:
 
     A record that several pairs of the batch ask for is read and uploaded once. What was uploaded
     sound is kept in the pool, if the pool takes it in.
+
+    Attributes:
+        num_hits, num_misses: pairs of the batch that the pool held, and that it lacked.
     """
 
     def __init__(self, pool: TokenPool, max_pairs: int):
@@ -232,7 +235,7 @@ class PooledTokens:
         self._held = Staged(device, max_pairs, "int32")
         self._asked = Staged(device, max_pairs, "int32")
         self._kept = Staged(device, max_pairs, "int32")
-        self._ticket = self._num_pairs = self._num_held = 0
+        self._ticket = self._num_pairs = self.num_hits = self.num_misses = 0
         self._fresh_rows, self._sound = NO_PAIRS, np.empty(0, np.bool_)
         self._taken = _NO_POSITIONS
 
@@ -241,7 +244,7 @@ class PooledTokens:
         self._ticket, positions = self._pool.map.look_up(rows)
         self._num_pairs = len(rows)
         lacking = np.flatnonzero(positions == NOWHERE)
-        self._num_held = len(rows) - len(lacking)
+        self.num_hits, self.num_misses = len(rows) - len(lacking), len(lacking)
         self._held.host(len(rows))[:] = positions
         self._fresh_rows, asked = np.unique(rows[lacking], return_inverse=True)
         if not len(lacking):
@@ -253,7 +256,7 @@ class PooledTokens:
 
     def upload(self, stream: Stream) -> None:
         """Copy positions and fresh records to the device, in the order of `stream`."""
-        if self._num_held:
+        if self.num_hits:
             self._held.upload(stream, self._num_pairs)
         num_fresh = len(self._fresh_rows)
         if num_fresh:
@@ -265,7 +268,7 @@ class PooledTokens:
     def assemble(self, stream: Stream) -> None:
         """Gather the batch's tokens where the engine reads them, in the order of `stream`."""
         out = Records(*self.engine(self._num_pairs))
-        if self._num_held:
+        if self.num_hits:
             self._pool.gather(self._held.engine(self._num_pairs), out, stream)
         num_fresh = len(self._fresh_rows)
         if num_fresh:

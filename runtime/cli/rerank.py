@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 import typer
 
 from ...arguments import Arguments, read_ids
-from ...errors import StoppedError, named
+from ...errors import StoppedError, counted, named
 from ...show import escaped, note, print_json, print_table, warn
 from .options import Json, OpeningArguments, as_text, verb_of
 
@@ -163,9 +163,11 @@ def _exit_unless_scored(
     elif result.hits and not (arguments.strict and (failed or absent)):
         return
     elif failed:
-        warn(f"{failed:,} candidates could not be scored, {rest}; `edje store verify` says more")
+        unscored = counted(failed, "candidate", "candidates")
+        warn(f"{unscored} could not be scored, {rest}; `edje store verify` says more")
     elif absent:
-        warn(f"{absent:,} candidates are not in the store, {rest} scored")
+        unknown = counted(absent, "candidate is", "candidates are")
+        warn(f"{unknown} not in the store, {rest} scored")
     else:
         empty = f"{arguments.store} holds no image"
         if arguments.candidates is not None:
@@ -202,7 +204,8 @@ def print_ranking(result: RankResult, *, open_s: float, warm_up_s: float) -> Non
         note("the query was cut to the wordpieces that the model takes")
     if result.missing:
         names = named([fault.id for fault in result.missing])
-        note(f"{len(result.missing)} candidates are not in the store: {names}")
+        absent = counted(len(result.missing), "candidate is", "candidates are")
+        note(f"{absent} not in the store: {names}")
     for fault in result.errors[:MAX_NOTES]:
         warn(f"{fault.id!r} was not ranked: {fault.reason}")
     if len(result.errors) > MAX_NOTES:

@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 
 from ...arrays import Float32, Float64
+from ...errors import counted
 from .answers import Answer
 from .asks import Ask, Fields
 from .refusals import Fault
@@ -323,12 +324,15 @@ def warnings_of(answer: Answer) -> list[str]:
         names = ", ".join(repr(fault.id[:80]) for fault in answer.missing[:5])
         rest = len(answer.missing) - 5
         more = f" and {rest} more" if rest > 0 else ""
-        warnings.append(f"{len(answer.missing)} ids are not in the store: {names}{more}")
+        absent = counted(len(answer.missing), "id is", "ids are")
+        warnings.append(f"{absent} not in the store: {names}{more}")
     if answer.unreached:
         shards = ", ".join(sorted({fault.reason for fault in answer.unreached}))
-        warnings.append(f"{len(answer.unreached)} ids are not ranked: {shards}")
+        unranked = counted(len(answer.unreached), "id is", "ids are")
+        warnings.append(f"{unranked} not ranked: {shards}")
     if answer.errors:
-        warnings.append(f"{len(answer.errors)} ids have no score: see errors")
+        unscored = counted(len(answer.errors), "id has", "ids have")
+        warnings.append(f"{unscored} no score: see errors")
     return warnings
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from ...arguments import Arguments
-from ...errors import EngineError, RequestError
+from ...errors import EngineError, RequestError, counted
 from .answers import Unknown
 
 
@@ -35,7 +35,8 @@ class UnknownIdsError(RequestError):
 
     def __init__(self, missing: list[tuple[int, str]]):
         names = [f"{name!r}" for _, name in missing[:20]]
-        super().__init__(f"{len(missing)} ids are not in the store", faults=names)
+        what = counted(len(missing), "id is", "ids are")
+        super().__init__(f"{what} not in the store", faults=names)
         self.missing = missing
 
 

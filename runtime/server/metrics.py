@@ -46,6 +46,14 @@ class Metrics:
             "edje_refusals", "Requests that got no ranking.", ["reason"], registry=registry
         )
         self.pairs = Counter("edje_pairs", "Query-image pairs scored.", registry=registry)
+        self._hits = Counter(
+            "edje_residency_hits", "Pairs whose tokens lay on the device.", registry=registry
+        )
+        self._misses = Counter(
+            "edje_residency_misses",
+            "Pairs whose tokens were read for a device that keeps some.",
+            registry=registry,
+        )
         self.bad_records = Counter(
             "edje_bad_records", "Candidates whose record gave no score.", registry=registry
         )
@@ -100,6 +108,8 @@ class Metrics:
         """Count one batch; runs on the thread that scored it."""
         self.pairs.inc(num_pairs)
         self.batch_pairs.observe(num_pairs)
+        self._hits.inc(scored.num_hits)
+        self._misses.inc(scored.num_misses)
         observed = {
             "read": scored.gather_ms,
             "upload": scored.upload_ms,

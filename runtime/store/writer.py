@@ -11,7 +11,7 @@ import numpy as np
 
 from ...arguments import Progress
 from ...arrays import Int64
-from ...errors import RequestError, StoreError, named
+from ...errors import RequestError, StoreError, counted, named
 from ...files import Closing
 from . import disk
 from .catalog import Catalog, CatalogState, Change, Segment
@@ -166,9 +166,11 @@ class StoreWriter(Closing):
             rows, unknown = index.rows(ids)
             known = [ids[at] for at in np.flatnonzero(rows >= 0).tolist()]
             if present and unknown:
-                faults.append(f"{len(unknown)} ids are not in the store: {named(unknown)}")
+                absent = counted(len(unknown), "id is", "ids are")
+                faults.append(f"{absent} not in the store: {named(unknown)}")
             elif not present and known:
-                faults.append(f"{len(known)} ids are in the store already: {named(known)}")
+                there = counted(len(known), "id is", "ids are")
+                faults.append(f"{there} in the store already: {named(known)}")
         if faults:
             what = f"cannot {verb} the store {self.folder}, nothing has changed"
             raise StoreError(what, faults=faults)

@@ -103,7 +103,7 @@ def test_rerank_skips_missing_candidates_where_asked(edje, tiny_engine, tiny_sto
     assert (refused.code, "1 of 3 ids are not in the store" in refused.err) == (2, True)
     table = edje(*common, "--missing", "skip")
     assert table.code == 0
-    assert "1 candidates are not in the store: 'ghost'" in table.err
+    assert "1 candidate is not in the store: 'ghost'" in table.err
     result = edje(*common, "--missing", "skip", "--json").json
     assert {hit["id"] for hit in result["hits"]} == {"img-3", "img-5"}
     assert [(fault["id"], fault["index"]) for fault in result["missing"]] == [("ghost", 1)]
@@ -149,7 +149,7 @@ def test_strict_exits_with_1_where_one_was_not_ranked(edje, tiny_engine, tiny_st
     assert edje(*common).code == 0
     ran = edje(*common, "--strict")
     assert (ran.code, len(ran.json["hits"]), len(ran.json["errors"])) == (1, 11, 1)
-    assert "1 candidates could not be scored, the others were" in ran.err
+    assert "1 candidate could not be scored, the others were" in ran.err
 
 
 def test_export_and_build_write_what_they_say(edje, official_tiny, tmp_path):

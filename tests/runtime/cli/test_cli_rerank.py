@@ -47,7 +47,7 @@ def test_strict_exits_with_1_where_a_candidate_is_missing(rerank: Any, lines: An
     assert rerank(*common).code == 0
     ran = rerank(*common, "--strict")
     assert (ran.code, len(ran.json["hits"])) == (1, 1)
-    assert "1 candidates are not in the store, the others were scored" in ran.err
+    assert "1 candidate is not in the store, the others were scored" in ran.err
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"\xef\xbb\xbf"], ids=repr)

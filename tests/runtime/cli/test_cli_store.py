@@ -162,7 +162,7 @@ def test_verify_exits_with_1_until_damage_is_repaired(
         (("import", "STORE", "NOWHERE"), "there is no"),
         (("import", "STORE", "STORE"), r"holds no .safetensors"),
         (("delete", "STORE"), "no ids to delete were given"),
-        (("delete", "STORE", "nothing.png", "a.png"), "1 ids are not in the store: 'nothing.png'"),
+        (("delete", "STORE", "nothing.png", "a.png"), "1 id is not in the store: 'nothing.png'"),
         (("delete", "STORE", "--from", "NOWHERE"), "cannot read "),
         (("compact", "STORE", "--max-dead-share", "2"), "max_dead_share is 2"),
     ],

@@ -15,6 +15,7 @@ from edje.errors import EngineError, RequestError, StoreError
 from edje.kernels.device import open_device
 from edje.kernels.device.host import HostDevice
 from edje.runtime.opening import RunOptions
+from edje.runtime.pipeline import Request
 from edje.runtime.reranker import Reranker
 from edje.runtime.residency import ResidencyOptions, Stages, choose, speeds_of
 from edje.runtime.store import TokenStore
@@ -98,6 +99,20 @@ def test_a_store_that_fits_lies_on_the_device_whole(tmp_path, engine, store):
     opened.compare(None)
     opened.compare(IDS[5:30])
     assert opened.num_read() == 0
+    opened.close()
+
+
+def test_hits_and_misses_of_every_batch_are_told(tmp_path, engine, store):
+    opened = Opened(tmp_path, engine, store, max_bytes=20 * RECORD_BYTES)
+    counts = []
+    for asked in (IDS[:12], IDS[:12], IDS[6:18], [IDS[3]] * 5):
+        queries, alone = opened.reranker.tokenizer(["red"]), np.zeros(len(asked), np.int64)
+        request = Request(queries, alone, store.rows(asked))
+        scored, _ = opened.reranker.score(request)
+        counts.append((scored.num_hits, scored.num_misses))
+    assert counts == [(0, 12), (12, 0), (6, 6), (5, 0)]
+    scored, _ = opened.plain.score(request)
+    assert (scored.num_hits, scored.num_misses) == (0, 0), "nothing is held, so nothing can hit"
     opened.close()
 
 

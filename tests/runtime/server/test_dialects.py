@@ -59,7 +59,7 @@ def test_cohere_jina_vllm_and_infinity_read_one_body():
     assert got["errors"] == [
         {"index": 3, "id": "img-3", "message": "its stored record is damaged"}
     ], "an answer names no path"
-    assert got["meta"]["warnings"] == ["1 ids have no score: see errors"]
+    assert got["meta"]["warnings"] == ["1 id has no score: see errors"]
 
 
 def test_logits_and_documents_on_request():
@@ -177,7 +177,7 @@ def test_ids_that_rank_last_have_score_0_or_the_lowest_logit():
     changed = {"order": (0, 1), "logits": (1.0, -np.inf), "errors": (), "missing": missing}
     got = ask(d.COHERE, {"query": "q", "documents": IDS}, **changed)
     assert got["results"][1] == {"index": 1, "relevance_score": 0.0}
-    assert got["meta"]["warnings"] == ["1 ids are not in the store: 'nope'"]
+    assert got["meta"]["warnings"] == ["1 id is not in the store: 'nope'"]
     raw = ask(d.COHERE, {"query": "q", "documents": IDS, "raw_scores": True}, **changed)
     assert raw["results"][1]["relevance_score"] == d.LOWEST_LOGIT
 

@@ -78,14 +78,14 @@ def test_voyages_detail_is_a_sentence(server: Running):
     """Its client makes text of it, and a list would break that."""
     reply = server.ask("/v1/rerank", {**RERANK, "documents": ["nope"], "truncation": True})
     assert reply.status == 422
-    assert reply.json()["detail"] == "1 ids are not in the store: 'nope'"
+    assert reply.json()["detail"] == "1 id is not in the store: 'nope'"
     assert reply.json()["error"] == reply.json()["detail"]
 
 
 def test_teis_error_is_a_sentence(server: Running):
     reply = server.ask("/rerank", {"query": "red", "texts": ["nope"]})
     assert reply.status == 422
-    assert reply.json()["error"] == "1 ids are not in the store: 'nope'"
+    assert reply.json()["error"] == "1 id is not in the store: 'nope'"
     assert reply.json()["error_type"] == "validation"
 
 

@@ -110,7 +110,7 @@ def test_ids_or_rows_but_not_both():
 def test_an_error_is_a_sentence_as_its_clients_read_it(server: Running):
     reply = server.ask(INFER, as_json("red", ["nope"]))
     assert reply.status == 422
-    assert reply.json()["error"] == "1 ids are not in the store: 'nope'"
+    assert reply.json()["error"] == "1 id is not in the store: 'nope'"
 
 
 @given(data=st.data())

@@ -124,7 +124,7 @@ def test_rows_are_candidates_as_good_as_ids(service):
     by_row = service.submit("red", rows).result(10)
     assert by_row.order.tolist() == by_id.order.tolist()
     assert by_row.logits.tolist() == by_id.logits.tolist()
-    with pytest.raises(UnknownIdsError, match="1 ids are not in the store"):
+    with pytest.raises(UnknownIdsError, match="1 id is not in the store"):
         service.submit("red", np.append(rows, 1 << 60))
 
 

@@ -131,7 +131,7 @@ def test_all_faults_of_new_records_come_together(store: TokenStore) -> None:
     assert [fault.split(" ", 1)[1].split(":")[0] for fault in odd.value.faults] == [
         "records hold NaN or infinity",
         "ids come twice",
-        "ids are in the store already",
+        "id is in the store already",
     ]
     with (
         SegmentWriter(store.path / "incoming/x.tokens", store.layout) as segment,

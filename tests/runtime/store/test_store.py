@@ -212,7 +212,7 @@ def test_a_deleted_id_is_unknown_and_may_come_back(tmp_path: Path) -> None:
         assert "a" not in store
         with pytest.raises(RequestError, match="'a'"):
             store.rows(["a"])
-        with pytest.raises(StoreError, match="1 ids are not in the store: 'a'"):
+        with pytest.raises(StoreError, match="1 id is not in the store: 'a'"):
             store.delete(["b", "a"])
         store.append(["a"], random_tokens(1, seed=1))
     with TokenStore.open(tmp_path / "s") as store:

@@ -257,7 +257,7 @@ def test_without_a_shard_only_partial_answers_come(shards: list[Running], whole:
         assert order_of(rerank(router, ["img-0", "img-3"])) != []  # the shard is not needed
         partly = rerank(router, ["img-0", "img-1"], allow_partial=True)
         assert order_of(partly) == [0]
-        assert partly.json()["meta"]["warnings"] == ["1 ids are not ranked: shard 1 is down"]
+        assert partly.json()["meta"]["warnings"] == ["1 id is not ranked: shard 1 is down"]
         by_header = rerank(router, ["img-0", "x"], headers={"x-edje-allow-partial": "true"})
         assert by_header.headers["x-edje-partial"] == "1;shard 1 is down"
     with routing([shards[0].url], [CLOSED], partial=True) as router:
