@@ -14,11 +14,11 @@ from ...errors import EdjeError
 from . import kserve
 from .docs import HEADERS as docs_headers
 from .docs import docs_page
-from .front import App, Front
+from .front import OPEN_PATHS, App, Front
 from .host import Host
 from .identity import MEDIA_TYPE, SCORER_HEADER
 from .metrics import CONTENT_TYPE
-from .openapi import hot_paths
+from .openapi import complete, refused
 from .pages import add_page
 from .refusals import Fault, Refusal, refusal_of
 
@@ -45,9 +45,10 @@ def make_app(host: Host) -> App:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schema = made()
-            schema["paths"] = {**hot_paths(host.settings.model), **schema["paths"]}
-            app.openapi_schema = schema
+            settings = host.settings
+            app.openapi_schema = complete(
+                made(), settings.model, needs_key=bool(settings.keys), open_paths=OPEN_PATHS
+            )
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -92,10 +93,13 @@ def _add_health(app: FastAPI, host: Host) -> None:
         """Say whether a known pair was scored lately, and right; 503 where not."""
         return JSONResponse(host.state(), 200 if host.ready else 503)
 
+    refused_ready: Any = {503: {"description": "Not ready; `why` says of what."}}
     for path in ("/livez", "/ping", "/v2/health/live"):
         app.add_api_route(path, live, methods=["GET"], tags=["operations"])
     for path in ("/readyz", "/health", "/healthz", "/v2/health/ready"):
-        app.add_api_route(path, ready, methods=["GET"], tags=["operations"])
+        app.add_api_route(
+            path, ready, methods=["GET"], tags=["operations"], responses=refused_ready
+        )
 
 
 def _add_models(app: FastAPI, host: Host) -> None:
@@ -130,7 +134,16 @@ def _add_models(app: FastAPI, host: Host) -> None:
 def _add_ids(app: FastAPI, host: Host) -> None:
     """Add what a router asks, to learn which ids are here."""
 
-    @app.get("/ids/digests", tags=["route"], response_class=Response)
+    @app.get(
+        "/ids/digests",
+        tags=["route"],
+        response_class=Response,
+        responses={
+            200: {"content": {MEDIA_TYPE: {}}},
+            304: {"description": "As the `If-None-Match` of the request has it."},
+            **refused(_404="This server has no store itself: ask the shards."),
+        },
+    )
     def digests(request: Request) -> Response:
         """Return the sorted xxh3-128 digests of all ids, the low 8 bytes of each, little-endian.
 
@@ -149,13 +162,15 @@ def _add_ids(app: FastAPI, host: Host) -> None:
 def _add_kserve(app: FastAPI, host: Host) -> None:
     """Add what clients of KServe's protocol ask about the model."""
     name = host.settings.model
+    no_such_model = refused(_404="There is no model of this name.")
+    not_ready: Any = {503: {"description": "Not ready."}, **no_such_model}
 
     @app.get("/v2", tags=["kserve"])
     async def server() -> dict[str, Any]:
         """Say what server this is, as KServe asks."""
         return {"name": TITLE, "version": __version__, "extensions": ["binary_tensor_data"]}
 
-    @app.get("/v2/models/{model}", tags=["kserve"])
+    @app.get("/v2/models/{model}", tags=["kserve"], responses=no_such_model)
     @app.get("/v2/models/{model}/versions/1", tags=["kserve"], include_in_schema=False)
     async def metadata(model: str) -> dict[str, Any]:
         """Describe the model's tensors, as KServe asks."""
@@ -163,14 +178,14 @@ def _add_kserve(app: FastAPI, host: Host) -> None:
         tensors = {"inputs": kserve.INPUTS, "outputs": kserve.OUTPUTS}
         return {"name": name, "versions": ["1"], "platform": TITLE, **tensors}
 
-    @app.get("/v2/models/{model}/ready", tags=["kserve"])
+    @app.get("/v2/models/{model}/ready", tags=["kserve"], responses=not_ready)
     @app.get("/v2/models/{model}/versions/1/ready", tags=["kserve"], include_in_schema=False)
     async def model_ready(model: str) -> Response:
         """Say whether the model is ready, as KServe asks."""
         _check(model)
         return JSONResponse(host.state(), 200 if host.ready else 503)
 
-    @app.get("/v2/models/{model}/config", tags=["kserve"])
+    @app.get("/v2/models/{model}/config", tags=["kserve"], responses=no_such_model)
     async def config(model: str) -> dict[str, Any]:
         """Describe the model as Triton's clients ask for it."""
         _check(model)

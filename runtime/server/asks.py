@@ -118,6 +118,8 @@ class Fields:
             value = self._body.get(name)
             if value is None:
                 continue
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)  # JSON has one kind of number, and some clients write 3.0
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 self._refuse((name,), value, "a whole number, or null for all")
                 return None

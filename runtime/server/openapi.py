@@ -1,26 +1,14 @@
-"""The hot routes' part of the OpenAPI document, by hand: they read raw bodies."""
+"""What FastAPI cannot know of the OpenAPI document: hot routes, which read raw bodies; refusals."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 _TEXT = {"type": "string"}
 _COUNT = {"type": ["integer", "null"], "minimum": 0, "description": "Null and 0 are all."}
 _FLAG = {"type": ["boolean", "null"]}
-_QUERY = {"type": "string", "minLength": 1, "examples": ["a dog in the snow"]}
-_DOCUMENT = {
-    "description": "The id of a stored image.",
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "object",
-            "properties": {"id": _TEXT, "text": _TEXT, "image": _TEXT, "content": {}},
-        },
-    ],
-}
-_DOCUMENTS = {"type": "array", "items": _DOCUMENT, "minItems": 1}
-_IDS = {"type": "array", "items": _TEXT, "minItems": 1}
+_QUERY = {"type": "string", "pattern": r"\S", "examples": ["a dog in the snow"]}
 _USAGE = {
     "type": "object",
     "properties": {"prompt_tokens": {"type": "integer"}, "total_tokens": {"type": "integer"}},
@@ -35,9 +23,21 @@ def _object(required: str = "", **properties: Any) -> dict[str, Any]:
     return made
 
 
-def _list(item: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": item}
+def _list(item: Mapping[str, Any], *, least: int = 0) -> dict[str, Any]:
+    return {"type": "array", "items": item, **({"minItems": least} if least else {})}
 
+
+_DOCUMENT = {
+    "description": "The id of a stored image.",
+    "anyOf": [
+        _TEXT,
+        _object("id", id=_TEXT),
+        _object("text", text=_TEXT),
+        _object("image", image=_TEXT),
+    ],
+}
+_DOCUMENTS = _list(_DOCUMENT, least=1)
+_IDS = _list(_TEXT, least=1)
 
 _ERROR = _object(
     "message detail error error_type",
@@ -50,9 +50,11 @@ _ERROR = _object(
     error={"description": "An object; a sentence at 401, and for TEI, KServe and Voyage."},
     error_type=_TEXT,
 )
+_ERROR_BODY = {"content": {"application/json": {"schema": _ERROR}}}
+NO_KEY = "No API key, or one that is not known."
 _STATUSES = {
     "400": "The body is no JSON.",
-    "401": "No API key, or one that is not known.",
+    "401": NO_KEY,
     "408": "The body did not come.",
     "413": "The body is too large.",
     "422": "A field cannot be used, or the store lacks an id; all faults are named.",
@@ -92,7 +94,7 @@ _TEI_RANKED = _list(_object("index score", index={"type": "integer"}, score={}, 
 _NVIDIA = _object(
     "query passages",
     query=_object("text", text=_QUERY),
-    passages=_list(_object("text", text=_TEXT)),
+    passages=_list(_object("text", text=_TEXT), least=1),
     top_n=_COUNT,
     model=_MODEL,
 )
@@ -119,6 +121,35 @@ _INFER = _object("inputs", id=_TEXT, inputs=_list(_TENSOR), outputs=_list({"type
 _INFERRED = _object("outputs", id=_TEXT, model_name=_TEXT, outputs=_list(_TENSOR))
 
 
+def refused(**statuses: str) -> dict[int | str, dict[str, Any]]:
+    """Return the `responses` of a route: what it refuses, as `_404="why"`."""
+    return {name[1:]: {"description": why, **_ERROR_BODY} for name, why in statuses.items()}
+
+
+def complete(
+    document: dict[str, Any], model: str, *, needs_key: bool, open_paths: Collection[str]
+) -> dict[str, Any]:
+    """Add the hot routes, and that a key is needed where it is.
+
+    Args:
+        document: FastAPI's.
+        model: KServe's name of the model.
+        open_paths: that need no key.
+    """
+    paths = document["paths"] = {**hot_paths(model), **document["paths"]}
+    for operation in (each for methods in paths.values() for each in methods.values()):
+        if "422" in operation["responses"]:  # FastAPI tells another body than ours
+            operation["responses"]["422"] = {"description": _STATUSES["422"], **_ERROR_BODY}
+    if needs_key:
+        schemes = {"bearer": {"type": "http", "scheme": "bearer"}}
+        document.setdefault("components", {})["securitySchemes"] = schemes
+        for path in paths.keys() - set(open_paths):
+            for operation in paths[path].values():
+                operation["security"] = [{"bearer": []}]
+                operation["responses"]["401"] = {"description": NO_KEY, **_ERROR_BODY}
+    return document
+
+
 def hot_paths(model: str) -> dict[str, Any]:
     """Return the OpenAPI paths of the hot routes; `model`: KServe's name of it."""
     rerank = _post(
@@ -142,7 +173,6 @@ def hot_paths(model: str) -> dict[str, Any]:
 
 
 def _post(what: str, request: Mapping[str, Any], response: Mapping[str, Any]) -> dict[str, Any]:
-    error = {"application/json": {"schema": _ERROR}}
     return {
         "summary": what,
         "tags": ["rerank"],
@@ -152,7 +182,7 @@ def _post(what: str, request: Mapping[str, Any], response: Mapping[str, Any]) ->
                 "description": "The ranking.",
                 "content": {"application/json": {"schema": response}},
             },
-            **{code: {"description": why, "content": error} for code, why in _STATUSES.items()},
+            **{code: {"description": why, **_ERROR_BODY} for code, why in _STATUSES.items()},
         },
     }
 

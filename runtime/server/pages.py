@@ -20,6 +20,7 @@ from starlette.responses import FileResponse
 from ...errors import StoreError
 from ..store import TokenStore
 from .host import Host
+from .openapi import refused
 from .pictures import THUMBNAIL_TYPE, Picture, Pictures, is_unchanged, width_for
 from .refusals import Refusal
 
@@ -122,7 +123,16 @@ def _add_images(app: FastAPI, host: Host) -> None:
             raise _no_picture("there is no picture of this id")
         return _picture_response(pictures, found, width, request, is_private)
 
-    @app.get("/images/{image_id:path}", tags=["page"], response_class=Response)
+    @app.get(
+        "/images/{image_id:path}",
+        tags=["page"],
+        response_class=Response,
+        responses={
+            200: {"content": {"image/*": {}}},
+            304: {"description": "As the `If-None-Match` of the request has it."},
+            **refused(_404="There is no picture of this id, or this server shows none."),
+        },
+    )
     async def image(
         request: Request, image_id: str, w: Annotated[int | None, Query(ge=1, le=1 << 14)] = None
     ) -> Response:

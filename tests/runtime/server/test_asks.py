@@ -102,6 +102,7 @@ def test_every_fault_of_a_body_is_named_at_once():
         ({"top_n": None}, None),
         ({"top_n": 0}, None),
         ({"top_n": 3}, 3),
+        ({"top_n": 3.0}, 3),
         ({"top_k": 4}, 4),
         ({"top_n": None, "top_k": 4}, 4),
         ({"top_n": 2, "top_k": 4}, 2),
