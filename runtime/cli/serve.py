@@ -43,6 +43,10 @@ class ServeArguments(ServerArguments, OpeningArguments):
         bool, typer.Option("--ray", help="Run on Ray Serve: a deployment for each store.")
     ] = False
     copies: Annotated[int, typer.Option(help="With --ray: replicas of each store.")] = 1
+    ray_cpus: Annotated[
+        float | None,
+        typer.Option(help="With --ray: CPUs kept free for a replica; default: --num-threads or 1."),
+    ] = None
 
     def settings(self, number: int = 0) -> Settings:
         """Return what the server of the store `number` needs, checked.
@@ -59,6 +63,8 @@ class ServeArguments(ServerArguments, OpeningArguments):
         if self.max_batch is not None:
             given.whole("--max-batch", self.max_batch, "1 or more")
         given.whole("--copies", self.copies, "1 or more")
+        if self.ray_cpus is not None:
+            given.number("--ray-cpus", self.ray_cpus, "0 or more; parts are allowed")
         if not self.ray and (len(self.store) > 1 or self.copies > 1):
             given.faults.append("several stores or copies need --ray; or `edje route` before them")
         given.check()
@@ -91,12 +97,15 @@ def _serve(arguments: ServeArguments) -> None:
 
         arguments.warn_of_strangers(settings.keys)
         shards = [arguments.settings(number) for number in range(len(arguments.store))]
+        given, threads = arguments.ray_cpus, arguments.num_threads
         run_on_ray(
             shards,
             settings,
             copies=arguments.copies,
+            num_cpus=float(threads or 1) if given is None else given,
             address=arguments.host,
             port=arguments.port,
+            on_lack=_warn_of_lack,
         )
         return
 
@@ -117,3 +126,10 @@ def _serve(arguments: ServeArguments) -> None:
 
 
 serve = verb_of(ServeArguments, _serve)
+
+
+def _warn_of_lack(asked: float, there: float) -> None:
+    warn(
+        f"Ray has {there:g} CPUs, the replicas and the ingress ask for {asked:g}: some wait until "
+        "nodes come. Give --ray-cpus less, parts of one are allowed"
+    )

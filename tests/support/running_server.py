@@ -54,15 +54,16 @@ class Reply:
 
 @dataclass(frozen=True)
 class Running:
-    """A server that takes requests."""
+    """A server that takes requests; `certificate` where it speaks TLS."""
 
     host: Host
     port: int
     log: io.BytesIO
+    certificate: Path | None = None
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'' if self.certificate is None else 's'}://127.0.0.1:{self.port}"
 
     def ask(
         self,
@@ -99,8 +100,14 @@ class Running:
 
 
 @contextmanager
-def running(settings: FrontSettings, **host_options: Any) -> Iterator[Running]:
-    """Serve until the block ends."""
+def running(
+    settings: FrontSettings, *, certificate: Path | None = None, **host_options: Any
+) -> Iterator[Running]:
+    """Serve until the block ends.
+
+    Args:
+        certificate: PEM file of it and its private key: serve over TLS.
+    """
     stream = io.BytesIO()
     log = JsonLog(stream)
     host = Host(settings, log, **host_options)
@@ -113,6 +120,7 @@ def running(settings: FrontSettings, **host_options: Any) -> Iterator[Running]:
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=5,
+        ssl_certfile=certificate,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -124,7 +132,7 @@ def running(settings: FrontSettings, **host_options: Any) -> Iterator[Running]:
             assert time.monotonic() < deadline, "the server takes too long to start"
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Running(host, port, stream)
+        yield Running(host, port, stream, certificate)
     finally:
         server.should_exit = True
         thread.join(20)

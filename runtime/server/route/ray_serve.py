@@ -7,14 +7,16 @@ are over HTTP. Ids and scores travel as the bytes of KServe's binary inference.
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-from ray import exceptions, serve
+from ray import cluster_resources, exceptions, serve
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -199,7 +201,12 @@ class RaySettings(FrontSettings):
 
 
 def application(
-    shards: Sequence[Settings], front: FrontSettings, *, copies: int = 1, **actor_options: Any
+    shards: Sequence[Settings],
+    front: FrontSettings,
+    *,
+    copies: int = 1,
+    num_cpus: float = 1.0,
+    **actor_options: Any,
 ) -> serve.Application:
     """Return what `serve.run` runs: a deployment a shard, and the ingress before them.
 
@@ -207,7 +214,8 @@ def application(
         shards: engine and store of each.
         front: how the ingress speaks HTTP.
         copies: replicas of each shard.
-        actor_options: of each replica: `num_cpus`, `num_gpus`, `resources`.
+        num_cpus: that Ray keeps free for each replica, and for the ingress.
+        actor_options: more of each replica: `num_gpus`, `resources`.
     """
     names = [f"shard-{number}" for number in range(len(shards))]
     bound = [
@@ -215,7 +223,7 @@ def application(
             name=name,
             num_replicas=copies,
             max_ongoing_requests=MAX_ONGOING,
-            ray_actor_options=actor_options,
+            ray_actor_options={"num_cpus": num_cpus, **actor_options},
         )(ShardServer).bind(settings)
         for name, settings in zip(names, shards, strict=True)
     ]
@@ -232,13 +240,44 @@ def application(
         def __init__(self, *handles: Any):
             self.handles = handles
 
-    made = serve.deployment(name="ingress", max_ongoing_requests=4 * MAX_ONGOING)(Ingress)
+    made = serve.deployment(
+        name="ingress",
+        max_ongoing_requests=4 * MAX_ONGOING,
+        ray_actor_options={"num_cpus": num_cpus},
+    )(Ingress)
     return made.bind(*bound)
 
 
 def run(
-    shards: Sequence[Settings], front: FrontSettings, *, copies: int, address: str, port: int
+    shards: Sequence[Settings],
+    front: FrontSettings,
+    *,
+    copies: int,
+    num_cpus: float,
+    address: str,
+    port: int,
+    on_lack: Callable[[float, float], None],
 ) -> None:
-    """Serve on the Ray cluster of `RAY_ADDRESS`, or on a local one, until Ctrl-C."""
+    """Serve on the Ray cluster of `RAY_ADDRESS`, or on a local one, until Ctrl-C or SIGTERM.
+
+    Then the deployments finish what they accepted, and go.
+
+    Args:
+        on_lack: called with what is asked for and what there is, where the cluster has too few
+            CPUs now: Ray lets replicas wait for more of them without a word.
+    """
     serve.start(http_options={"host": address, "port": port})
-    serve.run(application(shards, front, copies=copies), name=APP, blocking=True)
+    asked = num_cpus * (len(shards) * copies + 1)
+    there = cluster_resources().get("CPU", 0.0)
+    if asked > there:
+        on_lack(asked, there)
+    made = application(shards, front, copies=copies, num_cpus=num_cpus)
+    signal.signal(signal.SIGTERM, _end)  # Ray's own ends the process by an abort
+    try:
+        serve.run(made, name=APP, blocking=True)
+    finally:
+        serve.delete(APP)
+
+
+def _end(sig: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)

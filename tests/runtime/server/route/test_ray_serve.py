@@ -1,4 +1,4 @@
-"""Shards as deployments of a local Ray: the order of one reranker, and a replica that is killed.
+"""`edje serve --ray` with three shards: the order of one reranker, and a replica that is killed.
 
 Needs the extra `cluster-serve`; skips with the reason where `ray.serve` cannot be imported.
 """
@@ -6,30 +6,23 @@ Needs the extra `cluster-serve`; skips with the reason where `ray.serve` cannot 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from socket import socket
-from typing import Any
 
 import pytest
 
 from edje import Reranker
+from edje.perf.server_process import ServerProcess, serving
 from sharded import cut
 
 try:
-    import ray
-    from ray import serve
-
-    from edje.runtime.server.route.ray_serve import APP, application
+    import ray.serve  # noqa: F401
 except ImportError as missing:
     pytest.skip(f"ray.serve cannot be imported: {missing}", allow_module_level=True)
-
-from edje.runtime.server.settings import FrontSettings
-from running_server import settings_of
 
 pytestmark = pytest.mark.slow
 
@@ -37,72 +30,80 @@ IDS = [f"img-{number}" for number in range(12)]
 QUERY = "a red circle"
 
 
-def ask(url: str, body: Any = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(url, data), timeout=60) as answer:
-        return json.load(answer)
-
-
-def is_ready(url: str) -> bool:
-    try:
-        return bool(ask(f"{url}/readyz")["ready"])
-    except OSError:
-        return False
-
-
 @pytest.fixture(scope="module")
-def url(
+def server(
     tiny_engine: Path, tiny_store: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """An ingress before three shards of two replicas each."""
+) -> Iterator[ServerProcess]:
+    """An ingress before three shards of two replicas each; they ask Ray for 1.75 CPUs."""
     folder = tmp_path_factory.mktemp("parts")
-    stores = [cut(tiny_store, IDS[at::3], folder / str(at)) for at in range(3)]
-    with socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        shards = [settings_of(tiny_engine, store) for store in stores]
-        serve.run(application(shards, FrontSettings(), copies=2, num_cpus=1), name=APP)
-        where = f"http://127.0.0.1:{port}"
-        until = time.monotonic() + 60
-        while not is_ready(where):
-            assert time.monotonic() < until
-            time.sleep(0.1)
-        yield where
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    first, *others = (cut(tiny_store, IDS[at::3], folder / str(at)) for at in range(3))
+    more = [word for store in others for word in ("--store", str(store))]
+    on_ray = ("--ray", "--copies", "2", "--ray-cpus", "0.25", "--num-threads", "1")
+    with serving(tiny_engine, first, *more, *on_ray) as started:
+        yield started
 
 
-def test_a_killed_replica_loses_no_request(url: str, tiny_engine: Path, tiny_store: Path) -> None:
+def rerank(server: ServerProcess, documents: list[str]) -> tuple[int, bytes]:
+    return server.ask("/v2/rerank", {"query": QUERY, "documents": documents})
+
+
+def replica_of(server: ServerProcess, shard: int) -> int:
+    """Return the process of one replica, among those that the server started."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            named = (folder / "cmdline").read_bytes()
+        except OSError:  # it has just ended
+            continue
+        if f"ServeReplica:edje:shard-{shard}".encode() in named and is_below(server.pid, folder):
+            return int(folder.name)
+    raise AssertionError(f"shard {shard} has no process")
+
+
+def is_below(pid: int, folder: Path) -> bool:
+    """Whether a process descends from another."""
+    while folder.name not in ("0", "1", str(pid)):
+        parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+        folder = folder.with_name(parent)
+    return folder.name == str(pid)
+
+
+def test_a_killed_replica_loses_no_request(
+    server: ServerProcess, tiny_engine: Path, tiny_store: Path
+) -> None:
     with Reranker.open(tiny_engine, store=tiny_store, num_threads=1) as whole:
         expected = [hit.index for hit in whole.rank(QUERY, IDS)]
-    found: list[list[int]] = []
+    found: list[list[int] | tuple[int, bytes]] = []
 
     def ask_often() -> None:
         for _ in range(30):
-            body = {"query": QUERY, "documents": IDS}
-            results = ask(f"{url}/v2/rerank", body)["results"]
-            found.append([result["index"] for result in results])
+            status, body = rerank(server, IDS)
+            order = [one["index"] for one in json.loads(body)["results"]] if status == 200 else []
+            found.append(order or (status, body))
 
     threads = [threading.Thread(target=ask_often) for _ in range(3)]
     for thread in threads:
         thread.start()
     while len(found) < 10:
         time.sleep(0.01)
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    victim = next(one for one in actors if "#shard-1#" in one["name"])
-    ray.kill(ray.get_actor(victim["name"], namespace=victim["namespace"]))
+    os.kill(replica_of(server, 1), signal.SIGKILL)
     for thread in threads:
         thread.join()
     assert found == [expected] * 90
+    assert "some wait until nodes come" not in server.log_text(), "two cores are enough"
 
 
-def test_unknown_ids_are_named(url: str) -> None:
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        ask(f"{url}/v2/rerank", {"query": QUERY, "documents": ["img-1", "who"]})
-    with refused.value as error:
-        assert error.code == 422
-        assert "'who' is not in the store" in error.read().decode()
+def test_unknown_ids_are_named(server: ServerProcess) -> None:
+    status, body = rerank(server, ["img-1", "who"])
+    assert status == 422
+    assert b"'who' is not in the store" in body
+
+
+def test_sigterm_ends_it_in_order(server: ServerProcess) -> None:
+    """The last test of this file: the others share the server."""
+    assert rerank(server, IDS)[0] == 200
+    replicas = [replica_of(server, shard) for shard in range(3)]
+    assert server.end() == 0
+    until = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in replicas):
+        assert time.monotonic() < until, "a replica stays behind"
+        time.sleep(0.1)
