@@ -10,8 +10,7 @@ import typer
 
 from ...arguments import Arguments
 from ...show import note
-from .options import require, verb_of
-from .server_options import ServerArguments, keys_of
+from .options import ServerArguments, keys_of, require, verb_of
 
 if TYPE_CHECKING:
     from ..server.host import Host

@@ -11,8 +11,7 @@ import typer
 
 from ...arguments import Arguments
 from ...show import note, warn
-from .options import OpeningArguments, require, verb_of
-from .server_options import ServerArguments
+from .options import OpeningArguments, ServerArguments, require, verb_of
 
 if TYPE_CHECKING:
     from ..server.host import Host
