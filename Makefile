@@ -40,7 +40,7 @@ test: $(INSTALLED) ## run the whole test suite (no GPU, no network)
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --max-worker-restart 0 \
 		--timeout 600 --timeout-method thread $(PYTEST_ARGS)
 
-test-clients: $(INSTALLED) ## ask a real server with the SDKs people have, each unchanged (network, minutes)
+test-clients: $(INSTALLED) ## ask a real server with the SDKs people have, fuzz it, test the adapters and Ray (network, minutes)
 	$(BIN)/python tests/clients/run.py $(CLIENTS_ARGS)
 
 check: lint types sizes ## ruff, mypy --strict, the import layers, the limits of the house

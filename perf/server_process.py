@@ -124,6 +124,7 @@ def serving(
     environ: Mapping[str, str] | None = None,
     stderr: IO[bytes] | int | None = None,
     scratch: Path | None = None,
+    has_admin: bool = True,
 ) -> Iterator[ServerProcess]:
     """Serve until the block ends; ready when it begins, killed where it still runs then.
 
@@ -133,12 +134,15 @@ def serving(
         environ: variables in place of this process's.
         stderr: where its log goes; None: into a file that `ServerProcess.log_text` reads.
         scratch: folder of that file; None: the system's for temporary files.
+        has_admin: whether it has an admin port; on Ray there is none.
 
     Raises:
         EdjeError: it does not come up; with the end of its log.
     """
     port, admin_port = _free_ports(2)
-    ports = ["--port", str(port), "--admin-port", str(admin_port)]
+    ports = ["--port", str(port)]
+    if has_admin:
+        ports += ["--admin-port", str(admin_port)]
     words = [*command, "serve", str(engine), "--store", str(store), *ports, *options]
     with tempfile.NamedTemporaryFile(prefix="edje-log-", dir=scratch) as log:
         process = subprocess.Popen(

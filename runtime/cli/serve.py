@@ -62,10 +62,7 @@ class ServeArguments(ServerArguments, OpeningArguments):
         if self.max_batch is not None:
             given.whole("--max-batch", self.max_batch, "1 or more")
         given.whole("--copies", self.copies, "1 or more")
-        if self.ray_cpus is not None:
-            given.number("--ray-cpus", self.ray_cpus, "0 or more; parts are allowed")
-        if not self.ray and (len(self.store) > 1 or self.copies > 1):
-            given.faults.append("several stores or copies need --ray; or `edje route` before them")
+        self._check_ray(given)
         given.check()
         made = Settings(
             self.engine,
@@ -76,6 +73,22 @@ class ServeArguments(ServerArguments, OpeningArguments):
         )
         made.check()
         return made
+
+    def _check_ray(self, given: Arguments) -> None:
+        """Note options that mean nothing with Ray, or nothing without."""
+        if self.ray:
+            for name, is_given in {"--admin-port": self.admin_port, "--grace": self.grace}.items():
+                if is_given:
+                    given.faults.append(f"{name}: not with --ray, which starts and ends replicas")
+        elif len(self.store) > 1 or self.copies > 1:
+            given.faults.append("several stores or copies need --ray; or `edje route` before them")
+        if self.ray_cpus is None:
+            return
+        if not self.ray:
+            given.faults.append("--ray-cpus: only with --ray")
+        given.number("--ray-cpus", self.ray_cpus, "0 or more")
+        if self.ray_cpus > 1 and self.ray_cpus % 1:
+            given.refuse("--ray-cpus", self.ray_cpus, "a whole number, or a part of one CPU")
 
 
 def _serve(arguments: ServeArguments) -> None:

@@ -36,6 +36,10 @@ def test_every_wrong_option_is_named_at_once(serve: Any) -> None:
         (("--images", "nowhere"), "nowhere is no folder"),
         (("--api-keys", "nowhere"), "cannot read the API keys nowhere"),
         (("--max-pairs-per-key", 0), "max_pairs_per_key is 0"),
+        (("--max-body-mb", 2, "--max-bodies-mb", 1), "max_bodies_bytes is 1000000, expected 2"),
+        (("--ray-cpus", 0.5), "--ray-cpus: only with --ray"),
+        (("--ray", "--ray-cpus", 1.5), "--ray-cpus is 1.5, expected a whole number"),
+        (("--ray", "--admin-port", 9000), "--admin-port: not with --ray"),
     ],
 )
 def test_settings_that_cannot_be_meant(serve: Any, options: tuple[object, ...], fault: str) -> None:

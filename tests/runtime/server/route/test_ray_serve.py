@@ -39,7 +39,7 @@ def server(
     first, *others = (cut(tiny_store, IDS[at::3], folder / str(at)) for at in range(3))
     more = [word for store in others for word in ("--store", str(store))]
     on_ray = ("--ray", "--copies", "2", "--ray-cpus", "0.25", "--num-threads", "1")
-    with serving(tiny_engine, first, *more, *on_ray) as started:
+    with serving(tiny_engine, first, *more, *on_ray, has_admin=False) as started:
         yield started
 
 
