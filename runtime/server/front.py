@@ -26,6 +26,7 @@ from .kserve import HEADER_LENGTH, InferRequest, is_kserve, read_infer, write_in
 from .pages import FILES
 from .refusals import Refusal, refusal_of
 from .time_limit import TimeLimit
+from .turns import Turns
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -107,6 +108,7 @@ class Front:
         self._keys = Keys(settings.keys, settings.max_pairs_per_key)
         pattern = settings.id_pattern
         self._pattern = None if pattern is None else re.compile(pattern)
+        self._turns = Turns()
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="edje-large")
         self._counted: dict[tuple[str, int], Any] = {}
         rerank = partial(self._rerank, None)
@@ -268,6 +270,7 @@ class Front:
                         candidates,
                         timeout_s=exchange.timeout_s(),
                         partial=partial or exchange.headers.get(PARTIAL_HEADER) in (b"1", b"true"),
+                        wake=False,
                         **options,
                     )
                 except EngineError:
@@ -285,6 +288,7 @@ class Front:
         loop = asyncio.get_running_loop()
         service = exchange.service
         assert service is not None
+        self._turns.begin(service)
         limit = exchange.timeout_s() or service.options.timeout_s
         watch: list[asyncio.Task[None]] = []
 
@@ -298,7 +302,7 @@ class Front:
         )
         late = loop.call_later(min(limit, LONGEST_S), _too_late, future)
         try:
-            answer = await asyncio.wrap_future(future)
+            answer = await self._turns.result(future)
         except asyncio.CancelledError:
             if future.cancelled():
                 raise ClientLeft from None

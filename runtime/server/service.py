@@ -103,6 +103,7 @@ class ScoringService:
         timeout_s: float | None = None,
         unknown: Unknown | None = None,
         partial: bool = False,
+        wake: bool = True,
     ) -> Future[Answer]:
         """Let a query's candidates wait for their batches; return at once.
 
@@ -112,6 +113,7 @@ class ScoringService:
             timeout_s: None: as the service's options say.
             unknown: None: as the service's options say.
             partial: an answer without a shard that is down will do; one engine has no shards.
+            wake: begin now; False: once `wake` is called, for who submits several at a time.
 
         Returns:
             The answer to come. `cancel()` takes what no batch holds yet out of the queue. It fails
@@ -141,7 +143,7 @@ class ScoringService:
         given.check()
         with self._entering():
             self._admit()
-            return self._submit(query, ids, top_n, timeout_s, unknown, began)
+            return self._submit(query, ids, top_n, timeout_s, unknown, began, wake=wake)
 
     async def rank(self, query: str, candidates: Iterable[str] | Int64, **options: Any) -> Answer:
         """Rank candidates without blocking the event loop; cancelling the task drops the request.
@@ -149,6 +151,10 @@ class ScoringService:
         Args and Raises: as `submit`, and what its future fails with.
         """
         return await asyncio.wrap_future(self.submit(query, candidates, **options))
+
+    def wake(self) -> None:
+        """Begin with what was submitted with `wake=False`."""
+        self.worker.wake()
 
     def load(self) -> Load:
         """Return what there is to do."""
@@ -243,7 +249,9 @@ class ScoringService:
         timeout_s: float | None,
         unknown: Unknown | None,
         began: float,
+        *,
         urgent: bool = False,
+        wake: bool = True,
     ) -> Future[Answer]:
         """Let checked arguments wait."""
         queries = self.reranker.tokenizer([query])
@@ -272,7 +280,7 @@ class ScoringService:
         if not num_pairs:  # none of them is in the store
             future.set_result(job.answer(self.reranker.labels[-1]))
             return future
-        self.worker.add(job)
+        self.worker.add(job, wake=wake)
         return future
 
     @contextmanager
