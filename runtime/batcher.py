@@ -50,15 +50,24 @@ def plan_batches(text_length: Int32, query_of_pair: Int64, profile: Profile) -> 
     longest = int(buckets[-1])
     if (text_length > longest).any():
         raise _too_long(text_length, longest)
-    bucket_of_pair = buckets[np.searchsorted(buckets, text_length)][query_of_pair]
+    bucket_of_query = buckets[np.searchsorted(buckets, text_length)]
+    bucket_of_pair = bucket_of_query[query_of_pair]
     batches = []
-    for bucket in np.unique(bucket_of_pair).tolist():
+    for bucket in sorted(set(bucket_of_query.tolist())):
         pairs_of_bucket = np.flatnonzero(bucket_of_pair == bucket)
         for part in even_parts(len(pairs_of_bucket), profile.max_pairs):
             pairs = pairs_of_bucket[part]
-            queries, local = np.unique(query_of_pair[pairs], return_inverse=True)
+            queries, local = _asked(query_of_pair[pairs], len(text_length))
             batches.append(PlannedBatch(bucket, queries, local.astype(np.int32), pairs))
     return batches
+
+
+def _asked(query_of_pair: Int64, num_queries: int) -> tuple[Int64, Int64]:
+    """Return which queries are asked, ascending, and where among them each pair's one is."""
+    is_asked = np.bincount(query_of_pair, minlength=num_queries) > 0
+    if is_asked.all():  # in most batches
+        return np.arange(num_queries), query_of_pair
+    return np.flatnonzero(is_asked), (is_asked.cumsum() - 1)[query_of_pair]
 
 
 def _plan_one(length: int, num_pairs: int, profile: Profile) -> list[PlannedBatch]:

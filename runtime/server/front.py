@@ -25,7 +25,7 @@ from .keys import Keys
 from .kserve import HEADER_LENGTH, InferRequest, is_kserve, read_infer, write_infer
 from .pages import FILES
 from .refusals import Refusal, refusal_of
-from .time_limit import TimeLimit
+from .time_limit import Cancellable, TimeLimit, Timers
 from .turns import Turns
 
 Scope = MutableMapping[str, Any]
@@ -108,7 +108,7 @@ class Front:
         self._keys = Keys(settings.keys, settings.max_pairs_per_key)
         pattern = settings.id_pattern
         self._pattern = None if pattern is None else re.compile(pattern)
-        self._turns = Turns()
+        self._turns, self._timers = Turns(), Timers()
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="edje-large")
         self._counted: dict[tuple[str, int], Any] = {}
         rerank = partial(self._rerank, None)
@@ -185,7 +185,7 @@ class Front:
             raise _too_large(limit)
         parts: list[bytes] = []
         size = 0
-        with TimeLimit(BODY_TIMEOUT_S) as limited:
+        with TimeLimit(BODY_TIMEOUT_S, self._timers) as limited:
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -289,7 +289,7 @@ class Front:
         service = exchange.service
         assert service is not None
         self._turns.begin(service)
-        limit = exchange.timeout_s() or service.options.timeout_s
+        limit = exchange.timeout_s()
         watch: list[asyncio.Task[None]] = []
 
         async def wait_for_leaving() -> None:
@@ -297,10 +297,15 @@ class Front:
                 pass
             future.cancel()
 
-        watching = loop.call_later(
+        watching = self._timers.call_later(
             WATCH_AFTER_S, lambda: watch.append(loop.create_task(wait_for_leaving()))
         )
-        late = loop.call_later(min(limit, LONGEST_S), _too_late, future)
+        late: Cancellable
+        if limit is None:
+            limit = min(service.options.timeout_s, LONGEST_S)
+            late = self._timers.call_later(limit, partial(_too_late, future))
+        else:  # its own: a length that may never come again
+            late = loop.call_later(limit, _too_late, future)
         try:
             answer = await self._turns.result(future)
         except asyncio.CancelledError:

@@ -42,8 +42,7 @@ class JsonLog:
         if len(self._lines) >= MAX_LINES:
             self.on_lost(1)
             return
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        self._lines.append({"time": now, "event": event, **fields})
+        self._lines.append({"time": time.time(), "event": event, **fields})
         if not self._wake.is_set():
             self._wake.set()
 
@@ -71,6 +70,8 @@ class JsonLog:
         while self._lines:
             fields = self._lines.popleft()
             told = {name: value for name, value in fields.items() if value is not None}
+            when = datetime.fromtimestamp(told["time"], timezone.utc)
+            told["time"] = when.isoformat(timespec="milliseconds")
             lines.append(json.dumps(told, ensure_ascii=False) + "\n")
         if not lines:
             return

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
 from math import inf
 from time import monotonic, perf_counter
 from typing import Any, get_args
@@ -141,9 +140,12 @@ class ScoringService:
         if unknown is not None:
             given.choice("unknown", unknown, get_args(Unknown))
         given.check()
-        with self._entering():
+        self._enter()
+        try:
             self._admit()
             return self._submit(query, ids, top_n, timeout_s, unknown, began, wake=wake)
+        finally:
+            self._leave()
 
     async def rank(self, query: str, candidates: Iterable[str] | Int64, **options: Any) -> Answer:
         """Rank candidates without blocking the event loop; cancelling the task drops the request.
@@ -283,19 +285,21 @@ class ScoringService:
         self.worker.add(job, wake=wake)
         return future
 
-    @contextmanager
-    def _entering(self) -> Iterator[None]:
-        """Count a request that is not in the queue yet, so that `close` can wait for it."""
+    def _enter(self) -> None:
+        """Count a request that is not in the queue yet, so that `close` can wait for it.
+
+        Raises:
+            EngineError: the service is closed; there is nothing to leave.
+        """
         with self._entered:
-            self._num_entering += 1
-        try:
             self.worker.check_open()
-            yield
-        finally:
-            with self._entered:
-                self._num_entering -= 1
-                if not self._num_entering:
-                    self._entered.notify_all()
+            self._num_entering += 1
+
+    def _leave(self) -> None:
+        with self._entered:
+            self._num_entering -= 1
+            if not self._num_entering:
+                self._entered.notify_all()
 
     def _admit(self) -> None:
         """Raise OverloadedError where what waits takes longer than may be."""
@@ -347,9 +351,12 @@ class ScoringService:
     def _probe_score(self, rows: Int64, timeout_s: float) -> float:
         num_batches = self.worker.num_batches
         try:
-            with self._entering():
+            self._enter()
+            try:
                 now = perf_counter()
                 future = self._submit(PROBE_QUERY, rows, None, timeout_s, None, now, urgent=True)
+            finally:
+                self._leave()
             answer = future.result(timeout_s)
         except (StoppedError, FutureTimeoutError, CancelledError) as late:
             is_busy = self.worker.num_batches > num_batches  # slow, and no sign of death
