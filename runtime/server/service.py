@@ -26,7 +26,7 @@ from ..store import TokenStore
 from ..text import TokenizedQueries
 from .answers import Answer, Stages, Unknown, Waiting
 from .identity import Identity
-from .limits import Load, OverloadedError, PassingError, ServiceOptions, UnknownIdsError
+from .limits import Load, PassingError, ServiceOptions, UnknownIdsError, check_load
 from .worker import Worker
 
 PROBE_QUERY = "a photo"
@@ -142,7 +142,7 @@ class ScoringService:
         given.check()
         self._enter()
         try:
-            self._admit()
+            check_load(self.worker.load(), self.options)
             return self._submit(query, ids, top_n, timeout_s, unknown, began, wake=wake)
         finally:
             self._leave()
@@ -300,15 +300,6 @@ class ScoringService:
             self._num_entering -= 1
             if not self._num_entering:
                 self._entered.notify_all()
-
-    def _admit(self) -> None:
-        """Raise OverloadedError where what waits takes longer than may be."""
-        load = self.load()
-        if load.wait_s > self.options.max_wait_s:
-            raise OverloadedError(
-                f"{load.num_pairs:,} pairs wait, which take {load.wait_s:.1f} s",
-                load.wait_s - self.options.max_wait_s,
-            )
 
     def _find(self, candidates: list[str] | Int64, unknown: Unknown) -> Candidates:
         """Return the candidates' rows."""

@@ -33,16 +33,19 @@ class Timers:
     """`call_later` of one event loop for a few lengths of time, almost all of them cancelled.
 
     Timers of one length are due in the order they were started, so that a queue and one timer of
-    the loop do; the loop's own cost more than reading a request's body.
+    the loop do; the loop's own cost more than reading a request's body. One loop at a time; the
+    timers of an earlier one are forgotten, as it has ended.
     """
 
     def __init__(self) -> None:
-        """Belong to the loop that first calls."""
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._queues: dict[float, deque[Timer]] = {}
 
     def call_later(self, seconds: float, call: Callable[[], object]) -> Timer:
         """Call `call` in so many seconds, one of a few lengths that come again and again."""
         loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop, self._queues = loop, {}
         queue = self._queues.setdefault(seconds, deque())
         timer = Timer(loop.time() + seconds, call)
         if not queue:

@@ -17,18 +17,20 @@ from .contract import Service
 
 
 class Turns:
-    """Gathers what one turn of an event loop submits, and what one batch answers."""
+    """Gathers what one turn of an event loop submits, and what one batch answers.
+
+    One loop at a time; what belonged to an earlier one is forgotten, as it has ended.
+    """
 
     def __init__(self) -> None:
-        """Belong to the loop that first calls."""
-        self._submitted: list[Service] = []
-        self._answered: deque[asyncio.Future[None]] = deque()
-        self._called = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._begin_anew()
 
     def begin(self, service: Service) -> None:
         """Let a service begin, with all that this turn of the loop will have submitted to it."""
+        loop = self._running_loop()
         if not self._submitted:
-            asyncio.get_running_loop().call_soon(self._begin)
+            loop.call_soon(self._begin)
         if service not in self._submitted:  # a reload may come between
             self._submitted.append(service)
 
@@ -42,13 +44,25 @@ class Turns:
             Exception: what the future failed with.
         """
         if not future.done():
-            loop = asyncio.get_running_loop()
+            loop = self._running_loop()
             waiter: asyncio.Future[None] = loop.create_future()
             future.add_done_callback(partial(self._arrive, loop, waiter))
             await waiter
         if future.cancelled():
             raise asyncio.CancelledError
         return future.result()
+
+    def _begin_anew(self) -> None:
+        self._submitted: list[Service] = []
+        self._answered: deque[asyncio.Future[None]] = deque()
+        self._called = False
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop = loop
+            self._begin_anew()
+        return loop
 
     def _begin(self) -> None:
         submitted, self._submitted = self._submitted, []

@@ -23,9 +23,6 @@ from .records import BadRecord, ReadPlan, RecordBatch, Records
 
 # Records appended since the last merge are found through a dict; past this they are merged.
 MAX_FRESH = 1 << 16
-# Below so many records a binary search is faster than a bucket and the few steps behind it: 13 us
-# against 25 for 100 ids.
-_SMALL = 1 << 16
 
 
 class _Ids(NamedTuple):
@@ -118,6 +115,9 @@ class _Table:
 
     def locations(self, places: Int64) -> Int64:
         """Return int64 [N] row handles of places."""
+        if len(self.segments) == 2:  # one segment, and the end
+            alone: Int64 = places + np.array(self.segments.item(0) << ROW_BITS)
+            return alone
         at = np.searchsorted(self.edges[1:], places, side="right")
         return (self.segments[at] << ROW_BITS) | (places - self.edges[at])
 
@@ -163,18 +163,16 @@ class _Table:
         highs, lows = np.ascontiguousarray(digests.T, np.uint64)
         if not self.num_live:
             return np.full(len(lows), -1, np.int64)
-        if self.num_live < _SMALL:
-            at = np.searchsorted(self.keys, lows)
-        else:
-            at = self.buckets[lows >> self.shift].astype(np.int64)
-            while (behind := self.keys[at] < lows).any():
-                at += behind
+        # No `searchsorted`: it lets go of the interpreter's lock, for which other threads wait.
+        at = self.buckets[lows >> self.shift].astype(np.int64)
+        while (behind := self.keys[at] < lows).any():
+            at += behind
         places = self.order[np.minimum(at, self.num_live - 1)].astype(np.int64)
         hit = (self.keys[at] == lows) & (self.highs[places] == highs) & self.live[places]
         return places if hit.all() else self._search(highs, lows, at)
 
     def _search(self, highs: UInt64, lows: UInt64, at: Int64) -> Int64:
-        """Do what `find` does, for keys that are not there or share their low half; from `at` on."""
+        """Do what `find` does, from `at` on: some keys are not here, or share their low half."""
         found = np.full(len(lows), -1, np.int64)
         todo = np.arange(len(lows))
         while len(todo):
