@@ -9,24 +9,42 @@ import pytest
 from edje.runtime.server.time_limit import TimeLimit, Timers
 
 
+async def until(called: list, number: int) -> None:
+    for _ in range(2000):
+        if len(called) >= number:
+            return
+        await asyncio.sleep(0.01)
+
+
 def test_what_is_due_is_called_in_order_and_what_was_cancelled_is_not():
     async def main() -> list[int]:
         timers, called = Timers(), list[int]()
         started = []
         for number in range(6):
             started.append(timers.call_later(0.03, lambda number=number: called.append(number)))
-            await asyncio.sleep(0.002)
         for number in (0, 3):
             started[number].cancel()
-        timers.call_later(0.001, lambda: called.append(-1))  # a shorter one goes first
-        await asyncio.sleep(0.01)
-        assert called == [-1]
-        await asyncio.sleep(0.2)
-        timers.call_later(0.001, lambda: called.append(6))  # all are done: it begins anew
-        await asyncio.sleep(0.05)
+        await until(called, 4)
+        timers.call_later(0.001, lambda: called.append(6))  # another length
+        await until(called, 5)
+        timers.call_later(0.03, lambda: called.append(7))  # all are done: it begins anew
+        await until(called, 6)
         return called
 
-    assert asyncio.run(main()) == [-1, 1, 2, 4, 5, 6]
+    assert asyncio.run(main()) == [1, 2, 4, 5, 6, 7]
+
+
+def test_a_timer_is_not_called_before_it_is_due():
+    async def main() -> float:
+        loop, timers, called = asyncio.get_running_loop(), Timers(), list[float]()
+        timers.call_later(0.02, lambda: None).cancel()  # the loop's timer runs for this one
+        await asyncio.sleep(0.01)
+        began = loop.time()
+        timers.call_later(0.02, lambda: called.append(loop.time()))
+        await until(called, 1)
+        return called[0] - began
+
+    assert asyncio.run(main()) >= 0.019
 
 
 def test_a_call_that_fails_stops_no_other():
@@ -35,7 +53,7 @@ def test_a_call_that_fails_stops_no_other():
         asyncio.get_running_loop().set_exception_handler(lambda *_: called.append("failed"))
         timers.call_later(0.01, lambda: 1 / 0)
         timers.call_later(0.01, lambda: called.append("called"))
-        await asyncio.sleep(0.1)
+        await until(called, 2)
         return called
 
     assert asyncio.run(main()) == ["failed", "called"]
@@ -62,7 +80,7 @@ def test_a_loop_that_ended_leaves_nothing_to_the_next():
 
     async def second() -> None:
         timers.call_later(0.01, lambda: called.append("second"))
-        await asyncio.sleep(0.05)
+        await until(called, 1)
 
     asyncio.run(first())
     asyncio.run(second())
