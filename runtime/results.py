@@ -205,6 +205,8 @@ class Candidates:
 
     def missing(self) -> tuple[Fault, ...]:
         """Name the candidates that the store does not hold."""
+        if not len(self.position) or self.position.min() >= 0:
+            return ()
         absent = np.flatnonzero(self.position < 0).tolist()
         return tuple([Fault(self.ids[i], "it is not in the store", i) for i in absent])
 

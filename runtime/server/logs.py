@@ -12,7 +12,10 @@ from datetime import datetime, timezone
 from io import FileIO, RawIOBase
 from typing import Any, BinaryIO
 
+import msgspec
+
 GATHER_S = 0.05  # one thread switch for the lines of so long, not one a line
+_encode = msgspec.json.Encoder().encode
 MAX_LINES = 10_000  # that may wait for a slow disk; what comes then is lost, and counted
 
 
@@ -72,16 +75,25 @@ class JsonLog:
             told = {name: value for name, value in fields.items() if value is not None}
             when = datetime.fromtimestamp(told["time"], timezone.utc)
             told["time"] = when.isoformat(timespec="milliseconds")
-            lines.append(json.dumps(told, ensure_ascii=False) + "\n")
+            lines.append(_line(told))
         if not lines:
             return
         try:
-            left = memoryview("".join(lines).encode("utf-8", "backslashreplace"))
+            left = memoryview(b"".join(lines))
             while left:
                 left = left[self._stream.write(left) or 0 :]
             self._stream.flush()
         except (OSError, ValueError):  # full, closed, or nobody reads
             self.on_lost(len(lines))
+
+
+def _line(fields: dict[str, Any]) -> bytes:
+    """Return a line of JSON; what is no text or no JSON is told as Python writes it."""
+    try:
+        return _encode(fields) + b"\n"
+    except (ValueError, TypeError, OverflowError):  # half a character; no JSON
+        text = json.dumps(fields, ensure_ascii=False, default=str) + "\n"
+        return text.encode("utf-8", "backslashreplace")
 
 
 class _Forwarding(logging.Handler):
