@@ -7,6 +7,7 @@ tokenizer, the store its ids.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from unittest.mock import patch
 
 from ..arrays import Float32
@@ -29,8 +30,12 @@ class FreeEngine(HostEngine):
 
 
 def open_free(folder: object, options: OpenOptions | None = None) -> FreeEngine:
-    """Open no engine, whatever the folder holds."""
-    return FreeEngine(EngineManifest.read(str(folder)))
+    """Open no engine, whatever the folder holds.
+
+    Its precision is fp32, for which nobody looks through the tokens: an 8-bit one hides NaN, so
+    that every value is read before it, which takes 1.3 us a record and is no work of the front.
+    """
+    return FreeEngine(replace(EngineManifest.read(str(folder)), precision="fp32"))
 
 
 if __name__ == "__main__":

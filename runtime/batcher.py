@@ -44,23 +44,42 @@ def plan_batches(text_length: Int32, query_of_pair: Int64, profile: Profile) -> 
     Raises:
         RequestError: a query is longer than the largest bucket.
     """
+    if len(text_length) == 1:  # one query, the usual case: nothing to sort
+        return _plan_one(int(text_length[0]), len(query_of_pair), profile)
     buckets = np.array(sorted(profile.text_buckets), np.int64)
     longest = int(buckets[-1])
     if (text_length > longest).any():
         raise _too_long(text_length, longest)
-    bucket_of_pair = buckets[np.searchsorted(buckets, text_length)][query_of_pair]
+    bucket_of_query = buckets[np.searchsorted(buckets, text_length)]
+    bucket_of_pair = bucket_of_query[query_of_pair]
     batches = []
-    for bucket in np.unique(bucket_of_pair).tolist():
+    for bucket in sorted(set(bucket_of_query.tolist())):
         pairs_of_bucket = np.flatnonzero(bucket_of_pair == bucket)
         for part in even_parts(len(pairs_of_bucket), profile.max_pairs):
             pairs = pairs_of_bucket[part]
-            if len(text_length) == 1:  # one query, the usual case: nothing to sort
-                batch = PlannedBatch(bucket, _FIRST, np.zeros(len(pairs), np.int32), pairs)
-            else:
-                queries, local = np.unique(query_of_pair[pairs], return_inverse=True)
-                batch = PlannedBatch(bucket, queries, local.astype(np.int32), pairs)
-            batches.append(batch)
+            queries, local = _asked(query_of_pair[pairs], len(text_length))
+            batches.append(PlannedBatch(bucket, queries, local.astype(np.int32), pairs))
     return batches
+
+
+def _asked(query_of_pair: Int64, num_queries: int) -> tuple[Int64, Int64]:
+    """Return which queries are asked, ascending, and where among them each pair's one is."""
+    is_asked = np.bincount(query_of_pair, minlength=num_queries) > 0
+    if is_asked.all():  # in most batches
+        return np.arange(num_queries), query_of_pair
+    return np.flatnonzero(is_asked), (is_asked.cumsum() - 1)[query_of_pair]
+
+
+def _plan_one(length: int, num_pairs: int, profile: Profile) -> list[PlannedBatch]:
+    """Split the pairs of one query."""
+    fitting = [bucket for bucket in profile.text_buckets if length <= bucket]
+    if not fitting:
+        raise _too_long(np.array([length]), max(profile.text_buckets))
+    bucket, pairs, first = min(fitting), np.arange(num_pairs), np.zeros(num_pairs, np.int32)
+    return [
+        PlannedBatch(bucket, _FIRST, first[part], pairs[part])
+        for part in even_parts(num_pairs, profile.max_pairs)
+    ]
 
 
 def _too_long(text_length: Int32, longest: int) -> RequestError:

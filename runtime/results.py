@@ -198,13 +198,15 @@ class Candidates:
             RequestError: (`error`) ids that the store does not hold.
         """
         every = store.rows(ids, missing="raise" if missing == "error" else "mark")
-        rows, position = np.unique(every, return_inverse=True)
+        rows, position = _each_once(every)
         if len(rows) and rows[0] < 0:  # -1 comes first
             return cls(ids, rows[1:], position - 1)
         return cls(ids, rows, position)
 
     def missing(self) -> tuple[Fault, ...]:
         """Name the candidates that the store does not hold."""
+        if not len(self.position) or self.position.min() >= 0:
+            return ()
         absent = np.flatnonzero(self.position < 0).tolist()
         return tuple([Fault(self.ids[i], "it is not in the store", i) for i in absent])
 
@@ -254,6 +256,17 @@ def faults_of(ids: Sequence[str], scored: Scored, position: Int64) -> tuple[Faul
         return ()
     indices = np.flatnonzero(_each(faulty, position, _NO)).tolist()
     return tuple(Fault(ids[i], _reason(scored, int(position[i])), i) for i in indices)
+
+
+def _each_once(rows: Int64) -> tuple[Int64, Int64]:
+    """Return rows ascending and each once, and where in there each of `rows` stands."""
+    order = rows.argsort()
+    ascending = rows[order]
+    if (ascending[1:] == ascending[:-1]).any():
+        return np.unique(rows, return_inverse=True)
+    position = np.empty(len(rows), np.int64)  # none comes twice: for a third of `unique`'s time
+    position[order] = np.arange(len(rows))
+    return ascending, position
 
 
 def _each(values: npt.NDArray[Value], position: Int64, nothing: Value) -> npt.NDArray[Value]:

@@ -103,7 +103,10 @@ class QueryTokenizer:
         texts = [self._text(number, query, faults) for number, query in enumerate(queries)]
         if faults:
             raise RequestError("a query cannot be used", faults=faults)
-        pieces = [e.ids for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        if len(texts) == 1:  # half the time of a batch of one
+            pieces = [self._tokenizer.encode(texts[0], add_special_tokens=False).ids]
+        else:
+            pieces = [e.ids for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
         empty = [query for query, ids in zip(queries, pieces, strict=True) if not ids]
         if empty:
             raise RequestError(f"the query {empty[0]!r} has no wordpieces, expected some text")
@@ -123,16 +126,14 @@ class QueryTokenizer:
         return text
 
     def _pack(self, pieces: Sequence[Sequence[int]]) -> TokenizedQueries:
-        limit = self._spec.max_wordpieces
-        text_ids = np.zeros((len(pieces), limit + 2), np.int32)
-        for row, ids in zip(text_ids, pieces, strict=True):
-            kept = min(len(ids), limit)
-            row[0] = self._spec.cls_id
-            row[1 : kept + 1] = ids[:kept]
-            row[kept + 1] = self._spec.sep_id
-        num_pieces = np.array([len(ids) for ids in pieces], np.int32)
+        limit, cls_id, sep_id = self._spec.max_wordpieces, self._spec.cls_id, self._spec.sep_id
+        padded = [
+            [cls_id, *ids[:limit], sep_id, *[0] * (limit - len(ids))] for ids in pieces
+        ]  # a tenth of the calls into NumPy that filling row by row takes
         return TokenizedQueries(
-            text_ids, np.minimum(num_pieces, limit) + np.int32(2), num_pieces > limit
+            np.array(padded, np.int32).reshape(len(pieces), limit + 2),
+            np.array([min(len(ids), limit) + 2 for ids in pieces], np.int32),
+            np.array([len(ids) > limit for ids in pieces], np.bool_),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from math import isfinite
 from time import perf_counter
 from typing import Literal
 
@@ -135,7 +136,8 @@ class Waiting(Job):
             scores = scored.scores[asked.position]
         order = (-scores).argsort(kind="stable")
         # What is not finite stands at an end.
-        if missing or not np.isfinite(scores[order[[0, -1]]]).all():
+        ends = scores.item(order.item(0)), scores.item(order.item(-1))
+        if missing or not all(map(isfinite, ends)):
             errors = faults_of(asked.ids, scored, asked.position)
             if self.unknown == "lowest":
                 scores[asked.position < 0] = -np.inf

@@ -7,7 +7,7 @@ from math import ceil
 from typing import Any
 
 from .refusals import Refusal
-from .time_limit import TimeLimit
+from .time_limit import TimeLimit, Timers
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -29,9 +29,16 @@ class Bodies:
         num_bytes: held now.
     """
 
-    def __init__(self, max_bytes: int, max_together: int, wait_s: Callable[[], float]):
+    def __init__(
+        self,
+        max_bytes: int,
+        max_together: int,
+        wait_s: Callable[[], float],
+        timers: Timers | None = None,
+    ):
         """`wait_s` tells how long what waits will take: after that some of it is answered."""
         self._max_bytes, self._max_together, self._wait_s = max_bytes, max_together, wait_s
+        self._timers = timers
         self.num_bytes = 0
 
     async def read(self, length: bytes, receive: Receive) -> bytes:
@@ -49,7 +56,7 @@ class Bodies:
         parts: list[bytes] = []
         size = 0
         try:
-            with TimeLimit(BODY_TIMEOUT_S) as limited:
+            with TimeLimit(BODY_TIMEOUT_S, self._timers) as limited:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":

@@ -40,13 +40,18 @@ class Service(Protocol):
         timeout_s: float | None = None,
         unknown: Unknown | None = None,
         partial: bool = False,
+        wake: bool = True,
     ) -> Future[Answer]:
         """Let a query's candidates wait for their scores; return at once.
 
         Args:
             candidates: ids; or int64 [N], rows of the store.
             partial: an answer without the candidates of a shard that is down will do.
+            wake: begin now; False: once `wake` is called, for who submits several at a time.
         """
+
+    def wake(self) -> None:
+        """Begin with what was submitted with `wake=False`."""
 
     def load(self) -> Load:
         """Return what there is to do."""

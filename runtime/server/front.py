@@ -15,18 +15,20 @@ from urllib.parse import quote
 import msgspec
 
 from ...errors import EngineError, StoppedError
-from .answers import Answer, Stages
+from .answers import Answer
 from .asks import read_body
 from .bodies import Bodies, ClientLeft, Message, Receive
-from .contract import Service
-from .dialects import NVIDIA, SCORE, Dialect, new_id, rerank_dialect
+from .dialects import COHERE, NVIDIA, SCORE, Dialect, rerank_dialect
+from .exchange import LONGEST_S, Exchange
 from .host import Host
 from .identity import STATE_HEADER
 from .keys import Keys
-from .kserve import HEADER_LENGTH, InferRequest, is_kserve, read_infer, write_infer
+from .kserve import HEADER_LENGTH, InferRequest, read_infer, write_infer
+from .limits import OverloadedError, check_load
 from .pages import FILES
 from .refusals import Refusal, refusal_of
-from .time_limit import TimeLimit
+from .time_limit import Cancellable, TimeLimit, Timers
+from .turns import Turns
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -34,58 +36,16 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LARGE_BODY = 256 << 10  # bytes: read off the event loop, for it takes milliseconds
 WATCH_AFTER_S = 0.05  # a request that is answered sooner is not watched for a client that leaves
-LONGEST_S = 1e8  # three years: event loops take no larger number, nor infinity
 SEND_TIMEOUT_S = 60.0
 # What needs no key: probes and Prometheus have none, and the page asks for one.
 OPEN_PATHS = frozenset(FILES) | {
     *("/livez", "/readyz", "/healthz", "/health", "/ping", "/metrics"),
     *("/v2/health/live", "/v2/health/ready"),
 }
-TIMEOUT_HEADERS = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
 PARTIAL_HEADER = b"x-edje-allow-partial"
+# Fields of dialects on /rerank that have refusals or a name in the metrics of their own.
+REFUSED_OTHERWISE = (b'"texts"', b'"truncation"', b'"property"')
 _encode = msgspec.json.Encoder().encode
-_SAFE_ID = re.compile(r"[\w.:/=+-]{1,128}").fullmatch
-
-
-class Exchange:
-    """One request on a hot route, and what is told of it afterwards."""
-
-    __slots__ = (
-        "began",
-        "dialect",
-        "headers",
-        "id",
-        "key",
-        "num_pairs",
-        "path",
-        "query",
-        "service",
-        "stages",
-    )
-
-    def __init__(self, scope: Scope):
-        self.began = perf_counter()
-        self.path: str = scope["path"]
-        self.headers: dict[bytes, bytes] = dict(scope["headers"])
-        given = self.headers.get(b"x-request-id", b"").decode("latin-1")
-        self.id = given if _SAFE_ID(given) else new_id()
-        self.dialect = "kserve" if is_kserve(self.path) else "none"
-        self.key: str | None = None
-        self.num_pairs = 0
-        self.query: str | None = None
-        self.service: Service | None = None  # that was asked: a reload may come between
-        self.stages: Stages | None = None
-
-    def timeout_s(self) -> float | None:
-        """Return how long the client waits, where a header says so."""
-        for name in TIMEOUT_HEADERS:
-            value = self.headers.get(name)
-            if value is not None:
-                if not value.isdigit() or not value.strip(b"0"):
-                    raise Refusal(400, f"{name.decode()} is no whole number of milliseconds")
-                # Python refuses to read thousands of digits; nobody waits for years.
-                return min(int(value[:20]) / 1e3, LONGEST_S)
-        return None
 
 
 class Front:
@@ -96,7 +56,10 @@ class Front:
         settings = host.settings
         self._settings = settings
         self._keys = Keys(settings.keys, settings.max_pairs_per_key)
-        self._bodies = Bodies(settings.max_body_bytes, settings.bodies_bytes, self._wait_s)
+        self._turns, self._timers = Turns(), Timers()
+        self._bodies = Bodies(
+            settings.max_body_bytes, settings.bodies_bytes, self._wait_s, self._timers
+        )
         host.metrics.body_bytes.set_function(lambda: self._bodies.num_bytes)
         pattern = settings.id_pattern
         self._pattern = None if pattern is None else re.compile(pattern)
@@ -181,6 +144,7 @@ class Front:
             future = self._submit(exchange, ask.query, ask.ids, top_n=ask.top_n, partial=partial)
             return found, ask, future
 
+        self._check_load(exchange, raw, dialect)
         found, ask, future = await self._begin(exchange, begin, raw)
         answer = await self._answered(exchange, future, receive)
         encoding = perf_counter()
@@ -202,6 +166,7 @@ class Front:
             )
             return request, future
 
+        self._check_load(exchange, raw)
         request, future = await self._begin(exchange, begin, raw)
         answer = await self._answered(exchange, future, receive)
         encoding = perf_counter()
@@ -213,6 +178,24 @@ class Front:
             if identity is not None:
                 headers[STATE_HEADER] = identity.tag
         return payload, headers
+
+    def _check_load(self, exchange: Exchange, raw: bytes, dialect: Dialect | None = None) -> None:
+        """Refuse before the body is decoded where too much waits: refusing has to be cheap.
+
+        Raises:
+            OverloadedError: it is refused; `exchange` says in which dialect.
+        """
+        service = self._host.service
+        assert service is not None
+        try:
+            check_load(service.load(), service.options)
+        except OverloadedError:
+            if dialect is None and exchange.dialect == "none":  # it is not kserve's either
+                told_apart = any(name in raw for name in REFUSED_OTHERWISE)
+                dialect = rerank_dialect(read_body(raw)) if told_apart else COHERE
+            if dialect is not None:
+                exchange.dialect = dialect.name
+            raise
 
     async def _begin(self, exchange: Exchange, begin: Callable[[], Any], raw: bytes) -> Any:
         """Parse and submit: here, or on another thread where that takes long."""
@@ -236,6 +219,7 @@ class Front:
                         candidates,
                         timeout_s=exchange.timeout_s(),
                         partial=partial or exchange.headers.get(PARTIAL_HEADER) in (b"1", b"true"),
+                        wake=False,
                         **options,
                     )
                 except EngineError:
@@ -253,7 +237,8 @@ class Front:
         loop = asyncio.get_running_loop()
         service = exchange.service
         assert service is not None
-        limit = exchange.timeout_s() or service.options.timeout_s
+        self._turns.begin(service)
+        limit = exchange.timeout_s()
         watch: list[asyncio.Task[None]] = []
 
         async def wait_for_leaving() -> None:
@@ -261,12 +246,17 @@ class Front:
                 pass
             future.cancel()
 
-        watching = loop.call_later(
+        watching = self._timers.call_later(
             WATCH_AFTER_S, lambda: watch.append(loop.create_task(wait_for_leaving()))
         )
-        late = loop.call_later(min(limit, LONGEST_S), _too_late, future)
+        late: Cancellable
+        if limit is None:
+            limit = min(service.options.timeout_s, LONGEST_S)
+            late = self._timers.call_later(limit, partial(_too_late, future))
+        else:  # its own: a length that may never come again
+            late = loop.call_later(limit, _too_late, future)
         try:
-            answer = await asyncio.wrap_future(future)
+            answer = await self._turns.result(future)
         except asyncio.CancelledError:
             if future.cancelled():
                 raise ClientLeft from None

@@ -91,3 +91,16 @@ class Load:
     def wait_s(self) -> float:
         """Seconds that what waits will take."""
         return self.num_pairs / self.pairs_per_s if self.pairs_per_s else 0.0
+
+
+def check_load(load: Load, options: ServiceOptions) -> None:
+    """Refuse one more request where what waits takes longer than may be.
+
+    Raises:
+        OverloadedError
+    """
+    if load.wait_s > options.max_wait_s:
+        raise OverloadedError(
+            f"{load.num_pairs:,} pairs wait, which take {load.wait_s:.1f} s",
+            load.wait_s - options.max_wait_s,
+        )

@@ -12,7 +12,10 @@ from datetime import datetime, timezone
 from io import FileIO, RawIOBase
 from typing import Any, BinaryIO
 
+import msgspec
+
 GATHER_S = 0.05  # one thread switch for the lines of so long, not one a line
+_encode = msgspec.json.Encoder().encode
 MAX_LINES = 10_000  # that may wait for a slow disk; what comes then is lost, and counted
 
 
@@ -42,8 +45,7 @@ class JsonLog:
         if len(self._lines) >= MAX_LINES:
             self.on_lost(1)
             return
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        self._lines.append({"time": now, "event": event, **fields})
+        self._lines.append({"time": time.time(), "event": event, **fields})
         if not self._wake.is_set():
             self._wake.set()
 
@@ -71,16 +73,27 @@ class JsonLog:
         while self._lines:
             fields = self._lines.popleft()
             told = {name: value for name, value in fields.items() if value is not None}
-            lines.append(json.dumps(told, ensure_ascii=False) + "\n")
+            when = datetime.fromtimestamp(told["time"], timezone.utc)
+            told["time"] = when.isoformat(timespec="milliseconds")
+            lines.append(_line(told))
         if not lines:
             return
         try:
-            left = memoryview("".join(lines).encode("utf-8", "backslashreplace"))
+            left = memoryview(b"".join(lines))
             while left:
                 left = left[self._stream.write(left) or 0 :]
             self._stream.flush()
         except (OSError, ValueError):  # full, closed, or nobody reads
             self.on_lost(len(lines))
+
+
+def _line(fields: dict[str, Any]) -> bytes:
+    """Return a line of JSON; what is no text or no JSON is told as Python writes it."""
+    try:
+        return _encode(fields) + b"\n"
+    except (ValueError, TypeError, OverflowError):  # half a character; no JSON
+        text = json.dumps(fields, ensure_ascii=False, default=str) + "\n"
+        return text.encode("utf-8", "backslashreplace")
 
 
 class _Forwarding(logging.Handler):

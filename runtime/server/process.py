@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import threading
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from .logs import JsonLog
 from .settings import FrontSettings
 
 EXIT_DEAD_ENGINE = 1
+GARBAGE_THRESHOLD = 10_000  # new objects between two collections of the youngest; Python's: 700
 KEEP_ALIVE_S = 75  # longer than balancers and pools keep idle connections (60): they close first
 
 
@@ -75,6 +77,7 @@ def serve(
         EdjeError: engine or store cannot be opened.
     """
     _heed_signals_while_opening()
+    _spare_collecting()
     log = JsonLog()
     log.take_over()
     ending: list[Callable[[], None]] = []
@@ -169,6 +172,17 @@ def _heed_signals_while_opening() -> None:
     signal.signal(signal.SIGTERM, end)
     with suppress(AttributeError):  # no SIGHUP on Windows
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what is opened is the newest anyway
+
+
+def _spare_collecting() -> None:
+    """Let the garbage collector look seldom, and never at what was imported.
+
+    It took a seventh of a request's time: a request leaves no cycles behind, but many objects live
+    while many requests wait. What is opened later stays collectable, for a reload.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GARBAGE_THRESHOLD, *gc.get_threshold()[1:])
 
 
 def _reload_aside(host: Host) -> None:

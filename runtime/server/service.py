@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
 from math import inf
 from time import monotonic, perf_counter
 from typing import Any, get_args
@@ -27,7 +26,7 @@ from ..store import TokenStore
 from ..text import TokenizedQueries
 from .answers import Answer, Stages, Unknown, Waiting
 from .identity import Identity
-from .limits import Load, OverloadedError, PassingError, ServiceOptions, UnknownIdsError
+from .limits import Load, PassingError, ServiceOptions, UnknownIdsError, check_load
 from .worker import Worker
 
 PROBE_QUERY = "a photo"
@@ -103,6 +102,7 @@ class ScoringService:
         timeout_s: float | None = None,
         unknown: Unknown | None = None,
         partial: bool = False,
+        wake: bool = True,
     ) -> Future[Answer]:
         """Let a query's candidates wait for their batches; return at once.
 
@@ -112,6 +112,7 @@ class ScoringService:
             timeout_s: None: as the service's options say.
             unknown: None: as the service's options say.
             partial: an answer without a shard that is down will do; one engine has no shards.
+            wake: begin now; False: once `wake` is called, for who submits several at a time.
 
         Returns:
             The answer to come. `cancel()` takes what no batch holds yet out of the queue. It fails
@@ -139,9 +140,12 @@ class ScoringService:
         if unknown is not None:
             given.choice("unknown", unknown, get_args(Unknown))
         given.check()
-        with self._entering():
-            self._admit()
-            return self._submit(query, ids, top_n, timeout_s, unknown, began)
+        self._enter()
+        try:
+            check_load(self.worker.load(), self.options)
+            return self._submit(query, ids, top_n, timeout_s, unknown, began, wake=wake)
+        finally:
+            self._leave()
 
     async def rank(self, query: str, candidates: Iterable[str] | Int64, **options: Any) -> Answer:
         """Rank candidates without blocking the event loop; cancelling the task drops the request.
@@ -149,6 +153,10 @@ class ScoringService:
         Args and Raises: as `submit`, and what its future fails with.
         """
         return await asyncio.wrap_future(self.submit(query, candidates, **options))
+
+    def wake(self) -> None:
+        """Begin with what was submitted with `wake=False`."""
+        self.worker.wake()
 
     def load(self) -> Load:
         """Return what there is to do."""
@@ -243,7 +251,9 @@ class ScoringService:
         timeout_s: float | None,
         unknown: Unknown | None,
         began: float,
+        *,
         urgent: bool = False,
+        wake: bool = True,
     ) -> Future[Answer]:
         """Let checked arguments wait."""
         queries = self.reranker.tokenizer([query])
@@ -272,31 +282,24 @@ class ScoringService:
         if not num_pairs:  # none of them is in the store
             future.set_result(job.answer(self.reranker.labels[-1]))
             return future
-        self.worker.add(job)
+        self.worker.add(job, wake=wake)
         return future
 
-    @contextmanager
-    def _entering(self) -> Iterator[None]:
-        """Count a request that is not in the queue yet, so that `close` can wait for it."""
-        with self._entered:
-            self._num_entering += 1
-        try:
-            self.worker.check_open()
-            yield
-        finally:
-            with self._entered:
-                self._num_entering -= 1
-                if not self._num_entering:
-                    self._entered.notify_all()
+    def _enter(self) -> None:
+        """Count a request that is not in the queue yet, so that `close` can wait for it.
 
-    def _admit(self) -> None:
-        """Raise OverloadedError where what waits takes longer than may be."""
-        load = self.load()
-        if load.wait_s > self.options.max_wait_s:
-            raise OverloadedError(
-                f"{load.num_pairs:,} pairs wait, which take {load.wait_s:.1f} s",
-                load.wait_s - self.options.max_wait_s,
-            )
+        Raises:
+            EngineError: the service is closed; there is nothing to leave.
+        """
+        with self._entered:
+            self.worker.check_open()
+            self._num_entering += 1
+
+    def _leave(self) -> None:
+        with self._entered:
+            self._num_entering -= 1
+            if not self._num_entering:
+                self._entered.notify_all()
 
     def _find(self, candidates: list[str] | Int64, unknown: Unknown) -> Candidates:
         """Return the candidates' rows."""
@@ -305,7 +308,7 @@ class ScoringService:
         if not candidates:
             raise RequestError("there are no candidates, expected one id or more")
         asked = Candidates.find(self.reranker.store, candidates, "skip")
-        if unknown == "error" and (asked.position < 0).any():
+        if unknown == "error" and asked.position.min() < 0:
             missing = np.flatnonzero(asked.position < 0).tolist()
             raise UnknownIdsError([(i, candidates[i]) for i in missing])
         return asked
@@ -339,9 +342,12 @@ class ScoringService:
     def _probe_score(self, rows: Int64, timeout_s: float) -> float:
         num_batches = self.worker.num_batches
         try:
-            with self._entering():
+            self._enter()
+            try:
                 now = perf_counter()
                 future = self._submit(PROBE_QUERY, rows, None, timeout_s, None, now, urgent=True)
+            finally:
+                self._leave()
             answer = future.result(timeout_s)
         except (StoppedError, FutureTimeoutError, CancelledError) as late:
             is_busy = self.worker.num_batches > num_batches  # slow, and no sign of death

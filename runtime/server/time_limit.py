@@ -1,8 +1,71 @@
-"""A block that may take so long and no longer."""
+"""Limits of time: many of one length for the price of one, and blocks that may take so long."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Cancellable(Protocol):
+    """What `call_later` gives."""
+
+    def cancel(self) -> None:
+        """Let it not be called."""
+
+
+class Timer:
+    """One call that is due."""
+
+    __slots__ = ("call", "due")
+
+    def __init__(self, due: float, call: Callable[[], object]):
+        self.due = due
+        self.call: Callable[[], object] | None = call
+
+    def cancel(self) -> None:
+        """Let it not be called."""
+        self.call = None
+
+
+class Timers:
+    """`call_later` of one event loop for a few lengths of time, almost all of them cancelled.
+
+    Timers of one length are due in the order they were started, so that a queue and one timer of
+    the loop do; the loop's own cost more than reading a request's body. One loop at a time; the
+    timers of an earlier one are forgotten, as it has ended.
+    """
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._queues: dict[float, deque[Timer]] = {}
+
+    def call_later(self, seconds: float, call: Callable[[], object]) -> Timer:
+        """Call `call` in so many seconds, one of a few lengths that come again and again."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop, self._queues = loop, {}
+        queue = self._queues.setdefault(seconds, deque())
+        timer = Timer(loop.time() + seconds, call)
+        if not queue:
+            loop.call_later(seconds, self._due, loop, queue)
+        while len(queue) > 1 and queue[1].call is None:
+            del queue[1]  # the first one stays: for it the loop's timer runs
+        queue.append(timer)
+        return timer
+
+    def _due(self, loop: asyncio.AbstractEventLoop, queue: deque[Timer]) -> None:
+        """Call what is due, and come again for the next."""
+        now = loop.time()
+        try:
+            while queue and (queue[0].call is None or queue[0].due <= now):
+                call = queue.popleft().call
+                if call is not None:
+                    call()
+        finally:
+            if queue:
+                loop.call_later(max(0.0, queue[0].due - now), self._due, loop, queue)
 
 
 class TimeLimit:
@@ -11,8 +74,9 @@ class TimeLimit:
     As `asyncio.timeout`, which Python 3.10 lacks, for a third of its cost.
     """
 
-    def __init__(self, seconds: float):
-        self._seconds = seconds
+    def __init__(self, seconds: float, timers: Timers | None = None):
+        """`timers`: to use, where limits of this length come again and again."""
+        self._seconds, self._timers = seconds, timers
         self.expired = False
 
     def __enter__(self) -> TimeLimit:
@@ -23,7 +87,10 @@ class TimeLimit:
             self.expired = True
             task.cancel()
 
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, expire)
+        call_later: Callable[..., Cancellable] = (
+            asyncio.get_running_loop() if self._timers is None else self._timers
+        ).call_later
+        self._timer = call_later(self._seconds, expire)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:

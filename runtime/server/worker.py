@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import InvalidStateError
 from contextlib import suppress
+from functools import partial
 from math import inf
 from time import monotonic, perf_counter
 
@@ -14,7 +16,7 @@ from ...errors import EdjeError, EngineError, StoppedError
 from ..pipeline import Request, Scored
 from ..reranker import Reranker
 from ..text import TokenizedQueries
-from .answers import Waiting
+from .answers import Answer, Waiting
 from .limits import Load
 from .scheduler import Scheduler, Share
 
@@ -53,8 +55,11 @@ class Worker:
         for thread in self._threads:
             thread.start()
 
-    def add(self, job: Waiting) -> None:
+    def add(self, job: Waiting, *, wake: bool = True) -> None:
         """Let a request wait; its future is kept or fails whatever happens.
+
+        Args:
+            wake: begin now; False: `wake` will be called.
 
         Raises:
             EngineError: the worker is closed.
@@ -63,8 +68,14 @@ class Worker:
             self.check_open()
             self._unanswered.add(job)
             self._scheduler.add(job)
+            if wake:
+                self._changed.notify()
+        job.future.add_done_callback(partial(self._forget, job))
+
+    def wake(self) -> None:
+        """Begin with what was added."""
+        with self._changed:
             self._changed.notify()
-        job.future.add_done_callback(lambda _: self._forget(job))
 
     def load(self) -> Load:
         """Return what there is to do."""
@@ -101,6 +112,8 @@ class Worker:
                     if self._closing and not self._unanswered:
                         return
                     self._changed.wait()
+                elif self._scheduler.num_pairs:
+                    self._changed.notify()  # there is work for the other thread, too
             for job in late:
                 _fail(job, _too_late(job))
             if shares:
@@ -130,14 +143,14 @@ class Worker:
         if self.on_batch is not None:
             self.on_batch(scored, len(scored.scores))
         first = 0
-        for job, start, stop in shares:
-            pairs = slice(first, first + stop - start)
-            first = pairs.stop
-            with self._changed:  # another batch of the same request may end now
-                job.take_in(start, scored, pairs)
-                done = job.num_scored == job.num_pairs
-            if done:
-                self._answer(job)
+        done = []
+        with self._changed:  # another batch of the same requests may end now
+            for job, start, stop in shares:
+                job.take_in(start, scored, slice(first, first + stop - start))
+                first += stop - start
+                if job.num_scored == job.num_pairs:
+                    done.append(job)
+        self._answer(done)
 
     def _score(self, shares: list[Share[Waiting]]) -> Scored:
         """Score the pairs of several requests together."""
@@ -179,17 +192,19 @@ class Worker:
                 self._scored_pairs = self._scored_pairs * kept + num_pairs
                 self._scored_s = self._scored_s * kept + max(seconds, 1e-6)
 
-    def _answer(self, job: Waiting) -> None:
-        label = self._reranker.labels[0 if job.alone else -1]
-        try:
-            answer = job.answer(label)
-        except Exception as error:
-            _fail(job, error)
-            return
-        with suppress(Exception):  # cancelled meanwhile
-            job.future.set_result(answer)
+    def _answer(self, jobs: list[Waiting]) -> None:
+        """Rank what was scored; all callers are woken at the end, for they wait for the GIL."""
+        answers: list[tuple[Waiting, Answer]] = []
+        for job in jobs:
+            try:
+                answers.append((job, job.answer(self._reranker.labels[0 if job.alone else -1])))
+            except Exception as error:
+                _fail(job, error)
+        for job, answer in answers:
+            with suppress(InvalidStateError):  # cancelled meanwhile
+                job.future.set_result(answer)
 
-    def _forget(self, job: Waiting) -> None:
+    def _forget(self, job: Waiting, _: object) -> None:
         """A request is answered, failed or cancelled: nothing of it shall be scored any more."""
         with self._changed:
             num_left = job.num_left

@@ -23,9 +23,6 @@ from .records import BadRecord, ReadPlan, RecordBatch, Records
 
 # Records appended since the last merge are found through a dict; past this they are merged.
 MAX_FRESH = 1 << 16
-# Below so many records a binary search is faster than a bucket and the few steps behind it: 13 us
-# against 25 for 100 ids.
-_SMALL = 1 << 16
 
 
 class _Ids(NamedTuple):
@@ -118,6 +115,9 @@ class _Table:
 
     def locations(self, places: Int64) -> Int64:
         """Return int64 [N] row handles of places."""
+        if len(self.segments) == 2:  # one segment, and the end
+            alone: Int64 = places + np.array(self.segments.item(0) << ROW_BITS)
+            return alone
         at = np.searchsorted(self.edges[1:], places, side="right")
         return (self.segments[at] << ROW_BITS) | (places - self.edges[at])
 
@@ -160,14 +160,20 @@ class _Table:
 
     def find(self, digests: UInt64) -> Int64:
         """Return int64 [N] places of the live records with these digests [N, 2]; -1 for none."""
-        highs, lows = digests[:, 0].astype(np.uint64), digests[:, 1].astype(np.uint64)
-        found = np.full(len(lows), -1, np.int64)
+        highs, lows = np.ascontiguousarray(digests.T, np.uint64)
         if not self.num_live:
-            return found
-        if self.num_live < _SMALL:
-            at = np.searchsorted(self.keys, lows)
-        else:
-            at = self.buckets[lows >> self.shift].astype(np.int64)
+            return np.full(len(lows), -1, np.int64)
+        # No `searchsorted`: it lets go of the interpreter's lock, for which other threads wait.
+        at = self.buckets[lows >> self.shift].astype(np.int64)
+        while (behind := self.keys[at] < lows).any():
+            at += behind
+        places = self.order[np.minimum(at, self.num_live - 1)].astype(np.int64)
+        hit = (self.keys[at] == lows) & (self.highs[places] == highs) & self.live[places]
+        return places if hit.all() else self._search(highs, lows, at)
+
+    def _search(self, highs: UInt64, lows: UInt64, at: Int64) -> Int64:
+        """Do what `find` does, from `at` on: some keys are not here, or share their low half."""
+        found = np.full(len(lows), -1, np.int64)
         todo = np.arange(len(lows))
         while len(todo):
             keys = self.keys[at]
@@ -241,13 +247,17 @@ class RecordIndex:
         with self._lock:
             table, fresh_rows = self._table, self._fresh_rows
         places = table.find(digests_of(ids))
-        found = np.full(len(ids), -1, np.int64)
         known = places >= 0
-        found[known] = table.locations(places[known])
+        if known.all():  # the usual case
+            found = table.locations(places)
+        else:
+            found = np.full(len(ids), -1, np.int64)
+            found[known] = table.locations(places[known])
         if fresh_rows:
             newer = np.fromiter((fresh_rows.get(i, -1) for i in ids), np.int64, len(ids))
             found = np.where(newer >= 0, newer, found)
-        return found, [ids[at] for at in np.flatnonzero(found < 0).tolist()]
+        unknown = [] if known.all() else np.flatnonzero(found < 0).tolist()
+        return found, [ids[at] for at in unknown]
 
     def plan(self, rows: Int64) -> ReadPlan:
         """Return how to read `rows` int64 [N] in the order they lie on disk.

@@ -55,7 +55,7 @@ def result(**changed):
         "capacity": {"served_pairs_per_s": 95.0, "direct_pairs_per_s": 100.0, "share": 0.95},
         "loads": {"0.5": {**load, "of_capacity": 0.5}, "10": load},
         "fairness": {"batches_waited": [1, 2, 1], "batches_of_5000": 20},
-        "front": {"100": {"cpu_us": 140.0, "pairs_per_cpu_s": 700_000}},
+        "front": {"100": {"cpu_us": 140.0, "cpu_us_alone": 300.0, "pairs_per_cpu_s": 700_000}},
         **changed,
     }
 
@@ -68,6 +68,7 @@ def test_what_holds_names_no_fault():
     ("changed", "fault"),
     [
         ({"capacity": {"share": 0.7}}, "70% of rank"),
+        ({"front": {"100": {"cpu_us": 160.0}}}, "the front takes 160 us at 100"),
         ({"fairness": {"batches_waited": [4, 5, 3]}}, "waited [4, 5, 3] batches"),
     ],
 )

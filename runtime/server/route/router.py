@@ -88,6 +88,7 @@ class RoutingService:
         timeout_s: float | None = None,
         unknown: Unknown | None = None,
         partial: bool = False,
+        wake: bool = True,
     ) -> Future[Answer]:
         """Send a query's candidates to the shards that hold them; return at once.
 
@@ -96,6 +97,7 @@ class RoutingService:
             top_n: how many hits to return; None: all.
             timeout_s, unknown: None: as the service's options say.
             partial: an answer without shards that are down will do; it names them.
+            wake: there is nothing to wake: each request is sent by itself.
 
         Returns:
             The answer to come. `cancel()` closes the connections to the shards, which then drop
@@ -135,6 +137,9 @@ class RoutingService:
             return answer
 
         return self._start(run(), len(ids))
+
+    def wake(self) -> None:
+        """Do nothing: what was submitted has begun."""
 
     def load(self) -> Load:
         """Return what is on its way to the shards; what waits there they know themselves."""

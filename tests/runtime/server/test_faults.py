@@ -473,3 +473,32 @@ def ended(client: socket.socket, seconds: float = 3.0) -> bool:
         except OSError:
             return True
     return False
+
+
+def test_an_overload_is_told_in_the_words_of_who_asked(engine, store):
+    """The body is not decoded then, but for dialects whose refusals read otherwise."""
+    with running(Settings(engine, store, service=ServiceOptions(max_wait_s=0.0))) as server:
+        check(server.ask("/rerank", ask_for("red", EVERY)), "red", EVERY)
+        set_mood(engine, "sleep 0.1")
+        with ThreadPoolExecutor(1) as pool:
+            held = pool.submit(server.ask, "/rerank", ask_for("red", EVERY))
+            while not server.host.service.load().num_pairs:
+                time.sleep(0.001)
+            asked: dict[str, tuple[str, dict[str, Any]]] = {
+                "cohere": ("/rerank", ask_for("red", EVERY)),
+                "tei": ("/rerank", {"query": "red", "texts": EVERY}),
+                "voyage": ("/rerank", ask_for("red", EVERY, truncation=True)),
+                "nvidia": ("/ranking", {"query": {"text": "red"}, "passages": []}),
+            }
+            for dialect, (path, body) in asked.items():
+                reply = server.ask(path, body)
+                assert reply.status == 429
+                assert reply.headers["retry-after"] == "1"
+                told = reply.json()
+                is_sentence = dialect in ("tei", "voyage")
+                assert told["message"] == (told["error"] if is_sentence else told["detail"])
+                assert isinstance(told["error"], str) is is_sentence
+                counted = f'edje_requests_total{{dialect="{dialect}",status="429"}}'
+                assert server.metric(counted) == 1
+            check(held.result(), "red", EVERY)
+        assert server.metric('edje_refusals_total{reason="overloaded"}') == 4
