@@ -2,8 +2,7 @@
 
 They multiply unsigned by signed bytes. Without VNNI they add two such products in 16 bits: up to
 2 * 255 * 127, where 32,767 fit, and what is too much is cut off unnoticed. Weights of 7 bits (63 at
-most) stay below. Larger ones are stored unsigned for such a CPU: kernels for two unsigned bytes
-add in 32 bits from the start.
+most) stay below; larger ones are refused for such a CPU.
 
 ONNX Runtime makes signed activations unsigned itself, but where several products read one value
 (query, key and value) it gives up and multiplies in float32. Full size, 16 pairs, one core with
@@ -43,7 +42,8 @@ def write_for_x86(graph: Path, out: Path, *, has_vnni: bool) -> None:
         has_vnni: whether the CPU adds int8 products in 32 bits.
 
     Raises:
-        EngineError: scales found while running that cover only a part of a row.
+        EngineError: weights whose sums overflow there, or scales found while running that cover
+            only a part of a row.
     """
     import onnx
 
@@ -69,7 +69,7 @@ class _Fitter:
                 zeros = self._array(item.input[2])
                 self._set(item.input[2], np.full(zeros.shape, ZERO_POINT, np.uint8))
             elif item.op_type == "DequantizeLinear" and item.input[0] in self._weights:
-                self._fit_weight(*item.input)
+                self._check_weight(item.input[0])
         nodes = [new for item in graph.node for new in self._fitted(item)]
         read = {name for item in nodes for name in item.input}
         weights = [weight for name, weight in self._weights.items() if name in read]
@@ -78,12 +78,15 @@ class _Fitter:
         graph.initializer.extend(weights)
         self._model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
 
-    def _fit_weight(self, stored: str, scales: str, zeros: str) -> None:
-        """Store a weight unsigned where its sums would not fit."""
-        values = self._array(stored)
+    def _check_weight(self, name: str) -> None:
+        """Refuse a weight whose sums would not fit."""
+        values = self._array(name)
         if values.dtype == np.int8 and not (self._has_vnni or weights_fit_16_bits(values)):
-            self._set(stored, (values.astype(np.int16) + ZERO_POINT).astype(np.uint8))
-            self._set(zeros, np.full(self._array(zeros).shape, ZERO_POINT, np.uint8))
+            raise EngineError(
+                f"{name} holds {np.abs(values.astype(np.int16)).max()}, and sums of its products "
+                "overflow on a CPU without VNNI",
+                hint="weights of 7 bits, 63 at most, do not",
+            )
 
     def _fitted(self, item: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         """Yield what takes a node's place: nothing for what a dynamic pass added."""
@@ -124,7 +127,7 @@ class _Fitter:
         flat, one = f"{scales}.of_rows", self._constant("one", np.float32(1))
         self._set(flat, by_output[0])
         self._set(zeros, np.zeros(by_output.shape[1], np.int8))
-        self._fit_weight(stored, flat, zeros)
+        self._check_weight(stored)
         inputs = [rows, stored, one, flat, self._zero_point(), zeros]
         product = self._node("MatMulIntegerToFloat", path, inputs, domain=_DOMAIN)
         product.name = item.name

@@ -172,11 +172,12 @@ class DynamicScales(Scheme):
 
     def facts(self) -> dict[str, object]:
         """Return what a plan says of weights and activations."""
-        precision, block = self._precision, self.scales.block
-        per = f"token and {block} columns"
+        block = self.scales.block
+        weight, token = f"output channel and {block} inputs", f"token and {block} columns"
+        found = f"one scale per {token}, found while running"
         return {
-            "weights": f"{self.weights}, symmetric, one scale per output channel and {block} inputs",
-            "activations": f"{precision}, symmetric, one scale per {per}, found while running",
+            "weights": f"{self.weights}, symmetric, one scale per {weight}",
+            "activations": f"{self._precision}, symmetric, {found}",
             "never_quantized": dict(self.scales.never),
         }
 
