@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from ..arrays import Float32
+from ..arrays import Float32, even_parts
 from ..bundle import JOINT_ENCODER, ModelSizes
 from ..errors import EngineError
-from ..machine import is_x86, thread_limit
+from ..machine import is_x86, whole_cores
 from .contract import OUTPUT, Batch, BuildJob, BuildOptions, Engine, HostEngine, OpenOptions
 from .cpu import compute_type as compute_type
 from .cpu import cpu_features, option_fault, pairs_per_forward, why_no_vnni
@@ -86,19 +87,41 @@ def build(job: BuildJob) -> Mapping[str, Any]:
 
 def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine:
     """Open the graph with every fusion on."""
-    settings = _session_options(options.num_threads, options.backend_settings)
-    session = _session(folder / MODEL, settings)
-    return OnnxRuntimeEngine(manifest, session, pairs_per_forward(options.num_threads))
+    session = _session(folder / MODEL, _session_options(options.backend_settings))
+    return OnnxRuntimeEngine(manifest, session, options.num_threads or whole_cores())
 
 
 class OnnxRuntimeEngine(HostEngine):
-    """Binds the caller's arrays as they lie: nothing is copied in or out."""
+    """Binds the caller's arrays as they lie: nothing is copied in or out.
 
-    def __init__(self, manifest: EngineManifest, session: ort.InferenceSession, most_pairs: int):
-        super().__init__(manifest, pairs_per_forward=most_pairs)
+    Every thread scores pairs of its own, instead of all threads sharing each node, where all wait
+    (and burn their time waiting) for the slowest. Full size, 32 pairs, two cores that others used,
+    too: 388 instead of 632 ms in int8, 535 instead of 682 in float32, and of CPU time 232 instead
+    of 391 ms, and 529 instead of 685 (1.32.0).
+    """
+
+    def __init__(self, manifest: EngineManifest, session: ort.InferenceSession, num_threads: int):
+        super().__init__(manifest, pairs_per_forward=pairs_per_forward(num_threads))
         self._session: ort.InferenceSession | None = session
+        self._num_threads = num_threads
+        self._threads = ThreadPoolExecutor(max(1, num_threads - 1), "edje-onnxruntime")
 
     def _infer(self, batch: Batch, scores: Float32) -> None:
+        first, *others = even_parts(len(batch), -(-len(batch) // self._num_threads))
+        started: list[Future[None]] = []
+        try:
+            for pairs in others:
+                part, found = batch.part(pairs), scores[pairs]
+                started.append(self._threads.submit(self._score, part, found))
+            self._score(batch.part(first), scores[first])
+        except RuntimeError as error:
+            raise EngineError("the engine is closed") from error
+        finally:  # whatever happened, none may still read or write the caller's arrays
+            wait(started)
+        for done in started:
+            done.result()
+
+    def _score(self, batch: Batch, scores: Float32) -> None:
         session = self._session
         if session is None:
             raise EngineError("the engine is closed")
@@ -117,12 +140,13 @@ class OnnxRuntimeEngine(HostEngine):
 
     def close(self) -> None:
         self._session = None
+        self._threads.shutdown()
 
 
-def _session_options(num_threads: int | None, settings: Mapping[str, str]) -> ort.SessionOptions:
+def _session_options(settings: Mapping[str, str]) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
-    options.intra_op_num_threads = num_threads or thread_limit(sees_affinity=False) or 0
+    options.intra_op_num_threads = 1  # a forward's own thread
     for name, value in settings.items():
         options.add_session_config_entry(name, value)
     return options
