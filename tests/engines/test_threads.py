@@ -50,7 +50,7 @@ def test_onnxruntime_scores_a_part_on_every_thread_of_the_quota(
         return forward(session, binding)
 
     monkeypatch.setattr(Session, "run_with_iobinding", watched)
-    pairs = PAIRS[:16]  # what one thread takes in one forward
+    pairs = PAIRS[:8]  # what one thread takes in one forward
     scores = run(engine, official_pairs.batch(pairs, 15))
     assert started == [1]
     pairs_a_thread = -(-len(pairs) // (threads or whole_cores()))
