@@ -30,7 +30,7 @@ PRECISIONS = ("fp32", "int8")
 # with static scales and with one a row: full size, 16 pairs, one core, 1.32.0.
 STATIC_COST, ROW_COST = 0.53, 0.56
 # It keeps more between its nodes than OpenVINO. CPU time a pair, full size, one core of an AMD EPYC
-# with 1 MB L2, int8 and float32: 6.5 and 16.8 ms at 8 pairs, 7.1 and 17.6 at 16, 7.6 and 20.1 at 32.
+# with 1 MB L2, int8 and float32: 6.5 and 16.8 ms at 8 pairs, 7.1 and 17.6 at 16 (32: 7.6, 20.1).
 PAIRS_PER_THREAD = 8
 _ERRORS_ONLY = 3  # ORT's severity scale; its warnings at open are not for our users
 
