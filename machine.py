@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -220,6 +220,15 @@ def usable_cores(root: Path = ROOT) -> int:
     return _quota_cores(root) or _affine_cores()
 
 
+def whole_cores(root: Path = ROOT) -> int:
+    """Return how many threads of arithmetic can work at once: as `usable_cores`, whole cores only.
+
+    The two threads of a core share its arithmetic units.
+    """
+    cores = len({_siblings(root, number) for number in _affine_numbers()})
+    return min(cores, _quota_cores(root) or cores)
+
+
 def thread_limit(*, sees_affinity: bool, root: Path = ROOT) -> int | None:
     """Return how many threads a library must be told to start, None where it counts right itself.
 
@@ -242,9 +251,21 @@ def _quota_cores(root: Path) -> int | None:
 
 
 def _affine_cores() -> int:
+    return len(_affine_numbers())
+
+
+def _affine_numbers() -> Collection[int]:
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return os.sched_getaffinity(0)
+    return range(os.cpu_count() or 1)
+
+
+def _siblings(root: Path, number: int) -> str:
+    """Return what the threads of one core have in common; its own number where nobody tells."""
+    topology = root / f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list"
+    with suppress(OSError):
+        return topology.read_text("ascii").strip()
+    return str(number)
 
 
 def memory_bytes(root: Path = ROOT) -> int:

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from .. import machine
 from ..machine import BFLOAT16, FLOAT, INT8, cpu_model, is_x86
 from ..machine import usable_cores as usable_cores
@@ -27,17 +30,25 @@ FEATURES_OF_PRECISION: Mapping[str, tuple[str, ...]] = {
 PAIRS_PER_THREAD = 16
 
 
-def why_no_int8() -> str | None:
-    """Return why int8 products would be wrong on this CPU, None where they are right.
+def why_no_vnni() -> str | None:
+    """Return why signed weights of 8 bits would overflow on this CPU, None where they cannot.
 
-    x86 without VNNI adds pairs of byte products in 16 bits, which overflow unnoticed. Others have
-    no such instruction; without a dot product they are only slow.
+    x86 without VNNI adds pairs of byte products in 16 bits: an unsigned and a signed byte give up
+    to 255 * 127, and two of those are too many, unnoticed. With weights of 7 bits they are not
+    (`weights_fit_16_bits`). Others have no such instruction; without a dot product they are only
+    slow.
     """
     if not is_x86() or _VNNI & set(cpu_features("int8")):
         return None
     if _VNNI & set(machine.hidden_features()):
         return f"{machine.FEATURES_LIMIT} keeps this CPU's VNNI from use: sums of int8 overflow"
     return "this CPU has neither AVX512_VNNI nor AVX_VNNI nor AMX_INT8: sums of int8 overflow"
+
+
+def weights_fit_16_bits(weights: npt.NDArray[np.int8]) -> bool:
+    """Tell whether no two products of unsigned bytes and `weights` add up to more than 16 bits."""
+    largest = np.abs(weights.astype(np.int16)).max(initial=0)
+    return bool(2 * 255 * int(largest) <= np.iinfo(np.int16).max)
 
 
 def why_no_bf16() -> str | None:

@@ -26,22 +26,27 @@ class Scales:
             search weighs ways by it.
         block: columns that share a dynamic scale. The last block of a row may be shorter.
         never: parts of a layer (`attention_output`) that are not quantised, each with its reason.
+        weight_bits: bits of an int8 weight, its sign included: 8, or 7 where the CPU adds pairs of
+            byte products in 16 bits.
     """
 
     kind: str = STATIC
     cost: float = 0.5
     block: int = BLOCK
     never: Mapping[str, str] = field(default_factory=lambda: NOTHING, hash=False)
+    weight_bits: int = 8
 
     @property
     def words(self) -> str:
-        """Tell ways apart in a manifest: `static`, `dynamic, 128 columns`."""
-        return self.kind if self.kind == STATIC else f"{self.kind}, {self.block} columns"
+        """Tell ways apart in a manifest: `static`, `dynamic, 128 columns, 7-bit weights`."""
+        way = self.kind if self.kind == STATIC else f"{self.kind}, {self.block} columns"
+        return way if self.weight_bits == 8 else f"{way}, {self.weight_bits}-bit weights"
 
     @property
     def key(self) -> str:
         """Tell graphs made by different ways apart, in a file's name."""
-        return "-".join([self.kind, f"{self.cost:g}", f"{self.block}", *self.never])
+        numbers = f"{self.cost:g}", f"{self.block}", f"{self.weight_bits}"
+        return "-".join([self.kind, *numbers, *self.never])
 
 
 ONLY_STATIC = (Scales(),)

@@ -67,7 +67,8 @@ ONLINE = MAY_IMPORT.keys() - {"export", "demo", "demo.training", "perf"}
 FRONT_DOORS = {PACKAGE, f"{PACKAGE}.engines"}
 MOST_UNDER_RERANKER = 36
 OFFLINE_LIBRARIES = {"torch", "transformers", "onnx", "onnxscript"}
-PASSES = (f"{PACKAGE}.engines.precision", f"{PACKAGE}.engines.shallow")
+# What changes graphs when an engine is built, and imports onnx then.
+PASSES = tuple(f"{PACKAGE}.engines.{name}" for name in ("precision", "shallow", "onnxruntime_int8"))
 # `ScoringService` and what it stands on: embedding it needs no HTTP library.
 SERVICE = {
     f"{PACKAGE}.runtime.server{name}"

@@ -74,6 +74,18 @@ def test_cores_that_the_process_may_not_run_on_do_not_count(root, monkeypatch):
     assert machine.thread_limit(sees_affinity=False, root=root) == 3
 
 
+@pytest.mark.usefixtures("eight_cores")
+def test_the_two_threads_of_a_core_are_one_whole_core(root):
+    assert machine.whole_cores(root) == 8  # nobody tells which belong together
+    for number in range(8):
+        topology = root / f"sys/devices/system/cpu/cpu{number}/topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(f"{number % 4},{number % 4 + 4}\n")
+    assert machine.whole_cores(root) == 4
+    (root / "sys/cpu.max").write_text("250000 100000")
+    assert machine.whole_cores(root) == 3
+
+
 def test_memory_is_the_containers_where_it_may_take_less(root):
     assert machine.available_memory_bytes(root) == 6 * GIB
     assert machine.memory_bytes(root) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -41,7 +41,15 @@ from ...bundle import (
 from ..scales import BLOCK
 from .float8 import round_to_float8
 from .graph import Graph, node, with_inputs
-from .lower import LARGEST, ONNX_TYPES, Linear, find_linears, numpy_type, round_to
+from .lower import (
+    LARGEST,
+    ONNX_TYPES,
+    Linear,
+    find_linears,
+    largest_weight,
+    numpy_type,
+    round_to,
+)
 
 # Blocks of smaller values are zeros to every compute type; scales stay normal float32 numbers.
 LEAST = 1e-30
@@ -60,6 +68,7 @@ def quantize_dynamic(
     keep: Collection[str] = (),
     never: Collection[str] = (),
     block: int = BLOCK,
+    weight_bits: int = 8,
 ) -> Graph:
     """Return the graph with all `dynamic_linears` quantised but those of the layer groups `keep`.
 
@@ -67,9 +76,10 @@ def quantize_dynamic(
         precision: `int8` or `fp8` (E4M3).
         never: parts of a layer that are not quantised, as `attention_output`.
         block: columns that share a scale; a last block may be shorter.
+        weight_bits: bits of an int8 weight, its sign included.
     """
     new = graph.replaced([])
-    writer = _Writer(new, precision, block)
+    writer = _Writer(new, precision, block, largest_weight(precision, weight_bits))
     linears = dynamic_linears(graph, never)
     chosen = {linear.name: linear for linear in linears if linear.group not in keep}
     for item in graph.nodes:
@@ -87,9 +97,9 @@ def quantize_dynamic(
 class _Writer:
     """Adds the nodes and weights of this form to a graph, for each value and weight once."""
 
-    def __init__(self, graph: Graph, precision: str, block: int):
+    def __init__(self, graph: Graph, precision: str, block: int, largest_weight: float):
         self._graph, self._precision, self._block = graph, precision, block
-        self._largest = LARGEST[precision]
+        self._largest, self._largest_weight = LARGEST[precision], largest_weight
         self._done: dict[str, str] = {}
 
     def activation(self, value: str, path: str, columns: int) -> str:
@@ -123,10 +133,10 @@ class _Writer:
         values = self._graph.array(name)
         starts = np.arange(0, len(values), self._block)
         amax = np.maximum.reduceat(np.abs(values), starts, axis=0)
-        scales = (np.maximum(amax, np.float32(LEAST)) / self._largest).astype(np.float32)
+        scales = (np.maximum(amax, np.float32(LEAST)) / self._largest_weight).astype(np.float32)
         block_of_row = np.arange(len(values)) // self._block
         kind = numpy_type(self._precision)
-        stored = round_to(values / scales[block_of_row], kind, self._largest)
+        stored = round_to(values / scales[block_of_row], kind, self._largest_weight)
         quantized = self._graph.set_weight(f"{name}.{QUANTIZED}", stored)
         by_block = self._graph.set_weight(f"{name}.{SCALES}", scales)
         rows = self._constant(f"block_of_row.{len(values)}", block_of_row)

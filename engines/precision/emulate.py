@@ -17,7 +17,7 @@ from ...bundle import DEQUANTIZED
 from ...errors import EngineError
 from ...machine import thread_limit
 from ..contract import OUTPUT, Batch
-from ..cpu import why_no_int8
+from ..cpu import weights_fit_16_bits, why_no_vnni
 from .float8 import round_to_float8
 from .graph import Graph, node, with_inputs
 from .lower import ONNX_TYPES, find_linears
@@ -33,7 +33,7 @@ class Run(Protocol):
 
 
 _FLOAT32 = ONNX_TYPES["float32"]
-_FLOAT8 = 17
+_INT8, _FLOAT8 = 3, 17
 _LOW = (ONNX_TYPES["float16"], ONNX_TYPES["bfloat16"])
 # They move values and never round.
 _MOVES = ("Reshape", "Transpose", "Gather", "Split", "Squeeze", "Unsqueeze", "Concat")
@@ -103,8 +103,16 @@ def scorer(graph: Graph) -> Callable[[Batch], Float32]:
 
     In float32 where int8 sums would overflow on this CPU: that is no fault of the graph.
     """
-    run = runner(emulated(graph, fold_int8=why_no_int8() is not None))
+    run = runner(emulated(graph, fold_int8=why_no_vnni() is not None and not _fits(graph)))
     return lambda batch: run(batch)[0]
+
+
+def _fits(graph: Graph) -> bool:
+    """Tell whether all int8 weights are so small that their sums overflow nowhere."""
+    stored = {item.input[0] for item in graph.nodes if item.op_type == "DequantizeLinear"}
+    weights = (graph.weights[name] for name in stored if name in graph.weights)
+    names = (weight.name for weight in weights if weight.data_type == _INT8)
+    return all(weights_fit_16_bits(graph.array(name)) for name in names)
 
 
 def _value_types(graph: Graph) -> dict[str, int]:

@@ -162,6 +162,11 @@ def _staying(graph: Graph) -> set[str]:
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 
 
+def largest_weight(precision: str, weight_bits: int = 8) -> float:
+    """Return the largest |weight| stored: in `weight_bits` of them, sign included, for int8."""
+    return 2.0 ** (weight_bits - 1) - 1 if precision == "int8" else LARGEST[precision]
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
     """One matrix product that can be quantised.
@@ -195,6 +200,7 @@ def quantize(
     *,
     keep: Collection[str] = (),
     scale_type: str = "float32",
+    weight_bits: int = 8,
 ) -> Graph:
     """Return the graph with Q/DQ around every linear but those of the layer groups `keep`.
 
@@ -203,9 +209,10 @@ def quantize(
         amax: the largest |activation| that is still exact, for every linear's input value.
         scale_type: type that the scales will have in the end; values are rounded to it here, so
             that lowering the graph does not move them.
+        weight_bits: bits of an int8 weight, its sign included.
     """
     new = graph.replaced([])
-    writer = _Writer(new, precision, np.dtype(scale_type))
+    writer = _Writer(new, precision, np.dtype(scale_type), weight_bits)
     chosen = {linear.name: linear for linear in find_linears(graph) if linear.group not in keep}
     for item in graph.nodes:
         linear = chosen.get(linear_of(item.name)) if item.op_type == "MatMul" else None
@@ -220,10 +227,11 @@ def quantize(
 class _Writer:
     """Adds quantisers to a graph, each once."""
 
-    def __init__(self, graph: Graph, precision: str, scale_type: np.dtype[Any]):
+    def __init__(self, graph: Graph, precision: str, scale_type: np.dtype[Any], weight_bits: int):
         self._graph = graph
         self._type = numpy_type(precision)
         self._largest = LARGEST[precision]
+        self._largest_weight = largest_weight(precision, weight_bits)
         self._per_channel = precision == "int8"
         self._scale_type = scale_type
         self._done: dict[str, str] = {}
@@ -235,7 +243,7 @@ class _Writer:
             # A node of the layers, whatever it reads: the passes that follow go by names.
             if layer_of(path) is None:
                 path = f"/{layer_path(0)}{path}"
-            scale, zero = self._parameters(path, self._scale(np.float32(amax)))
+            scale, zero = self._parameters(path, self._scale(np.float32(amax), self._largest))
             quantized, output = f"{value}.{QUANTIZED}", f"{value}.{DEQUANTIZED}"
             self._graph.nodes += [
                 node("QuantizeLinear", [value, scale, zero], quantized, f"{path}/QuantizeLinear"),
@@ -247,8 +255,9 @@ class _Writer:
     def weight(self, item: onnx.NodeProto, name: str) -> str:
         """Store a weight quantised and add its DQ; return the dequantised value."""
         values = self._graph.array(name)
-        scale = self._scale(np.abs(values).max(axis=0 if self._per_channel else None))
-        stored = round_to(values / scale.astype(np.float32), self._type, self._largest)
+        amax = np.abs(values).max(axis=0 if self._per_channel else None)
+        scale = self._scale(amax, self._largest_weight)
+        stored = round_to(values / scale.astype(np.float32), self._type, self._largest_weight)
         path = f"/{path_of_node(item.name)}"
         quantized = self._graph.set_weight(f"{name}.{QUANTIZED}", stored)
         inputs = [quantized, *self._parameters(f"{path}/weight", scale)]
@@ -258,10 +267,10 @@ class _Writer:
         self._graph.nodes.append(node("DequantizeLinear", inputs, output, path, **axis))
         return output
 
-    def _scale(self, amax: npt.ArrayLike) -> Array:
+    def _scale(self, amax: npt.ArrayLike, largest: float) -> Array:
         """Return the scale; a channel of zeros gets the smallest that is not zero."""
         least = np.finfo(self._scale_type).smallest_subnormal
-        scale: Array = np.maximum(np.asarray(amax) / self._largest, least)
+        scale: Array = np.maximum(np.asarray(amax) / largest, least)
         return scale.astype(self._scale_type)
 
     def _parameters(self, path: str, scale: Array) -> tuple[str, str]:

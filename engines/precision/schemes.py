@@ -20,7 +20,7 @@ from .calibrate import (
 from .dynamic import dynamic_linears, quantize_dynamic
 from .emulate import Switches
 from .graph import Graph
-from .lower import Linear, find_linears, quantize
+from .lower import Linear, find_linears, largest_weight, quantize
 
 PLAIN, SMOOTHED = "plain", "smoothed"
 # Where scales are found while running a multiplication more is free, and channels that stand out a
@@ -76,6 +76,15 @@ class Scheme(ABC):
         saved = sum(self._work[linear.name] for linear in self._linears if linear.group not in keep)
         return 1 - (1 - self.scales.cost) * saved / sum(self._work.values())
 
+    @property
+    def weights(self) -> str:
+        """What weights are stored in, in words."""
+        bits = self.scales.weight_bits
+        if self._precision != "int8" or bits == 8:
+            return self._precision
+        most = largest_weight(self._precision, bits)
+        return f"{self._precision} of {bits} bits (-{most:.0f} to {most:.0f})"
+
     def _taken(self, seen: Mapping[str, Activations]) -> Mapping[str, Activations]:
         return seen
 
@@ -120,7 +129,7 @@ class StaticScales(Scheme):
         precision = self._precision
         per = "output channel" if precision == "int8" else "tensor"
         return {
-            "weights": f"{precision}, symmetric, one scale per {per}",
+            "weights": f"{self.weights}, symmetric, one scale per {per}",
             "activations": f"{precision}, symmetric, one scale per tensor",
         }
 
@@ -132,13 +141,21 @@ class StaticScales(Scheme):
         """Return the graph with all layer groups quantised but `keep`, the rest in float32."""
         graph, seen = self._forms[form]
         amax = amax_by(method, seen, self._precision)
-        return quantize(graph, self._precision, amax, keep=keep, scale_type=self._scale_type)
+        return quantize(
+            graph,
+            self._precision,
+            amax,
+            keep=keep,
+            scale_type=self._scale_type,
+            weight_bits=self.scales.weight_bits,
+        )
 
     def switches(self, form: str, method: str) -> Switches:
         """Return the graph whose layer groups can be switched, in a form."""
         graph, seen = self._forms[form]
         amax = amax_by(method, seen, self._precision)
-        return Switches(graph, quantize(graph, self._precision, amax))
+        bits = self.scales.weight_bits
+        return Switches(graph, quantize(graph, self._precision, amax, weight_bits=bits))
 
 
 class DynamicScales(Scheme):
@@ -155,11 +172,12 @@ class DynamicScales(Scheme):
 
     def facts(self) -> dict[str, object]:
         """Return what a plan says of weights and activations."""
-        precision, block = self._precision, self.scales.block
-        per = f"token and {block} columns"
+        block = self.scales.block
+        weight, token = f"output channel and {block} inputs", f"token and {block} columns"
+        found = f"one scale per {token}, found while running"
         return {
-            "weights": f"{precision}, symmetric, one scale per output channel and {block} inputs",
-            "activations": f"{precision}, symmetric, one scale per {per}, found while running",
+            "weights": f"{self.weights}, symmetric, one scale per {weight}",
+            "activations": f"{self._precision}, symmetric, {found}",
             "never_quantized": dict(self.scales.never),
         }
 
@@ -173,7 +191,14 @@ class DynamicScales(Scheme):
         """Return the graph with all layer groups quantised but `keep`, the rest in float32."""
         never, block = self.scales.never, self.scales.block
         graph = self._form(form, keep)
-        return quantize_dynamic(graph, self._precision, keep=keep, never=never, block=block)
+        return quantize_dynamic(
+            graph,
+            self._precision,
+            keep=keep,
+            never=never,
+            block=block,
+            weight_bits=self.scales.weight_bits,
+        )
 
     def switches(self, form: str, method: str) -> Switches:
         """Return the graph whose layer groups can be switched, in a form."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capabilities import needs_int8
+from capabilities import needs_openvino_int8
 from edje.bundle import JOINT_ENCODER, BundleManifest
 from edje.engines import openvino as ov
 from edje.engines.builder.build import build_engine
@@ -26,7 +26,7 @@ from edje.errors import EngineError
 
 GROUP = 32  # what divides the fixture's 32 and 64 columns
 PAIRS = [(caption, image) for caption in range(5) for image in range(12)]
-pytestmark = needs_int8
+pytestmark = needs_openvino_int8
 
 
 @pytest.fixture(scope="module")

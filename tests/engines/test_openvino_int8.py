@@ -9,17 +9,18 @@ import numpy as np
 import openvino
 import pytest
 
-from capabilities import needs_int8
-from edje.bundle import BundleManifest
+from capabilities import needs_openvino_int8
+from edje.bundle import JOINT_ENCODER, BundleManifest
 from edje.engines import cpu
 from edje.engines import onnxruntime as ort
 from edje.engines import openvino as ov
 from edje.engines.builder.build import build_engine
 from edje.engines.builder.options import EngineOptions
 from edje.engines.contract import INPUTS
-from edje.engines.manifest import EngineManifest
+from edje.engines.manifest import EngineManifest, Profile
 from edje.engines.openvino import fit_to_x86
 from edje.engines.openvino_core import openvino_core
+from edje.engines.precision.prepare import Recipe, prepare_graph
 from edje.engines.registry import open_engine
 from edje.engines.samples import RandomSamples, int8_batch
 from edje.errors import EngineError
@@ -40,6 +41,16 @@ def int8_engines(tiny_bundle: Path, tmp_path_factory) -> dict[str, Path]:
     return {backend: root / backend for backend in ("openvino", "onnxruntime")}
 
 
+@pytest.fixture(scope="module")
+def int8_graph(tiny_bundle: Path, tmp_path_factory) -> Path:
+    """The graph that both are built from."""
+    graph, bundle = tmp_path_factory.mktemp("graph") / "int8.onnx", BundleManifest.read(tiny_bundle)
+    samples = RandomSamples(bundle, num_queries=2, num_candidates=8)
+    recipe = Recipe("int8", "float32", calibration=samples)
+    prepare_graph(tiny_bundle / JOINT_ENCODER, graph, recipe, bundle, Profile(64, (63,)))
+    return graph
+
+
 def kinds(model: openvino.Model) -> Counter[str]:
     return Counter(
         f"{node.get_type_name()} {node.output(0).get_element_type().get_type_name()}"
@@ -48,7 +59,7 @@ def kinds(model: openvino.Model) -> Counter[str]:
     )
 
 
-@needs_int8
+@needs_openvino_int8
 def test_both_libraries_give_the_same_int8_scores(int8_engines, official_pairs, run):
     pairs = [(caption, image) for caption in range(5) for image in range(12)]
     scores = {}
@@ -64,13 +75,12 @@ def test_both_libraries_give_the_same_int8_scores(int8_engines, official_pairs, 
         assert np.corrcoef(found, expected)[0, 1] > 0.99
 
 
-@needs_int8
-def test_fitting_changes_no_score_but_for_rounding(int8_engines, official_pairs):
+@needs_openvino_int8
+def test_fitting_changes_no_score_but_for_rounding(int8_graph, official_pairs):
     core = openvino_core()
     batch = official_pairs.batch([(0, image) for image in range(12)], 63)
     feed = {name: getattr(batch, name) for name in INPUTS}
-    graph = int8_engines["onnxruntime"] / ort.MODEL
-    plain, fitted = core.read_model(graph), core.read_model(graph)
+    plain, fitted = core.read_model(int8_graph), core.read_model(int8_graph)
     fit_to_x86(fitted)
     scores = [
         core.compile_model(model, "CPU", {ov.PRECISION_KEY: "f32"})(feed)["scores"]
@@ -79,13 +89,13 @@ def test_fitting_changes_no_score_but_for_rounding(int8_engines, official_pairs)
     assert np.abs(scores[0] - scores[1]).max() < ROUNDING
 
 
-@needs_int8
+@needs_openvino_int8
 @pytest.mark.skipif(not cpu.is_x86(), reason="the graph is fitted to x86 only")
 def test_fitted_activations_are_unsigned_and_keys_transposed_in_the_product(
-    int8_engines, built_engines
+    int8_graph, int8_engines, built_engines
 ):
     core = openvino_core()
-    plain = kinds(core.read_model(int8_engines["onnxruntime"] / ort.MODEL))
+    plain = kinds(core.read_model(int8_graph))
     fitted = kinds(core.read_model(int8_engines["openvino"] / ov.MODEL))
     quantizers = plain["FakeQuantize f32"]
     assert quantizers == fitted["FakeQuantize f32"] == 2 * 4 + 1  # the CLS row has its own
@@ -106,7 +116,7 @@ def test_fitted_activations_are_unsigned_and_keys_transposed_in_the_product(
     assert int8 < float32, "weights are stored in one byte"
 
 
-@needs_int8
+@needs_openvino_int8
 def test_a_product_that_does_not_run_in_int8_is_refused(int8_engines, built_engines):
     plan = EngineManifest.read(int8_engines["openvino"]).precision_plan
     quantized = ov.quantized_products(plan)
@@ -123,7 +133,7 @@ def test_a_product_that_does_not_run_in_int8_is_refused(int8_engines, built_engi
         ov.check_precision(float32, "f32", quantized)
 
 
-@needs_int8
+@needs_openvino_int8
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_int8_tokens_are_read_with_their_scales(
@@ -145,22 +155,24 @@ def test_int8_tokens_are_read_with_their_scales(
     assert np.corrcoef(scores, official_pairs.expected(pairs))[0, 1] > 0.99
 
 
-@pytest.mark.parametrize("module", [ov, ort])
 @pytest.mark.parametrize(
-    ("architecture", "features", "runs"),
+    ("architecture", "features", "runs_in"),
     [
-        ("x86_64", ("avx2", "fma", "avx512_vnni"), True),
-        ("AMD64", ("avx2", "fma", "avx_vnni"), True),
-        ("x86_64", ("avx2", "fma", "avx512f"), False),
-        ("x86_64", (), False),
-        ("aarch64", ("asimd",), True),
+        ("x86_64", ("avx2", "fma", "avx512_vnni"), {ov, ort}),
+        ("AMD64", ("avx2", "fma", "avx_vnni"), {ov, ort}),
+        ("x86_64", ("avx2", "fma", "avx512f"), {ort}),
+        ("x86_64", (), set()),
+        ("aarch64", ("asimd",), {ov, ort}),
     ],
 )
-def test_int8_is_refused_where_its_sums_overflow(monkeypatch, module, architecture, features, runs):
+def test_int8_is_refused_where_it_would_be_wrong_or_slow(
+    monkeypatch, architecture, features, runs_in
+):
     monkeypatch.setattr(cpu.platform, "machine", lambda: architecture)
     monkeypatch.setattr("edje.machine.cpu_features", lambda: features)
-    reason = module.why_not("int8")
-    assert (reason is None) == runs
-    assert runs or "VNNI" in reason
+    reasons = {module: module.why_not("int8") for module in (ov, ort)}
+    assert {module for module, reason in reasons.items() if reason is None} == runs_in
+    assert all("VNNI" in reason for reason in reasons.values() if reason is not None)
     monkeypatch.setattr("edje.machine.hidden_features", lambda: ("avx512_vnni",))
-    assert runs or "EDJE_CPU_FEATURES keeps this CPU's VNNI from use" in module.why_not("int8")
+    if ov not in runs_in:
+        assert "EDJE_CPU_FEATURES keeps this CPU's VNNI from use" in ov.why_not("int8")

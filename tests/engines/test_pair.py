@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from capabilities import needs_int8
 from edje.bundle import BundleManifest
 from edje.engines.builder.build import build_engine
 from edje.engines.builder.options import EngineOptions
 from edje.engines.builder.pair import WANTED, best_pair
 from edje.engines.builder.trial import Trial
-from edje.engines.cpu import why_no_int8
 from edje.engines.manifest import EngineManifest
 from edje.engines.samples import RandomSamples
 from edje.errors import EngineError
@@ -51,7 +51,7 @@ def test_a_first_engine_is_no_result():
     assert best_pair({FIRST: first(100.0, 0.1), PRECISE: trial(None, refused="no")}) is None
 
 
-@pytest.mark.skipif(why_no_int8() is not None, reason=why_no_int8() or "")
+@needs_int8
 def test_the_builder_writes_both_or_says_that_one_is_enough(tiny_bundle, tmp_path):
     samples = RealSamples(BundleManifest.read(tiny_bundle), 4, 24)
     out, before = tmp_path / "engine", tmp_path / "first"

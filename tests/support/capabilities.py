@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from edje.engines.cpu import why_no_int8
+from edje.engines.registry import load_backend
 
-needs_int8 = pytest.mark.skipif(why_no_int8() is not None, reason=str(why_no_int8()))
+
+def _needs_int8(backend: str) -> pytest.MarkDecorator:
+    reason = load_backend(backend).why_not("int8")
+    return pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
+needs_int8 = _needs_int8("onnxruntime")
+needs_openvino_int8 = _needs_int8("openvino")

@@ -5,12 +5,12 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 
+from capabilities import needs_int8
 from edje.bundle import JOINT_ENCODER, BundleManifest
 from edje.engines.builder.build import build_engine
 from edje.engines.builder.cache import cached_engine
 from edje.engines.builder.options import EngineOptions
 from edje.engines.contract import OpenOptions
-from edje.engines.cpu import why_no_int8
 from edje.engines.fidelity import engine_scorer
 from edje.engines.manifest import EngineManifest, rebuild_command
 from edje.engines.precision.emulate import runner
@@ -75,7 +75,7 @@ def test_the_number_of_layers_can_be_chosen_by_measuring(deep_bundle, tmp_path, 
     assert "--layers auto" in rebuild_command(manifest.to_json(), tmp_path)
 
 
-@pytest.mark.skipif(why_no_int8() is not None, reason=why_no_int8() or "")
+@needs_int8
 def test_eight_bits_and_few_layers(deep_bundle, tmp_path, samples):
     manifest = build(deep_bundle, tmp_path / "engine", samples, precision="int8", layers=2)
     quantized = manifest.precision_plan["quantized"]
