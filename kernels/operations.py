@@ -8,18 +8,14 @@ outside an array, and what an index outside its table touches becomes NaN.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import numpy as np
 
 from ..arrays import DeviceArray
 from .device.contract import Stream
 from .launch import (
     KernelLibrary,
     array_faults,
-    bounds_faults,
     choice_faults,
     raise_faults,
     rows_faults,
@@ -27,11 +23,7 @@ from .launch import (
 )
 from .variants import (
     ASSEMBLE_COLUMNS,
-    MAX_SCORES,
-    TOP_K_BLOCK,
-    TOP_K_SIZES,
     assemble_name,
-    top_k_names,
 )
 
 
@@ -178,84 +170,6 @@ class Assemble:
             yield from array_faults(name, array, dtype, (max(num_pairs, *array.shape),))
         if not 0 < num_pairs * num_slots < 2**31 - 8:
             yield f"pairs: got {num_pairs} of {num_slots} slots, expected 1 to 2^31 slots together"
-
-
-class TopK:
-    """`references.top_k` on the device, for at most `max_k` of at most 65,536 scores."""
-
-    def __init__(self, library: KernelLibrary, *, max_k: int):
-        """Load the kernels.
-
-        Args:
-            max_k: 1 to 1,024; 128 or fewer take kernels of their own.
-
-        Raises:
-            EngineError: `max_k` is out of range, or no kernel for this GPU.
-        """
-        raise_faults("top_k", bounds_faults("max_k", max_k, TOP_K_SIZES[-1]))
-        self._size = min(size for size in TOP_K_SIZES if size >= max_k)
-        blocks, merge = top_k_names(self._size)
-        self._blocks, self._merge = library.kernel(blocks), library.kernel(merge)
-
-    def num_keys(self, num_scores: int) -> int:
-        """Return how many int64 of working memory `num_scores` scores need."""
-        return -(-num_scores // TOP_K_BLOCK) * self._size
-
-    def enqueue(
-        self,
-        scores: DeviceArray,
-        keys: DeviceArray,
-        indices: DeviceArray,
-        values: DeviceArray,
-        *,
-        stream: Stream,
-    ) -> None:
-        """Find the k best scores, best first, in the order of `stream`; returns at once.
-
-        The arrays belong to the caller and must live until the stream has passed.
-
-        Args:
-            scores: float32 [P], 1 <= P <= 65,536; NaN comes last.
-            keys: int64, at least `num_keys(P)`, on 16 bytes: working memory, overwritten.
-            indices, values: int32 and float32 [k], k <= P: indices and scores, written.
-
-        Raises:
-            EngineError: arrays that do not fit (all faults at once).
-        """
-        raise_faults("top_k", self._faults(scores, keys, indices, values))
-        num_blocks = -(-scores.shape[0] // TOP_K_BLOCK)
-        self._blocks.launch(
-            stream,
-            num_blocks,
-            scores=scores.address,
-            keys=keys.address,
-            num_scores=scores.shape[0],
-        )
-        self._merge.launch(
-            stream,
-            1,
-            scores=scores.address,
-            keys=keys.address,
-            indices=indices.address,
-            values=values.address,
-            num_blocks=num_blocks,
-            k=indices.shape[0],
-        )
-
-    def _faults(
-        self, scores: DeviceArray, keys: DeviceArray, indices: DeviceArray, values: DeviceArray
-    ) -> Iterator[str]:
-        yield from array_faults("scores", scores, "float32", (math.prod(scores.shape),))
-        yield from array_faults("indices", indices, "int32", (math.prod(indices.shape),))
-        yield from array_faults("values", values, "float32", indices.shape)
-        num_scores = math.prod(scores.shape)
-        yield from bounds_faults("scores", num_scores, MAX_SCORES)
-        yield from bounds_faults("k", math.prod(indices.shape), min(self._size, num_scores))
-        if keys.dtype != np.int64 or math.prod(keys.shape) < self.num_keys(num_scores):
-            yield (
-                f"keys: got {keys.dtype} {list(keys.shape)}, expected int64 with at least "
-                f"{self.num_keys(num_scores)} values"
-            )
 
 
 def _table_faults(

@@ -16,16 +16,10 @@ SOURCES = (
     "quantize.py",
     "score.py",
     "shallow_score.py",
-    "top_k.py",
 )
 # Of a gather or scatter, 8 kB a program: four loads of 16 bytes in flight in each of 128 threads.
 COPY_VECTORS = 512
-# Candidates that one program sorts. Twice as many double the cubins and save little: the blocks
-# run at once, and merging 32 of them takes microseconds.
-TOP_K_BLOCK = 2048
-TOP_K_SIZES = (128, 1024)
 ASSEMBLE_COLUMNS = (512, 1024)
-MAX_SCORES = 65_536
 
 
 def gather_name(token_dtype: str, row_dtype: str) -> str:
@@ -43,11 +37,6 @@ def assemble_name(token_dtype: str, out_dtype: str, columns: int) -> str:
     return f"assemble_{token_dtype}_to_{out_dtype}_{columns}"
 
 
-def top_k_names(size: int) -> tuple[str, str]:
-    """Return the names of the two kernels that find the best `size`."""
-    return f"top_k_blocks_{size}", f"top_k_merge_{size}"
-
-
 def all_variants() -> tuple[Variant, ...]:
     """Return every kernel that is built, in a fixed order."""
     return (
@@ -59,7 +48,6 @@ def all_variants() -> tuple[Variant, ...]:
             for out in ("float16", "bfloat16")
             for columns in ASSEMBLE_COLUMNS
         ),
-        *(variant for size in TOP_K_SIZES for variant in _top_k(size)),
         *(variant for dtype in ACTIVATIONS for variant in layer_variants(dtype)),
         *eight_bit_variants(),
     )
@@ -122,26 +110,3 @@ def _assemble(token_dtype: str, out_dtype: str, columns: int) -> Variant:
     name = assemble_name(token_dtype, out_dtype, columns)
     num_warps = 4 if columns == ASSEMBLE_COLUMNS[0] else 8  # with 4, long rows spill
     return Variant(name, "assemble", "assemble", tuple(parameters), constants, num_warps)
-
-
-def _top_k(size: int) -> tuple[Variant, Variant]:
-    blocks, merge = top_k_names(size)
-    scores = Parameter("scores", "*fp32")
-    select = [
-        scores,
-        Parameter("keys", "*i64", 16, written=True),
-        Parameter("num_scores", "i32"),
-    ]
-    finish = [
-        scores,
-        Parameter("keys", "*i64", 16),
-        Parameter("indices", "*i32", written=True),
-        Parameter("values", "*fp32", written=True),
-        Parameter("num_blocks", "i32"),
-        Parameter("k", "i32"),
-    ]
-    sizes: dict[str, int | None] = {"BLOCK": TOP_K_BLOCK, "K": size}
-    return (
-        Variant(blocks, "top_k", "top_k_blocks", tuple(select), sizes, num_warps=16),
-        Variant(merge, "top_k", "top_k_merge", tuple(finish), {"K": size}, num_warps=4),
-    )

@@ -10,15 +10,13 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edje.kernels import references
-from edje.kernels.operations import Assemble, DeviceEmbeddings, TopK
+from edje.kernels.operations import Assemble, DeviceEmbeddings
 from edje.kernels.records import GatherTokens, ScatterTokens
 from edje.kernels.references import Embeddings
-from interpreted_kernels import Interpreter
 
 a_few = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -234,48 +232,3 @@ def test_indices_outside_their_tables_are_nan_and_touch_nothing_else(device: Any
     np.testing.assert_array_equal(is_nan, expected)
     right = references.assemble(ids[:1], lengths[:1], queries[:1], stored[0], rows[:1], embeddings)
     np.testing.assert_allclose(found[0], right[0], rtol=2.0**-11, atol=1e-4)
-
-
-SPECIAL = [0.0, -0.0, float("nan"), float("inf"), float("-inf"), 1.5, -1.5, 3.0e38, -1e-45]
-
-
-@settings(a_few, max_examples=40)
-@given(seed=st.integers(0, 2**32 - 1), num_scores=st.integers(1, 300), data=st.data())
-def test_top_k_in_small_blocks(
-    interpreted: Interpreter, seed: int, num_scores: int, data: st.DataObject
-) -> None:
-    rng = np.random.default_rng(seed)
-    array = rng.standard_normal(num_scores).astype(np.float32)
-    some = rng.random(num_scores) < data.draw(st.sampled_from([0.0, 0.2, 1.0]))
-    array[some] = rng.choice(np.array(SPECIAL, np.float32), some.sum())
-    k = data.draw(st.integers(1, min(16, num_scores)))
-    run, num_blocks = interpreted.run, -(-len(array) // 64)
-    select = {
-        "scores": array,
-        "keys": np.zeros((num_blocks, 16), np.int64),
-        "num_scores": len(array),
-    }
-    keys = run("top_k_blocks_128", num_blocks, select, BLOCK=64, K=16)["keys"]
-    finish = {"scores": array, "keys": keys, "num_blocks": num_blocks, "k": k}
-    finish |= {"indices": np.full(k, -7, np.int32), "values": np.zeros(k, np.float32)}
-    found = run("top_k_merge_128", 1, finish, K=16)
-    indices, values = references.top_k(array, k)
-    np.testing.assert_array_equal(found["indices"], indices)
-    np.testing.assert_array_equal(found["values"], values)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("num_scores", "k"), [(5000, 100), (3000, 1000)])
-def test_top_k_as_it_is_compiled(device: Any, num_scores: int, k: int) -> None:
-    rng = np.random.default_rng(k)
-    scores = rng.integers(-300, 300, num_scores).astype(np.float32)  # many ties
-    scores[rng.integers(0, num_scores, 50)] = rng.choice(np.array(SPECIAL, np.float32), 50)
-    top_k = TopK(device.library, max_k=k)
-    keys = np.zeros(top_k.num_keys(num_scores), np.int64)
-    indices, values = np.zeros(k, np.int32), np.zeros(k, np.float32)
-    arrays = map(device.memory, (scores, keys, indices, values))
-    top_k.enqueue(*arrays, stream=device.stream)
-    device.finish()
-    expected = references.top_k(scores, k)
-    np.testing.assert_array_equal(indices, expected[0])
-    np.testing.assert_array_equal(values, expected[1])
