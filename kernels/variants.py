@@ -88,11 +88,13 @@ def _copy(function: str, name: str, token_dtype: str, numbers: Parameter) -> Var
 
 def _assemble(token_dtype: str, out_dtype: str, columns: int) -> Variant:
     has_scales = token_dtype == "int8"
-    sizes = ("num_pairs", "num_queries", "text_slots", "num_tokens", "num_records", "vocab_size")
+    sizes = ("num_pairs", "num_queries", "text_slots", "num_tokens", "num_records", "num_fresh")
     parameters = [
         *(Parameter(name, "*i32") for name in ("text_ids", "text_length", "query_of_pair")),
         Parameter("tokens", f"*{ELEMENTS[token_dtype]}", 16),
         *([Parameter("scales", "*fp16")] if has_scales else []),
+        Parameter("fresh", f"*{ELEMENTS[token_dtype]}", 16),
+        *([Parameter("fresh_scales", "*fp16")] if has_scales else []),
         Parameter("rows", "*i32"),
         *(Parameter(name, "*fp32", 16) for name in ("words", "positions")),
         *(Parameter(name, "*fp32", 16) for name in ("norm_weight", "norm_bias")),
@@ -100,13 +102,14 @@ def _assemble(token_dtype: str, out_dtype: str, columns: int) -> Variant:
         Parameter("lengths", "*i32", written=True),
         Parameter("control", "*i64", written=True),
         Parameter("scores", "i64"),
-        *(Parameter(name, "i32") for name in (*sizes, "max_positions", "sep_id")),
+        *(Parameter(name, "i32") for name in (*sizes, "vocab_size")),
+        *(Parameter(name, "i32") for name in ("max_positions", "sep_id")),
         *(Parameter(name, "i32", 16) for name in ("hidden", "width")),
         Parameter("epsilon", "fp32"),
     ]
     constants: dict[str, int | None] = {"SLOTS": 4, "COLUMNS": columns}
     if not has_scales:
-        constants["scales"] = None
+        constants |= {"scales": None, "fresh_scales": None}
     name = assemble_name(token_dtype, out_dtype, columns)
     num_warps = 4 if columns == ASSEMBLE_COLUMNS[0] else 8  # with 4, long rows spill
     return Variant(name, "assemble", "assemble", tuple(parameters), constants, num_warps)

@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -145,9 +146,15 @@ def assembled(
     stored: tuple[np.ndarray, np.ndarray | None],
     rows: np.ndarray,
     out_dtype: str,
+    num_held: int | None = None,
 ) -> np.ndarray:
-    """Return what the kernel writes, as float32; the rest of its results are as they must be."""
+    """Return what the kernel writes, as float32; the rest of its results are as they must be.
+
+    Args:
+        num_held: records that lie in one place, the others being fresh; None: all of them.
+    """
     records, scales = stored
+    held, fresh = slice(num_held), slice(len(records) if num_held is None else num_held, None)
     hidden, num_pairs = records.shape[2], len(rows)
     num_slots, width = batch[0].shape[1] + records.shape[1] + 1, -(-hidden // 128) * 128
     out = np.full((num_pairs * num_slots + 2, width), 7, DTYPES[out_dtype])
@@ -162,14 +169,16 @@ def assembled(
     types = {"token_dtype": records.dtype.name, "out_dtype": out_dtype}
     Assemble(device.library, tables, **types, width=width).enqueue(
         *map(memory, batch),
-        memory(records),
+        memory(records[held].copy()),
         memory(rows),
         memory(out.view(np.uint16) if out_dtype == "bfloat16" else out),
         lengths=memory(lengths),
         control=memory(control),
         scores=(scores := memory(np.zeros(num_pairs, np.float32))),
         stream=device.stream,
-        scales=None if scales is None else memory(scales),
+        scales=None if scales is None else memory(scales[held].copy()),
+        fresh=None if num_held is None else memory(records[fresh].copy()),
+        fresh_scales=None if scales is None or num_held is None else memory(scales[fresh].copy()),
     )
     device.finish()
     assert control.tolist() == [scores.address, num_pairs]
@@ -193,6 +202,7 @@ ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # half a unit in the last
     num_tokens=st.integers(1, 9),
     hidden=st.sampled_from([16, 48, 384, 768]),
     num_pairs=st.integers(1, 5),
+    num_held=st.sampled_from([None, 1, 3]),
 )
 def test_assemble(
     device: Any,
@@ -202,17 +212,21 @@ def test_assemble(
     num_tokens: int,
     hidden: int,
     num_pairs: int,
+    num_held: int | None,
 ) -> None:
     rng = np.random.default_rng(seed)
     embeddings, batch = random_embeddings(rng, hidden), random_batch(rng, num_pairs)
     stored = tokens_of(rng, (4, num_tokens, hidden), token_dtype)
     rows = rng.integers(0, 4, num_pairs, dtype=np.int32)
-    found = assembled(device, embeddings, batch, stored, rows, out_dtype)
+    found = assembled(device, embeddings, batch, stored, rows, out_dtype, num_held)
     expected = references.assemble(*batch, stored[0], rows, embeddings, scales=stored[1])
     np.testing.assert_allclose(found, expected, rtol=ROUNDING[out_dtype], atol=1e-4)
 
 
-def test_indices_outside_their_tables_are_nan_and_touch_nothing_else(device: Any) -> None:
+@pytest.mark.parametrize("num_held", [None, 2])
+def test_indices_outside_their_tables_are_nan_and_touch_nothing_else(
+    device: Any, num_held: int | None
+) -> None:
     rng = np.random.default_rng(0)
     embeddings, stored = random_embeddings(rng, 16), tokens_of(rng, (4, 3, 16), "float16")
     ids = rng.integers(0, 50, (3, 8), dtype=np.int32)
@@ -221,7 +235,7 @@ def test_indices_outside_their_tables_are_nan_and_touch_nothing_else(device: Any
     queries = np.array([0, 1, 2, 3, -1, 0, 0], np.int32)
     rows = np.array([0, 1, 2, 3, 0, -1, 4], np.int32)
     batch = [ids, lengths, queries]
-    found = assembled(device, embeddings, batch, stored, rows, "float16")
+    found = assembled(device, embeddings, batch, stored, rows, "float16", num_held)
     is_nan = np.isnan(found).all(axis=2)
     assert (is_nan == np.isnan(found).any(axis=2)).all()
     expected = np.zeros((7, 12), bool)

@@ -243,6 +243,7 @@ def test_assemble_launches_a_program_for_four_slots(
     values = passed(launch, "assemble_int8_to_float16_512")
     sizes = ("num_pairs", "num_queries", "text_slots", "num_tokens", "num_records", "vocab_size")
     assert [values[name] for name in sizes] == [10, 2, 16, 64, 1000, 30522]
+    assert values["num_fresh"] == 0
     rest = ("max_positions", "sep_id", "hidden", "words", "scales", "rows", "hidden_states")
     assert [values[name] for name in rest] == [512, 102, 384, 1 << 20, 2 << 20, 1024, 2048]
     assert values["epsilon"] == np.float32(1e-12)
@@ -281,6 +282,8 @@ def test_tables_that_do_not_fit_are_named_at_once(library: KernelLibrary) -> Non
         ({"text_length": fake_memory(256, (3,), "int32")}, r"text_length: got int32 \[3\]"),
         ({"rows": fake_memory(256, (10,), "int64")}, "rows: got int64"),
         ({"scales": None}, "scales: got none"),
+        ({"fresh": fake_memory(16, (2, 64, 383), "int8")}, r"fresh: got int8 \[2, 64, 383\]"),
+        ({"fresh": fake_memory(16, (2, 64, 384), "int8")}, "fresh_scales: got none"),
         ({"hidden_states": fake_memory(16, (809, 384), "float16")}, r"hidden_states: got"),
         ({"hidden_states": fake_memory(16, (810, 384), "float32")}, r"expected float16"),
         ({"lengths": fake_memory(16, (9,), "int32")}, r"lengths: got int32 \[9\]"),
