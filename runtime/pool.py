@@ -259,13 +259,14 @@ class PooledTokens:
         self._num_pairs = len(rows)
         lacking = np.flatnonzero(positions == NOWHERE)
         self.num_hits, self.num_misses = len(rows) - len(lacking), len(lacking)
-        self._fresh_rows, asked = np.unique(rows[lacking], return_inverse=True)
-        if self._by_row:
-            positions[lacking] = self._pool.map.capacity + asked
         self._held.host(len(rows))[:] = positions
+        self._fresh_rows = NO_PAIRS
         if not len(lacking):
             return NONE_UNUSABLE
-        if not self._by_row:
+        self._fresh_rows, asked = np.unique(rows[lacking], return_inverse=True)
+        if self._by_row:
+            self._held.host(len(rows))[lacking] = self._pool.map.capacity + asked
+        else:
             asked_of_pair = self._asked.host(len(rows))
             asked_of_pair[:] = NOWHERE
             asked_of_pair[lacking] = asked
