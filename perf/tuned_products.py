@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -96,21 +96,21 @@ class TunedProduct(ABC):
         self._place, self._element, self._gelu = place, element, gelu
         self._num_in, self._num_out = num_in, num_out
         random = np.random.default_rng(0)
-        self._host = {
+        self._host: dict[str, Array] = {
             "bias": random.standard_normal(num_out).astype(np.float32),
             "control": np.array([0, place.num_pairs], np.int64),
             **self._drawn(random),
         }
         self._held = upload(place.device, self._host)
 
-    def check(self, tile: str) -> list[Call]:
+    def check(self, tile: str) -> Sequence[Call]:
         """Run a tile once; return its calls, one an input, each to be given a stream.
 
         Raises:
             EdjeError: its rows differ from the reference.
         """
-        calls = [partial(call, rows_per_pair=SLOTS, num_pairs=self._place.num_pairs)
-                 for call in self._calls(tile)]  # fmt: skip
+        sizes = {"rows_per_pair": SLOTS, "num_pairs": self._place.num_pairs}
+        calls = [partial(call, **sizes) for call in self._calls(tile)]
         calls[0](stream=self._place.stream)
         some = np.linspace(0, self._place.num_rows - 1, ROWS_COMPARED).astype(int)
         found, expected = self._found(some), self._expected(some)
@@ -136,7 +136,7 @@ class TunedProduct(ABC):
         """Return the host arrays beside the bias."""
 
     @abstractmethod
-    def _calls(self, tile: str) -> list[Call]:
+    def _calls(self, tile: str) -> Sequence[Call]:
         """Return what computes each input's rows by a tile."""
 
     @abstractmethod
@@ -173,7 +173,7 @@ class Product16(TunedProduct):
         arrays = {**inputs, "weight": spread(random, scaled, (self._num_out, self._num_in))}
         return {name: array.view(NUMPY_TYPES[self._element]) for name, array in arrays.items()}
 
-    def _calls(self, tile: str) -> list[Call]:
+    def _calls(self, tile: str) -> Sequence[Call]:
         place, held = self._place, self._held
         shape, kind = (place.num_rows, self._num_out), NUMPY_TYPES[self._element]
         self._outs = [place.device.memory(shape[0] * shape[1], kind) for _ in range(NUM_INPUTS)]
@@ -236,7 +236,7 @@ class Product8Bit(TunedProduct):
             found[f"{name}.scales"] = scales.astype(np.float32)
         return found
 
-    def _calls(self, tile: str) -> list[Call]:
+    def _calls(self, tile: str) -> Sequence[Call]:
         place, kind = self._place, KINDS[self._element]
         shape = place.num_rows, self._num_out
         types = np.dtype(kind.numpy if self._writes8 else WIDE), np.dtype(np.float32)
@@ -269,7 +269,8 @@ class Product8Bit(TunedProduct):
             return values.astype(np.float32)
         sizes = shape[0], shape[1] // UNIT
         scales = place.fetched(_view(self._scales, sizes), self._scales)[some]
-        return self._wide(values) * np.repeat(scales, UNIT, axis=1)
+        found: Float32 = self._wide(values) * np.repeat(scales, UNIT, axis=1)
+        return found
 
     def _expected(self, some: Array) -> Float32:
         host = self._host
