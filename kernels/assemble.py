@@ -19,6 +19,8 @@ def assemble(
     query_of_pair: tl.tensor,
     tokens: tl.tensor,
     scales: tl.tensor,
+    fresh: tl.tensor,
+    fresh_scales: tl.tensor,
     rows: tl.tensor,
     words: tl.tensor,
     positions: tl.tensor,
@@ -33,6 +35,7 @@ def assemble(
     text_slots: tl.int32,
     num_tokens: tl.int32,
     num_records: tl.int32,
+    num_fresh: tl.int32,
     vocab_size: tl.int32,
     max_positions: tl.int32,
     sep_id: tl.int32,
@@ -44,7 +47,9 @@ def assemble(
 ) -> None:
     """Embed `SLOTS` slots of the batch's P * (T + m + 1), `COLUMNS` >= `width` >= H values each.
 
-    An index outside its table makes the slot NaN; nothing outside the tables is read.
+    A pair's row is a record of `tokens`, or past those one of `fresh`: what a pool holds, and what
+    came with the batch. An index outside its table makes the slot NaN; nothing outside the tables
+    is read.
     """
     _hand_over(control, scores, num_pairs)
     num_slots = text_slots + num_tokens + 1
@@ -62,14 +67,19 @@ def assemble(
     word = tl.load(text_ids + query * text_slots + slot, mask=is_known & is_text, other=sep_id)
     row = tl.load(rows + pair, mask=is_real & is_visual, other=-1)
     position = tl.where(is_text, slot, length + token)
-    is_held = tl.where(is_visual, _is_inside(row, num_records), _is_inside(word, vocab_size))
+    num_rows = num_records + num_fresh
+    is_held = tl.where(is_visual, _is_inside(row, num_rows), _is_inside(word, vocab_size))
     is_known = is_known & _is_inside(position, max_positions) & is_held
     columns = tl.arange(0, COLUMNS)
     place = tl.where(is_text, 0, 1) * max_positions + position
     x = _table_rows(positions, place, is_known, columns, hidden)
     x += _table_rows(words, word, is_known & ~is_visual, columns, hidden)
-    stored = row.to(tl.int64) * num_tokens + token
-    x += _visual(tokens, scales, stored, is_known & is_visual, columns, hidden)
+    is_visual = is_known & is_visual
+    is_fresh = row >= num_records
+    record = tl.where(is_fresh, row - num_records, row)
+    stored = record.to(tl.int64) * num_tokens + token
+    x += _visual(tokens, scales, stored, is_visual & ~is_fresh, columns, hidden)
+    x += _visual(fresh, fresh_scales, stored, is_visual & is_fresh, columns, hidden)
     x = _layer_norm(x, norm_weight, norm_bias, columns, hidden, epsilon)
     x = tl.where(is_known[:, None], x, float("nan"))
     _store_rows(hidden_states, x, line, is_real, columns, hidden, width)

@@ -57,6 +57,7 @@ class Tile8(NamedTuple):
 TMA_TILES8 = {
     "64x128x128": Tile8(64, 128, 4, 3, TMA_CAPABILITIES),
     "128x64x128": Tile8(128, 64, 4, 3, ("9.0",)),  # on 10.0 it spills
+    "128x128x128": Tile8(128, 128, 8, 2, ("9.0",)),  # so does this, there and with a third stage
 }
 POINTER_TILES8 = {"64x128x128": Tile8(64, 128, 8, 3, COMPUTE_CAPABILITIES[:3])}
 

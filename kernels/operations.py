@@ -8,18 +8,14 @@ outside an array, and what an index outside its table touches becomes NaN.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import numpy as np
 
 from ..arrays import DeviceArray
 from .device.contract import Stream
 from .launch import (
     KernelLibrary,
     array_faults,
-    bounds_faults,
     choice_faults,
     raise_faults,
     rows_faults,
@@ -27,11 +23,7 @@ from .launch import (
 )
 from .variants import (
     ASSEMBLE_COLUMNS,
-    MAX_SCORES,
-    TOP_K_BLOCK,
-    TOP_K_SIZES,
     assemble_name,
-    top_k_names,
 )
 
 
@@ -102,6 +94,8 @@ class Assemble:
         scores: DeviceArray,
         stream: Stream,
         scales: DeviceArray | None = None,
+        fresh: DeviceArray | None = None,
+        fresh_scales: DeviceArray | None = None,
     ) -> None:
         """Write P pairs' hidden states, and what later steps ask of the batch; returns at once.
 
@@ -111,20 +105,23 @@ class Assemble:
             text_ids, text_length, query_of_pair: int32 [Q, T], [Q], [P], as in a batch.
             records: [R, m, H] of the token dtype, on 16 bytes: a store in device memory, or a
                 batch's own tokens.
-            rows: int32 [P], the record of each pair: 0, 1, ... for a batch's own tokens.
+            rows: int32 [P], the record of each pair: 0, 1, ... for a batch's own tokens; R + f is
+                record f of `fresh`.
             hidden_states: [at least P * (T + m + 1), width] of the output dtype, on 16 bytes,
                 written; bfloat16 may be called uint16.
             lengths: int32 [at least P], written: the text length of each pair.
             control: int64 [2], written: the address of `scores`, and P.
             scores: float32 [at least P]: where `Score` writes.
             scales: float16 [R, m], with int8 tokens and only with them.
+            fresh, fresh_scales: more records, [F, m, H] and [F, m]; None: there are no others.
 
         Raises:
             EngineError: arrays that do not fit (all faults at once).
         """
         batch = (text_ids, text_length, query_of_pair)
         results = (hidden_states, lengths, control, scores)
-        raise_faults("assemble", self._faults(batch, records, rows, results, scales))
+        faults = self._faults(batch, (records, scales), (fresh, fresh_scales), rows, results)
+        raise_faults("assemble", faults)
         (num_queries, text_slots), num_pairs = text_ids.shape, query_of_pair.shape[0]
         num_slots = num_pairs * (text_slots + records.shape[1] + 1)
         self._kernel.launch(
@@ -134,6 +131,7 @@ class Assemble:
             text_length=text_length.address,
             query_of_pair=query_of_pair.address,
             tokens=records.address,
+            fresh=(records if fresh is None else fresh).address,
             rows=rows.address,
             hidden_states=hidden_states.address,
             lengths=lengths.address,
@@ -144,19 +142,20 @@ class Assemble:
             text_slots=text_slots,
             num_tokens=records.shape[1],
             num_records=records.shape[0],
+            num_fresh=0 if fresh is None else fresh.shape[0],
             **self._constants,
-            **({} if scales is None else {"scales": scales.address}),
+            **_scale_addresses(scales, fresh_scales),
         )
 
     def _faults(
         self,
         batch: tuple[DeviceArray, DeviceArray, DeviceArray],
-        records: DeviceArray,
+        held: tuple[DeviceArray, DeviceArray | None],
+        fresh: tuple[DeviceArray | None, DeviceArray | None],
         rows: DeviceArray,
         results: tuple[DeviceArray, DeviceArray, DeviceArray, DeviceArray],
-        scales: DeviceArray | None,
     ) -> Iterator[str]:
-        ids, length, query_of_pair = batch
+        (ids, length, query_of_pair), (records, scales) = batch, held
         if (len(ids.shape), len(query_of_pair.shape), len(records.shape)) != (2, 1, 3):
             shapes = [ids.shape, query_of_pair.shape, records.shape]
             yield f"text_ids, query_of_pair, records: got {shapes}, expected [Q, T], [P], [R, m, H]"
@@ -169,7 +168,12 @@ class Assemble:
         shape = (num_records, num_tokens, self._hidden)
         yield from array_faults("records", records, self._token_dtype, shape)
         yield from array_faults("rows", rows, "int32", (num_pairs,))
-        yield from scales_faults("scales", scales, self._token_dtype == "int8", shape[:2])
+        has_scales = self._token_dtype == "int8"
+        yield from scales_faults("scales", scales, has_scales, shape[:2])
+        if fresh[0] is not None:
+            shape = (fresh[0].shape[0], *shape[1:])
+            yield from array_faults("fresh", fresh[0], self._token_dtype, shape)
+            yield from scales_faults("fresh_scales", fresh[1], has_scales, shape[:2])
         hidden_states, lengths, control, scores = results
         least = num_pairs * num_slots
         yield from rows_faults("hidden_states", hidden_states, self._out_dtype, least, self._width)
@@ -180,82 +184,11 @@ class Assemble:
             yield f"pairs: got {num_pairs} of {num_slots} slots, expected 1 to 2^31 slots together"
 
 
-class TopK:
-    """`references.top_k` on the device, for at most `max_k` of at most 65,536 scores."""
-
-    def __init__(self, library: KernelLibrary, *, max_k: int):
-        """Load the kernels.
-
-        Args:
-            max_k: 1 to 1,024; 128 or fewer take kernels of their own.
-
-        Raises:
-            EngineError: `max_k` is out of range, or no kernel for this GPU.
-        """
-        raise_faults("top_k", bounds_faults("max_k", max_k, TOP_K_SIZES[-1]))
-        self._size = min(size for size in TOP_K_SIZES if size >= max_k)
-        blocks, merge = top_k_names(self._size)
-        self._blocks, self._merge = library.kernel(blocks), library.kernel(merge)
-
-    def num_keys(self, num_scores: int) -> int:
-        """Return how many int64 of working memory `num_scores` scores need."""
-        return -(-num_scores // TOP_K_BLOCK) * self._size
-
-    def enqueue(
-        self,
-        scores: DeviceArray,
-        keys: DeviceArray,
-        indices: DeviceArray,
-        values: DeviceArray,
-        *,
-        stream: Stream,
-    ) -> None:
-        """Find the k best scores, best first, in the order of `stream`; returns at once.
-
-        The arrays belong to the caller and must live until the stream has passed.
-
-        Args:
-            scores: float32 [P], 1 <= P <= 65,536; NaN comes last.
-            keys: int64, at least `num_keys(P)`, on 16 bytes: working memory, overwritten.
-            indices, values: int32 and float32 [k], k <= P: indices and scores, written.
-
-        Raises:
-            EngineError: arrays that do not fit (all faults at once).
-        """
-        raise_faults("top_k", self._faults(scores, keys, indices, values))
-        num_blocks = -(-scores.shape[0] // TOP_K_BLOCK)
-        self._blocks.launch(
-            stream,
-            num_blocks,
-            scores=scores.address,
-            keys=keys.address,
-            num_scores=scores.shape[0],
-        )
-        self._merge.launch(
-            stream,
-            1,
-            scores=scores.address,
-            keys=keys.address,
-            indices=indices.address,
-            values=values.address,
-            num_blocks=num_blocks,
-            k=indices.shape[0],
-        )
-
-    def _faults(
-        self, scores: DeviceArray, keys: DeviceArray, indices: DeviceArray, values: DeviceArray
-    ) -> Iterator[str]:
-        yield from array_faults("scores", scores, "float32", (math.prod(scores.shape),))
-        yield from array_faults("indices", indices, "int32", (math.prod(indices.shape),))
-        yield from array_faults("values", values, "float32", indices.shape)
-        num_scores = math.prod(scores.shape)
-        yield from bounds_faults("scores", num_scores, MAX_SCORES)
-        yield from bounds_faults("k", math.prod(indices.shape), min(self._size, num_scores))
-        if keys.dtype != np.int64 or math.prod(keys.shape) < self.num_keys(num_scores):
-            yield (
-                f"keys: got {keys.dtype} {list(keys.shape)}, expected int64 with at least "
-                f"{self.num_keys(num_scores)} values"
-            )
+def _scale_addresses(scales: DeviceArray | None, fresh: DeviceArray | None) -> dict[str, int]:
+    """Return what the kernel takes beside int8 tokens; nothing beside others."""
+    if scales is None:
+        return {}
+    return {"scales": scales.address, "fresh_scales": (scales if fresh is None else fresh).address}
 
 
 def _table_faults(

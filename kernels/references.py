@@ -138,18 +138,6 @@ def assemble(
     return _layer_norm(slots, embeddings)
 
 
-def top_k(scores: Float32, k: int) -> tuple[Int32, Float32]:
-    """Return the places int32 [k] and values float32 [k] of the k best scores, best first.
-
-    Ties (0.0 and -0.0 too) keep the order of the scores; NaN comes last.
-
-    Args:
-        scores: float32 [P], P >= k.
-    """
-    places = np.argsort(-scores, kind="stable")[:k].astype(np.int32)
-    return places, scores[places]
-
-
 def _layer_norm(x: Float32, embeddings: Embeddings) -> Float32:
     x = x - x.mean(axis=-1, keepdims=True)
     variance = np.mean(x * x, axis=-1, keepdims=True)

@@ -16,16 +16,10 @@ SOURCES = (
     "quantize.py",
     "score.py",
     "shallow_score.py",
-    "top_k.py",
 )
 # Of a gather or scatter, 8 kB a program: four loads of 16 bytes in flight in each of 128 threads.
 COPY_VECTORS = 512
-# Candidates that one program sorts. Twice as many double the cubins and save little: the blocks
-# run at once, and merging 32 of them takes microseconds.
-TOP_K_BLOCK = 2048
-TOP_K_SIZES = (128, 1024)
 ASSEMBLE_COLUMNS = (512, 1024)
-MAX_SCORES = 65_536
 
 
 def gather_name(token_dtype: str, row_dtype: str) -> str:
@@ -43,11 +37,6 @@ def assemble_name(token_dtype: str, out_dtype: str, columns: int) -> str:
     return f"assemble_{token_dtype}_to_{out_dtype}_{columns}"
 
 
-def top_k_names(size: int) -> tuple[str, str]:
-    """Return the names of the two kernels that find the best `size`."""
-    return f"top_k_blocks_{size}", f"top_k_merge_{size}"
-
-
 def all_variants() -> tuple[Variant, ...]:
     """Return every kernel that is built, in a fixed order."""
     return (
@@ -59,7 +48,6 @@ def all_variants() -> tuple[Variant, ...]:
             for out in ("float16", "bfloat16")
             for columns in ASSEMBLE_COLUMNS
         ),
-        *(variant for size in TOP_K_SIZES for variant in _top_k(size)),
         *(variant for dtype in ACTIVATIONS for variant in layer_variants(dtype)),
         *eight_bit_variants(),
     )
@@ -100,11 +88,13 @@ def _copy(function: str, name: str, token_dtype: str, numbers: Parameter) -> Var
 
 def _assemble(token_dtype: str, out_dtype: str, columns: int) -> Variant:
     has_scales = token_dtype == "int8"
-    sizes = ("num_pairs", "num_queries", "text_slots", "num_tokens", "num_records", "vocab_size")
+    sizes = ("num_pairs", "num_queries", "text_slots", "num_tokens", "num_records", "num_fresh")
     parameters = [
         *(Parameter(name, "*i32") for name in ("text_ids", "text_length", "query_of_pair")),
         Parameter("tokens", f"*{ELEMENTS[token_dtype]}", 16),
         *([Parameter("scales", "*fp16")] if has_scales else []),
+        Parameter("fresh", f"*{ELEMENTS[token_dtype]}", 16),
+        *([Parameter("fresh_scales", "*fp16")] if has_scales else []),
         Parameter("rows", "*i32"),
         *(Parameter(name, "*fp32", 16) for name in ("words", "positions")),
         *(Parameter(name, "*fp32", 16) for name in ("norm_weight", "norm_bias")),
@@ -112,36 +102,14 @@ def _assemble(token_dtype: str, out_dtype: str, columns: int) -> Variant:
         Parameter("lengths", "*i32", written=True),
         Parameter("control", "*i64", written=True),
         Parameter("scores", "i64"),
-        *(Parameter(name, "i32") for name in (*sizes, "max_positions", "sep_id")),
+        *(Parameter(name, "i32") for name in (*sizes, "vocab_size")),
+        *(Parameter(name, "i32") for name in ("max_positions", "sep_id")),
         *(Parameter(name, "i32", 16) for name in ("hidden", "width")),
         Parameter("epsilon", "fp32"),
     ]
     constants: dict[str, int | None] = {"SLOTS": 4, "COLUMNS": columns}
     if not has_scales:
-        constants["scales"] = None
+        constants |= {"scales": None, "fresh_scales": None}
     name = assemble_name(token_dtype, out_dtype, columns)
     num_warps = 4 if columns == ASSEMBLE_COLUMNS[0] else 8  # with 4, long rows spill
     return Variant(name, "assemble", "assemble", tuple(parameters), constants, num_warps)
-
-
-def _top_k(size: int) -> tuple[Variant, Variant]:
-    blocks, merge = top_k_names(size)
-    scores = Parameter("scores", "*fp32")
-    select = [
-        scores,
-        Parameter("keys", "*i64", 16, written=True),
-        Parameter("num_scores", "i32"),
-    ]
-    finish = [
-        scores,
-        Parameter("keys", "*i64", 16),
-        Parameter("indices", "*i32", written=True),
-        Parameter("values", "*fp32", written=True),
-        Parameter("num_blocks", "i32"),
-        Parameter("k", "i32"),
-    ]
-    sizes: dict[str, int | None] = {"BLOCK": TOP_K_BLOCK, "K": size}
-    return (
-        Variant(blocks, "top_k", "top_k_blocks", tuple(select), sizes, num_warps=16),
-        Variant(merge, "top_k", "top_k_merge", tuple(finish), {"K": size}, num_warps=4),
-    )

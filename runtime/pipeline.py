@@ -148,7 +148,10 @@ class Pipeline:
         self._pool = pool
         self._streams = Streams(device) if streams is None else streams
         with device.current():
-            self._slots = [Slot(device, engine.manifest, pool) for _ in range(num_slots)]
+            self._slots = [
+                Slot(device, engine.manifest, pool, by_row=engine.reads_rows)
+                for _ in range(num_slots)
+            ]
         self._ring = SlotRing(self._slots)
         self._no_graphs = _why_no_graphs(device, wanted=graphs, exclusive=self._streams.exclusive)
         if self._no_graphs is None:

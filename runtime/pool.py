@@ -103,7 +103,8 @@ def plan_pool(
     shape = manifest.bundle.sizes.num_tokens, manifest.bundle.sizes.hidden
     dtype, each = manifest.token_dtype, record_bytes(shape, manifest.token_dtype)
     if max_bytes is None:
-        spare = num_slots * 2 * manifest.profile.max_pairs * each + engine.bytes_a_stream
+        of_a_pair = each if engine.reads_rows else 2 * each  # gathered ones lie there twice
+        spare = num_slots * manifest.profile.max_pairs * of_a_pair + engine.bytes_a_stream
         max_bytes = int((device.free_bytes() - spare) * SHARE_OF_FREE_BYTES)
     most, rows = max(0, max_bytes) // each, store.live_rows()
     listed = None if ids is None else np.unique(store.rows(ids))
@@ -172,9 +173,18 @@ class TokenPool:
             self._gather = GatherTokens(library, token_dtype=dtype, row_dtype="int32")
             self._scatter = ScatterTokens(library, token_dtype=dtype, place_dtype="int32")
 
-    def tokens_of_slot(self, max_pairs: int) -> PooledTokens:
-        """Allocate what one slot needs to bring batches of up to `max_pairs` together."""
-        return PooledTokens(self, max_pairs)
+    def tokens_of_slot(self, max_pairs: int, *, by_row: bool = False) -> PooledTokens:
+        """Allocate what one slot needs to bring batches of up to `max_pairs` together.
+
+        Args:
+            by_row: nothing is gathered: the engine reads the pool by row.
+        """
+        return PooledTokens(self, max_pairs, by_row=by_row)
+
+    @property
+    def held(self) -> Records:
+        """The memory: `capacity` records."""
+        return self._held
 
     def gather(self, positions: Any, out: Records, stream: Stream) -> None:
         """Copy the records at `positions` (int32 [P], -1: none) to their pairs, in stream order."""
@@ -220,18 +230,22 @@ class PooledTokens:
     """One slot's batch: held records are copied on the device, the others come from the store.
 
     A record that several pairs of the batch ask for is read and uploaded once. What was uploaded
-    sound is kept in the pool, if the pool takes it in.
+    sound is kept in the pool, if the pool takes it in. An engine that reads by row is told where
+    each pair's record lies instead, and nothing is copied for it.
 
     Attributes:
         num_hits, num_misses: pairs of the batch that the pool held, and that it lacked.
     """
 
-    def __init__(self, pool: TokenPool, max_pairs: int):
-        self._pool, device = pool, pool.device
+    def __init__(self, pool: TokenPool, max_pairs: int, *, by_row: bool = False):
+        self._pool, self._by_row, device = pool, by_row, pool.device
         self._fresh = StagedRecords(device, max_pairs, pool.shape, pool.dtype)
-        self._input = record_memory(device, max_pairs, pool.shape, pool.dtype)
-        # For each pair its position in the pool and among the fresh records, and for each fresh
-        # record its position in the pool: -1 is none.
+        if not by_row:
+            self._input = record_memory(device, max_pairs, pool.shape, pool.dtype)
+        self._all_fresh = Records(*self._fresh.engine(max_pairs))
+        # For each pair its position in the pool (by row: or behind it, among the fresh records)
+        # and among the fresh records, and for each fresh record its position in the pool: -1 is
+        # none.
         self._held = Staged(device, max_pairs, "int32")
         self._asked = Staged(device, max_pairs, "int32")
         self._kept = Staged(device, max_pairs, "int32")
@@ -246,44 +260,48 @@ class PooledTokens:
         lacking = np.flatnonzero(positions == NOWHERE)
         self.num_hits, self.num_misses = len(rows) - len(lacking), len(lacking)
         self._held.host(len(rows))[:] = positions
-        self._fresh_rows, asked = np.unique(rows[lacking], return_inverse=True)
+        self._fresh_rows = NO_PAIRS
         if not len(lacking):
             return NONE_UNUSABLE
-        asked_of_pair = self._asked.host(len(rows))
-        asked_of_pair[:] = NOWHERE
-        asked_of_pair[lacking] = asked
+        self._fresh_rows, asked = np.unique(rows[lacking], return_inverse=True)
+        if self._by_row:
+            self._held.host(len(rows))[lacking] = self._pool.map.capacity + asked
+        else:
+            asked_of_pair = self._asked.host(len(rows))
+            asked_of_pair[:] = NOWHERE
+            asked_of_pair[lacking] = asked
         return self._read_fresh(source, check_finite or self._pool.checks_finite, asked, lacking)
 
     def upload(self, stream: Stream) -> None:
         """Copy positions and fresh records to the device, in the order of `stream`."""
-        if self.num_hits:
+        if self.num_hits or self._by_row:
             self._held.upload(stream, self._num_pairs)
         num_fresh = len(self._fresh_rows)
         if num_fresh:
             self._take_positions()
-            self._asked.upload(stream, self._num_pairs)
+            if not self._by_row:
+                self._asked.upload(stream, self._num_pairs)
             self._kept.upload(stream, num_fresh)
             self._fresh.upload(stream, num_fresh)
 
     def assemble(self, stream: Stream) -> None:
         """Gather the batch's tokens where the engine reads them, in the order of `stream`."""
-        out = Records(*self.engine(self._num_pairs))
-        if self.num_hits:
-            self._pool.gather(self._held.engine(self._num_pairs), out, stream)
+        if not self._by_row:
+            self._gather(stream)
         num_fresh = len(self._fresh_rows)
-        if num_fresh:
+        if (self._taken != NOWHERE).any():
             fresh = Records(*self._fresh.engine(num_fresh))
-            self._pool.copy(fresh, self._asked.engine(self._num_pairs), out, stream)
-            if (self._taken != NOWHERE).any():
-                self._pool.scatter(fresh, self._kept.engine(num_fresh), stream)
+            self._pool.scatter(fresh, self._kept.engine(num_fresh), stream)
         self._pool.map.release(self._ticket)  # from here on the stream's order keeps them
 
     def host(self, num_pairs: int) -> tuple[Array, Array | None]:
         """Return nothing: no tokens of the whole batch lie on the host."""
         return np.empty((0, *self._pool.shape), self._pool.dtype), None
 
-    def engine(self, num_pairs: int) -> tuple[Array, Array | None]:
-        """Return tokens [P, m, H] and scales [P, m] as the engine sees them; no copy."""
+    def in_batch(self, num_pairs: int) -> tuple[Any, ...]:
+        """Return the fields of `Batch` from its tokens on, as the engine sees them; no copy."""
+        if self._by_row:
+            return *self._pool.held, self._held.engine(num_pairs), self._all_fresh
         tokens, scales = self._input
         return tokens[:num_pairs], None if scales is None else scales[:num_pairs]
 
@@ -298,6 +316,15 @@ class PooledTokens:
         self._pool.map.release(self._ticket)
         self._pool.map.free(self._taken[self._taken != NOWHERE])
         self._taken = _NO_POSITIONS
+
+    def _gather(self, stream: Stream) -> None:
+        """Bring the pool's records and the fresh ones together."""
+        out, num_fresh = Records(*self.in_batch(self._num_pairs)), len(self._fresh_rows)
+        if self.num_hits:
+            self._pool.gather(self._held.engine(self._num_pairs), out, stream)
+        if num_fresh:
+            fresh = Records(*self._fresh.engine(num_fresh))
+            self._pool.copy(fresh, self._asked.engine(self._num_pairs), out, stream)
 
     def _read_fresh(
         self, source: TokenSource, check_finite: bool, asked: Int64, lacking: Int64

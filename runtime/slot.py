@@ -86,6 +86,8 @@ class StagedRecords:
         scales = None if self._scales is None else self._scales.engine(num_records, self._shape[0])
         return self._tokens.engine(num_records, *self._shape), scales
 
+    in_batch = engine
+
     def upload(self, stream: Stream, num_records: int) -> None:
         """Copy the first records to the engine's side, in the order of `stream`."""
         self._tokens.upload(stream, num_records * math.prod(self._shape))
@@ -114,8 +116,20 @@ class Slot:
         finished: the scores lie on the host.
     """
 
-    def __init__(self, device: Device, manifest: EngineManifest, pool: TokenPool | None = None):
-        """Allocate; `pool` holds tokens on the device, None: every batch brings its own."""
+    def __init__(
+        self,
+        device: Device,
+        manifest: EngineManifest,
+        pool: TokenPool | None = None,
+        *,
+        by_row: bool = False,
+    ):
+        """Allocate.
+
+        Args:
+            pool: holds tokens on the device; None: every batch brings its own.
+            by_row: the engine finds them there by row; otherwise they are gathered for it.
+        """
         max_pairs, sizes = manifest.profile.max_pairs, manifest.bundle.sizes
         self._tokens: StagedRecords | PooledTokens
         self.pooled: PooledTokens | None = None
@@ -123,7 +137,7 @@ class Slot:
             shape = sizes.num_tokens, sizes.hidden
             self._tokens = StagedRecords(device, max_pairs, shape, manifest.token_dtype)
         else:
-            self._tokens = self.pooled = pool.tokens_of_slot(max_pairs)
+            self._tokens = self.pooled = pool.tokens_of_slot(max_pairs, by_row=by_row)
         self.graphs: SlotGraphs | None = None
         self._text_ids = Staged(device, max_pairs * max(manifest.profile.text_buckets), "int32")
         self._text_length = Staged(device, max_pairs, "int32")
@@ -201,7 +215,7 @@ class Slot:
             self._text_ids.engine(num_queries, bucket),
             self._text_length.engine(num_queries),
             self._query_of_pair.engine(num_pairs),
-            *self._tokens.engine(num_pairs),
+            *self._tokens.in_batch(num_pairs),
         )
         self.scores = self._scores.host(num_pairs)
         self.batch_scores = self._scores.engine(num_pairs)

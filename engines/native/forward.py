@@ -94,18 +94,22 @@ class Forward:
     def assemble(self, batch: Batch, scores: DeviceArray, stream: Stream) -> None:
         """Embed a batch of at most the plan's pairs, and note where its scores go."""
         memory = self._memory
+        rows = memory.order[: len(batch)] if batch.rows is None else batch.rows
+        fresh, fresh_scales = batch.fresh or (None, None)
         self._assemble.enqueue(
             cast(DeviceArray, batch.text_ids),
             cast(DeviceArray, batch.text_length),
             cast(DeviceArray, batch.query_of_pair),
             cast(DeviceArray, batch.visual_tokens),
-            memory.order[: len(batch)],
+            cast(DeviceArray, rows),
             memory.hidden.exact,
             lengths=memory.lengths,
             control=memory.control,
             scores=scores,
             stream=stream,
             scales=cast("DeviceArray | None", batch.visual_scales),
+            fresh=cast("DeviceArray | None", fresh),
+            fresh_scales=cast("DeviceArray | None", fresh_scales),
         )
 
     def enqueue(self, bucket: int, num_pairs: int, stream: Stream) -> None:

@@ -87,6 +87,7 @@ def _kernels(plan: Plan, capability: str) -> Iterator[tuple[str, str, int, float
 def _eight_bit_kernels(plan: Plan, capability: str) -> Iterator[tuple[str, str, int, float | None]]:
     """Yield as `_kernels`: 8-bit products, and what makes rows 8 bit before them."""
     name_of = product8_tma_name if capability in TMA_CAPABILITIES else product8_name
+    measured = read_tuning(capability).table.measured_us.get(plan.kind, {})
     layers = range(plan.num_layers)
     for step in STEPS8:
         for out in (plan.kind, WIDE):
@@ -97,9 +98,12 @@ def _eight_bit_kernels(plan: Plan, capability: str) -> Iterator[tuple[str, str, 
                 and (out != WIDE) == (step == FFN1 and plan.is_quantized(layer, FFN2))
             )
             if times:
-                gelu, tile = plan.activation if step == FFN1 else "none", plan.tiles8[capability]
-                name = name_of(plan.kind, gelu, out, tile[step])
-                yield f"{step}, {plan.kind} to {out}", name, times, None
+                gelu = plan.activation if step == FFN1 else "none"
+                tile = plan.tiles8[capability][step]
+                # Behind a GELU the 8-bit form was timed.
+                us = measured.get(step, {}).get(tile) if (out != WIDE) == (step == FFN1) else None
+                name = name_of(plan.kind, gelu, out, tile)
+                yield f"{step}, {plan.kind} to {out}", name, times, us
     times = plan.is_quantized(0, QKV) + sum(
         plan.is_quantized(layer, FFN2) and not plan.is_quantized(layer, FFN1) for layer in layers
     )

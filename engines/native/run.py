@@ -34,6 +34,7 @@ class NativeEngine(Engine):
     """
 
     on_device = True
+    reads_rows = True
 
     def __init__(
         self, manifest: EngineManifest, plan: Plan, weights: Mapping[str, Array], device: Device

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edje.arrays import even_parts
-from edje.engines.contract import OpenOptions, shape_faults, value_faults
+from edje.engines.batch import shape_faults, value_faults
+from edje.engines.contract import OpenOptions
 from edje.engines.fidelity import InlineStream
 from edje.engines.registry import open_engine
 from edje.errors import EngineError
@@ -76,6 +77,21 @@ def test_int8_tokens_need_scales(engine, batch):
     ]
     scaled = replace(stored, visual_scales=np.ones((3, 64), np.float16))
     assert shape_faults(scaled, scores, manifest) == []
+
+
+def test_rows_are_for_engines_that_read_by_row(engine, batch):
+    scores, tokens = scores_for(batch), np.zeros((5, 64, 32), np.float16)
+    by_row = replace(batch, visual_tokens=tokens, rows=np.zeros(3, np.int32))
+    (fault,) = shape_faults(by_row, scores, engine.manifest)
+    assert "this engine reads the tokens of every pair in their order" in fault
+    assert shape_faults(by_row, scores, engine.manifest, reads_rows=True) == []
+    assert by_row.part(slice(1, 3)).visual_tokens is tokens
+    assert len(by_row.part(slice(1, 3)).rows) == 2
+    wrong = replace(by_row, rows=np.zeros(4, np.int32), fresh=(tokens[:, :3], None))
+    assert shape_faults(wrong, scores, engine.manifest, reads_rows=True) == [
+        "rows: got int32 [4], expected int32 [3]",
+        "fresh: got float16 [5, 3, 32], not C-contiguous, expected float16 [5, 64, 32]",
+    ]
 
 
 def test_all_values_out_of_range_come_at_once(engine, batch, run):

@@ -16,7 +16,7 @@ from edje.kernels.variants import all_variants
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="Triton is made for Linux only")
 VARIANTS = {variant.name: variant for variant in all_variants()}
-LOG = """ptxas info    : Compiling entry function 'top_k_merge' for 'sm_90'
+LOG = """ptxas info    : Compiling entry function 'gather_tokens' for 'sm_90'
     0 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
 ptxas info    : Used 48 registers, used 1 barriers
 """
@@ -30,9 +30,7 @@ def committed() -> dict[str, bytes]:
 SAMPLE = {
     "assemble_int8_to_bfloat16_512": "8.0",
     "gather_tokens_int8_by_int32": "8.6",
-    "scatter_tokens_float16_by_int64": "12.0",
-    "top_k_blocks_128": "8.9",
-    "top_k_merge_1024": "10.0",
+    "scatter_tokens_float16_by_int64": "10.0",
     "product_float16_none_64x64x64": "8.0",
     "product_tma_bfloat16_exact_64x64x64": "9.0",
     "attention_float16_32_q16_t64": "12.0",
@@ -75,12 +73,16 @@ def test_products_use_what_makes_their_architecture_fast(
 
 
 def test_parameters_other_than_those_of_the_code_are_refused() -> None:
-    variant = VARIANTS["top_k_merge_128"]
+    variant = VARIANTS["gather_tokens_float16_by_int32"]
     types = ("u64 .ptr .global .align 1", "u32")
-    lines = [f"\t.param .{types[place in (4, 5)]} top_k_merge_param_{place}," for place in range(8)]
-    ptx = "\n".join(lines).removesuffix(",") + "\n)\n\tld.param.b64 \t%rd1, [top_k_merge_param_0];"
+    lines = [f"\t.param .{types[place == 4]} gather_tokens_param_{place}," for place in range(7)]
+    ptx = (
+        "\n".join(lines).removesuffix(",") + "\n)\n\tld.param.b64 \t%rd1, [gather_tokens_param_0];"
+    )
     build.check_parameters(variant, ptx)
-    with pytest.raises(EngineError, match=r"top_k_merge_128 takes .* in PTX, expected"):
+    with pytest.raises(
+        EngineError, match=r"gather_tokens_float16_by_int32 takes .* in PTX, expected"
+    ):
         build.check_parameters(variant, ptx.replace("u32", "u64"))
     with pytest.raises(EngineError, match="expected"):
         build.check_parameters(variant, "\n".join(lines[:-1]))
@@ -111,13 +113,13 @@ def broken(variant: Variant, **changes: int) -> dict[str, KernelEntry]:
 
 
 def test_limits_that_a_kernel_breaks_are_named() -> None:
-    variant = VARIANTS["top_k_merge_128"]
+    variant = VARIANTS["score_float16"]
     assert list(build.limit_faults(variant, dict(read_manifest().kernels))) == []
     kernels = broken(variant, spill_bytes=8, shared_bytes=163 * 1024 + 1, registers=256)
     assert list(build.limit_faults(variant, kernels)) == [
-        "top_k_merge_128.sm_80.cubin: registers 256, at most 255",
-        "top_k_merge_128.sm_80.cubin: shared_bytes 166913, at most 166912",
-        "top_k_merge_128.sm_80.cubin: spill_bytes 8, at most 0",
+        "score_float16.sm_80.cubin: registers 256, at most 255",
+        "score_float16.sm_80.cubin: shared_bytes 166913, at most 166912",
+        "score_float16.sm_80.cubin: spill_bytes 8, at most 0",
     ]
 
 

@@ -15,10 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edje.kernels import references
-from edje.kernels.operations import Assemble, DeviceEmbeddings, TopK
+from edje.kernels.operations import Assemble, DeviceEmbeddings
 from edje.kernels.records import GatherTokens, ScatterTokens
 from edje.kernels.references import Embeddings
-from interpreted_kernels import Interpreter
 
 a_few = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -147,9 +146,15 @@ def assembled(
     stored: tuple[np.ndarray, np.ndarray | None],
     rows: np.ndarray,
     out_dtype: str,
+    num_held: int | None = None,
 ) -> np.ndarray:
-    """Return what the kernel writes, as float32; the rest of its results are as they must be."""
+    """Return what the kernel writes, as float32; the rest of its results are as they must be.
+
+    Args:
+        num_held: records that lie in one place, the others being fresh; None: all of them.
+    """
     records, scales = stored
+    held, fresh = slice(num_held), slice(len(records) if num_held is None else num_held, None)
     hidden, num_pairs = records.shape[2], len(rows)
     num_slots, width = batch[0].shape[1] + records.shape[1] + 1, -(-hidden // 128) * 128
     out = np.full((num_pairs * num_slots + 2, width), 7, DTYPES[out_dtype])
@@ -164,14 +169,16 @@ def assembled(
     types = {"token_dtype": records.dtype.name, "out_dtype": out_dtype}
     Assemble(device.library, tables, **types, width=width).enqueue(
         *map(memory, batch),
-        memory(records),
+        memory(records[held].copy()),
         memory(rows),
         memory(out.view(np.uint16) if out_dtype == "bfloat16" else out),
         lengths=memory(lengths),
         control=memory(control),
         scores=(scores := memory(np.zeros(num_pairs, np.float32))),
         stream=device.stream,
-        scales=None if scales is None else memory(scales),
+        scales=None if scales is None else memory(scales[held].copy()),
+        fresh=None if num_held is None else memory(records[fresh].copy()),
+        fresh_scales=None if scales is None or num_held is None else memory(scales[fresh].copy()),
     )
     device.finish()
     assert control.tolist() == [scores.address, num_pairs]
@@ -195,6 +202,7 @@ ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # half a unit in the last
     num_tokens=st.integers(1, 9),
     hidden=st.sampled_from([16, 48, 384, 768]),
     num_pairs=st.integers(1, 5),
+    num_held=st.sampled_from([None, 1, 3]),
 )
 def test_assemble(
     device: Any,
@@ -204,17 +212,21 @@ def test_assemble(
     num_tokens: int,
     hidden: int,
     num_pairs: int,
+    num_held: int | None,
 ) -> None:
     rng = np.random.default_rng(seed)
     embeddings, batch = random_embeddings(rng, hidden), random_batch(rng, num_pairs)
     stored = tokens_of(rng, (4, num_tokens, hidden), token_dtype)
     rows = rng.integers(0, 4, num_pairs, dtype=np.int32)
-    found = assembled(device, embeddings, batch, stored, rows, out_dtype)
+    found = assembled(device, embeddings, batch, stored, rows, out_dtype, num_held)
     expected = references.assemble(*batch, stored[0], rows, embeddings, scales=stored[1])
     np.testing.assert_allclose(found, expected, rtol=ROUNDING[out_dtype], atol=1e-4)
 
 
-def test_indices_outside_their_tables_are_nan_and_touch_nothing_else(device: Any) -> None:
+@pytest.mark.parametrize("num_held", [None, 2])
+def test_indices_outside_their_tables_are_nan_and_touch_nothing_else(
+    device: Any, num_held: int | None
+) -> None:
     rng = np.random.default_rng(0)
     embeddings, stored = random_embeddings(rng, 16), tokens_of(rng, (4, 3, 16), "float16")
     ids = rng.integers(0, 50, (3, 8), dtype=np.int32)
@@ -223,7 +235,7 @@ def test_indices_outside_their_tables_are_nan_and_touch_nothing_else(device: Any
     queries = np.array([0, 1, 2, 3, -1, 0, 0], np.int32)
     rows = np.array([0, 1, 2, 3, 0, -1, 4], np.int32)
     batch = [ids, lengths, queries]
-    found = assembled(device, embeddings, batch, stored, rows, "float16")
+    found = assembled(device, embeddings, batch, stored, rows, "float16", num_held)
     is_nan = np.isnan(found).all(axis=2)
     assert (is_nan == np.isnan(found).any(axis=2)).all()
     expected = np.zeros((7, 12), bool)
@@ -234,48 +246,3 @@ def test_indices_outside_their_tables_are_nan_and_touch_nothing_else(device: Any
     np.testing.assert_array_equal(is_nan, expected)
     right = references.assemble(ids[:1], lengths[:1], queries[:1], stored[0], rows[:1], embeddings)
     np.testing.assert_allclose(found[0], right[0], rtol=2.0**-11, atol=1e-4)
-
-
-SPECIAL = [0.0, -0.0, float("nan"), float("inf"), float("-inf"), 1.5, -1.5, 3.0e38, -1e-45]
-
-
-@settings(a_few, max_examples=40)
-@given(seed=st.integers(0, 2**32 - 1), num_scores=st.integers(1, 300), data=st.data())
-def test_top_k_in_small_blocks(
-    interpreted: Interpreter, seed: int, num_scores: int, data: st.DataObject
-) -> None:
-    rng = np.random.default_rng(seed)
-    array = rng.standard_normal(num_scores).astype(np.float32)
-    some = rng.random(num_scores) < data.draw(st.sampled_from([0.0, 0.2, 1.0]))
-    array[some] = rng.choice(np.array(SPECIAL, np.float32), some.sum())
-    k = data.draw(st.integers(1, min(16, num_scores)))
-    run, num_blocks = interpreted.run, -(-len(array) // 64)
-    select = {
-        "scores": array,
-        "keys": np.zeros((num_blocks, 16), np.int64),
-        "num_scores": len(array),
-    }
-    keys = run("top_k_blocks_128", num_blocks, select, BLOCK=64, K=16)["keys"]
-    finish = {"scores": array, "keys": keys, "num_blocks": num_blocks, "k": k}
-    finish |= {"indices": np.full(k, -7, np.int32), "values": np.zeros(k, np.float32)}
-    found = run("top_k_merge_128", 1, finish, K=16)
-    indices, values = references.top_k(array, k)
-    np.testing.assert_array_equal(found["indices"], indices)
-    np.testing.assert_array_equal(found["values"], values)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("num_scores", "k"), [(5000, 100), (3000, 1000)])
-def test_top_k_as_it_is_compiled(device: Any, num_scores: int, k: int) -> None:
-    rng = np.random.default_rng(k)
-    scores = rng.integers(-300, 300, num_scores).astype(np.float32)  # many ties
-    scores[rng.integers(0, num_scores, 50)] = rng.choice(np.array(SPECIAL, np.float32), 50)
-    top_k = TopK(device.library, max_k=k)
-    keys = np.zeros(top_k.num_keys(num_scores), np.int64)
-    indices, values = np.zeros(k, np.int32), np.zeros(k, np.float32)
-    arrays = map(device.memory, (scores, keys, indices, values))
-    top_k.enqueue(*arrays, stream=device.stream)
-    device.finish()
-    expected = references.top_k(scores, k)
-    np.testing.assert_array_equal(indices, expected[0])
-    np.testing.assert_array_equal(values, expected[1])

@@ -86,16 +86,17 @@ def test_a_kernel_is_loaded_once_and_launched_as_the_manifest_says() -> None:
     device = RecordingDevice(0, kernels=NotedKernels())
     library = KernelLibrary(device, (8, 9))
     assert device.loaded == []
-    kernel = library.kernel("top_k_merge_1024")
-    assert library.kernel("top_k_merge_1024") is kernel
-    assert device.loaded == [(CUBINS / "top_k_merge_1024.sm_89.cubin").read_bytes()]
-    values = {"scores": 16, "keys": 32, "indices": 48, "values": 64, "num_blocks": 7, "k": 5}
+    name = "gather_tokens_float16_by_int32"
+    kernel = library.kernel(name)
+    assert library.kernel(name) is kernel
+    assert device.loaded == [(CUBINS / f"{name}.sm_89.cubin").read_bytes()]
+    values = {"tokens": 16, "rows": 32, "out_tokens": 48, "num_records": 7, "record_vectors": 5}
     with device.current():
         kernel.launch(stream := device.stream(), 3, **values)
-    arguments = tuple(map(np.uint64, (16, 32, 48, 64))) + tuple(map(np.int32, (7, 5)))
+    arguments = (*map(np.uint64, (16, 32, 48)), np.int64(7), np.int32(5))
     shared_bytes = kernel.cubin.shared_bytes
     how = ((3, 1, 1), (128, 1, 1), shared_bytes, (*arguments, np.uint64(0), np.uint64(0)))
-    assert device.launches == [Launch("top_k_merge_1024", "top_k_merge", stream, *how)]
+    assert device.launches == [Launch(name, "gather_tokens", stream, *how)]
 
 
 def mapped_type(descriptor: str) -> str:

@@ -119,7 +119,7 @@ def test_a_changed_source_or_variant_changes_the_hash(
         (tmp_path / name).write_bytes((ROOT / "kernels" / name).read_bytes())
     monkeypatch.setattr(module, "__file__", str(tmp_path / "manifest.py"))
     assert source_hash() == before
-    (tmp_path / "top_k.py").write_bytes(b"# changed")
+    (tmp_path / "score.py").write_bytes(b"# changed")
     assert source_hash() != before
 
 

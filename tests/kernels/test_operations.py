@@ -12,7 +12,7 @@ from edje.arrays import DeviceArray
 from edje.errors import EngineError
 from edje.kernels.launch import KernelLibrary
 from edje.kernels.manifest import CUBINS
-from edje.kernels.operations import Assemble, DeviceEmbeddings, TopK
+from edje.kernels.operations import Assemble, DeviceEmbeddings
 from edje.kernels.records import GatherTokens, ScatterTokens
 from edje.kernels.variant import COMPUTE_CAPABILITIES
 from launches import Launch, NotedKernels, fake_memory
@@ -243,6 +243,7 @@ def test_assemble_launches_a_program_for_four_slots(
     values = passed(launch, "assemble_int8_to_float16_512")
     sizes = ("num_pairs", "num_queries", "text_slots", "num_tokens", "num_records", "vocab_size")
     assert [values[name] for name in sizes] == [10, 2, 16, 64, 1000, 30522]
+    assert values["num_fresh"] == 0
     rest = ("max_positions", "sep_id", "hidden", "words", "scales", "rows", "hidden_states")
     assert [values[name] for name in rest] == [512, 102, 384, 1 << 20, 2 << 20, 1024, 2048]
     assert values["epsilon"] == np.float32(1e-12)
@@ -281,6 +282,8 @@ def test_tables_that_do_not_fit_are_named_at_once(library: KernelLibrary) -> Non
         ({"text_length": fake_memory(256, (3,), "int32")}, r"text_length: got int32 \[3\]"),
         ({"rows": fake_memory(256, (10,), "int64")}, "rows: got int64"),
         ({"scales": None}, "scales: got none"),
+        ({"fresh": fake_memory(16, (2, 64, 383), "int8")}, r"fresh: got int8 \[2, 64, 383\]"),
+        ({"fresh": fake_memory(16, (2, 64, 384), "int8")}, "fresh_scales: got none"),
         ({"hidden_states": fake_memory(16, (809, 384), "float16")}, r"hidden_states: got"),
         ({"hidden_states": fake_memory(16, (810, 384), "float32")}, r"expected float16"),
         ({"lengths": fake_memory(16, (9,), "int32")}, r"lengths: got int32 \[9\]"),
@@ -297,64 +300,3 @@ def test_assemble_refuses_what_does_not_fit(
     with pytest.raises(EngineError, match=fault):
         assemble.enqueue(**batch_arrays(**changes), stream=None)
     assert device.launches == []
-
-
-def top_k_arrays(num_scores: int, k: int, num_keys: int) -> dict[str, DeviceArray]:
-    return {
-        "scores": fake_memory(4, (num_scores,), "float32"),
-        "keys": fake_memory(32, (num_keys,), "int64"),
-        "indices": fake_memory(64, (k,), "int32"),
-        "values": fake_memory(96, (k,), "float32"),
-    }
-
-
-@pytest.mark.parametrize(
-    ("max_k", "num_scores", "size", "num_blocks"),
-    [(1, 1, 128, 1), (128, 2048, 128, 1), (129, 2049, 1024, 2), (1024, 65_536, 1024, 32)],
-)
-def test_top_k_sorts_blocks_then_merges_them(
-    device: RecordingDevice,
-    library: KernelLibrary,
-    max_k: int,
-    num_scores: int,
-    size: int,
-    num_blocks: int,
-) -> None:
-    top_k, stream = TopK(library, max_k=max_k), device.stream()
-    assert top_k.num_keys(num_scores) == num_blocks * size
-    top_k.enqueue(**top_k_arrays(num_scores, max_k, num_blocks * size), stream=stream)
-    blocks, merge = device.launches
-    assert (blocks.grid, merge.grid) == ((num_blocks, 1, 1), (1, 1, 1))
-    assert blocks.stream == merge.stream == stream
-    assert passed(blocks, f"top_k_blocks_{size}")["num_scores"] == num_scores
-    values = passed(merge, f"top_k_merge_{size}")
-    assert (values["num_blocks"], values["k"]) == (num_blocks, max_k)
-
-
-@pytest.mark.parametrize(
-    ("num_scores", "k", "num_keys", "fault"),
-    [
-        (65_537, 5, 9999, "scores: got 65537, expected 1 to 65536"),
-        (4, 5, 128, "k: got 5, expected 1 to 4"),
-        (999, 129, 128, "k: got 129, expected 1 to 128"),
-        (999, 0, 128, "k: got 0"),
-        (2049, 5, 255, "with at least 256 values"),
-    ],
-)
-def test_top_k_refuses_what_does_not_fit(
-    device: RecordingDevice,
-    library: KernelLibrary,
-    num_scores: int,
-    k: int,
-    num_keys: int,
-    fault: str,
-) -> None:
-    with pytest.raises(EngineError, match=fault):
-        TopK(library, max_k=100).enqueue(**top_k_arrays(num_scores, k, num_keys), stream=None)
-    assert device.launches == []
-
-
-@pytest.mark.parametrize("max_k", [0, 1025])
-def test_top_k_holds_at_most_1024(library: KernelLibrary, max_k: int) -> None:
-    with pytest.raises(EngineError, match="max_k"):
-        TopK(library, max_k=max_k)

@@ -8,8 +8,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from edje.kernels.references import (
@@ -18,7 +16,6 @@ from edje.kernels.references import (
     assemble,
     gather_tokens,
     scatter_tokens,
-    top_k,
 )
 
 HIDDEN_STATES = "pairs/slots"
@@ -138,15 +135,3 @@ def test_what_was_scattered_is_gathered_again() -> None:
     out = np.empty_like(tokens)
     gather_tokens(pool, places, out)
     np.testing.assert_array_equal(out, tokens)
-
-
-@given(st.lists(st.floats(width=32), min_size=1, max_size=30), st.data())
-def test_top_k_is_a_stable_sort_with_nan_last(scores: list[float], data: st.DataObject) -> None:
-    k = data.draw(st.integers(1, len(scores)))
-    places, values = top_k(np.array(scores, np.float32), k)
-    numbers = [place for place, score in enumerate(scores) if score == score]
-    ranked = sorted(numbers, key=lambda place: -scores[place])  # Python's sort is stable
-    ranked += [place for place, score in enumerate(scores) if score != score]
-    assert places.tolist() == ranked[:k]
-    assert (places.dtype, values.dtype) == (np.int32, np.float32)
-    np.testing.assert_array_equal(values, np.array(scores, np.float32)[places])

@@ -10,8 +10,11 @@ import pytest
 from edje.errors import EdjeError
 from edje.kernels import tuning
 from edje.kernels.launch import KernelLibrary
-from edje.perf import gpu_tune
-from edje.perf.gpu_tune import Bench, table_of, tiles_of, tune, write_table
+from edje.kernels.layer_variants import TMA_TILES
+from edje.kernels.layer_variants8 import TMA_TILES8
+from edje.perf import gpu_tune, tuned_products
+from edje.perf.gpu_tune import table_of, tune, write_table
+from edje.perf.tuned_products import Place
 from recording_device import RecordingDevice
 
 
@@ -22,22 +25,28 @@ def bench(interpreted: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(gpu_tune, "NUM_ROUNDS", 1)
     device = RecordingDevice(None, kernels=interpreted)
     with device.current():
-        yield Bench(device, KernelLibrary(device, (9, 0)), device.stream(), num_pairs=1)
+        yield Place(device, KernelLibrary(device, (9, 0)), device.stream(), num_pairs=1)
     assert not device.races, device.races
 
 
-@pytest.mark.parametrize("element", ["float16", "bfloat16"])
+TILES = {
+    "float16": {"qkv": set(TMA_TILES), "ffn1": set(TMA_TILES)},
+    "bfloat16": {"qkv": set(TMA_TILES), "ffn1": set(TMA_TILES)},
+    "int8": {"qkv": set(TMA_TILES8), "ffn1": {"64x128x128", "128x128x128"}},
+    "fp8": {"qkv": set(TMA_TILES8), "ffn1": {"64x128x128", "128x128x128"}},
+}
+
+
+@pytest.mark.parametrize("element", TILES)
 def test_every_tile_is_timed_and_the_fastest_is_written(
-    bench: Bench, element: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Place, element: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = {element: tune(bench, element, 60.0)}
-    for step, times in measured[element].items():
-        gelu = "exact" if step == "ffn1" else "none"
-        assert set(times) == set(tiles_of(bench.library, element, gelu))
-        assert all(us > 0 for us in times.values())
-    kept = {"int8": {"qkv": "64x128x128"}}
+    assert {step: set(times) for step, times in measured[element].items()} == TILES[element]
+    assert all(us > 0 for times in measured[element].values() for us in times.values())
+    kept = {"another": {"qkv": "64x128x128"}}
     table = table_of(measured, "a pretended GPU", kept)
-    assert table.tiles["int8"] == kept["int8"]
+    assert table.tiles["another"] == kept["another"]
     write_table(tmp_path, "9.0", table)
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     tuning.read_tuning.cache_clear()
@@ -49,12 +58,26 @@ def test_every_tile_is_timed_and_the_fastest_is_written(
         assert measured[element][step][tile] == min(measured[element][step].values())
 
 
+@pytest.mark.parametrize("element", ["float16", "int8"])
 def test_a_tile_that_computes_something_else_ends_the_run(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Place, monkeypatch: pytest.MonkeyPatch, element: str
 ) -> None:
-    monkeypatch.setitem(gpu_tune.TOLERANCE, "float16", 1e-9)
-    with pytest.raises(EdjeError, match=r"the product \w+ of float16 differs from its reference"):
-        tune(bench, "float16", 60.0)
+    monkeypatch.setattr(tuned_products, "TOLERANCE", dict.fromkeys(tuned_products.TOLERANCE, 1e-9))
+    with pytest.raises(
+        EdjeError, match=rf"the product \w+ of {element} differs from its reference"
+    ):
+        tune(bench, element, 60.0)
+
+
+def test_what_a_gpu_has_no_products_of_is_left_out(
+    interpreted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_tune, "STEPS", (("qkv", 128, 128, "none"),))
+    device = RecordingDevice(None, kernels=interpreted)
+    device.compute_capability = (8, 0)
+    with device.current():
+        place = Place(device, KernelLibrary(device, (8, 0)), device.stream(), num_pairs=1)
+        assert tune(place, "fp8", 60.0) == {}
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,9 +42,9 @@ GRAPHS = st.sampled_from(["off", "on", "tight"])
 class WatchedSlot(Slot):
     """Tells a recording device what the host touches."""
 
-    def __init__(self, device: Any, manifest: Any, pool: Any = None):
+    def __init__(self, device: Any, *args: Any, **more: Any):
         self.touch = getattr(device, "touch", lambda *arrays, writes: None)
-        super().__init__(device, manifest, pool)
+        super().__init__(device, *args, **more)
 
     def fill_text(self, queries, planned):
         super().fill_text(queries, planned)

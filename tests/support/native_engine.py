@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from edje.bundle import BundleManifest
-from edje.engines.contract import INPUTS, Batch, BuildJob, BuildOptions
+from edje.engines.contract import INPUTS, Batch, BuildJob, BuildOptions, OpenOptions
 from edje.engines.manifest import EngineManifest, Profile
 from edje.engines.native import backend
 from edje.engines.native.plan import Plan
@@ -114,6 +114,11 @@ class EightBits:
         )
         backend.build(job)
         return out
+
+    def on_gpu(self, folder: Path, precision: str) -> NativeEngine:
+        """Open an engine on the real card."""
+        manifest = replace(self._manifest, precision=precision)
+        return backend.load(folder, manifest, OpenOptions())
 
     def scorer(self, folder: Path, precision: str, capability: tuple[int, int]) -> Any:
         """Return what scores host batches on a device of this compute capability."""

@@ -22,7 +22,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -564,13 +564,10 @@ class WatchedEngine(ToyEngine):
             self._run(batch, scores)
 
         inputs = [batch.text_ids, batch.text_length, batch.query_of_pair, batch.visual_tokens]
+        inputs += [batch.visual_scales, batch.rows, *(batch.fresh or ())]
         buffers = stream.device.buffers_of
-        stream.submit(
-            work,
-            what="the engine",
-            reads=buffers(*inputs, batch.visual_scales),
-            writes=buffers(scores),
-        )
+        reads, writes = buffers(*inputs), buffers(scores)
+        stream.submit(work, what="the engine", reads=reads, writes=writes)
 
 
 class CapturableEngine(WatchedEngine):
@@ -589,3 +586,19 @@ class CapturableEngine(WatchedEngine):
             self.enqueue(batch, scores, stream=on)
 
         return forward
+
+
+class RowReadingEngine(CapturableEngine):
+    """The capturable engine as the native one is: it finds tokens by row."""
+
+    reads_rows = True
+
+    def _run(self, batch: Any, scores: np.ndarray) -> None:
+        if batch.rows is not None:
+            held = batch.visual_tokens, batch.visual_scales
+            tokens, scales = (
+                None if each is None else np.concatenate([each, more])[batch.rows]
+                for each, more in zip(held, batch.fresh, strict=True)
+            )
+            batch = replace(batch, visual_tokens=tokens, visual_scales=scales, rows=None)
+        super()._run(batch, scores)

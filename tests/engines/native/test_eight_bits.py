@@ -25,6 +25,7 @@ from edje.engines.precision.graph import Graph
 from edje.engines.precision.lower import lower
 from edje.engines.samples import RandomSamples
 from edje.errors import EngineError
+from edje.kernels import tuning
 from native_engine import EightBits, prepared, random_batch
 
 KINDS = ("int8", "fp8")
@@ -199,3 +200,23 @@ def test_an_engine_is_built_with_calibration_and_no_gpu(
     for rows in report["kernels"].values():
         assert all(row["spill_bytes"] == 0 < row["registers"] for row in rows)
         assert any(row["kernel"].startswith("product8_") for row in rows)
+
+
+def test_the_report_has_what_was_measured_of_8_bit_products(
+    eight_bits: EightBits, source: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = prepared(source, "int8")
+    table = json.loads((tuning.FOLDER / "9.0.json").read_text())
+    table["measured_us"] = {"int8": {"qkv": {table["tiles"]["int8"]["qkv"]: 36.5}}}
+    for path in tuning.FOLDER.glob("*.json"):
+        text = json.dumps(table) if path.stem == "9.0" else path.read_text()
+        (tmp_path / path.name).write_text(text)
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    tuning.read_tuning.cache_clear()
+    try:
+        folder = eight_bits.built(graph, "int8", "engine")
+    finally:
+        tuning.read_tuning.cache_clear()
+    rows = json.loads((folder / "report.json").read_text())["kernels"]["9.0"]
+    measured = {row["step"]: row["measured_us"] for row in rows if row["measured_us"] is not None}
+    assert measured == {"qkv, int8 to float16": 36.5}

@@ -23,7 +23,7 @@ MAX_PAIRS = 4
 
 @contextmanager
 def pipeline_on(
-    device: RecordingDevice, folder: Path, store: Path, *, resident: bool = False
+    device: RecordingDevice, folder: Path, store: Path, *, num_resident: int = 0
 ) -> Iterator[tuple[Pipeline, np.ndarray]]:
     """Yield a warm pipeline, and the rows of the store."""
     engine = native_engine(folder, device, max_pairs=MAX_PAIRS, text_buckets=(15, 23))
@@ -32,12 +32,13 @@ def pipeline_on(
         sizes = engine.manifest.bundle.sizes
         shape = sizes.num_tokens, sizes.hidden
         pool = None
-        if resident:
+        if num_resident:
             more = {"shape": shape, "dtype": "float16", "checks_finite": False}
-            pool = TokenPool(device, rows, len(rows), **more)
+            pool = TokenPool(device, rows, num_resident, **more)
         pipeline = Pipeline(engine, tokens, device, pool=pool)
-        if resident:
-            pipeline.load(rows)
+        if pool is not None:
+            pipeline.load(rows[:num_resident])
+            pool.map.freeze()
         yield pipeline, rows
         pipeline.close()
         engine.close()
@@ -52,11 +53,14 @@ def request_of(rows: np.ndarray, lengths: list[int], seed: int = 0) -> Request:
     return Request(queries, np.arange(len(rows)) % len(lengths), rows)
 
 
+@pytest.mark.parametrize("num_resident", [0, 2, 8])
 def test_a_batch_is_one_assemble_and_one_graph(
-    native_folder: Any, tiny_store: Path, interpreted: Any
+    native_folder: Any, tiny_store: Path, interpreted: Any, num_resident: int
 ) -> None:
+    """Also where tokens are resident, all or some: they are read where they lie."""
     device = RecordingDevice(None, kernels=interpreted)
-    with pipeline_on(device, native_folder(), tiny_store) as (pipeline, rows):
+    more = {"num_resident": num_resident}
+    with pipeline_on(device, native_folder(), tiny_store, **more) as (pipeline, rows):
         pipeline.run(request_of(rows[:3], [9]))  # whoever comes first makes the graphs
         before, num_launches = device.usage(), len(device.launches)
         num_graphs = device.num_graph_launches
@@ -68,15 +72,16 @@ def test_a_batch_is_one_assemble_and_one_graph(
         assert not device.races, device.races
 
 
-@pytest.mark.parametrize(("seed", "resident"), [(0, False), (1, False), (2, True)])
+@pytest.mark.parametrize(("seed", "num_resident"), [(0, 0), (1, 0), (2, 8), (3, 3)])
 def test_any_order_of_a_gpus_work_gives_the_same_scores(
-    native_folder: Any, tiny_store: Path, interpreted: Any, seed: int, resident: bool
+    native_folder: Any, tiny_store: Path, interpreted: Any, seed: int, num_resident: int
 ) -> None:
     folder = native_folder()
     requests = [([9, 20], 0), ([15], 1), ([3], 2)]
 
-    def scores_on(device: RecordingDevice, num_threads: int) -> list[bytes]:
-        with pipeline_on(device, folder, tiny_store, resident=resident) as (pipeline, rows):
+    def scores_on(device: RecordingDevice, num_threads: int, num_resident: int) -> list[bytes]:
+        more = {"num_resident": num_resident}
+        with pipeline_on(device, folder, tiny_store, **more) as (pipeline, rows):
 
             def score(asked: tuple[list[int], int]) -> bytes:
                 lengths, number = asked
@@ -88,5 +93,5 @@ def test_any_order_of_a_gpus_work_gives_the_same_scores(
         assert not device.races, device.races
         return found
 
-    in_order = scores_on(RecordingDevice(None, kernels=interpreted), 1)
-    assert scores_on(RecordingDevice(seed, kernels=interpreted), 3) == in_order
+    in_order = scores_on(RecordingDevice(None, kernels=interpreted), 1, 0)
+    assert scores_on(RecordingDevice(seed, kernels=interpreted), 3, num_resident) == in_order

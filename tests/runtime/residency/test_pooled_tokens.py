@@ -17,7 +17,7 @@ from edje.runtime.pipeline import Pipeline, Request
 from edje.runtime.pool import TokenPool
 from edje.runtime.resident_map import NOWHERE, ResidentMap
 from edje.runtime.slot import Staged
-from recording_device import CapturableEngine, RecordingDevice, RecordingStream
+from recording_device import CapturableEngine, RecordingDevice, RecordingStream, RowReadingEngine
 from toy_engine import HIDDEN, NUM_TOKENS, ToySource, toy_manifest, toy_request
 
 NUM_ROWS = 60  # that the store has
@@ -57,11 +57,13 @@ class Rig:
         num_slots: int = 3,
         known: int = NUM_ROWS,
         checks_finite: bool = False,
+        by_row: bool = False,
         **source: Any,
     ):
         self.device = RecordingDevice(seed)
         manifest = replace(toy_manifest(), token_dtype=dtype)
-        self.engine, self.source = CapturableEngine(manifest), ToySource(**source)
+        kind = RowReadingEngine if by_row else CapturableEngine
+        self.engine, self.source = kind(manifest), ToySource(**source)
         self.dtype, self.num_slots = dtype, num_slots
         self.pool = TokenPool(
             self.device,
@@ -137,18 +139,42 @@ some = settings(many, max_examples=100)
 
 
 @many
-@given(SEEDS, CAPACITIES, DTYPES, st.lists(requests(), min_size=1, max_size=5), st.integers(1, 4))
-def test_mixed_batches_score_as_if_all_was_uploaded(seed, capacity, dtype, asked, num_slots):
-    rig = Rig(seed, capacity, dtype, num_slots=num_slots)
+@given(
+    SEEDS,
+    CAPACITIES,
+    DTYPES,
+    st.lists(requests(), min_size=1, max_size=5),
+    st.integers(1, 4),
+    st.booleans(),
+)
+def test_mixed_batches_score_as_if_all_was_uploaded(
+    seed, capacity, dtype, asked, num_slots, by_row
+):
+    rig = Rig(seed, capacity, dtype, num_slots=num_slots, by_row=by_row)
     for request in asked:
         rig.check(request)
     rig.finish()
 
 
+def test_an_engine_that_reads_by_row_has_nothing_gathered():
+    rig = Rig(1, 30, by_row=True)
+    rig.pipeline.load(np.arange(20))
+    loaded = len(rig.device.launches)
+    rig.check(ask(np.arange(20)))
+    assert rig.device.launches[loaded:] == []
+    rig.check(ask(np.arange(10, 30)))  # what came in with the batch is kept, by one launch each
+    kernels = {launch.symbol for launch in rig.device.launches[loaded:]}
+    assert kernels == {"scatter_tokens"}
+    assert len(rig.pool.map) == 30
+    gathering = Rig(1, 30)
+    assert rig.made.device_bytes < gathering.made.device_bytes
+    rig.finish()
+
+
 @some
-@given(SEEDS, CAPACITIES, DTYPES, st.lists(requests(), min_size=2, max_size=5))
-def test_threads_share_a_pool(seed, capacity, dtype, asked):
-    rig = Rig(seed, capacity, dtype)
+@given(SEEDS, CAPACITIES, DTYPES, st.lists(requests(), min_size=2, max_size=5), st.booleans())
+def test_threads_share_a_pool(seed, capacity, dtype, asked, by_row):
+    rig = Rig(seed, capacity, dtype, by_row=by_row)
     with ThreadPoolExecutor(len(asked)) as pool:
         list(pool.map(rig.check, asked))
     rig.finish()
@@ -158,9 +184,11 @@ BREAKS = ("upload", "uploading", "launch", "download", "downloading", "compute",
 
 
 @some
-@given(SEEDS, CAPACITIES, requests(), st.sampled_from(BREAKS), st.integers(1, 12))
-def test_what_failed_on_its_way_is_never_found_in_the_pool(seed, capacity, request_, what, at):
-    rig = Rig(seed, capacity)
+@given(SEEDS, CAPACITIES, requests(), st.sampled_from(BREAKS), st.integers(1, 12), st.booleans())
+def test_what_failed_on_its_way_is_never_found_in_the_pool(
+    seed, capacity, request_, what, at, by_row
+):
+    rig = Rig(seed, capacity, by_row=by_row)
     broken = int(request_.rows[at % len(request_.rows)])
 
     def fail_on_broken(batch: Any) -> None:
@@ -215,8 +243,9 @@ def test_loaded_ahead_all_is_held_and_nothing_else_taken_in():
     rig.finish()
 
 
-def test_damaged_records_are_named_for_every_pair_and_never_held():
-    rig = Rig(5, NUM_ROWS, bad=[3, 17])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_damaged_records_are_named_for_every_pair_and_never_held(by_row):
+    rig = Rig(5, NUM_ROWS, by_row=by_row, bad=[3, 17])
     rig.pipeline.load(np.arange(0, 10))
     assert len(rig.pool.map) == 9
     for _ in range(2):
@@ -227,8 +256,11 @@ def test_damaged_records_are_named_for_every_pair_and_never_held():
     rig.finish()
 
 
-def test_tokens_that_are_not_finite_have_no_score_and_are_not_held_where_that_would_hide_them():
-    rig = Rig(5, NUM_ROWS, "int8", broken=[3, 17])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_tokens_that_are_not_finite_have_no_score_and_are_not_held_where_that_would_hide_them(
+    by_row,
+):
+    rig = Rig(5, NUM_ROWS, "int8", by_row=by_row, broken=[3, 17])
     for _ in range(2):
         scores = rig.pipeline.run(ask([3, 4, 17, 3, 5])).scores
         assert np.isnan(scores).tolist() == [True, False, True, True, False]
@@ -265,7 +297,7 @@ def test_a_batch_that_waits_for_its_turn_keeps_its_places(careless, monkeypatch)
             tokens.assemble(stream)
             stream.record(event)
             event.synchronize()
-        return tokens.engine(1)[0][0, 0, 0]
+        return tokens.in_batch(1)[0][0, 0, 0]
 
     waiting.read(rig.source, np.array([5]), check_finite=False)
     quick.read(rig.source, np.array([6]), check_finite=False)
