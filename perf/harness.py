@@ -251,6 +251,16 @@ def _commit() -> str | None:
         return None
 
 
+def commit_facts() -> dict[str, Any]:
+    """Return the checkout's commit as pytest-benchmark keeps one; `id` None outside git."""
+    facts: dict[str, Any] = {"id": _commit(), "time": None, "branch": None, "dirty": False}
+    if facts["id"] is not None:
+        facts["dirty"] = facts["id"].endswith("+")
+        facts["time"] = _git("show", "-s", "--format=%cI", "HEAD")
+        facts["branch"] = _git("rev-parse", "--abbrev-ref", "HEAD")
+    return {**facts, "project": "edje-runtime"}
+
+
 def _git(*words: str) -> str:
     done = subprocess.run(
         ["git", "-C", str(ROOT), *words], check=True, capture_output=True, text=True
