@@ -7,9 +7,9 @@ and `download` one batch of them in a slot of its own; `rank` is `Reranker.rank`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -61,12 +61,16 @@ class Stage:
         run: one run.
         pairs: that one run handles.
         check: raises EdjeError where what the last run gave is wrong.
+        group: what it is compared with.
+        work: other amounts than pairs that one run handles, by the name of their rate.
     """
 
     name: str
     run: Callable[[], object]
     pairs: int
     check: Callable[[], None]
+    group: str = "stages"
+    work: Mapping[str, float] = field(default_factory=dict)
 
 
 @contextmanager
