@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..errors import EdjeError
 from ..runtime.cli.options import Verbs
+from ..show import note
 from .harness import SCRATCH
 
 app = typer.Typer(
@@ -20,6 +23,33 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+Engine = Annotated[
+    Path | None, typer.Argument(help="Engine folder; default: the full-size random scorer.")
+]
+Store = Annotated[
+    Path | None, typer.Option(help="Token store of the engine; default: random tokens.")
+]
+Stages = Annotated[str, typer.Option(help="Names with commas between; empty: all.")]
+Candidates = Annotated[int, typer.Option(help="Images that a query ranks.")]
+Batch = Annotated[int | None, typer.Option(help="Pairs of a batch; default: the most.")]
+Images = Annotated[
+    int | None, typer.Option(help="Images of the random store; default: the candidates.")
+]
+Wordpieces = Annotated[int, typer.Option(help="Length of the query.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of the engine.")]
+Backend = Annotated[str, typer.Option(help="Of the random scorer.")]
+Precision = Annotated[
+    str | None, typer.Option(help="Of the random scorer; default: the fastest here.")
+]
+Residency = Annotated[
+    str | None, typer.Option(help="Tokens from disk (default), host, device or auto.")
+]
+Free = Annotated[
+    bool, typer.Option("--free", help="An engine that takes no time: what is ours shows.")
+]
+Seconds = Annotated[float, typer.Option(help="To measure each stage for.")]
+Roof = Annotated[bool, typer.Option(help="Measure the machine's roof in the same run.")]
+Name = Annotated[str, typer.Option(help="Of the JSON file.")]
 Out = Annotated[Path, typer.Option(help="Folder of the JSON; perf/results keeps it.")]
 
 
@@ -30,35 +60,22 @@ def _bench() -> None:
 
 @app.command()
 def run(
-    engine: Annotated[
-        Path | None, typer.Argument(help="Engine folder; default: the full-size random scorer.")
-    ] = None,
-    store: Annotated[
-        Path | None, typer.Option(help="Token store of the engine; default: random tokens.")
-    ] = None,
-    stages: Annotated[str, typer.Option(help="Names with commas between; default: all.")] = "",
-    candidates: Annotated[int, typer.Option(help="Images that a query ranks.")] = 1000,
-    batch: Annotated[
-        int | None, typer.Option(help="Pairs of a batch; default: as the engine takes.")
-    ] = None,
-    images: Annotated[
-        int | None, typer.Option(help="Images of the random store; default: the candidates.")
-    ] = None,
-    wordpieces: Annotated[int, typer.Option(help="Length of the query.")] = 13,
+    engine: Engine = None,
+    store: Store = None,
+    stages: Stages = "",
+    candidates: Candidates = 1000,
+    batch: Batch = None,
+    images: Images = None,
+    wordpieces: Wordpieces = 13,
     query: Annotated[str | None, typer.Option(help="The query itself.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="Of the random scorer; default: the fastest here.")
-    ] = None,
-    backend: Annotated[str, typer.Option(help="Of the random scorer.")] = "openvino",
-    residency: Annotated[
-        str | None, typer.Option(help="Tokens from disk (default), host, device or auto.")
-    ] = None,
-    free: Annotated[
-        bool, typer.Option("--free", help="An engine that takes no time: what is ours shows.")
-    ] = False,
-    seconds: Annotated[float, typer.Option(help="To measure each stage for.")] = 3.0,
-    name: Annotated[str, typer.Option(help="Of the JSON file.")] = "stages",
+    threads: Threads = None,
+    backend: Backend = "openvino",
+    precision: Precision = None,
+    residency: Residency = None,
+    free: Free = False,
+    seconds: Seconds = 3.0,
+    roof: Roof = True,
+    name: Name = "stages",
     out: Out = SCRATCH,
 ) -> None:
     """Measure every stage of a ranking, in turns: a table, and NAME.json in OUT.
@@ -70,21 +87,116 @@ def run(
     """
     from .measure import run_stages
 
-    run_stages(
+    result = run_stages(
         engine,
         seconds=seconds,
-        name=name,
-        out=out,
+        roof=roof,
+        made=_made(engine, backend, precision, free),
+        only=names_in(stages),
+        store=store,
         candidates=candidates,
         batch=batch,
         images=images,
-        only=[one for one in stages.split(",") if one],
-        store=store,
-        query=query,
         wordpieces=wordpieces,
+        query=query,
         threads=threads,
-        free=free,
-        backend=backend,
-        precision=precision,
         residency=residency,
     )
+    tell(result, name, out)
+
+
+@app.command()
+def sweep(
+    over: Annotated[
+        str,
+        typer.Argument(
+            help="candidates, images, batch, wordpieces or threads, and values: "
+            "candidates=100,1000,50000"
+        ),
+    ],
+    engine: Engine = None,
+    store: Store = None,
+    stages: Stages = "rank",
+    candidates: Candidates = 1000,
+    batch: Batch = None,
+    images: Images = None,
+    wordpieces: Wordpieces = 13,
+    threads: Threads = None,
+    backend: Backend = "openvino",
+    precision: Precision = None,
+    residency: Residency = None,
+    free: Free = False,
+    seconds: Seconds = 3.0,
+    least_rounds: Annotated[int, typer.Option(help="That long runs get at least.")] = 5,
+    roof: Roof = True,
+    name: Annotated[str | None, typer.Option(help="Of the files; default: what is swept.")] = None,
+    out: Out = SCRATCH,
+) -> None:
+    """Measure stages under several values of one setting, in turns; a table, JSON and a chart.
+
+    \b
+    Example:
+      edje bench sweep batch=1,8,32,128,256 --stages forward
+      edje bench sweep images=10000,1000000,10000000 --free
+    """
+    from .charts import draw_sweep
+    from .measure import run_sweep
+
+    what, values = sweep_of(over)
+    given = {"candidates": candidates, "batch": batch, "images": images}
+    given |= {"wordpieces": wordpieces, "threads": threads}
+    result = run_sweep(
+        engine,
+        what,
+        values,
+        seconds=seconds,
+        roof=roof,
+        least_rounds=least_rounds,
+        made=_made(engine, backend, precision, free),
+        only=names_in(stages),
+        store=store,
+        residency=residency,
+        **{key: value for key, value in given.items() if key != what},
+    )
+    tell(result, name or what, out)
+    note(f"drawn into {draw_sweep(result, out / f'{name or what}.svg')}")
+
+
+def names_in(text: str) -> list[str]:
+    """Return what stands between commas."""
+    return [one for one in text.split(",") if one]
+
+
+def sweep_of(text: str) -> tuple[str, list[int]]:
+    """Return name and values of `batch=1,8,32`.
+
+    Raises:
+        EdjeError: it is not of that form.
+    """
+    what, _, given = text.partition("=")
+    values = names_in(given)
+    if not values or not all(one.isdigit() and int(one) for one in values):
+        raise EdjeError(f"got {text!r}, expected a name and whole numbers: batch=1,8,32")
+    return what, [int(one) for one in values]
+
+
+def tell(result: Mapping[str, Any], name: str, out: Path) -> None:
+    """Write the table to stdout, the JSON to `out/name.json`."""
+    from .measure import print_result
+    from .report import write_result
+
+    print_result(result)
+    note(f"written to {write_result(name, result, out)}")
+
+
+def _made(
+    engine: Path | None, backend: str, precision: str | None, free: bool
+) -> Mapping[str, Any]:
+    """Return how the engine is made where none is named.
+
+    Raises:
+        EdjeError: one is named, and how to make it as well.
+    """
+    if engine is not None and (free or precision is not None):
+        raise EdjeError("--free and --precision are of the random scorer: name no engine")
+    return {"backend": backend, "precision": precision, "free": free}

@@ -18,19 +18,14 @@ import numpy as np
 
 from ..arrays import Float32, even_parts
 from ..bundle import ModelSizes
+from ..engines.manifest import EngineManifest
 from ..engines.registry import load_backend
 from ..errors import EdjeError
 from ..machine import usable_cores
-from .gpu_ceilings import (
-    flops_per_pair,
-    measure_probe,
-    probes,
-    slots_of,
-    timed,
-    token_bytes_per_pair,
-)
+from ..runtime.source import record_bytes
+from .gpu_ceilings import flops_per_pair, measure_probe, probes, slots_of, timed
 from .report import Measured
-from .stages import Stage
+from .stage import Stage
 
 if TYPE_CHECKING:
     import onnx
@@ -41,6 +36,7 @@ COPY_BYTES = 1 << 28  # more than any cache
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # OpenVINO's, of what is not int8
 GPU_KEYS = ("h2d", "memory", "fp16", "int8", "fp8")
 COMPUTING = ("forward", "enqueue", "rank", "serve")
+COPYING = {"read": "memcpy", "upload": "h2d"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,24 +64,23 @@ class Roof:
         flops = flops_per_pair(slots_of(wordpieces, sizes), sizes)
         return self.rates[precision] / flops if precision in self.rates else None
 
-    def shares(
-        self, measured: Sequence[Measured], precision: str, wordpieces: int, sizes: ModelSizes
-    ) -> list[Measured]:
-        """Return the same, each stage that has a roof with its share of it.
+    def with_share(
+        self, one: Measured, precision: str, wordpieces: int, manifest: EngineManifest
+    ) -> Measured:
+        """Return the same with its share of the roof, where it has one.
 
         `read` and `upload` are bound by copying records, what runs the engine by the products of
         its precision.
         """
-        bounds = dict.fromkeys(COMPUTING, self.pairs_per_s(precision, wordpieces, sizes))
-        for name, key in {"read": "memcpy", "upload": "h2d"}.items():
-            rate = self.rates.get(key)
-            bounds[name] = None if rate is None else rate / token_bytes_per_pair(sizes)
-        found = []
-        for one in measured:
-            most, speed = bounds.get(one.name), one.pairs_per_s
-            share = None if most is None or speed is None else speed / most
-            found.append(replace(one, share_of_roof=share))
-        return found
+        sizes, speed = manifest.bundle.sizes, one.pairs_per_s
+        most = None
+        if one.name in COMPUTING:
+            most = self.pairs_per_s(precision, wordpieces, sizes)
+        elif one.name in COPYING and COPYING[one.name] in self.rates:
+            shape = sizes.num_tokens, sizes.hidden
+            most = self.rates[COPYING[one.name]] / record_bytes(shape, manifest.token_dtype)
+        share = None if most is None or speed is None else speed / most
+        return replace(one, share_of_roof=share)
 
 
 @contextmanager

@@ -7,9 +7,8 @@ and `download` one batch of them in a slot of its own; `rank` is `Reranker.rank`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -39,8 +38,8 @@ from ..runtime.text import QueryTokenizer, TokenizedQueries
 from .free_engine import FREE, FreeEngine, one_value
 from .harness import Progress
 from .random_model import image_id
-from .serve_traffic import asking
-from .server_process import EDJE, serving
+from .serve_traffic import EDJE, asking, serving
+from .stage import Stage, expect, make_stage
 from .subjects import MAX_KNOWN, drawn, engine_folder, query_of_length, random_store
 from .wide_store import row_of
 
@@ -50,27 +49,6 @@ TOP_K = 10
 NUM_CHECKED = 64  # scores of a ranking that are computed again, without pipeline and slots
 TOLERANCE = 5e-3  # of a raw logit: an engine may round otherwise in batches of another size
 SERVE_FREE = (*EDJE[:2], "edje.perf.serve_free")
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """Something to measure; everything is warm.
-
-    Attributes:
-        name: one of `NAMES`.
-        run: one run.
-        pairs: that one run handles.
-        check: raises EdjeError where what the last run gave is wrong.
-        group: what it is compared with.
-        work: other amounts than pairs that one run handles, by the name of their rate.
-    """
-
-    name: str
-    run: Callable[[], object]
-    pairs: int
-    check: Callable[[], None]
-    group: str = "stages"
-    work: Mapping[str, float] = field(default_factory=dict)
 
 
 @contextmanager
@@ -90,6 +68,7 @@ def open_stages(
     backend: str = "openvino",
     precision: str | None = None,
     residency: Any = None,
+    warm: bool = True,
     progress: Progress = lambda line: None,
 ) -> Iterator[dict[str, Stage]]:
     """Open an engine over a store; yield its stages by name, in the order of `NAMES`.
@@ -110,12 +89,16 @@ def open_stages(
         threads: of the engine; None: its own choice.
         precision: of the random scorer; None: the fastest that this CPU has.
         residency: where tokens are read from, as `Reranker.open` takes it.
+        warm: run and check every stage; False: the engine alone has run.
 
     Raises:
         EdjeError: something cannot be opened or does not fit, or a stage gives a wrong result.
     """
     names = _checked_names(only)
-    folder = engine_folder(engine, scratch, free, backend, precision, progress)
+    if engine is not None and free:
+        raise EdjeError("an engine that takes no time has the full-size scorer's sizes: name none")
+    made: dict[str, Any] = {"free": free, "backend": backend, "precision": precision}
+    folder = engine or engine_folder(scratch, progress, **made)
     with ExitStack() as stack:
         numbers = None if store else random_store(folder, scratch, candidates, images, progress)
         path = store or scratch / "tokens.store"
@@ -130,8 +113,11 @@ def open_stages(
                 stages[name] = bench.serve(stack, folder, path, scratch, threads)
             else:
                 stages[name] = getattr(bench, name)()
-            stages[name].run()
-            stages[name].check()
+            if warm:
+                stages[name].run()
+                stages[name].check()
+            else:
+                bench.compute()
         yield stages
 
 
@@ -203,18 +189,18 @@ class Bench:
 
         def check(found: TokenizedQueries) -> None:
             same = np.array_equal(found.text_ids, self.queries.text_ids)
-            _expect(same and not found.truncated[0], "tokenise: other ids than at first, or cut")
+            expect(same and not found.truncated[0], "tokenise: other ids than at first, or cut")
 
-        return _stage("tokenise", lambda: self.tokenizer([self.query]), len(self.ids), check)
+        return make_stage("tokenise", lambda: self.tokenizer([self.query]), len(self.ids), check)
 
     def resolve(self) -> Stage:
         """The candidates' ids -> rows of the store, each once."""
 
         def check(found: Candidates) -> None:
             right = np.array_equal(found.rows[found.position], self.rows)
-            _expect(right, "resolve: an id has the wrong row")
+            expect(right, "resolve: an id has the wrong row")
 
-        return _stage("resolve", self.find, len(self.ids), check)
+        return make_stage("resolve", self.find, len(self.ids), check)
 
     def read(self) -> Stage:
         """A batch's records -> the slot, verified; another batch every time."""
@@ -223,7 +209,7 @@ class Bench:
         def run() -> PlannedBatch:
             planned = next(turns)
             found = self.slot.read(self.source, self.rows[planned.pairs], check_finite=hides_nan)
-            _expect(not found.damaged, "read: damaged records")
+            expect(not found.damaged, "read: damaged records")
             return planned
 
         def check(planned: PlannedBatch) -> None:
@@ -234,9 +220,9 @@ class Bench:
             for at, row in enumerate(self.rows[planned.pairs]):
                 self.source.read(np.array([row]), one, own, bad="mark")
                 same = np.array_equal(one[0], found[at], equal_nan=one.dtype.kind == "f")
-                _expect(same, f"read: record {at} of the batch differs from itself, read alone")
+                expect(same, f"read: record {at} of the batch differs from itself, read alone")
 
-        return _stage("read", run, len(self.batches[0].pairs), check)
+        return make_stage("read", run, len(self.batches[0].pairs), check)
 
     def upload(self) -> Stage:
         """The slot's batch -> the device's memory."""
@@ -255,7 +241,7 @@ class Bench:
             self.score_slot()
             self._check_slot("forward")
 
-        return _stage("forward", self.compute, len(self.batches[0].pairs), check)
+        return make_stage("forward", self.compute, len(self.batches[0].pairs), check)
 
     def enqueue(self) -> Stage:
         """One batch whose records lie in the slot: text in, through the streams, scores back."""
@@ -270,7 +256,7 @@ class Bench:
             run()
             self._check_slot("enqueue")
 
-        return _stage("enqueue", run, len(self.batches[0].pairs), check)
+        return make_stage("enqueue", run, len(self.batches[0].pairs), check)
 
     def sort(self) -> Stage:
         """Scores of all candidates -> ranked hits."""
@@ -283,13 +269,13 @@ class Bench:
 
         def check(found: RankResult) -> None:
             best = np.sort(scores)[::-1][:TOP_K].tolist()
-            _expect([hit.score for hit in found] == best, "sort: not the best scores")
+            expect([hit.score for hit in found] == best, "sort: not the best scores")
 
-        return _stage("sort", run, len(self.ids), check)
+        return make_stage("sort", run, len(self.ids), check)
 
     def rank(self) -> Stage:
         """`Reranker.rank` of all candidates, the best ten wanted."""
-        return _stage(
+        return make_stage(
             "rank",
             lambda: self.reranker.rank(self.query, self.ids, TOP_K),
             len(self.ids),
@@ -306,7 +292,7 @@ class Bench:
         server = stack.enter_context(serving(folder, store, *options, log=log, command=command))
         run = asking(stack, server, self.query, self.ids, TOP_K)
         known = one_value(self.rows) if self.free else self.reference  # it reads nothing either
-        return _stage("serve", run, len(self.ids), partial(self._check_top, "serve", known))
+        return make_stage("serve", run, len(self.ids), partial(self._check_top, "serve", known))
 
     def find(self) -> Candidates:
         """Look the candidates up."""
@@ -316,7 +302,7 @@ class Bench:
         """Bring a batch into the slot, and on to the device."""
         self.slot.fill_text(self.queries, planned)
         found = self.slot.read(self.source, self.rows[planned.pairs], check_finite=False)
-        _expect(not found.damaged, f"{self.store.path}: damaged records")
+        expect(not found.damaged, f"{self.store.path}: damaged records")
         if not self.device.shares_memory:
             self._copied(self.slot.upload)
 
@@ -349,7 +335,7 @@ class Bench:
 
     def _copying(self, name: str, copy: Callable[[Stream], None]) -> Stage:
         pairs = len(self.batches[0].pairs)
-        return _stage(name, lambda: self._copied(copy), pairs, lambda found: None)
+        return make_stage(name, lambda: self._copied(copy), pairs, lambda found: None)
 
     def _copied(self, copy: Callable[[Stream], None]) -> None:
         copy(self.stream)
@@ -361,39 +347,19 @@ class Bench:
         pairs = self.batches[0].pairs[:NUM_CHECKED]
         expected = self.reranker.predict([(self.query, self.ids[at]) for at in pairs.tolist()])
         worst = float(np.abs(self.slot.scores[: len(pairs)] - expected).max())
-        _expect(worst <= TOLERANCE, f"{name}: scores differ from those of predict by {worst:.2e}")
+        expect(worst <= TOLERANCE, f"{name}: scores differ from those of predict by {worst:.2e}")
 
     def _check_top(self, name: str, known: Callable[[Int64], Float32], hits: Sequence[Hit]) -> None:
         """Score the hits, and some other candidates, again: the hits must be right and best."""
         found = np.array([hit.score for hit in hits], np.float32)
         at = np.array([hit.index for hit in hits], np.int64)
-        _expect(len(found) == min(TOP_K, len(self.ids)), f"{name}: {len(found)} hits")
-        _expect(bool((np.diff(found) <= 0).all()), f"{name}: the hits are not in order")
+        expect(len(found) == min(TOP_K, len(self.ids)), f"{name}: {len(found)} hits")
+        expect(bool((np.diff(found) <= 0).all()), f"{name}: the hits are not in order")
         worst = float(np.abs(known(at) - found).max())
-        _expect(worst <= TOLERANCE, f"{name}: scores differ from the engine's by {worst:.2e}")
+        expect(worst <= TOLERANCE, f"{name}: scores differ from the engine's by {worst:.2e}")
         some = np.random.default_rng(5).integers(0, len(self.ids), NUM_CHECKED)
         better = known(np.setdiff1d(some, at)) > found[-1] + TOLERANCE
-        _expect(not better.any(), f"{name}: a better candidate is missing")
-
-
-def _stage(name: str, run: Callable[[], Any], pairs: int, check: Callable[[Any], None]) -> Stage:
-    """Make a stage whose `check` gets what the last run gave."""
-    last: list[Any] = []
-
-    def keep() -> None:
-        last[:] = [run()]
-
-    def check_last() -> None:
-        if not last:
-            keep()
-        check(last[0])
-
-    return Stage(name, keep, pairs, check_last)
-
-
-def _expect(right: bool, message: str) -> None:
-    if not right:
-        raise EdjeError(f"{message}; nothing is reported")
+        expect(not better.any(), f"{name}: a better candidate is missing")
 
 
 def _checked_names(only: Collection[str]) -> list[str]:

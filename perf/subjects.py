@@ -45,18 +45,22 @@ def drawn(count: int, of: int) -> Int64:
 
 
 def engine_folder(
-    engine: Path | None,
     scratch: Path,
-    free: bool,
-    backend: str,
-    precision: str | None,
     progress: Progress,
+    *,
+    free: bool = False,
+    backend: str = "openvino",
+    precision: str | None = None,
 ) -> Path:
-    """Return the folder of the engine to measure, made if need be."""
-    if engine is not None and free:
-        raise EdjeError("an engine that takes no time is of the full-size scorer: name no other")
-    if engine is not None:
-        return engine
+    """Return the full-size random scorer's engine, built once for every state of the sources.
+
+    Args:
+        free: one of its sizes that takes no time, written into `scratch`.
+        precision: None: the fastest that this CPU has.
+
+    Raises:
+        EngineError: `backend` does not run `precision` here.
+    """
     progress("making the full-size scorer (kept in .cache/)")
     bundle = full_size_bundle()
     if free:
