@@ -10,7 +10,7 @@ import typer
 
 from ..errors import EdjeError
 from ..runtime.cli.options import Verbs
-from ..show import note
+from ..show import note, warn
 from .harness import SCRATCH
 
 app = typer.Typer(
@@ -160,6 +160,46 @@ def sweep(
     )
     tell(result, name or what, out)
     note(f"drawn into {draw_sweep(result, out / f'{name or what}.svg')}")
+
+
+@app.command()
+def suite(
+    parts: Annotated[
+        str, typer.Option(help="stages, candidates, images, top10, cold; empty: all.")
+    ] = "",
+    out: Out = SCRATCH,
+) -> None:
+    """Measure what `make bench` measures beside the peers (6 minutes); 1 where it falls short.
+
+    \b
+    Example:
+      edje bench suite --parts images,cold
+    """
+    from .suite import run_suite
+
+    faults = run_suite(out, names_in(parts))
+    for fault in faults:
+        warn(f"falls short: {fault}")
+    if faults:
+        raise typer.Exit(1)
+
+
+@app.command()
+def cold(
+    engine: Engine = None,
+    runs: Annotated[int, typer.Option(help="Processes to start.")] = 5,
+    name: Name = "cold",
+    out: Out = SCRATCH,
+) -> None:
+    """Measure what a user waits for who types `edje rerank`, from start to answer.
+
+    \b
+    Example:
+      edje bench cold engine
+    """
+    from .cold import measure_cold
+
+    tell(measure_cold(engine, runs), name, out)
 
 
 def names_in(text: str) -> list[str]:

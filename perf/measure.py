@@ -189,9 +189,9 @@ def _row(entry: Mapping[str, Any]) -> tuple[str, ...]:
     share = extra["share_of_roof"]
     return (
         entry["fullname"].partition("::")[2],
-        f"{extra['pairs']:,}",
-        f"{extra['pairs_per_s']:,.0f}",
-        f"{extra['us_per_pair']:,.3f}",
+        f"{extra['pairs']:,}" if extra["pairs"] else "",
+        "" if extra["pairs_per_s"] is None else f"{extra['pairs_per_s']:,.0f}",
+        "" if extra["pairs_per_s"] is None else f"{extra['us_per_pair']:,.3f}",
         "" if share is None else f"{share:.1%}",
         f"{found['min'] * 1e3:,.3f}",
         *(f"{extra[f'p{q}_ms']:,.3f}" for q in (50, 90, 99)),

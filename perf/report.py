@@ -17,9 +17,19 @@ from .. import __version__
 from ..machine import available_memory_bytes, cpu_features, cpu_model, usable_cores
 from .harness import LIBRARIES, commit_facts, versions, write_result
 
-__all__ = ["Measured", "benchmark_json", "fingerprint", "machine_info", "summary", "write_result"]
+__all__ = [
+    "Measured",
+    "benchmark_json",
+    "fingerprint",
+    "folded",
+    "machine_info",
+    "summary",
+    "write_result",
+]
 
 GPU_LIBRARIES = ("cuda-core", "onnxruntime-gpu", "tensorrt", "triton")
+# Conditions that `machine_info` and `commit_info` tell.
+_OF_THE_MACHINE = ("cpu", "cpu_features", "cores", "python", "versions", "commit", "time")
 FORMAT = "edje-bench 1"  # of `extra_info`; the rest is pytest-benchmark's
 
 
@@ -87,6 +97,40 @@ class Measured:
             "options": {"timer": "perf_counter", "warmup": True, "disable_gc": False},
             "stats": stats(self.seconds),
         }
+
+
+def folded(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the result of an older benchmark in the one form of all.
+
+    Whatever its timings are (`harness.timings_json`), they become entries of `benchmarks`, grouped
+    by where they stood; the rest is kept as `result`.
+    """
+    rest, measured = _without_runs(dict(result), name)
+    conditions = result.get("conditions", {})
+    where = {key: value for key, value in conditions.items() if key not in _OF_THE_MACHINE}
+    whole = benchmark_json(measured, conditions=where)
+    return {**whole, "faults": list(result.get("faults", ())), "result": rest}
+
+
+def _without_runs(value: Any, group: str) -> tuple[Any, list[Measured]]:
+    """Take the runs out of all timings below `value`; return the rest, and what they measured."""
+    measured: list[Measured] = []
+    if isinstance(value, Mapping):
+        kept = {}
+        for key, below in value.items():
+            if key in ("wall_ms", "cpu_ms"):
+                continue
+            inner = group if key == "timings" else f"{group}/{key}"
+            kept[key], found = _without_runs(below, inner)
+            measured += found
+        if value.get("wall_ms"):
+            wall, cpu = ([one / 1e3 for one in value[key]] for key in ("wall_ms", "cpu_ms"))
+            measured.append(Measured(value["name"], group, wall, value["pairs"], cpu_seconds=cpu))
+        return kept, measured
+    if isinstance(value, list | tuple):
+        parts = [_without_runs(one, group) for one in value]
+        return [rest for rest, _ in parts], [one for _, found in parts for one in found]
+    return value, measured
 
 
 def stats(seconds: Sequence[float]) -> dict[str, Any]:
