@@ -65,6 +65,13 @@ def measure_stages(
     return [one.measured(params(key)) for key, one in runs.items()]
 
 
+def rounds_of(stage: Stage, seconds: float, *, most: int = MOST_ROUNDS) -> int:
+    """Return how many runs fit into so many seconds, by what one takes now."""
+    began = perf_counter()
+    stage.run()
+    return max(LEAST_ROUNDS, min(most, round(seconds / (perf_counter() - began))))
+
+
 class _Runs:
     """The runs of one stage."""
 

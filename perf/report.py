@@ -19,7 +19,9 @@ from .harness import LIBRARIES, commit_facts, versions, write_result
 
 __all__ = [
     "Measured",
+    "Result",
     "benchmark_json",
+    "entries",
     "fingerprint",
     "folded",
     "machine_info",
@@ -31,6 +33,9 @@ GPU_LIBRARIES = ("cuda-core", "onnxruntime-gpu", "tensorrt", "triton")
 # Conditions that `machine_info` and `commit_info` tell.
 _OF_THE_MACHINE = ("cpu", "cpu_features", "cores", "python", "versions", "commit", "time")
 FORMAT = "edje-bench 1"  # of `extra_info`; the rest is pytest-benchmark's
+
+
+Result = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +236,16 @@ def fingerprint(info: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def summary(result: Mapping[str, Any]) -> str:
+def entries(result: Result, group: str, **params: Any) -> list[Mapping[str, Any]]:
+    """Return the benchmarks of a group with these parameters."""
+    return [
+        one
+        for one in result["benchmarks"]
+        if one["group"] == group and params.items() <= one["params"].items()
+    ]
+
+
+def summary(result: Result) -> str:
     """Return the line of conditions that stands below every table."""
     info, commit = result["machine_info"], result["commit_info"]["id"]
     gpu = "" if info["gpu"] is None else f", {info['gpu']['name']}"
