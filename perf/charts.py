@@ -138,8 +138,12 @@ def draw_sweep(result: Result, path: Path) -> Path:
                 axes.plot(
                     x, roofs, color=colour, linestyle="--", linewidth=1, label=f"roof: {name}"
                 )
+        speeds = [one["extra_info"]["pairs_per_s"] for one in entries]
+        values = sorted({one["params"][over] for one in entries})
         axes.set_xscale("log")
-        axes.set_yscale("log")
+        axes.set_xticks(values, [f"{value:,}" for value in values], minor=False)
+        axes.set_xticks([], minor=True)
+        _scale_y(axes, logarithmic=max(speeds) > 30 * min(speeds))
         axes.set_xlabel(over)
         axes.set_ylabel("pairs per second")
         axes.grid(axis="y", color="#e2e8f0")
@@ -171,6 +175,7 @@ def draw_stages(result: Result, path: Path) -> Path:
         axes.set_yticks(places, [one["name"] for one in entries])
         axes.set_xscale("log")
         axes.set_xlim(min(costs) / 2, max(costs) * 40)
+        axes.xaxis.set_major_formatter("{x:,g}")
         axes.set_xlabel("microseconds a pair, logarithmic: less is better")
         axes.tick_params(axis="y", length=0)
         _conditions(figure, conditions_of(result))
@@ -190,8 +195,7 @@ def draw_load(result: Result, path: Path) -> Path:
             most = one["extra_info"]["p99_ms"]
             clients = one["params"]["clients"]
             axes.annotate(f"{clients}", (at, most), (0, 5), textcoords="offset points", ha="center")
-        axes.set_yscale("log")
-        axes.set_ylim(bottom=min(one["extra_info"]["p50_ms"] for one in entries) / 2)
+        _scale_y(axes, logarithmic=False)
         axes.set_xlim(left=0)
         axes.set_xlabel("pairs per second answered (numbers: clients that wait for their answers)")
         axes.set_ylabel("milliseconds a request")
@@ -199,6 +203,16 @@ def draw_load(result: Result, path: Path) -> Path:
         axes.legend(frameon=False)
         _conditions(figure, conditions_of(result))
     return path
+
+
+def _scale_y(axes: Axes, *, logarithmic: bool) -> None:
+    """Let the y axis begin at 0, or be logarithmic, with plain numbers."""
+    if logarithmic:
+        axes.set_yscale("log")
+        axes.set_yticks([], minor=True)
+    else:
+        axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
 def conditions_of(result: Result) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+# `bench_<name>.py`, and what it compares.
+OLDER = {
+    "store": "Reading the token store against plain copies; a million ids.",
+    "pipeline": "What the pipeline itself costs, around an engine that takes no time.",
+    "end_to_end": "Reranker.rank against the bare library.",
+    "precisions": "Precisions and backends against each other and the Hugging Face scorer.",
+    "cascade": "What a cascade saves on the demo, and whether its top 10 is right.",
+    "depths": "What a shallow first stage saves, layers by layers, and what it loses.",
+    "fidelity": "What precisions and stores do to a ranking.",
+    "serve": "The server under load: capacity, overload, fairness.",
+}
 
 Engine = Annotated[
     Path | None, typer.Argument(help="Engine folder; default: the full-size random scorer.")
@@ -78,13 +91,14 @@ def run(
     name: Name = "stages",
     out: Out = SCRATCH,
 ) -> None:
-    """Measure every stage of a ranking, in turns: a table, and NAME.json in OUT.
+    """Measure every stage of a ranking, in turns: a table, NAME.json and a chart in OUT.
 
     \b
     Example:
       edje bench run engine --store photos.store --candidates 1000
       edje bench run --free --stages tokenise,resolve,read,rank
     """
+    from .charts import draw_stages
     from .measure import run_stages
 
     result = run_stages(
@@ -103,6 +117,7 @@ def run(
         residency=residency,
     )
     tell(result, name, out)
+    note(f"drawn into {draw_stages(result, out / f'{name}.svg')}")
 
 
 @app.command()
@@ -202,6 +217,33 @@ def cold(
     tell(measure_cold(engine, runs), name, out)
 
 
+@app.command()
+def load(
+    engine: Engine = None,
+    store: Store = None,
+    clients: Annotated[str, typer.Option(help="Numbers of clients at once.")] = "1,2,4,8,16",
+    candidates: Candidates = 100,
+    seconds: Seconds = 5.0,
+    name: Name = "load",
+    out: Out = SCRATCH,
+) -> None:
+    """Measure a server's latency under more and more clients: a table, JSON and a chart.
+
+    \b
+    Example:
+      edje bench load engine --store photos.store --clients 1,4,16,64
+    """
+    from .charts import draw_load
+    from .load import measure_load
+
+    numbers = sweep_of(f"clients={clients}")[1]
+    result = measure_load(
+        engine, store=store, clients=numbers, candidates=candidates, seconds=seconds
+    )
+    tell(result, name, out)
+    note(f"drawn into {draw_load(result, out / f'{name}.svg')}")
+
+
 def names_in(text: str) -> list[str]:
     """Return what stands between commas."""
     return [one for one in text.split(",") if one]
@@ -240,3 +282,19 @@ def _made(
     if engine is not None and (free or precision is not None):
         raise EdjeError("--free and --precision are of the random scorer: name no engine")
     return {"backend": backend, "precision": precision, "free": free}
+
+
+def _add_older(name: str, about: str) -> None:
+    """Add a benchmark with a command line of its own (`edje bench store --help`)."""
+
+    def verb(ctx: typer.Context) -> None:
+        module = import_module(f".bench_{name}", __package__)
+        raise typer.Exit(module.main(ctx.args))
+
+    as_it_comes = {"allow_extra_args": True, "ignore_unknown_options": True}
+    settings: dict[str, Any] = {**as_it_comes, "help_option_names": []}
+    app.command(name.replace("_", "-"), help=about, context_settings=settings)(verb)
+
+
+for _name, _about in OLDER.items():
+    _add_older(_name, _about)

@@ -52,6 +52,8 @@ class Measured:
         share_of_roof: of the roof measured in the same run; None: no roof is known.
         counters: exact numbers, by name.
         conditions: what else the figure depends on.
+        elapsed_s: of all runs together, where several go on at once: then speed is all their pairs
+            over it; None: they came one by one, and speed is of the least time.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Measured:
     share_of_roof: float | None = None
     counters: Mapping[str, float] = field(default_factory=dict)
     conditions: Mapping[str, Any] = field(default_factory=dict)
+    elapsed_s: float | None = None
 
     @property
     def fullname(self) -> str:
@@ -72,8 +75,12 @@ class Measured:
 
     @property
     def pairs_per_s(self) -> float | None:
-        """Pairs over the least wall time; None where a run handles none."""
-        return self.pairs / min(self.seconds) if self.pairs else None
+        """Pairs/s; None where a run handles none."""
+        if not self.pairs:
+            return None
+        if self.elapsed_s is not None:
+            return self.pairs * len(self.seconds) / self.elapsed_s
+        return self.pairs / min(self.seconds)
 
     def to_json(self) -> dict[str, Any]:
         """Return one entry of `benchmarks`: speed from the minimum, percentiles of all runs."""
