@@ -95,7 +95,7 @@ class Measured:
             "p90_ms": round(p90, 6),
             "p99_ms": round(p99, 6),
             "min_cpu_ms": round(min(self.cpu_seconds) * 1e3, 6) if self.cpu_seconds else None,
-            "share_of_roof": None if self.share_of_roof is None else round(self.share_of_roof, 4),
+            "share_of_roof": None if self.share_of_roof is None else round(self.share_of_roof, 6),
             "counters": dict(self.counters),
             "conditions": dict(self.conditions),
         }

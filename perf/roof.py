@@ -110,9 +110,10 @@ def open_roof(threads: int | None = None) -> Iterator[dict[str, Stage]]:
 class Copy:
     """A copy of `COPY_BYTES` by several threads, a part each."""
 
-    unit, amount = "bytes_per_s", COPY_BYTES
+    unit = "bytes_per_s"
 
     def __init__(self, pool: ThreadPoolExecutor, num_threads: int):
+        self.amount = COPY_BYTES
         self._source, self._target = np.ones(COPY_BYTES, np.uint8), np.zeros(COPY_BYTES, np.uint8)
         self._parts = list(even_parts(COPY_BYTES, -(-COPY_BYTES // num_threads)))
         self._pool = pool
@@ -133,11 +134,11 @@ class Copy:
 class Product:
     """One large product by a library; subclasses run it."""
 
-    unit, amount = "flops_per_s", 2 * M * K * N
+    unit = "flops_per_s"
     run: Callable[[], object]
 
     def __init__(self, precision: str, threads: int | None):
-        self.precision = precision
+        self.precision, self.amount = precision, 2 * M * K * N
         self.given = np.random.default_rng(1).standard_normal((M, K)).astype(np.float32)
         self.out = np.zeros((M, N), np.float32)
         self._weights, model = _product(precision)

@@ -181,7 +181,8 @@ class Bench:
             np.zeros(candidates, np.int64),
             Profile(size, profile.text_buckets),
         )
-        self.batches = [one for one in planned if len(one.pairs) == len(planned[0].pairs)]
+        most = max(len(one.pairs) for one in planned)
+        self.batches = [one for one in planned if len(one.pairs) == most]
         self.fill(self.batches[0])
 
     def tokenise(self) -> Stage:
