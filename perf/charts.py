@@ -25,7 +25,7 @@ KINDS = {
     "peer": (PEER, "the official code and others"),
 }
 LINES = ("#c2410c", "#0369a1", "#15803d", "#7e22ce", "#a16207", "#be123c", "#334155")
-STYLE = {
+STYLE: Any = {  # matplotlib's own type lists all its names
     "svg.fonttype": "none",
     "svg.hashsalt": "edje",
     "font.family": "sans-serif",
@@ -133,8 +133,8 @@ def draw_sweep(result: Result, path: Path) -> Path:
             x = [one["params"][over] for one in own]
             y = [one["extra_info"]["pairs_per_s"] for one in own]
             axes.plot(x, y, marker="o", color=colour, label=name)
-            roofs = [_roof_of(one) for one in own]
-            if all(roofs):
+            roofs = [roof for one in own if (roof := _roof_of(one)) is not None]
+            if len(roofs) == len(own):
                 axes.plot(
                     x, roofs, color=colour, linestyle="--", linewidth=1, label=f"roof: {name}"
                 )

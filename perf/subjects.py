@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..arrays import Int64
+from ..arrays import Array, Int64
 from ..engines.manifest import EngineManifest, Profile
 from ..errors import EdjeError
 from ..runtime.text import QueryTokenizer
@@ -75,7 +75,8 @@ def random_store(
     manifest, count = EngineManifest.read(folder), candidates if images is None else images
     asked = drawn(candidates, count)
     progress(f"writing a store of {count:,} images")
-    tokens, scales = random_tokens(min(count, MAX_KNOWN), manifest.bundle.sizes), None
+    tokens: Array = random_tokens(min(count, MAX_KNOWN), manifest.bundle.sizes)
+    scales = None
     if manifest.token_dtype == "int8":
         tokens, scales = quantize_tokens(tokens)
     encoder = manifest.bundle.fingerprint_encoder

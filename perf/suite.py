@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..demo.guide import run_demo
+from ..errors import EdjeError
 from ..show import note, progress_steps
 from . import bench_cascade
 from .cold import measure_cold
@@ -19,7 +20,7 @@ SWEEPS: Mapping[str, Mapping[str, Any]] = {
     "candidates": {"values": (100, 1_000, 10_000, 50_000), "least_rounds": 1, "seconds": 4.0},
     "images": {"values": (10_000, 100_000, 1_000_000, 10_000_000), "seconds": 8.0},
 }
-FLAT = 0.10  # by how much a pair may cost more or less than the sweep's median
+FLAT = 0.10  # by how much a pair may cost more than where it costs least
 NUM_QUERIES = 48
 STAGE_CANDIDATES = 128
 
@@ -30,6 +31,9 @@ def run_suite(out: Path, parts: list[str]) -> list[str]:
     Raises:
         EdjeError: something cannot be measured, or gave a wrong result.
     """
+    unknown = [name for name in parts if name not in PARTS]
+    if unknown:
+        raise EdjeError(f"no part is called {', '.join(unknown)}, expected {', '.join(PARTS)}")
     faults: list[str] = []
     for name, measure in PARTS.items():
         if parts and name not in parts:
@@ -61,18 +65,18 @@ def measure_flat(over: str) -> dict[str, Any]:
 
 
 def uneven(result: Mapping[str, Any], stage: str, over: str) -> list[str]:
-    """Return one sentence for every value at which a pair's cost leaves the middle of all."""
+    """Return in one sentence how a pair's cost moves, where it moves by more than `FLAT`."""
     costs = {
-        one["params"][over]: one["extra_info"]["us_per_pair"]
+        one["extra_info"]["us_per_pair"]: one["params"][over]
         for one in result["benchmarks"]
         if one["name"] == stage
     }
-    middle = sorted(costs.values())[len(costs) // 2]
+    least, most = min(costs), max(costs)
+    if most <= least * (1 + FLAT):
+        return []
     return [
-        f"{stage} costs {cost:,.1f} us a pair at {value:,} {over}, expected {middle:,.1f} "
-        f"with at most {FLAT:.0%} between"
-        for value, cost in costs.items()
-        if abs(cost / middle - 1) > FLAT
+        f"{stage} costs {least:,.1f} us a pair at {costs[least]:,} {over} and {most:,.1f} at "
+        f"{costs[most]:,}, expected {FLAT:.0%} at most between"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Charts say what the results say: names, figures, roofs and conditions stand in the SVG as text."""
+"""Charts say what the results say: names, figures, roofs and conditions stand in the SVG."""
 
 from __future__ import annotations
 

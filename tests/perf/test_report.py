@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from edje.perf.harness import Timing, Times, timings_json
+from edje.perf.harness import Times, Timing, timings_json
 from edje.perf.report import (
     Measured,
     benchmark_json,
