@@ -76,25 +76,21 @@ def open_stages(
     `upload` and `download` are left out where the engine reads host memory.
 
     Args:
-        engine: folder; None: the full-size random scorer on `backend`. With `free` an engine of
-            the same sizes that takes no time, so that store, pipeline and Python show.
+        engine: folder; None: the full-size random scorer, made as `engine_folder` does.
         candidates: of the one query, none twice.
         batch: pairs of a batch; None: as many as the engine takes, at most `candidates`.
         images: that the random store holds; None: as many as candidates.
         scratch: a folder for what is written.
         only: names of stages; none: all.
-        store: one of the engine's; None writes one of random tokens (beyond `MAX_KNOWN` images:
-            zeros, which take no space).
+        store: one of the engine's; None writes one of random tokens (see `random_store`).
         query: None: some text of so many `wordpieces`.
         threads: of the engine; None: its own choice.
-        precision: of the random scorer; None: the fastest that this CPU has.
         residency: where tokens are read from, as `Reranker.open` takes it.
         warm: run and check every stage; False: the engine alone has run.
 
     Raises:
         EdjeError: something cannot be opened or does not fit, or a stage gives a wrong result.
     """
-    names = _checked_names(only)
     if engine is not None and free:
         raise EdjeError("an engine that takes no time has the full-size scorer's sizes: name none")
     made: dict[str, Any] = {"free": free, "backend": backend, "precision": precision}
@@ -102,17 +98,14 @@ def open_stages(
     with ExitStack() as stack:
         numbers = None if store else random_store(folder, scratch, candidates, images, progress)
         path = store or scratch / "tokens.store"
-        bench = Bench(stack, folder, path, threads, residency)
+        bench = Bench(stack, folder, path, scratch, threads, residency)
         bench.ask(candidates, numbers, query, wordpieces, batch)
         stages = {}
-        for name in names:
+        for name in _checked_names(only):
             if name in ("upload", "download") and bench.device.shares_memory:
                 continue
             progress(f"warming up: {name}")
-            if name == "serve":
-                stages[name] = bench.serve(stack, folder, path, scratch, threads)
-            else:
-                stages[name] = getattr(bench, name)()
+            stages[name] = getattr(bench, name)()
             if warm:
                 stages[name].run()
                 stages[name].check()
@@ -125,9 +118,16 @@ class Bench:
     """The opened parts of a ranking; its methods make the stages."""
 
     def __init__(
-        self, stack: ExitStack, folder: Path, store: Path, threads: int | None, residency: Any
+        self,
+        stack: ExitStack,
+        folder: Path,
+        store: Path,
+        scratch: Path,
+        threads: int | None,
+        residency: Any,
     ):
         """Open everything; `stack` closes it."""
+        self._stack, self._folder, self._scratch, self._threads = stack, folder, scratch, threads
         manifest = EngineManifest.read(folder)
         self.store = stack.enter_context(TokenStore.open(store))
         self.device: Device = open_device(None, manifest.device.get("kind"))
@@ -283,15 +283,14 @@ class Bench:
             partial(self._check_top, "rank", self.reference),
         )
 
-    def serve(
-        self, stack: ExitStack, folder: Path, store: Path, scratch: Path, threads: int | None
-    ) -> Stage:
+    def serve(self) -> Stage:
         """One request over HTTP to a server process, on a connection that stays open."""
+        threads = self._threads
         options = [] if threads is None else ["--num-threads", str(threads)]
-        command = SERVE_FREE if self.free else EDJE
-        log = scratch / "serve.log"
-        server = stack.enter_context(serving(folder, store, *options, log=log, command=command))
-        run = asking(stack, server, self.query, self.ids, TOP_K)
+        command, log = SERVE_FREE if self.free else EDJE, self._scratch / "serve.log"
+        served = serving(self._folder, self.store.path, *options, log=log, command=command)
+        server = self._stack.enter_context(served)
+        run = asking(self._stack, server, self.query, self.ids, TOP_K)
         known = one_value(self.rows) if self.free else self.reference  # it reads nothing either
         return make_stage("serve", run, len(self.ids), partial(self._check_top, "serve", known))
 

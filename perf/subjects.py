@@ -71,7 +71,10 @@ def engine_folder(
 def random_store(
     folder: Path, scratch: Path, candidates: int, images: int | None, progress: Progress
 ) -> Int64:
-    """Write `scratch/tokens.store`; return the numbers of the images to ask for: int64 [N]."""
+    """Write `scratch/tokens.store`; return the numbers of the images to ask for: int64 [N].
+
+    Its tokens are random; those beyond `MAX_KNOWN` images are zeros, which take no space.
+    """
     manifest, count = EngineManifest.read(folder), candidates if images is None else images
     asked = drawn(candidates, count)
     progress(f"writing a store of {count:,} images")

@@ -308,14 +308,8 @@ def demo(
     run_demo(out, num_queries=NUM_QUERIES if num_queries is None else num_queries)
 
 
-@app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "help_option_names": [],
-    }
-)
-def bench(ctx: typer.Context) -> None:
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+def bench(words: Annotated[list[str] | None, typer.Argument()] = None) -> None:
     """Measure speed on this machine (from a checkout; `edje bench --help` lists the verbs)."""
     try:
         verbs = import_module(BENCHMARKS)
@@ -326,4 +320,4 @@ def bench(ctx: typer.Context) -> None:
             "benchmarks come with a checkout of the repository, this is an installed package",
             hint="git clone the repository, then `make bench` there",
         ) from missing
-    verbs.app(args=ctx.args, prog_name="edje bench")
+    verbs.app(args=words or [], prog_name="edje bench")
