@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,6 +20,9 @@ from .measure import rounds_of, scratch_folder
 from .report import Measured, machine_info
 from .stage import Stage
 from .stages import NAMES, open_stages
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 MOST_ROUNDS, SECONDS = 500, 2.0
 
@@ -58,7 +61,8 @@ def measured(request: pytest.FixtureRequest, stages: dict[str, Stage]) -> Callab
     """Return what measures one stage and checks what it gave."""
     if request.param not in stages:
         pytest.skip(f"{request.param}: the engine reads this machine's memory, nothing is copied")
-    stage, benchmark = stages[request.param], request.getfixturevalue("benchmark")
+    stage = stages[request.param]
+    benchmark: BenchmarkFixture = request.getfixturevalue("benchmark")
 
     def run() -> None:
         benchmark.group = stage.group

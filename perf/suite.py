@@ -10,6 +10,7 @@ from ..demo.guide import run_demo
 from ..errors import EdjeError
 from ..show import note, progress_steps
 from . import bench_cascade
+from .charts import draw_stages, draw_sweep
 from .cold import measure_cold
 from .measure import print_result, run_stages, run_sweep, scratch_folder
 from .random_model import CACHE, source_hash
@@ -42,6 +43,8 @@ def run_suite(out: Path, parts: list[str]) -> list[str]:
         print_result(result)
         faults += [f"{name}: {fault}" for fault in result.get("faults", [])]
         note(f"written to {write_result(name, result, out)}")
+        if name in DRAWN:
+            note(f"drawn into {DRAWN[name](result, out / f'{name}.svg')}")
     return faults
 
 
@@ -100,3 +103,4 @@ PARTS: Mapping[str, Callable[[], dict[str, Any]]] = {
     "top10": measure_top10,
     "cold": measure_cold,
 }
+DRAWN = {"stages": draw_stages, "candidates": draw_sweep, "images": draw_sweep}

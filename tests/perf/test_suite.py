@@ -66,10 +66,11 @@ def test_a_cost_that_is_not_flat_is_named():
 
 
 def test_parts_are_printed_written_and_what_falls_short_is_returned(monkeypatch, tmp_path, capsys):
-    result = {**benchmark_json([rank(10, 1000.0)]), "faults": ["slow"]}
+    result = {**benchmark_json([rank(10, 1000.0)]), "swept": "images", "faults": ["slow"]}
     monkeypatch.setattr(suite, "PARTS", {"images": lambda: result, "cold": lambda: 1 / 0})
     assert suite.run_suite(tmp_path, ["images"]) == ["images: slow"]
     assert json.loads((tmp_path / "images.json").read_text())["faults"] == ["slow"]
+    assert ">images<" in (tmp_path / "images.svg").read_text()
     assert "rank[images=10]" in capsys.readouterr().out
     with pytest.raises(EdjeError, match="no part is called imags, expected images, cold"):
         suite.run_suite(tmp_path, ["imags"])
