@@ -22,6 +22,7 @@ from .stages import open_stages
 from .subjects import engine_folder
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 2000
+SHORT_S = 0.05
 DEFAULT_WORDPIECES = 13
 ROOF_S = 1.0  # of each of its products
 SWEPT = ("candidates", "images", "batch", "wordpieces", "threads")
@@ -49,12 +50,12 @@ def measure_stages(
     runs = {key: _Runs(stage) for key, stage in stages.items()}
     with progress_bar("measuring") as update:
         for at, one in enumerate(runs.values()):
-            one.turn()  # tells how long it takes
+            one.try_out()
             update(at + 1, len(runs))
         for key, one in runs.items():
             budget = min(seconds, ROOF_S) if stages[key].group == "roof" else seconds
             one.plan(budget, least_rounds)
-        total = max(one.left for one in runs.values())
+        total = max(1, *(one.left for one in runs.values()))
         for turn in range(total):
             for one in runs.values():
                 if (turn + 1) * one.left // total > turn * one.left // total:
@@ -87,10 +88,16 @@ class _Runs:
         self._wall.append(perf_counter() - began)
         self._cpu.append(process_time() - cpu)
 
+    def try_out(self) -> None:
+        """See how long a run takes: short ones are tried a few times, for one may be disturbed."""
+        self.turn()
+        while min(self._wall) < SHORT_S and len(self._wall) < LEAST_ROUNDS:
+            self.turn()
+
     def plan(self, seconds: float, least: int) -> None:
         """Decide how many more runs there will be."""
-        wanted = min(MOST_ROUNDS, round(seconds / max(self._wall[0], 1e-9)))
-        self.left = max(least, wanted) - 1
+        wanted = min(MOST_ROUNDS, round(seconds / max(min(self._wall), 1e-9)))
+        self.left = max(0, max(least, wanted) - len(self._wall))
 
     def measured(self, params: Mapping[str, Any]) -> Measured:
         """Return what all runs took."""
