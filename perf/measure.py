@@ -55,7 +55,7 @@ def measure_stages(
         for key, one in runs.items():
             budget = min(seconds, ROOF_S) if stages[key].group == "roof" else seconds
             one.plan(budget, least_rounds)
-        total = max(1, *(one.left for one in runs.values()))
+        total = max([1, *(one.left for one in runs.values())])
         for turn in range(total):
             for one in runs.values():
                 if (turn + 1) * one.left // total > turn * one.left // total:

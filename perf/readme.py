@@ -3,8 +3,9 @@
 The part stands between two markers; whatever else is written there is lost. Every block comes from
 one committed file of `perf/results` and is left out where that file is missing:
 
-- `peers.json`: entries of group `peers`, a bar and a row each. `params.wordpieces`; conditions
-  `what` (in words), `ours` (bool) and `function` (`other`: computes another function).
+- `peers.json`: entries of group `peers`, a row each; params `wordpieces`; conditions `what` (in
+  words), `kind` (`ours`, `library`, `peer`) and `function` (`other`: computes another function).
+  Entries of other groups are contests of their own.
 - `stages.json`, `candidates.json`, `images.json`, `top10.json`, `cold.json`: of `edje bench suite`.
 - `nvidia-h200-2026-11-27.json`: of `make gpu`.
 """

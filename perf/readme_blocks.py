@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .readme_chart import H200, LADDER, LONG, SHORT, best_of_ladder
+from .readme_chart import H200, LADDER, LONG, OFFICIAL_PEER, SHORT, best_of_ladder
 from .report import Result, entries, summary
 
 
@@ -15,21 +15,38 @@ def _peers_block(results: Mapping[str, Result]) -> str:
         return ""
     peers = results["peers"]
     speeds: dict[str, dict[int, float]] = {}
-    ours, words = set(), {}
+    about: dict[str, Mapping[str, Any]] = {}
     for one in entries(peers, "peers"):
-        where, name = one["extra_info"]["conditions"], one["name"]
-        speeds.setdefault(name, {})[one["params"]["wordpieces"]] = one["extra_info"]["pairs_per_s"]
-        words[name] = where["what"]
-        if where["ours"]:
-            ours.add(name)
-    order = sorted(speeds, key=lambda name: -speeds[name].get(SHORT, 0.0))
+        about[one["name"]] = one["extra_info"]["conditions"]
+        own = speeds.setdefault(one["name"], {})
+        own[one["params"]["wordpieces"]] = one["extra_info"]["pairs_per_s"]
+    base = speeds.get(OFFICIAL_PEER, {}).get(SHORT)
     rows = []
-    for name in order:
-        bold = "**" if name in ours else ""
-        cells = [_number(speeds[name].get(length)) for length in (SHORT, LONG)]
-        rows.append((f"{bold}{words[name]}{bold}", *(f"{bold}{c}{bold}" for c in cells)))
-    head = ("pairs/s", f"{SHORT} wordpieces", f"{LONG} wordpieces")
-    return f"{_table(head, rows)}\n\n{summary(peers)}, [peers.json](perf/results/peers.json)."
+    for name in sorted(speeds, key=lambda name: -speeds[name].get(SHORT, 0.0)):
+        where, speed = about[name], speeds[name].get(SHORT)
+        bold = "**" if where["kind"] == "ours" else ""
+        other = " (another function)" if where["function"] == "other" else ""
+        times = f"{speed / base:.1f}" if speed and base else ""
+        cells = (*(_number(speeds[name].get(length)) for length in (SHORT, LONG)), times)
+        rows.append((f"{bold}{where['what']}{bold}{other}", *(f"{bold}{c}{bold}" for c in cells)))
+    head = ("pairs/s", f"{SHORT} wordpieces", f"{LONG} wordpieces", "times the official code")
+    told = f"{summary(peers)}, {_link('peers')}; [who is who](perf/PLAN.md)."
+    return "\n\n".join([_table(head, rows), *_other_contests(peers), told])
+
+
+def _other_contests(peers: Result) -> list[str]:
+    """Return a table for every other contest in the peers' file: stores, servers."""
+    groups = dict.fromkeys(one["group"] for one in peers["benchmarks"])
+    tables = []
+    for group in groups:
+        if group in ("peers", "roof"):
+            continue
+        rows = [
+            (one["fullname"].partition("::")[2], _number(one["extra_info"]["pairs_per_s"]))
+            for one in entries(peers, group)
+        ]
+        tables.append(_table((group, "records or pairs/s"), rows))
+    return tables
 
 
 def _stages_block(results: Mapping[str, Result]) -> str:

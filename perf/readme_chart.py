@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from .charts import Bar, Panel
+from .charts import KINDS, Bar, Panel
 from .report import Result, entries, summary
 
 H200 = "nvidia-h200-2026-11-27"
 SHORT, LONG = 13, 61  # wordpieces
 OFFICIAL = "Hugging Face PyTorch float32, as evaluated"
 OFFICIAL_GPU = "Hugging Face PyTorch fp16, as evaluated, tokens on the GPU"
-OFFICIAL_PEER = "hf-official-fp32"  # its name among the peers
+AUTO, OFFICIAL_PEER = "auto", "hf-official-fp32"  # their names among the peers
 # Engine of the ladder, way of its tokens, label, kind.
 LADDER = (
     ("torch.compile, CUDA graphs", "resident", "edje, fp16, tokens on the GPU", "ours"),
@@ -51,21 +51,25 @@ def panels(results: Mapping[str, Result]) -> list[Panel]:
 
 
 def _peers_panel(peers: Result) -> Panel:
-    """Return everybody at the short query who computes our function."""
-    taking_part = [
-        one
-        for one in entries(peers, "peers", wordpieces=SHORT)
-        if one["extra_info"]["conditions"]["function"] != "other"
-    ]
-    bars, base = [], ""
-    for one in taking_part:
+    """Return who computes our function: us by `auto`, the fastest library, every peer."""
+    bars: dict[str, list[Bar]] = {kind: [] for kind in KINDS}
+    base = ""
+    for one in entries(peers, "peers", wordpieces=SHORT):
         where = one["extra_info"]["conditions"]
-        kind = where.get("kind", "ours" if where["ours"] else "peer")
-        bars.append(Bar(where["what"], one["extra_info"]["pairs_per_s"], kind))
+        if where["function"] == "other" or (where["kind"] == "ours" and one["name"] != AUTO):
+            continue
+        bars[where["kind"]].append(Bar(where["what"], _speed(one), where["kind"]))
         if one["name"] == OFFICIAL_PEER:
             base = where["what"]
+    fastest = sorted(bars["library"], key=lambda bar: bar.value)[-1:]
     cpu = peers["machine_info"]["cpu"]
-    return Panel(f"{cpu['count']} cores of an {cpu['brand_raw']}", bars, base)
+    title = f"{cpu['count']} cores of an {cpu['brand_raw']}"
+    return Panel(title, [*bars["ours"], *fastest, *bars["peer"]], base)
+
+
+def _speed(entry: Mapping[str, Any]) -> float:
+    speed: float = entry["extra_info"]["pairs_per_s"]
+    return speed
 
 
 def _precision_bars(result: Result) -> list[Bar]:
