@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter, process_time
@@ -12,7 +13,7 @@ from typing import Any
 from ..engines.manifest import EngineManifest
 from ..errors import EdjeError
 from ..runtime.text import QueryTokenizer
-from ..show import print_table, progress_bar, progress_steps
+from ..show import note, print_table, progress_bar, progress_steps
 from .free_engine import FREE
 from .harness import ROOT
 from .report import Measured, benchmark_json, summary
@@ -232,7 +233,10 @@ def _result(
     """Give every stage its share of the roof, and everything its conditions."""
     manifest = EngineManifest.read(folder)
     if manifest.device.get("kind") == "cuda":
-        measured = [*measured, *measure_gpu_roof()]
+        if find_spec("torch") is None:
+            note("no roof of the GPU: PyTorch measures it, which is not installed")
+        else:
+            measured = [*measured, *measure_gpu_roof()]
     roof, lengths = Roof.of(measured), _wordpieces_of(folder, manifest, setting)
     precision = "" if manifest.backend == FREE else manifest.precision
     measured = [

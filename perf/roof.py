@@ -203,11 +203,7 @@ class OnnxRuntimeProduct(Product):
 
 
 def measure_gpu_roof() -> list[Measured]:
-    """Measure the GPU's copies and large products with PyTorch.
-
-    Raises:
-        ImportError: PyTorch is not installed.
-    """
+    """Measure the GPU's copies and large products with PyTorch, which must be installed."""
     import torch
 
     measured = []

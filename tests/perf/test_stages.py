@@ -9,8 +9,10 @@ from edje.engines.manifest import Profile
 from edje.errors import EdjeError
 from edje.perf import stages as perf_stages
 from edje.perf.free_engine import FreeEngine, write_free_engine
+from edje.perf.gpu_engines import manifest_of
 from edje.perf.stages import NAMES, open_stages
 from edje.runtime.store import TokenStore
+from on_addresses import OnAddresses
 
 ON_THE_HOST = [name for name in NAMES if name not in ("upload", "download")]
 
@@ -41,6 +43,25 @@ def test_a_store_and_a_query_of_the_users_own(tiny_engine, tiny_store, tmp_path)
         assert list(stages) == ["resolve", "rank"]
         stages["rank"].run()
         stages["rank"].check()
+
+
+@pytest.mark.parametrize("residency", [None, "device"])
+def test_a_gpu_has_both_copies_as_well(
+    tiny_bundle, tmp_path, pretended_gpu, monkeypatch, residency
+):
+    """Without `serve`, whose process would need a real one."""
+    manifest = manifest_of(tiny_bundle, "stand-in", "0", "fp16", Profile(16, (16, 32, 64)))
+    folder = write_free_engine(tiny_bundle, tmp_path / "gpu", manifest.profile)
+    manifest.write(folder)
+    engine = OnAddresses(manifest, lambda batch: batch.visual_tokens[:, 0, 0].astype(np.float32))
+    monkeypatch.setattr(perf_stages, "open_engine", lambda folder, options: engine)
+    only = [name for name in NAMES if name != "serve"]
+    given = {"candidates": 20, "images": 30, "wordpieces": 3, "residency": residency}
+    with open_stages(folder, scratch=tmp_path, only=only, **given) as stages:
+        assert list(stages) == only
+        for stage in stages.values():
+            stage.run()
+            stage.check()
 
 
 def test_wrong_scores_are_found(free_engine, tmp_path, monkeypatch):
