@@ -19,7 +19,8 @@ from ..show import progress_bar
 from .measure import scratch_folder
 from .random_model import full_size_bundle, full_size_engine
 from .report import Measured, benchmark_json
-from .serve_traffic import Known, ServerProcess, asking, serving
+from .serve_traffic import Known, asking
+from .server_process import ServerProcess, serving
 from .subjects import query_of_length, random_store
 
 GROUP = "load"
@@ -60,8 +61,7 @@ def measure_load(
         known = Known.of(folder, store, [text])
         if candidates > len(known.ids):
             raise EdjeError(f"{candidates} candidates of {len(known.ids)} images")
-        log = scratch / "serve.log"
-        server = stack.enter_context(serving(folder, store, *MAX_WAIT, log=log))
+        server = stack.enter_context(serving(folder, store, *MAX_WAIT, scratch=scratch))
         for at, number in enumerate(clients):
             one = _Load(server, known, text, candidates)
             took, elapsed = one.press(number, seconds)

@@ -38,7 +38,8 @@ from ..runtime.text import QueryTokenizer, TokenizedQueries
 from .free_engine import FREE, FreeEngine, one_value
 from .harness import Progress
 from .random_model import image_id
-from .serve_traffic import EDJE, asking, serving
+from .serve_traffic import asking
+from .server_process import EDJE, serving
 from .stage import Stage, expect, make_stage
 from .subjects import MAX_KNOWN, drawn, engine_folder, query_of_length, random_store
 from .wide_store import row_of
@@ -287,8 +288,10 @@ class Bench:
         """One request over HTTP to a server process, on a connection that stays open."""
         threads = self._threads
         options = [] if threads is None else ["--num-threads", str(threads)]
-        command, log = SERVE_FREE if self.free else EDJE, self._scratch / "serve.log"
-        served = serving(self._folder, self.store.path, *options, log=log, command=command)
+        command = SERVE_FREE if self.free else EDJE
+        served = serving(
+            self._folder, self.store.path, *options, command=command, scratch=self._scratch
+        )
         server = self._stack.enter_context(served)
         run = asking(self._stack, server, self.query, self.ids, TOP_K)
         known = one_value(self.rows) if self.free else self.reference  # it reads nothing either

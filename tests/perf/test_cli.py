@@ -33,10 +33,13 @@ def test_bench_shows_its_verbs_and_their_options(capsys):
 
 def test_a_run_writes_table_json_and_chart(free_engine, tmp_path, capsys):
     words = ["bench", "run", str(free_engine), *SMALL, "--stages", "tokenise,rank", "--no-roof"]
-    assert main([*words, "--out", str(tmp_path), "--name", "mine"]) == 0
+    words += ["--out", str(tmp_path), "--name", "mine"]
+    assert main(words) == 0
     shown = capsys.readouterr()
     assert "tokenise" in shown.out
     assert f"written to {tmp_path}/mine.json" in shown.err
+    assert main([*words, "-q"]) == 0
+    assert "written" not in capsys.readouterr().err
     written = json.loads((tmp_path / "mine.json").read_text())
     assert [one["name"] for one in written["benchmarks"]] == ["tokenise", "rank"]
     assert "microseconds a pair" in (tmp_path / "mine.svg").read_text()
