@@ -54,7 +54,7 @@ def measure_load(
     manifest = EngineManifest.read(folder)
     text = query_of_length(QueryTokenizer.open(folder, manifest.bundle.text), WORDPIECES)
     measured = []
-    with ExitStack() as stack, scratch_folder() as scratch, progress_bar("load") as update:
+    with scratch_folder() as scratch, ExitStack() as stack, progress_bar("load") as update:
         if store is None:
             random_store(folder, scratch, NUM_IMAGES, None, lambda line: None)
             store = scratch / "tokens.store"

@@ -128,7 +128,7 @@ def run_stages(
         made: where no engine is named: `free`, `backend`, `precision` of `engine_folder`.
         setting: as `open_stages` takes it.
     """
-    with ExitStack() as stack, scratch_folder() as scratch:
+    with scratch_folder() as scratch, ExitStack() as stack:
         with progress_steps("bench") as progress:
             folder = engine or engine_folder(scratch, progress, **(made or {}))
             opened = open_stages(folder, scratch=scratch, progress=progress, **setting)
@@ -160,7 +160,7 @@ def run_sweep(
     """
     if over not in SWEPT:
         raise EdjeError(f"cannot sweep over {over!r}, expected one of {', '.join(SWEPT)}")
-    with ExitStack() as stack, scratch_folder() as scratch:
+    with scratch_folder() as scratch, ExitStack() as stack:
         with progress_steps("bench") as progress:
             engine = engine or engine_folder(scratch, progress, **(made or {}))
             stages: dict[str, Stage] = {}
