@@ -46,7 +46,7 @@ Stages = Annotated[str, typer.Option(help="Names with commas between; empty: all
 Candidates = Annotated[int, typer.Option(help="Images that a query ranks.")]
 Batch = Annotated[int | None, typer.Option(help="Pairs of a batch; default: the most.")]
 Images = Annotated[
-    int | None, typer.Option(help="Images of the random store; default: the candidates.")
+    int | None, typer.Option(help="Images of the random store; default: 2,048, or the candidates.")
 ]
 Wordpieces = Annotated[int, typer.Option(help="Length of the query.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of the engine.")]

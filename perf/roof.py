@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 GROUP = "roof"
 M, K, N = 2048, 4096, 2048
-COPY_BYTES = 1 << 28  # more than any cache
+COPY_BYTES, SLOT_BYTES = 1 << 28, 1 << 24  # more than any cache; some 300 records
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # OpenVINO's, of what is not int8
 GPU_KEYS = ("h2d", "memory", "fp16", "int8", "fp8")
 COMPUTING = ("forward", "enqueue", "rank", "serve")
@@ -108,14 +108,17 @@ def open_roof(threads: int | None = None) -> Iterator[dict[str, Stage]]:
 
 
 class Copy:
-    """A copy of `COPY_BYTES` by several threads, a part each."""
+    """A copy of `COPY_BYTES` into a buffer as large as a slot, again and again, by several threads.
+
+    As reading a batch does, it takes from memory what no cache holds, into memory that one may.
+    """
 
     unit = "bytes_per_s"
 
     def __init__(self, pool: ThreadPoolExecutor, num_threads: int):
         self.amount = COPY_BYTES
-        self._source, self._target = np.ones(COPY_BYTES, np.uint8), np.zeros(COPY_BYTES, np.uint8)
-        self._parts = list(even_parts(COPY_BYTES, -(-COPY_BYTES // num_threads)))
+        self._source, self._target = np.ones(COPY_BYTES, np.uint8), np.zeros(SLOT_BYTES, np.uint8)
+        self._parts = list(even_parts(SLOT_BYTES, -(-SLOT_BYTES // num_threads)))
         self._pool = pool
 
     def run(self) -> None:
@@ -128,7 +131,8 @@ class Copy:
             raise EdjeError("memcpy: not everything was copied")
 
     def _copy(self, part: slice) -> None:
-        np.copyto(self._target[part], self._source[part])
+        for start in range(0, COPY_BYTES, SLOT_BYTES):
+            np.copyto(self._target[part], self._source[start : start + SLOT_BYTES][part])
 
 
 class Product:

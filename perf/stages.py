@@ -47,6 +47,7 @@ from .wide_store import row_of
 BATCH_STAGES = ("read", "upload", "forward", "enqueue", "download")
 NAMES = ("tokenise", "resolve", *BATCH_STAGES, "sort", "rank", "serve")
 TOP_K = 10
+NUM_SETS = 16  # of records that are read in turn
 NUM_CHECKED = 64  # scores of a ranking that are computed again, without pipeline and slots
 TOLERANCE = 5e-3  # of a raw logit: an engine may round otherwise in batches of another size
 SERVE_FREE = (*EDJE[:2], "edje.perf.serve_free")
@@ -80,7 +81,7 @@ def open_stages(
         engine: folder; None: the full-size random scorer, made as `engine_folder` does.
         candidates: of the one query, none twice.
         batch: pairs of a batch; None: as many as the engine takes, at most `candidates`.
-        images: that the random store holds; None: as many as candidates.
+        images: that the random store holds; None: `MAX_KNOWN`, or as many as candidates.
         scratch: a folder for what is written.
         only: names of stages; none: all.
         store: one of the engine's; None writes one of random tokens (see `random_store`).
@@ -205,26 +206,31 @@ class Bench:
         return make_stage("resolve", self.find, len(self.ids), check)
 
     def read(self) -> Stage:
-        """A batch's records -> the slot, verified; another batch every time."""
-        turns, hides_nan = cycle(self.batches), self.engine.manifest.hides_nan
+        """Records of a batch's number -> the slot, verified; others every time, out of the caches.
 
-        def run() -> PlannedBatch:
-            planned = next(turns)
-            found = self.slot.read(self.source, self.rows[planned.pairs], check_finite=hides_nan)
+        Of a random store they are the real ones, of others any.
+        """
+        known = self.store.live_rows()[:MAX_KNOWN]
+        size, draw = len(self.batches[0].pairs), np.random.default_rng(1)
+        turns = cycle([draw.choice(known, size) for _ in range(NUM_SETS)])
+        hides_nan = self.engine.manifest.hides_nan
+
+        def run() -> Int64:
+            rows = next(turns)
+            found = self.slot.read(self.source, rows, check_finite=hides_nan)
             expect(not found.damaged, "read: damaged records")
-            return planned
+            return rows
 
-        def check(planned: PlannedBatch) -> None:
-            found = self.slot.host.visual_tokens
-            one = np.empty_like(found[:1])
-            scales = self.slot.host.visual_scales
-            own = None if scales is None else np.empty_like(scales[:1])
-            for at, row in enumerate(self.rows[planned.pairs]):
+        def check(rows: Int64) -> None:
+            self.slot.read(self.source, rows, check_finite=False)
+            found, scales = self.slot.host.visual_tokens, self.slot.host.visual_scales
+            one, own = np.empty_like(found[:1]), None if scales is None else scales[:1].copy()
+            for at, row in enumerate(rows):
                 self.source.read(np.array([row]), one, own, bad="mark")
                 same = np.array_equal(one[0], found[at], equal_nan=one.dtype.kind == "f")
                 expect(same, f"read: record {at} of the batch differs from itself, read alone")
 
-        return make_stage("read", run, len(self.batches[0].pairs), check)
+        return make_stage("read", run, size, check)
 
     def upload(self) -> Stage:
         """The slot's batch -> the device's memory."""

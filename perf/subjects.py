@@ -75,7 +75,7 @@ def random_store(
 
     Its tokens are random; those beyond `MAX_KNOWN` images are zeros, which take no space.
     """
-    manifest, count = EngineManifest.read(folder), candidates if images is None else images
+    manifest, count = EngineManifest.read(folder), images or max(candidates, MAX_KNOWN)
     asked = drawn(candidates, count)
     progress(f"writing a store of {count:,} images")
     tokens: Array = random_tokens(min(count, MAX_KNOWN), manifest.bundle.sizes)

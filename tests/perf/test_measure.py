@@ -66,7 +66,13 @@ def free_engine(tiny_bundle, tmp_path):
 
 
 def test_a_run_gives_shares_conditions_and_a_table(tiny_engine, capsys, monkeypatch):
-    for name, value in {"M": 8, "K": 64, "N": 16, "COPY_BYTES": 1 << 16}.items():
+    for name, value in {
+        "M": 8,
+        "K": 64,
+        "N": 16,
+        "COPY_BYTES": 1 << 16,
+        "SLOT_BYTES": 1 << 12,
+    }.items():
         monkeypatch.setattr(f"edje.perf.roof.{name}", value)
     given = {"candidates": 12, "wordpieces": 3, "only": ["read", "rank"]}
     result = json.loads(json.dumps(run_stages(tiny_engine, seconds=0.01, **given)))

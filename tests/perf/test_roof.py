@@ -15,7 +15,13 @@ from edje.perf.roof import Roof, open_roof
 
 @pytest.fixture
 def small(monkeypatch):
-    for name, value in {"M": 8, "K": 64, "N": 16, "COPY_BYTES": 1 << 16}.items():
+    for name, value in {
+        "M": 8,
+        "K": 64,
+        "N": 16,
+        "COPY_BYTES": 1 << 16,
+        "SLOT_BYTES": 1 << 12,
+    }.items():
         monkeypatch.setattr(perf_roof, name, value)
 
 
