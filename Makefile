@@ -13,7 +13,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 GPU_ARGS ?=
 CLIENTS_ARGS ?=
-BENCH_ARGS ?=
+OUT ?= .cache/perf
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -62,11 +62,9 @@ sizes: $(INSTALLED)
 docs: $(INSTALLED) ## write the API page of the public names into build/docs
 	$(BIN)/python .ci/api_docs.py build/docs
 
-bench: $(INSTALLED) ## measure store, pipeline and engines into .cache/perf (minutes; BENCH_ARGS=--help)
-	$(BIN)/python -m edje.perf.bench_store $(BENCH_ARGS)
-	$(BIN)/python -m edje.perf.bench_pipeline $(BENCH_ARGS)
-	$(BIN)/python -m edje.perf.bench_end_to_end $(BENCH_ARGS)
-	$(BIN)/python -m edje.perf.bench_precisions $(BENCH_ARGS)
+bench: $(INSTALLED) ## the peers, cost a pair, latencies, a cold start (10 minutes; OUT=folder of the JSON)
+	$(BIN)/edje bench peers --out $(OUT)
+	$(BIN)/edje bench suite --out $(OUT)
 
 # Without .venv nothing is installed: the package is found through the link that `types` uses.
 gpu: $(if $(VENV),$(INSTALLED)) ## measure all that needs an NVIDIA GPU (9 minutes; GPU_ARGS=--help)

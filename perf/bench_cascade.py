@@ -36,12 +36,14 @@ from ..runtime.store import TokenStore
 from .harness import (
     Progress,
     Times,
+    Timing,
     command_line,
     conditions,
     conditions_line,
     in_turn,
     run_benchmark,
     take_turns,
+    timings_json,
 )
 
 TOP_K = 10
@@ -147,6 +149,9 @@ def compare(
     both = zip(wall[PRECISE], wall[CASCADE], strict=True)
     return {
         "num_queries": len(num_pairs),
+        "timings": timings_json(
+            {name: Timing.of(name, max(num_pairs), own) for name, own in times.items()}
+        ),
         "share_equal": equal[CASCADE],
         "fast_share_equal": equal[FAST],
         "max_score_diff": max(

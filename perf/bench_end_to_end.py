@@ -23,13 +23,10 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Float32
-from ..bundle import BundleManifest
-from ..engines.builder.cache import cached_engine
 from ..engines.contract import INPUTS, Batch, Engine, OpenOptions
 from ..engines.cpu import PAIRS_PER_THREAD, pairs_per_forward
 from ..engines.manifest import EngineManifest
 from ..engines.registry import load_backend, open_engine
-from ..engines.samples import RandomSamples
 from ..errors import EdjeError
 from ..kernels.device.host import InlineStream
 from ..machine import usable_cores
@@ -48,15 +45,14 @@ from .harness import (
     timings_table,
 )
 from .random_model import (
-    CACHE,
     DESCRIPTION,
     Pairs,
     full_size_bundle,
+    full_size_engine,
     image_id,
     query_ids,
     query_of,
     random_tokens,
-    source_hash,
     write_store,
 )
 
@@ -79,10 +75,10 @@ def measure(
     """
     progress("exporting the full-size model (cached in .cache/)")
     bundle = full_size_bundle()
-    openvino = engine_of(bundle, "openvino", "fp32", progress)
-    onnxruntime = engine_of(bundle, "onnxruntime", "fp32", progress)
+    openvino = full_size_engine(bundle, "openvino", "fp32", progress)
+    onnxruntime = full_size_engine(bundle, "onnxruntime", "fp32", progress)
     why_no_bf16 = load_backend("openvino").why_not("bf16")
-    fast = openvino if why_no_bf16 else engine_of(bundle, "openvino", "bf16", progress)
+    fast = openvino if why_no_bf16 else full_size_engine(bundle, "openvino", "bf16", progress)
     pairs, options = make_pairs(openvino, NUM_CANDIDATES), OpenOptions(num_threads)
     progress("comparing Reranker.rank with the bare OpenVINO library")
     overhead = compare_with_bare(openvino, pairs, scratch / "tokens.store", num_rounds, options)
@@ -99,18 +95,6 @@ def measure(
         "rank_against_bare_openvino": overhead,
         "openvino_against_onnxruntime": {**engines, "why_no_bf16": why_no_bf16},
     }
-
-
-def engine_of(bundle: Path, backend: str, precision: str, progress: Progress) -> Path:
-    """Return an engine of the cached bundle, built once for every state of the sources."""
-    return cached_engine(
-        bundle,
-        CACHE / f"engines-{source_hash('engines')}",
-        backend=backend,
-        precision=precision,
-        calibration=RandomSamples(BundleManifest.read(bundle)),
-        progress=progress,
-    )
 
 
 def make_pairs(engine: Path, num_candidates: int) -> Pairs:

@@ -25,16 +25,17 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, Float16, Float32, Int64
+from ..arrays import Float16, Float32, Int64
 from ..bundle import BundleManifest, TextSpec
-from ..engines.contract import Batch, HostEngine
+from ..engines.contract import Batch
 from ..engines.manifest import EngineManifest, Profile
 from ..errors import EdjeError
 from ..kernels.device.host import HostDevice, InlineStream
 from ..runtime.pipeline import NUM_SLOTS, Pipeline, Request
 from ..runtime.source import TokenSource
-from ..runtime.store import BadRecord, TokenStore
+from ..runtime.store import TokenStore
 from ..runtime.text import TokenizedQueries
+from .free_engine import FreeEngine, OneValue, free_manifest
 from .harness import (
     Timing,
     command_line,
@@ -55,37 +56,13 @@ PIPELINE, LOOP, READ = "pipeline", "plain loop", "store read"
 MAX_COST_US, LEAST_GATHER_SHARE = 100.0, 0.8
 
 
-class FirstValue(HostEngine):
-    """An engine that takes no time: a pair's score is the first value of its first token."""
-
-    def _infer(self, batch: Batch, scores: Float32) -> None:
-        scores[:] = batch.visual_tokens[:, 0, 0]
-
-    def close(self) -> None:
-        """Nothing to free."""
-
-
-class OneValue:
-    """A source that takes no time: of each record it writes the first value only."""
-
-    def read(
-        self, rows: Int64, out: Array, scales: Float16 | None = None, *, bad: str = "mark"
-    ) -> list[BadRecord]:
-        """Write row % 1000 as the first value of each record."""
-        out[:, 0, 0] = rows % 1000
-        return []
-
-    def prefetch(self, rows: Int64) -> None:
-        """Nothing to fetch."""
-
-
 def measure(num_rounds: int, scratch: Path) -> dict[str, Any]:
     """Measure both; the store goes into `scratch`.
 
     Raises:
         EdjeError: a score is wrong.
     """
-    engine, device = FirstValue(_manifest()), HostDevice()
+    engine, device = FreeEngine(_manifest()), HostDevice()
     values = np.arange(NUM_RECORDS, dtype=np.float16)[:, None, None] % 1000
     write_store(
         scratch / "store", np.broadcast_to(values, (NUM_RECORDS, NUM_TOKENS, HIDDEN)),
@@ -143,7 +120,7 @@ def _check(runs: dict[str, Callable[[], Float32]]) -> None:
             raise EdjeError(f"{name} gives wrong scores")
 
 
-def _plain_loop(engine: FirstValue) -> Callable[[Request], Float32]:
+def _plain_loop(engine: FreeEngine) -> Callable[[Request], Float32]:
     """Return a loop over ready arrays: what any caller of the engine would have to do."""
     source, stream, queries = OneValue(), InlineStream(), _queries()
     first = np.zeros(MAX_PAIRS, np.int32)
@@ -205,23 +182,7 @@ def _manifest() -> EngineManifest:
         fingerprint_scorer=FINGERPRINT,
         provenance={},
     )
-    return EngineManifest(
-        backend="none",
-        backend_version="0",
-        precision="fp32",
-        device={"kind": "cpu"},
-        profile=Profile(MAX_PAIRS, (BUCKET,)),
-        bundle=bundle,
-        bundle_path="",
-        onnx_sha256="",
-        precision_plan={},
-        layers=bundle.sizes.num_layers,
-        token_dtype="float16",
-        files={},
-        build_options={},
-        build_seconds=0.0,
-        fidelity={},
-    )
+    return free_manifest(bundle, Profile(MAX_PAIRS, (BUCKET,)))
 
 
 def faults_of(cost_us: float, share: float) -> list[str]:

@@ -20,7 +20,7 @@ from ..engines.agreement import kendall_tau
 from ..engines.contract import OpenOptions
 from ..engines.registry import load_backend, open_engine
 from ..errors import EdjeError
-from .bench_end_to_end import Scorer, engine_of, engine_scorer, make_pairs
+from .bench_end_to_end import Scorer, engine_scorer, make_pairs
 from .harness import (
     Progress,
     command_line,
@@ -32,7 +32,7 @@ from .harness import (
     timings_json,
     timings_table,
 )
-from .random_model import DESCRIPTION, full_size_bundle
+from .random_model import DESCRIPTION, full_size_bundle, full_size_engine
 from .scorers import official_scorer
 
 FAST, FLOAT32, OFFICIAL = "openvino int8", "onnxruntime fp32", "Hugging Face fp32"
@@ -56,7 +56,7 @@ def measure(num_rounds: int, num_threads: int | None, progress: Progress) -> dic
         backend, precision = name.split()
         reason = load_backend(backend).why_not(precision)
         if reason is None:
-            folders[name] = engine_of(bundle, backend, precision, progress)
+            folders[name] = full_size_engine(bundle, backend, precision, progress)
         else:
             left_out[name] = reason
     pairs = make_pairs(folders[FLOAT32], max(BATCH_SIZES))

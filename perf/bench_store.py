@@ -39,9 +39,7 @@ from ..arrays import Array, Int64
 from ..errors import EdjeError
 from ..kernels.device.host import HostBuffer
 from ..runtime.store import TokenStore
-from ..runtime.store.catalog import Catalog, Change, Segment
 from ..runtime.store.format import ROW_BITS, ROW_MASK, SEGMENTS, segment_name
-from ..runtime.store.records import RecordBatch, Records, digests_of
 from .harness import (
     Progress,
     Timing,
@@ -52,13 +50,13 @@ from .harness import (
     run_benchmark,
     timings_json,
 )
-from .random_model import APPENDED_AT_ONCE, HIDDEN, NUM_TOKENS, image_id, write_store
+from .random_model import HIDDEN, NUM_TOKENS, image_id, write_store
+from .wide_store import row_of, write_wide_store
 
 NUM_RECORDS, GATHERED = 20_480, 256
 NUM_SETS = 32  # of random records that the contestants are asked for, turn by turn
 NUM_ROUNDS, NUM_DIRECT_ROUNDS = 160, 5
 NUM_IDS, NUM_RESOLVED = 1_000_000, 50_000
-FIRST_SEGMENT = 1
 
 COPY, MAPPED, TAKEN = "memcpy", "np.load mmap [rows]", "np.load mmap take"
 VERIFIED, UNVERIFIED, RESIDENT, DIRECT = "verified", "unverified", "resident", "direct"
@@ -82,8 +80,8 @@ def measure(num_rounds: int, scratch: Path, progress: Progress) -> dict[str, Any
         dtype: measure_gathers(scratch / dtype, dtype, num_rounds, progress)
         for dtype in ("float16", "int8")
     }
-    progress(f"making a catalog of {NUM_IDS:,} ids")
-    store = write_catalog(scratch / "ids.store", NUM_IDS)
+    progress(f"making a store of {NUM_IDS:,} ids")
+    store = write_wide_store(scratch / "ids.store", NUM_IDS)
     result = {
         "conditions": conditions(
             records=NUM_RECORDS,
@@ -264,30 +262,6 @@ def random_sets(count: int) -> list[Int64]:
     return [random.integers(0, NUM_RECORDS, count) for _ in range(NUM_SETS)]
 
 
-def write_catalog(path: Path, num_ids: int) -> Path:
-    """Write a store of full segments of full-size records, of which only the catalog exists."""
-    with write_store(path, np.empty((0, NUM_TOKENS, HIDDEN), np.float16)) as store:
-        max_rows = store.layout.max_rows
-    catalog = Catalog.open(path, writable=True)
-    try:
-        for segment, first in enumerate(range(0, num_ids, max_rows), FIRST_SEGMENT):
-            numbers = range(first, min(first + max_rows, num_ids))
-            batches = [
-                RecordBatch(segment, at, _records(numbers[at : at + APPENDED_AT_ONCE]))
-                for at in range(0, len(numbers), APPENDED_AT_ONCE)
-            ]
-            info = Segment(num_rows=len(numbers), sealed=True, key=segment)
-            catalog.commit(Change(added=batches, segments={segment: info}))
-    finally:
-        catalog.close()
-    return path
-
-
-def _records(numbers: range) -> Records:
-    ids = [image_id(number) for number in numbers]
-    return Records.pack(ids, digests_of(ids), np.array(numbers, np.uint64))
-
-
 def measure_ids(store: Path, num_resolved: int) -> dict[str, float]:
     """Open the store in a new process and resolve random ids; return times and memory.
 
@@ -319,9 +293,8 @@ def resolve(path: Path, num_resolved: int) -> dict[str, float]:
             began = perf_counter()
             rows = store.rows(ids)
             times.append((perf_counter() - began) * 1e3)
-        max_rows, num_ids = store.layout.max_rows, len(store)
-    segments = FIRST_SEGMENT + numbers // max_rows
-    if not np.array_equal(rows, segments << ROW_BITS | numbers % max_rows):
+        expected, num_ids = row_of(numbers, 0, store.layout), len(store)
+    if not np.array_equal(rows, expected):
         raise EdjeError("ids have wrong rows")
     return {
         "num_ids": num_ids,

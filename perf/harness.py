@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from itertools import cycle
@@ -53,6 +53,7 @@ class Timing:
         min_cpu_ms: CPU time of a run, all threads: on a loaded machine it moves less.
         pairs_per_s: pairs over the least wall time.
         num_runs: runs measured.
+        wall_ms, cpu_ms: of every run, in their order.
     """
 
     name: str
@@ -62,6 +63,28 @@ class Timing:
     min_cpu_ms: float
     pairs_per_s: float
     num_runs: int
+    wall_ms: Sequence[float] = field(default=(), repr=False)
+    cpu_ms: Sequence[float] = field(default=(), repr=False)
+
+    def facts(self) -> dict[str, Any]:
+        """Return all fields but the single runs."""
+        return {k: v for k, v in asdict(self).items() if k not in ("wall_ms", "cpu_ms")}
+
+    @classmethod
+    def of(cls, name: str, pairs: int, times: Times) -> Timing:
+        """Sum up the runs of one contestant, `pairs` each."""
+        least = min(times.wall_ms)
+        return cls(
+            name=name,
+            pairs=pairs,
+            min_ms=round(least, 3),
+            median_ms=round(median(times.wall_ms), 3),
+            min_cpu_ms=round(min(times.cpu_ms), 3),
+            pairs_per_s=round(pairs / least * 1e3, 3),
+            num_runs=len(times.wall_ms),
+            wall_ms=times.wall_ms,
+            cpu_ms=times.cpu_ms,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,19 +120,8 @@ def interleave(
     contestants: Mapping[str, Callable[[], object]], *, pairs: int, num_rounds: int
 ) -> dict[str, Timing]:
     """Let the contestants take turns; return what each took for its `pairs`."""
-    found = {}
-    for name, times in take_turns(contestants, num_rounds).items():
-        least = min(times.wall_ms)
-        found[name] = Timing(
-            name=name,
-            pairs=pairs,
-            min_ms=round(least, 3),
-            median_ms=round(median(times.wall_ms), 3),
-            min_cpu_ms=round(min(times.cpu_ms), 3),
-            pairs_per_s=round(pairs / least * 1e3, 3),
-            num_runs=num_rounds,
-        )
-    return found
+    times = take_turns(contestants, num_rounds)
+    return {name: Timing.of(name, pairs, own) for name, own in times.items()}
 
 
 def in_turn(
@@ -183,8 +195,10 @@ def run_benchmark(
     except EdjeError as error:
         print(error, file=sys.stderr)
         return 2
+    from .report import folded  # which stands on this module
+
     print(summary(result))
-    print(f"written to {write_result(options.name, result, options.out)}")
+    print(f"written to {write_result(options.name, folded(options.name, result), options.out)}")
     return 1 if result.get("faults") or result.get("broken") else 0
 
 
@@ -214,7 +228,7 @@ def write_result(name: str, values: Mapping[str, Any], folder: Path) -> Path:
 
 
 def timings_json(timings: Mapping[str, Timing]) -> list[dict[str, Any]]:
-    """Return the timings as plain JSON values."""
+    """Return the timings as plain JSON values; `report.folded` makes benchmarks of their runs."""
     return [asdict(timing) for timing in timings.values()]
 
 
@@ -249,6 +263,16 @@ def _commit() -> str | None:
         return commit + "+" if _git("status", "--porcelain", "--untracked-files=no") else commit
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def commit_facts() -> dict[str, Any]:
+    """Return the checkout's commit as pytest-benchmark keeps one; `id` None outside git."""
+    facts: dict[str, Any] = {"id": _commit(), "time": None, "branch": None, "dirty": False}
+    if facts["id"] is not None:
+        facts["dirty"] = facts["id"].endswith("+")
+        facts["time"] = _git("show", "-s", "--format=%cI", "HEAD")
+        facts["branch"] = _git("rev-parse", "--abbrev-ref", "HEAD")
+    return {**facts, "project": "edje-runtime"}
 
 
 def _git(*words: str) -> str:

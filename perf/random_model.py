@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..arrays import Array, Float16, Float32, Int32
-from ..bundle import ModelSizes, TextSpec
-from ..engines.contract import Batch
+from ..bundle import BundleManifest, ModelSizes, TextSpec
+from ..engines.contract import Batch, Progress
 from ..runtime.store import TokenStore
 from ..runtime.text import QueryTokenizer
 
@@ -30,6 +30,7 @@ NUM_WORDS, NUM_POSITIONS, NUM_TOKENS = 30_522, 512, 64
 FEATURE_DIM, ADAPTER_INTERMEDIATE = 768, 64
 WEIGHT_STD = 0.05  # BERT starts at 0.02, which gives every pair nearly the same score
 SEED = 0
+FASTEST = ("int8", "bf16", "fp32")  # a random scorer's precisions, the fastest first
 APPENDED_AT_ONCE = 1024  # records
 DESCRIPTION = "12 layers, hidden 384, FFN 1536, 64 tokens, random weights"
 
@@ -46,6 +47,34 @@ def full_size_bundle(cache: Path = CACHE) -> Path:
             checkpoint, language_model = write_checkpoint(Path(scratch))
             export_bundle(checkpoint, language_model, folder)
     return folder
+
+
+def full_size_engine(
+    bundle: Path, backend: str, precision: str | None, progress: Progress | None = None
+) -> Path:
+    """Return an engine of the cached bundle, built once for every state of the sources.
+
+    Args:
+        precision: None: the first of `FASTEST` that the backend runs on this machine.
+
+    Raises:
+        EngineError: the backend does not run `precision` here, or none of them.
+    """
+    from ..engines.builder.cache import cached_engine
+    from ..engines.registry import load_backend
+    from ..engines.samples import RandomSamples
+
+    if precision is None:
+        run = [one for one in FASTEST if load_backend(backend).why_not(one) is None]
+        precision = run[0] if run else FASTEST[-1]
+    return cached_engine(
+        bundle,
+        CACHE / f"engines-{source_hash('engines')}",
+        backend=backend,
+        precision=precision,
+        calibration=RandomSamples(BundleManifest.read(bundle)),
+        progress=progress,
+    )
 
 
 def full_size() -> ModelSizes:

@@ -10,23 +10,12 @@ import sys
 from dataclasses import replace
 from unittest.mock import patch
 
-from ..arrays import Float32
 from ..engines import registry
-from ..engines.contract import Batch, HostEngine, OpenOptions
+from ..engines.contract import OpenOptions
 from ..engines.manifest import EngineManifest
 from ..runtime import opening
 from ..runtime.cli import main
-from .bench_pipeline import OneValue
-
-
-class FreeEngine(HostEngine):
-    """A pair's score is the first value of its first token."""
-
-    def _infer(self, batch: Batch, scores: Float32) -> None:
-        scores[:] = batch.visual_tokens[:, 0, 0]
-
-    def close(self) -> None:
-        """Nothing to free."""
+from .free_engine import FreeEngine, OneValue
 
 
 def open_free(folder: object, options: OpenOptions | None = None) -> FreeEngine:

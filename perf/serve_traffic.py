@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 
 import numpy as np
 
 from ..arrays import Float32
+from ..errors import EdjeError
 from ..runtime.reranker import Reranker
+from ..runtime.results import Hit
 from .harness import scores_in_order
+from .server_process import ServerProcess
 
 ENGINE, STORE = "engine", "scenes.store"  # in the folder that `make demo` writes
 
@@ -45,3 +50,27 @@ def read_queries(demo: Path, number: int) -> list[str]:
     """Return the first queries of the demo."""
     with (demo / "queries.jsonl").open(encoding="utf-8") as lines:
         return [json.loads(line)["query"] for line, _ in zip(lines, range(number), strict=False)]
+
+
+def asking(
+    stack: ExitStack, server: ServerProcess, query: str, ids: Sequence[str], top_k: int
+) -> Callable[[], list[Hit]]:
+    """Return what asks for one ranking, over a connection that stays open until `stack` ends.
+
+    Its scores are raw logits. It raises EdjeError where the server answers anything but 200.
+    """
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=600)
+    stack.callback(connection.close)
+    asked = {"query": query, "documents": list(ids), "top_n": top_k, "raw_scores": True}
+    body = json.dumps(asked)
+
+    def ask() -> list[Hit]:
+        connection.request("POST", "/v2/rerank", body)
+        response = connection.getresponse()
+        content = response.read()
+        if response.status != 200:
+            raise EdjeError(f"the server answered {response.status}: {content[:300]!r}")
+        rows = json.loads(content)["results"]
+        return [Hit(ids[row["index"]], row["relevance_score"], row["index"]) for row in rows]
+
+    return ask

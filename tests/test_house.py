@@ -33,7 +33,7 @@ NAME = "edje-runtime"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 EXTRAS = {
     *("cpu", "gpu", "gpu-onnxruntime", "tensorrt", "rtx", "pycuda"),
-    *("build", "kernels", "export", "index", "cluster", "cluster-serve", "serve", "dev"),
+    *("build", "kernels", "export", "index", "cluster", "cluster-serve", "serve", "dev", "perf"),
 }
 # What a package of an extra is imported as, where its own name with underscores is not it.
 IMPORTED_AS = {
@@ -137,7 +137,7 @@ def test_the_extras_are_the_documented_ones(project: dict[str, Any]) -> None:
 
 def test_every_package_of_an_extra_is_imported_somewhere(project: dict[str, Any]) -> None:
     """An import statement names it, or a string does: for `import_module`."""
-    folders = ("export", "engines", "kernels", "runtime", "demo")
+    folders = ("export", "engines", "kernels", "runtime", "demo", "perf")
     source = "\n".join(p.read_text("utf-8") for f in folders for p in (ROOT / f).rglob("*.py"))
     extras = dict(project["project"]["optional-dependencies"])
     del extras["dev"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 EXIT_BROKEN_LIMITS = 1
 EXIT_BAD_INPUT = 2
+# Of the floor above this one, and only in a checkout: known by its name alone.
+BENCHMARKS = "edje.perf.cli"
 EXIT_CODES = f"""\b
 Exit codes:
   0    done
@@ -303,3 +306,18 @@ def demo(
     from ...demo.guide import NUM_QUERIES, run_demo
 
     run_demo(out, num_queries=NUM_QUERIES if num_queries is None else num_queries)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+def bench(words: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Measure speed on this machine (from a checkout; `edje bench --help` lists the verbs)."""
+    try:
+        verbs = import_module(BENCHMARKS)
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("edje.perf", BENCHMARKS):
+            raise
+        raise EdjeError(
+            "benchmarks come with a checkout of the repository, this is an installed package",
+            hint="git clone the repository, then `make bench` there",
+        ) from missing
+    verbs.app(args=words or [], prog_name="edje bench")

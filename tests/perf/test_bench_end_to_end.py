@@ -24,7 +24,7 @@ def test_both_comparisons_are_measured_and_said(small_model, tmp_path, monkeypat
             build_engine(bundle, folder, backend=backend, precision="fp32")
         return folder
 
-    for name, value in (("NUM_CANDIDATES", 40), ("NUM_WORDPIECES", 7), ("engine_of", build)):
+    for name, value in (("NUM_CANDIDATES", 40), ("NUM_WORDPIECES", 7), ("full_size_engine", build)):
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(bench, "full_size_bundle", lambda: small_model)
     result = json.loads(json.dumps(bench.measure(2, 1, tmp_path, print)))

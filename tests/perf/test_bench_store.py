@@ -15,7 +15,6 @@ SIZES: dict[str, object] = {
     "HIDDEN": 8,
     "NUM_RECORDS": 60,
     "GATHERED": 8,
-    "APPENDED_AT_ONCE": 25,
     "NUM_SETS": 3,
     "NUM_DIRECT_ROUNDS": 1,
     "LEAST_OF_LOOP": {2: 0.0, 5: 0.95},
@@ -89,7 +88,7 @@ def test_what_falls_short_is_named() -> None:
 
 
 def test_the_million_ids_lie_where_their_numbers_say(tmp_path: Path) -> None:
-    path = bench.write_catalog(tmp_path / "ids", 300)
+    path = bench.write_wide_store(tmp_path / "ids", 300)
     found = bench.resolve(path, 50)
     assert (found["num_ids"], found["num_resolved"]) == (300, 50)
     with TokenStore.open(path) as store:

@@ -1,0 +1,300 @@
+"""`edje bench`: thin verbs, each importing what it needs when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import EdjeError
+from ..runtime.cli.options import Verbs
+from ..show import note, warn
+from .harness import SCRATCH
+
+app = typer.Typer(
+    name="bench",
+    cls=Verbs,
+    help="Measure speed: every figure with its conditions, checked for right output in the run.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# `bench_<name>.py`, and what it compares.
+OLDER = {
+    "store": "Reading the token store against plain copies; a million ids.",
+    "pipeline": "What the pipeline itself costs, around an engine that takes no time.",
+    "end_to_end": "Reranker.rank against the bare library.",
+    "precisions": "Precisions and backends against each other and the Hugging Face scorer.",
+    "cascade": "What a cascade saves on the demo, and whether its top 10 is right.",
+    "depths": "What a shallow first stage saves, layers by layers, and what it loses.",
+    "fidelity": "What precisions and stores do to a ranking.",
+    "serve": "The server under load: capacity, overload, fairness.",
+}
+
+Engine = Annotated[
+    Path | None, typer.Argument(help="Engine folder; default: the full-size random scorer.")
+]
+Store = Annotated[
+    Path | None, typer.Option(help="Token store of the engine; default: random tokens.")
+]
+Stages = Annotated[str, typer.Option(help="Names with commas between; empty: all.")]
+Candidates = Annotated[int, typer.Option(help="Images that a query ranks.")]
+Batch = Annotated[int | None, typer.Option(help="Pairs of a batch; default: the most.")]
+Images = Annotated[
+    int | None, typer.Option(help="Images of the random store; default: 2,048, or the candidates.")
+]
+Wordpieces = Annotated[int, typer.Option(help="Length of the query.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of the engine.")]
+Backend = Annotated[str, typer.Option(help="Of the random scorer.")]
+Precision = Annotated[
+    str | None, typer.Option(help="Of the random scorer; default: the fastest here.")
+]
+Residency = Annotated[
+    str | None, typer.Option(help="Tokens from disk (default), host, device or auto.")
+]
+Free = Annotated[
+    bool, typer.Option("--free", help="An engine that takes no time: what is ours shows.")
+]
+Seconds = Annotated[float, typer.Option(help="To measure each stage for.")]
+Roof = Annotated[bool, typer.Option(help="Measure the machine's roof in the same run.")]
+Name = Annotated[str, typer.Option(help="Of the JSON file.")]
+Out = Annotated[Path, typer.Option(help="Folder of the JSON; perf/results keeps it.")]
+
+
+@app.callback()
+def _bench() -> None:
+    """Measure speed: every figure with its conditions, checked for right output in the run."""
+
+
+@app.command()
+def run(
+    engine: Engine = None,
+    store: Store = None,
+    stages: Stages = "",
+    candidates: Candidates = 1000,
+    batch: Batch = None,
+    images: Images = None,
+    wordpieces: Wordpieces = 13,
+    query: Annotated[str | None, typer.Option(help="The query itself.")] = None,
+    threads: Threads = None,
+    backend: Backend = "openvino",
+    precision: Precision = None,
+    residency: Residency = None,
+    free: Free = False,
+    seconds: Seconds = 3.0,
+    roof: Roof = True,
+    name: Name = "stages",
+    out: Out = SCRATCH,
+) -> None:
+    """Measure every stage of a ranking, in turns: a table, NAME.json and a chart in OUT.
+
+    \b
+    Example:
+      edje bench run engine --store photos.store --candidates 1000
+      edje bench run --free --stages tokenise,resolve,read,rank
+    """
+    from .charts import draw_stages
+    from .measure import run_stages
+
+    result = run_stages(
+        engine,
+        seconds=seconds,
+        roof=roof,
+        made=_made(engine, backend, precision, free),
+        only=names_in(stages),
+        store=store,
+        candidates=candidates,
+        batch=batch,
+        images=images,
+        wordpieces=wordpieces,
+        query=query,
+        threads=threads,
+        residency=residency,
+    )
+    tell(result, name, out)
+    note(f"drawn into {draw_stages(result, out / f'{name}.svg')}")
+
+
+@app.command()
+def sweep(
+    over: Annotated[
+        str,
+        typer.Argument(
+            help="candidates, images, batch, wordpieces or threads, and values: "
+            "candidates=100,1000,50000"
+        ),
+    ],
+    engine: Engine = None,
+    store: Store = None,
+    stages: Stages = "rank",
+    candidates: Candidates = 1000,
+    batch: Batch = None,
+    images: Images = None,
+    wordpieces: Wordpieces = 13,
+    threads: Threads = None,
+    backend: Backend = "openvino",
+    precision: Precision = None,
+    residency: Residency = None,
+    free: Free = False,
+    seconds: Seconds = 3.0,
+    least_rounds: Annotated[int, typer.Option(help="That long runs get at least.")] = 5,
+    roof: Roof = True,
+    name: Annotated[str | None, typer.Option(help="Of the files; default: what is swept.")] = None,
+    out: Out = SCRATCH,
+) -> None:
+    """Measure stages under several values of one setting, in turns; a table, JSON and a chart.
+
+    \b
+    Example:
+      edje bench sweep batch=1,8,32,128,256 --stages forward
+      edje bench sweep images=10000,1000000,10000000 --free
+    """
+    from .charts import draw_sweep
+    from .measure import run_sweep
+
+    what, values = sweep_of(over)
+    given = {"candidates": candidates, "batch": batch, "images": images}
+    given |= {"wordpieces": wordpieces, "threads": threads}
+    result = run_sweep(
+        engine,
+        what,
+        values,
+        seconds=seconds,
+        roof=roof,
+        least_rounds=least_rounds,
+        made=_made(engine, backend, precision, free),
+        only=names_in(stages),
+        store=store,
+        residency=residency,
+        **{key: value for key, value in given.items() if key != what},
+    )
+    tell(result, name or what, out)
+    note(f"drawn into {draw_sweep(result, out / f'{name or what}.svg')}")
+
+
+@app.command()
+def suite(
+    parts: Annotated[
+        str, typer.Option(help="stages, candidates, images, top10, cold; empty: all.")
+    ] = "",
+    out: Out = SCRATCH,
+) -> None:
+    """Measure what `make bench` measures beside the peers (6 minutes); 1 where it falls short.
+
+    \b
+    Example:
+      edje bench suite --parts images,cold
+    """
+    from .suite import run_suite
+
+    faults = run_suite(out, names_in(parts))
+    for fault in faults:
+        warn(f"falls short: {fault}")
+    if faults:
+        raise typer.Exit(1)
+
+
+@app.command()
+def cold(
+    engine: Engine = None,
+    runs: Annotated[int, typer.Option(help="Processes to start.")] = 5,
+    name: Name = "cold",
+    out: Out = SCRATCH,
+) -> None:
+    """Measure what a user waits for who types `edje rerank`, from start to answer.
+
+    \b
+    Example:
+      edje bench cold engine
+    """
+    from .cold import measure_cold
+
+    tell(measure_cold(engine, runs), name, out)
+
+
+@app.command()
+def load(
+    engine: Engine = None,
+    store: Store = None,
+    clients: Annotated[str, typer.Option(help="Numbers of clients at once.")] = "1,2,4,8,16",
+    candidates: Candidates = 100,
+    seconds: Seconds = 5.0,
+    name: Name = "load",
+    out: Out = SCRATCH,
+) -> None:
+    """Measure a server's latency under more and more clients: a table, JSON and a chart.
+
+    \b
+    Example:
+      edje bench load engine --store photos.store --clients 1,4,16,64
+    """
+    from .charts import draw_load
+    from .load import measure_load
+
+    numbers = sweep_of(f"clients={clients}")[1]
+    result = measure_load(
+        engine, store=store, clients=numbers, candidates=candidates, seconds=seconds
+    )
+    tell(result, name, out)
+    note(f"drawn into {draw_load(result, out / f'{name}.svg')}")
+
+
+def names_in(text: str) -> list[str]:
+    """Return what stands between commas."""
+    return [one for one in text.split(",") if one]
+
+
+def sweep_of(text: str) -> tuple[str, list[int]]:
+    """Return name and values of `batch=1,8,32`.
+
+    Raises:
+        EdjeError: it is not of that form.
+    """
+    what, _, given = text.partition("=")
+    values = names_in(given)
+    if not values or not all(one.isdigit() and int(one) for one in values):
+        raise EdjeError(f"got {text!r}, expected a name and whole numbers: batch=1,8,32")
+    return what, [int(one) for one in values]
+
+
+def tell(result: Mapping[str, Any], name: str, out: Path) -> None:
+    """Write the table to stdout, the JSON to `out/name.json`."""
+    from .measure import print_result
+    from .report import write_result
+
+    print_result(result)
+    note(f"written to {write_result(name, result, out)}")
+
+
+def _made(
+    engine: Path | None, backend: str, precision: str | None, free: bool
+) -> Mapping[str, Any]:
+    """Return how the engine is made where none is named.
+
+    Raises:
+        EdjeError: one is named, and how to make it as well.
+    """
+    if engine is not None and (free or precision is not None):
+        raise EdjeError("--free and --precision are of the random scorer: name no engine")
+    return {"backend": backend, "precision": precision, "free": free}
+
+
+def _add_older(name: str, about: str) -> None:
+    """Add a benchmark with a command line of its own (`edje bench store --help`)."""
+
+    def verb(ctx: typer.Context) -> None:
+        module = import_module(f".bench_{name}", __package__)
+        raise typer.Exit(module.main(ctx.args))
+
+    as_it_comes = {"allow_extra_args": True, "ignore_unknown_options": True}
+    settings: dict[str, Any] = {**as_it_comes, "help_option_names": []}
+    app.command(name.replace("_", "-"), help=about, context_settings=settings)(verb)
+
+
+for _name, _about in OLDER.items():
+    _add_older(_name, _about)
