@@ -298,3 +298,44 @@ def _add_older(name: str, about: str) -> None:
 
 for _name, _about in OLDER.items():
     _add_older(_name, _about)
+
+
+@app.command()
+def capacity(
+    images: Annotated[float, typer.Option(help="In the store.")] = 1e6,
+    queries: Annotated[float, typer.Option(help="A second.")] = 50.0,
+    candidates: Annotated[int, typer.Option(help="Images that a query ranks.")] = 1000,
+    dtype: Annotated[str, typer.Option(help="Of the tokens: float16 or int8.")] = "float16",
+    slots: Annotated[int, typer.Option(help="Wordpieces, tokens and 3; of the H200.")] = 80,
+    gpus: Annotated[int, typer.Option(help="Of a node.")] = 8,
+    place: Annotated[
+        str | None, typer.Option(help="Tokens on device, host or disk; default: each.")
+    ] = None,
+    cached: Annotated[float, typer.Option(help="Share of reads from the page cache.")] = 0.0,
+    busy: Annotated[float, typer.Option(help="Share of its capacity to load a node to.")] = 0.7,
+    stages: Annotated[
+        Path | None, typer.Option(help="Result of `edje bench run`; default: the measured H200.")
+    ] = None,
+    compute_us: Annotated[float | None, typer.Option(help="Of a pair, instead.")] = None,
+    launch_us: Annotated[float | None, typer.Option(help="Of a pair, instead.")] = None,
+    read_us: Annotated[float | None, typer.Option(help="Of a pair, instead.")] = None,
+    upload_us: Annotated[float | None, typer.Option(help="Of a pair, instead.")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Write perf/SCALE.md anew.")] = False,
+) -> None:
+    """Say what a load needs: nodes, GPUs, where tokens lie, and what is full first.
+
+    \b
+    Example:
+      edje bench capacity --images 100e6 --queries 50 --candidates 1000
+      edje bench capacity --stages .cache/perf/stages.json --gpus 1
+    """
+    from . import plan_capacity
+    from .capacity import Traffic
+
+    if write:
+        plan_capacity.write_page()
+        return
+    traffic = Traffic(images, queries, candidates, dtype, cached, busy)
+    traffic.check()
+    given = {"compute": compute_us, "launch": launch_us, "read": read_us, "upload": upload_us}
+    plan_capacity.run(traffic, gpus, place, plan_capacity.stages_for(stages, slots, dtype, given))
