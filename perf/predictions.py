@@ -45,6 +45,14 @@ class Prediction:
     miss: str | None = None
 
     @property
+    def group(self) -> str:
+        """What it has in common with others: the engine and the way, or the kind of run."""
+        for engine in (COMPILED, ONNXRUNTIME, EAGER):
+            if self.what.startswith(engine):
+                return f"{engine}, {self.what.removeprefix(engine + ', ').partition(',')[0]}"
+        return self.what.partition(" at ")[0].partition(" from ")[0]
+
+    @property
     def error(self) -> float:
         """The prediction's share above (or, negative, below) the measured figure."""
         return self.predicted / self.measured - 1

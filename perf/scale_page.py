@@ -5,40 +5,43 @@ edje bench capacity --write
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from math import inf
 from pathlib import Path
 
+from ..runtime.pipeline import NUM_SLOTS
 from . import capacity, costs, measured
 from .capacity import MAX_PAIRS, PLACES, Need, Node, Traffic, best_need, h200_stages
-from .costs import RECORD_BYTES, StageCosts
+from .costs import RECORD_BYTES, Cost, StageCosts
 from .predictions import TOLERANCE, Prediction, all_predictions
 from .simulate import Served, Server, poisson_arrivals
 
 PAGE = Path(__file__).parent / "SCALE.md"
+TEMPLATE = Path(__file__).parent / "scale_template.md"
 IMAGES = (1e6, 100e6, 10e9)
 ASKED = ((10, 100), (50, 1000), (500, 1000), (5000, 1000))  # queries/s, candidates
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 LOADS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 NUM_REQUESTS = 4000
 GOAL = 1.8  # times the measured engine: what our own 8-bit kernels are to reach
-FASTER = (1.0, 1.35, 1.8, 3.0, 5.0)  # engines to come, in times of the measured one
+FASTER = (1.0, 1.35, GOAL, 3.0, 5.0)  # engines to come, in times of the measured one
 NAMES = {
     "gpu": "GPU",
-    "cpu": "CPU: reading thread",
+    "cpu": "reading thread (CPU)",
     "pcie": "PCIe",
     "disk": "NVMe",
-    "python": "CPU: Python's lock",
+    "python": "Python's lock (CPU)",
     "network": "network",
 }
+ONE = Traffic(1e6, 1, 1000)
 
 
 def page() -> str:
     """Return the text of `SCALE.md`."""
-    parts = [_head(), _needs(), _node(), _gpus(), _faster(), _latency(), _formulas()]
-    return "\n".join([*parts, _trust(), _sources()])
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return template.format(**_facts(), **_tables(), **_model(), **_trust(), **_assumed())
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int = 1) -> str:
@@ -56,131 +59,16 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def _bound(number: float) -> str:
-    return "-" if number == inf else short(number)
-
-
 @cache
-def _stages(dtype: str = "float16", slots: int = costs.SLOTS_OF_SHORT) -> dict[str, StageCosts]:
+def stages(dtype: str = "float16", slots: int = costs.SLOTS_OF_SHORT) -> dict[str, StageCosts]:
+    """Return the costs of the measured H200 by place."""
     return h200_stages(slots=slots, dtype=dtype)
 
 
-def _head() -> str:
-    where = measured.result(measured.H200)["conditions"]
-    return f"""# How far it scales
-
-`edje bench capacity --write` writes this page from `perf/capacity.py` and the committed results; a
-test fails when they disagree. For your own load and machine:
-
-```
-edje bench capacity --images 100e6 --queries 50 --candidates 1000
-edje bench run engine --store photos.store && edje bench capacity --stages .cache/perf/stages.json
-```
-
-A **pair** is one query with one candidate: P = Q queries/s x C candidates. All GPU figures are those
-of one {where["gpu"]} with {where["cores"]} cores ({where["cpu"]}), the full-size scorer (12 layers, hidden
-384, 64 tokens an image) in float16 through `torch.compile`, 13 wordpieces, batches of {MAX_PAIRS:,},
-measured {where["time"][:10]} at commit `{where["commit"]}`. A node is one machine of eight such GPUs (or
-of 1, 2 or 4, with its share of memory, drives and cores).
-"""
-
-
-def _needs() -> str:
-    rows = []
-    for images in IMAGES:
-        for queries, candidates in ASKED:
-            traffic = Traffic(images, queries, candidates)
-            found = [
-                best_need(replace(traffic, dtype=dtype), Node(), _stages(dtype))
-                for dtype in RECORD_BYTES
-            ]
-            lead = [short(images), f"{queries:,}", f"{candidates:,}", short(traffic.pairs_per_s)]
-            rows.append([*lead, *map(_need, found), NAMES[found[0].bottleneck]])
-    head = ["images", "queries/s", "candidates", "pairs/s", "float16 tokens", "int8 tokens"]
-    drawn = table([*head, "full first (float16)"], rows, numbers_from=9)
-    return f"""## I have N images, Q queries/s, C candidates: I need
-
-{drawn}
-So many GPUs that none is busier than 70 %, and so much room that every image is held once. In
-brackets: where the tokens lie, and how busy the GPUs are. More nodes than speed asks for means that
-room decides: with fewer GPUs a node, or drives twice as large, it costs less.
-
-Small loads need no GPU: {_cpus()}
-"""
-
-
-def _cpus() -> str:
-    """Say what CPUs score, as `make gpu` and `end_to_end` measured it."""
-    steps = {step["name"]: step for step in measured.result(measured.H200)["steps"]}
-    found = steps["cpu"]["values"]["cpu"]
-    best = max(found["batch_32"]["timings"], key=lambda each: float(each["pairs_per_s"]))
-    here = measured.result(measured.END_TO_END)["openvino_against_onnxruntime"]["timings"][0]
-    cores = measured.result(measured.END_TO_END)["conditions"]["cores"]
-    return (
-        f"{found['conditions']['cores']} cores with AMX score {best['pairs_per_s']:,.0f} pairs/s "
-        f"({best['name']}), {cores} with AVX512 {here['pairs_per_s']:,.0f} ({here['name']})."
-    )
-
-
-def _need(need: Need) -> str:
-    gpus = f"{need.gpus} GPU" + "s" * (need.gpus > 1)
-    nodes = f" in {need.nodes} nodes" if need.nodes > 1 else ""
-    return f"**{gpus}**{nodes} ({need.place}, {need.busy:.0%})"
-
-
-def _node() -> str:
-    node, traffic = Node(), Traffic(1e6, 1, 1000)
-    bounds = {p: capacity.node_bounds(node, traffic, _stages()[p], p) for p in PLACES}
-    rows = []
-    for place, found in bounds.items():
-        least, following, *_ = sorted(found.items(), key=lambda each: each[1])
-        rows.append([place, *(_bound(found[name]) for name in NAMES), NAMES[least[0]]])
-        rows[-1].append(f"{NAMES[following[0]]}, {following[1] / least[1]:.2f} x")
-    room = []
-    for dtype, size in RECORD_BYTES.items():
-        bytes_of = (node.gpu_bytes, node.gpus * node.gpu_bytes, node.host_bytes, node.disk_bytes)
-        room.append([f"{dtype}, {size:,} bytes", *(short(each / size) for each in bytes_of)])
-    return f"""## What one node carries
-
-Pairs/s of a node of eight GPUs by what could be full first, at {traffic.candidates:,} candidates:
-
-{table(["tokens on", *NAMES.values(), "full first", "next"], rows)}
-Images that it holds:
-
-{table(["tokens", "one GPU", "eight GPUs", "host memory", "NVMe"], room)}
-At C candidates a node answers `pairs/s / C` queries/s: {short(bounds["device"]["gpu"] / 100)} at 100,
-{short(bounds["device"]["gpu"] / 1000)} at 1,000, {short(bounds["device"]["gpu"] / 50_000)} at 50,000.
-With 61 wordpieces (128 slots) the GPU's bound is \
-{capacity.stage_bounds(_stages(slots=128)["device"])["gpu"] / bounds["device"]["gpu"] * 8:.0%} of that with 13.
-"""
-
-
-def _gpus() -> str:
-    rows = []
-    for gpus in GPUS:
-        cells = [speed_of(gpus, images) for images in IMAGES]
-        rows.append([str(gpus), *(_cell(*cell) for cell in cells)])
-    lines = [
-        [round(speed_of(gpus, images, times)[0] / 1e3) for gpus in GPUS]
-        for images, times in ((IMAGES[0], GOAL), (IMAGES[0], 1.0), (IMAGES[1], GOAL))
-    ]
-    drawn = _chart(
-        f"Thousand pairs/s: 1 M images, engine {GOAL} times as fast (upper); 1 M and 100 M as it is",
-        "GPUs",
-        list(map(str, GPUS)),
-        "thousand pairs/s",
-        lines,
-    )
-    return f"""## From 1 to 64 GPUs
-
-Pairs/s with float16 tokens, the fastest place that has room for them, and in brackets what is full
-first and next. A server process a GPU, `edje route` before them: nodes share nothing but the network, so
-they add up.
-
-{table(["GPUs", *(f"{short(images)} images" for images in IMAGES)], rows)}
-With an engine {GOAL} times as fast 100 M images on disk gain nothing until they fit into host memory:
-
-{drawn}"""
+@cache
+def node_bounds(place: str) -> Mapping[str, float]:
+    """Return pairs/s of a node of eight GPUs at 1,000 candidates, by resource."""
+    return capacity.node_bounds(Node(), ONE, stages()[place], place)
 
 
 def speed_of(gpus: int, images: float, times: float = 1.0) -> tuple[float, Need | None]:
@@ -190,199 +78,238 @@ def speed_of(gpus: int, images: float, times: float = 1.0) -> tuple[float, Need 
     for place in PLACES:
         copies = capacity.fits(node, traffic, place, nodes)
         if copies:
-            bounds = capacity.node_bounds(node, traffic, _stages()[place], place)
+            bounds = capacity.node_bounds(node, traffic, stages()[place], place)
             bounds["gpu"] *= times
             found = Need(place, nodes, gpus, copies, bounds, 1.0)
             return nodes * bounds[found.bottleneck], found
     return 0.0, None
 
 
-def _cell(speed: float, found: Need | None) -> str:
-    if found is None:
-        return "no room"
-    names = f"{NAMES[found.bottleneck]}, then {NAMES[found.next_bottleneck]}"
-    return f"{short(speed)} from {found.place} ({names})"
-
-
-def _faster() -> str:
-    rows = []
-    for times in FASTER:
-        row = []
-        for place in PLACES:
-            bounds = capacity.node_bounds(Node(), Traffic(1e6, 1, 1000), _stages()[place], place)
-            bounds = {**bounds, "gpu": bounds["gpu"] * times}
-            least = min(bounds, key=bounds.__getitem__)
-            row.append(f"{short(bounds[least] / 8)} ({NAMES[least]})")
-        engine = capacity.stage_bounds(_stages()["device"])["gpu"] * times
-        rows.append([f"{times:g} x: {short(engine)}", *row])
-    return f"""## The next bottleneck
-
-Pairs/s a GPU with an engine that is faster than the measured one, and what is full then:
-
-{table(["the engine alone", *(f"from {place}" for place in PLACES)], rows)}
-From NVMe and the page cache the thread that reads and verifies is full at the measured engine's
-speed already: {short(capacity.stage_bounds(_stages()["disk"])["cpu"])} pairs/s on that machine. Host memory
-feeds {short(capacity.stage_bounds(_stages()["host"])["cpu"])}, the GPU's own memory {short(capacity.stage_bounds(_stages()["device"])["cpu"])}.
-"""
-
-
-def _latency() -> str:
-    rows, chart = [], {}
-    for candidates in (100, 1000):
-        for load in LOADS:
-            found = under_load(candidates, load)
-            chart[candidates, load] = found
-            rows.append(
-                [
-                    f"{candidates:,}",
-                    f"{load:.0%}",
-                    short(load * _full_rate() / candidates),
-                    *(f"{found.percentile_ms(q):.1f}" for q in (50, 90, 99)),
-                    f"{found.mean_batch:.0f}",
-                    f"{found.utilisation['compute']:.0%}",
-                ]
-            )
-    drawn = _chart(
-        "Latency (ms) against load, 1,000 candidates: p50 (lower), p99 (upper)",
-        "share of the capacity",
-        [f'"{load:.0%}"' for load in LOADS],
-        "ms",
-        [[round(chart[1000, load].percentile_ms(q), 1) for load in LOADS] for q in (50, 99)],
-    )
-    head = ["candidates", "load", "requests/s", "p50 ms", "p90 ms", "p99 ms", "pairs a batch"]
-    return f"""## Latency under load (simulated)
-
-One GPU, tokens in host memory, {NUM_REQUESTS:,} requests that arrive at random, the server's own scheduler, up to
-{MAX_PAIRS:,} pairs a batch. 100 % is {short(_full_rate())} pairs/s: full batches without a gap.
-
-{table([*head, "GPU busy"], rows)}
-A full batch takes {_stages()["host"].compute.of(MAX_PAIRS) * 1e3:.1f} ms. Small requests share batches only where they wait for one another: below half
-load each runs in a batch of its own, whose fixed costs show as GPU time; as the load grows batches
-fill, and a pair costs less. A request of 1,000 is a batch by itself and waits in line for others. At
-70 %, which the first table plans with, p99 is {chart[100, 0.7].percentile_ms(99):.0f} ms for 100 candidates and {chart[1000, 0.7].percentile_ms(99):.0f} ms for 1,000.
-
-{drawn}"""
-
-
-def _full_rate() -> float:
-    return min(capacity.stage_bounds(_stages()["host"]).values())
+def full_rate() -> float:
+    """Return pairs/s of one GPU in full batches, tokens in host memory."""
+    return min(capacity.stage_bounds(stages()["host"]).values())
 
 
 @cache
 def under_load(candidates: int, load: float) -> Served:
     """Return what a server with one GPU does at a share of its capacity; tokens in host memory."""
     front = capacity.front_cost().of(candidates)
-    rate = load * _full_rate() / candidates
-    server = Server(_stages()["host"], MAX_PAIRS, front_s=front)
-    return server.run(poisson_arrivals(rate, NUM_REQUESTS, seed=1), candidates)
+    server = Server(stages()["host"], MAX_PAIRS, front_s=front)
+    arrivals = poisson_arrivals(load * full_rate() / candidates, NUM_REQUESTS, seed=1)
+    return server.run(arrivals, candidates)
 
 
-def _chart(
-    title: str, x: str, names: Sequence[str], y: str, lines: Sequence[Sequence[float]]
-) -> str:
-    """Return a chart that GitHub draws."""
-    most = max(max(line) for line in lines)
-    drawn = "\n".join(f"    line [{', '.join(map(str, line))}]" for line in lines)
-    return f"""```mermaid
-xychart-beta
-    title "{title}"
-    x-axis "{x}" [{", ".join(names)}]
-    y-axis "{y}" 0 --> {most * 1.05:.0f}
-{drawn}
-```
-"""
+def _facts() -> dict[str, str]:
+    where = measured.result(measured.H200)["conditions"]
+    steps = {step["name"]: step for step in measured.result(measured.H200)["steps"]}
+    cpus = steps["cpu"]["values"]["cpu"]
+    amx = max(cpus["batch_32"]["timings"], key=lambda each: float(each["pairs_per_s"]))
+    here = measured.result(measured.END_TO_END)
+    few = here["openvino_against_onnxruntime"]["timings"][0]
+    return {
+        "gpu": where["gpu"],
+        "cores": str(where["cores"]),
+        "cpu": where["cpu"],
+        "date": where["time"][:10],
+        "commit": where["commit"],
+        "max_pairs": f"{MAX_PAIRS:,}",
+        "amx_cores": str(cpus["conditions"]["cores"]),
+        "amx": f"{amx['pairs_per_s']:,.0f}",
+        "amx_engine": amx["name"],
+        "few_cores": str(here["conditions"]["cores"]),
+        "few": f"{few['pairs_per_s']:,.0f}",
+        "few_engine": few["name"],
+    }
 
 
-def _formulas() -> str:
-    compute = costs.fit_compute(measured.rows(measured.COMPILED, measured.BARE))
-    own, front = costs.own_launch(), capacity.front_cost()
-    asked, disk, host = costs.asked(), costs.fed("disk"), costs.fed("host")
+def _tables() -> dict[str, str]:
+    gpu = node_bounds("device")["gpu"]
+    long = capacity.stage_bounds(stages(slots=128)["device"])["gpu"] * 8
+    feeds = {f"{p}_feeds": short(capacity.stage_bounds(stages()[p])["cpu"]) for p in PLACES}
+    return {
+        "needs": _needs(),
+        "node": _node(),
+        "room": _room(),
+        "gpus": _gpus(),
+        "gpus_chart": _gpus_chart(),
+        "faster": _faster(),
+        "latency": _latency(),
+        "latency_chart": _latency_chart(),
+        "goal": f"{GOAL:g}",
+        "long_text": f"{long / gpu:.0%}",
+        **{f"queries_{c}": short(gpu / c) for c in (100, 1000, 50_000)},
+        **feeds,
+        "num_requests": f"{NUM_REQUESTS:,}",
+        "full_rate": short(full_rate()),
+        "batch_ms": f"{stages()['host'].compute.of(MAX_PAIRS) * 1e3:.1f}",
+        **{f"p99_{c}": f"{under_load(c, 0.7).percentile_ms(99):.0f}" for c in (100, 1000)},
+    }
 
-    def cost(each: costs.Cost) -> str:
-        return f"{each.fixed_s * 1e3:.3f} ms + n x {each.per_pair_s * 1e6:.3f} us"
 
+def _needs() -> str:
+    rows = []
+    for images in IMAGES:
+        for queries, candidates in ASKED:
+            traffic = Traffic(images, queries, candidates)
+            found = [
+                best_need(replace(traffic, dtype=dtype), Node(), stages(dtype))
+                for dtype in RECORD_BYTES
+            ]
+            lead = [short(images), f"{queries:,}", f"{candidates:,}", short(traffic.pairs_per_s)]
+            next_full = NAMES[found[0].bottleneck], NAMES[found[0].next_bottleneck]
+            rows.append([*lead, *map(_need, found), ", then ".join(next_full)])
+    head = ["images", "queries/s", "candidates", "pairs/s", "float16 tokens", "int8 tokens"]
+    return table([*head, "full first (float16)"], rows, numbers_from=9)
+
+
+def _need(need: Need) -> str:
+    gpus = f"{need.gpus} GPU" + "s" * (need.gpus > 1)
+    nodes = f" in {need.nodes} nodes" if need.nodes > 1 else ""
+    return f"**{gpus}**{nodes} ({need.place}, {need.busy:.0%})"
+
+
+def _node() -> str:
+    rows = []
+    for place in PLACES:
+        bounds = node_bounds(place)
+        least, following, *_ = sorted(bounds.items(), key=lambda each: each[1])
+        shown = ("-" if bounds[name] == inf else short(bounds[name]) for name in NAMES)
+        after = f"{NAMES[following[0]]}, {following[1] / least[1]:.2f} x"
+        rows.append([place, *shown, NAMES[least[0]], after])
+    return table(["tokens on", *NAMES.values(), "full first", "next"], rows)
+
+
+def _room() -> str:
+    node = Node()
+    places = (node.gpu_bytes, node.gpus * node.gpu_bytes, node.host_bytes, node.disk_bytes)
     rows = [
-        ["engine, S slots", f"{compute.fixed_s * 1e3:.3f} ms + n x ({compute.base_s * 1e6:.2f} + "
-         f"{compute.slot_s * 1e6:.4f} S) us", "bare runs, 32 to 4,096 pairs, 79 to 128 slots"],
-        ["launch (Python)", cost(own), "CPU time of runs from the GPU's memory"],
-        ["read from disk", cost(disk), "`rank` without an engine, less the same from the GPU"],
-        ["read from host", cost(host), "the same"],
+        [f"{dtype}, {size:,} bytes", *(short(each / size) for each in places)]
+        for dtype, size in RECORD_BYTES.items()
+    ]
+    return table(["tokens", "one GPU", "eight GPUs", "host memory", "NVMe"], rows)
+
+
+def _gpus() -> str:
+    rows = [[str(gpus), *(_cell(*speed_of(gpus, each)) for each in IMAGES)] for gpus in GPUS]
+    return table(["GPUs", *(f"{short(images)} images" for images in IMAGES)], rows)
+
+
+def _cell(speed: float, found: Need | None) -> str:
+    if found is None:
+        return "no room"
+    names = f"{NAMES[found.bottleneck]}, then {NAMES[found.next_bottleneck]}"
+    return f"{short(speed)} from {found.place}: {names}"
+
+
+def _gpus_chart() -> str:
+    lines = [
+        [round(speed_of(gpus, images, times)[0] / 1e3) for gpus in GPUS]
+        for images, times in ((IMAGES[0], GOAL), (IMAGES[0], 1.0), (IMAGES[1], GOAL))
+    ]
+    return _chart("GPUs", list(map(str, GPUS)), "thousand pairs/s", lines)
+
+
+def _faster() -> str:
+    rows = []
+    for times in FASTER:
+        row = [f"{times:g} x: {short(node_bounds('device')['gpu'] / 8 * times)}"]
+        for place in PLACES:
+            bounds = {**node_bounds(place), "gpu": node_bounds(place)["gpu"] * times}
+            least = min(bounds, key=bounds.__getitem__)
+            row.append(f"{short(bounds[least] / 8)}: {NAMES[least]}")
+        rows.append(row)
+    return table(["the engine alone", *(f"from {place}" for place in PLACES)], rows)
+
+
+def _latency() -> str:
+    rows = []
+    for candidates in (100, 1000):
+        for load in LOADS:
+            found = under_load(candidates, load)
+            lead = [f"{candidates:,}", f"{load:.0%}", short(load * full_rate() / candidates)]
+            times = [f"{found.percentile_ms(q):.1f}" for q in (50, 90, 99)]
+            busy = f"{found.utilisation['compute']:.0%}"
+            rows.append([*lead, *times, f"{found.mean_batch:.0f}", busy])
+    head = ["candidates", "load", "requests/s", "p50 ms", "p90 ms", "p99 ms", "pairs a batch"]
+    return table([*head, "GPU busy"], rows)
+
+
+def _latency_chart() -> str:
+    lines = [[round(under_load(1000, x).percentile_ms(q), 1) for x in LOADS] for q in (50, 99)]
+    return _chart("share of the capacity", [f'"{x:.0%}"' for x in LOADS], "ms", lines)
+
+
+def _chart(x: str, names: Sequence[str], y: str, lines: Sequence[Sequence[float]]) -> str:
+    """Return a chart that GitHub draws."""
+    most = max(max(line) for line in lines) * 1.05
+    drawn = [f"    line [{', '.join(map(str, line))}]" for line in lines]
+    axes = [f'    x-axis "{x}" [{", ".join(names)}]', f'    y-axis "{y}" 0 --> {most:.0f}']
+    return "\n".join(["```mermaid", "xychart-beta", *axes, *drawn, "```", ""])
+
+
+def _model() -> dict[str, str]:
+    fit = costs.fit_compute(measured.rows(measured.COMPILED, measured.BARE))
+    engine = f"{fit.fixed_s * 1e3:.3f} ms + n x ({fit.base_s * 1e6:.2f} + {fit.slot_s * 1e6:.4f} S)"
+    rows = [
+        ["engine, S slots", f"{engine} us", "bare runs, 32 to 4,096 pairs, 79 to 128 slots"],
+        ["launch (Python)", _cost(costs.own_launch()), "CPU time of runs from the GPU's memory"],
+        ["read, from disk", _cost(costs.fed("disk")), "`rank` without engine, less from the GPU"],
+        ["read, from host", _cost(costs.fed("host")), "the same"],
         ["upload", f"n x R / {measured.ceiling('h2d') / 1e9:.1f} GB/s", "the copy alone"],
         ["download", "0.008 ms", "the runtime's timers"],
-        ["tokenise, resolve, rank", cost(asked), "`rank` without engine and reading"],
-        ["front (CPU time)", cost(front), "two cores, a server without an engine"],
-    ]  # fmt: skip
-    return f"""## Formulas
-
-R bytes a record ({RECORD_BYTES["float16"]:,} in float16, {RECORD_BYTES["int8"]:,} in int8), B pairs a batch, G GPUs a node, C candidates.
-A stage's cost of n pairs, in seconds, is t(n) = a + b n:
-
-{table(["stage", "cost of a batch of n", "fitted to"], rows, numbers_from=9)}
-- A pipeline runs as fast as its slowest stage. Reading and launching share the calling thread; copies and compute have streams of their own:
-  `pairs/s of a GPU = B / max(t_compute(B), t_read(B) + t_launch(B), t_upload(B), t_download(B))`
-- `pairs/s of a node = min(G x GPU, G x PCIe / R, NVMe / (R (1 - cached)), G / (t_front(C) / C + t_launch(B) / B), network / {capacity.BYTES_A_CANDIDATE})`, bytes a candidate of ids in and results out in JSON.
-- One request on an idle machine, N batches: `t_request = t_read(B) + t_launch(B) + t_upload(B) + N x slowest(B) + t_download(B) + t_ask(C)`; the simulation gives the exact time with {3} slots.
-- Nodes: `max(P / (0.7 x node), N_images x R / room)`. Tokens lie where the fewest GPUs are needed, of equals where they are read fastest.
-- Memory beside the tokens: 50 bytes an image for ids and checksums (1 M ids: {measured.result(measured.STORE)["ids"]["open_mb"]} MB measured); a node of a sharded store holds those of its share.
-- Waiting (M/D/1, one stage of service time s, load r): `mean wait = s r / (2 (1 - r))`. Batches that grow with the queue make it shorter; the simulation runs the server's own scheduler.
-"""
+        ["rank, with resolving", _cost(costs.asked()), "`rank` without engine and reading"],
+        ["front", _cost(capacity.front_cost()), "CPU time of a server without an engine"],
+    ]
+    return {
+        "formulas": table(["stage", "cost of n pairs", "fitted to"], rows, numbers_from=9),
+        "float16_bytes": f"{RECORD_BYTES['float16']:,}",
+        "int8_bytes": f"{RECORD_BYTES['int8']:,}",
+        "bytes_a_candidate": str(capacity.BYTES_A_CANDIDATE),
+        "num_slots": str(NUM_SLOTS),
+        "ids_mb": str(measured.result(measured.STORE)["ids"]["open_mb"]),
+    }
 
 
-def _trust() -> str:
+def _cost(each: Cost) -> str:
+    return f"{each.fixed_s * 1e3:.3f} ms + n x {each.per_pair_s * 1e6:.3f} us"
+
+
+def _trust() -> dict[str, str]:
     found = all_predictions()
     groups: dict[str, list[Prediction]] = {}
     for each in found:
-        groups.setdefault(f"{each.machine}: {_group(each.what)}", []).append(each)
+        groups.setdefault(f"{each.machine}: {each.group}", []).append(each)
     rows = []
     for name, some in groups.items():
         errors = [abs(each.error) for each in some if each.miss is None]
         within = f"{sum(each.is_within for each in some)} of {len(some)}"
         worst = f"{max(errors):.1%}" if errors else "-"
         rows.append([name, within, worst, some[0].constants])
+    head = ["figures", f"within {TOLERANCE:.0%}", "largest error", "constants from"]
     misses = [
         f"- {each.what}: measured {each.measured:,.1f} {each.unit}, predicted "
         f"{each.predicted:,.1f} ({each.error:+.0%}): {each.miss}."
         for each in found
         if each.miss is not None
     ]
-    return f"""## How far to trust it
-
-{len(found)} committed figures are predicted, {sum(each.is_within for each in found)} of them within {TOLERANCE:.0%}; a test holds that. No constant is fitted to the
-figure that it predicts.
-
-{table(["figures", "within 15 %", "largest error", "constants from"], rows, numbers_from=9)}
-Known misses, which the largest error leaves out:
-
-{chr(10).join(misses)}
-
-Not predicted: `nvidia-h200-first-run` (a fault of the pinned memory, since mended, held it up), `store.json`'s sweep over
-batch sizes (its two runs of 256 records differ by 39 %), other CPUs' `precisions.json`, and cascades.
-"""
+    return {
+        "num_predicted": str(len(found)),
+        "num_within": str(sum(each.is_within for each in found)),
+        "tolerance": f"{TOLERANCE:.0%}",
+        "trust": table(head, rows, numbers_from=9),
+        "misses": "\n".join(misses),
+    }
 
 
-def _group(what: str) -> str:
-    for part in (measured.COMPILED, measured.ONNXRUNTIME, measured.EAGER):
-        if what.startswith(part):
-            return f"{part}, {what.removeprefix(part + ', ').partition(',')[0]}"
-    return what.partition(" at ")[0].partition(" from ")[0]
-
-
-def _sources() -> str:
+def _assumed() -> dict[str, str]:
     node = Node()
-    rows = [
-        ["GPU, its copies, reading, Python a batch", "measured",
-         "`results/nvidia-h200-2026-11-27.json`, one GPU with 16 cores; 8 at once were not run"],
-        ["the front's CPU time a request", "measured", "`results/serve.json`, on an AMD EPYC core"],
-        ["51 % fewer bytes with int8 tokens", "computed", "reading and copying scale with them; the engine keeps its speed"],
-        [f"GPU memory for tokens {node.gpu_bytes / 1e9:.0f} GB", "assumed", "141 GB less 21 GB for engine, slots and graphs"],
-        [f"host memory for tokens {node.host_bytes / 1e12:g} TB", "assumed",
-         "three quarters of the 2 TB (and 112 cores for 8 GPUs) of NVIDIA's H200 system in MLPerf Inference 4.1"],
-        [f"NVMe reads {node.disk_reads_per_s / 1e9:.1f} GB/s", "assumed",
-         "8 drives x 4.2 GB/s: 50,000 records in random order in 0.59 s, one PCIe 4.0 drive (EDJE paper, appendix C.1)"],
-        [f"NVMe room {node.disk_bytes / 1e12:.0f} TB", "assumed", "8 drives of 15.36 TB, 90 % full"],
-        [f"network {node.network_bytes_per_s * 8 / 1e9:.0f} Gbit/s", "assumed", "one port; it is never full first"],
-        ["PCIe of 8 GPUs at once", "assumed", "8 times one GPU's 55.4 GB/s: a switch that GPUs share halves it, which is not full either"],
-    ]  # fmt: skip
-    return f"""## What is measured, and what is assumed
-
-{table(["", "", "source"], rows, numbers_from=9)}"""
+    return {
+        "front_cpu": f"an {measured.result(measured.SERVE)['conditions']['cpu']}",
+        "int8_share": f"{RECORD_BYTES['int8'] / RECORD_BYTES['float16']:.0%}",
+        "gpu_gb": f"{node.gpu_bytes / 1e9:.0f}",
+        "host_tb": f"{node.host_bytes / 1e12:g}",
+        "disk_gb_per_s": f"{node.disk_reads_per_s / 1e9:.1f}",
+        "disk_tb": f"{node.disk_bytes / 1e12:.0f}",
+        "network_gbit": f"{node.network_bytes_per_s * 8 / 1e9:.0f}",
+        "pcie_gb": f"{node.pcie_bytes_per_s / 1e9:.1f}",
+    }

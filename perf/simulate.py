@@ -135,7 +135,7 @@ class Server:
         self._refused = self._late = 0
 
     def run(self, arrivals: Sequence[float] | Float64, candidates: int) -> Served:
-        """Let requests of so many candidates arrive at these seconds; return what became of them."""
+        """Let requests of so many candidates arrive at these seconds; return what happens."""
         for at in arrivals:
             self._at(float(at), "arrive", float(at))
         now = 0.0
