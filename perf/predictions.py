@@ -65,7 +65,7 @@ class Prediction:
 
 def all_predictions() -> list[Prediction]:
     """Return every prediction, in the order of `SCALE.md`."""
-    return [*bare(), *fed(), *ranked(), *few(), *here(), *loads()]
+    return [*bare(), *fed(), *ranked(), *few(), *here(), *staged(), *loads()]
 
 
 def bare() -> Iterator[Prediction]:
@@ -176,6 +176,21 @@ def here() -> Iterator[Prediction]:
         candidates / request_s(stages, candidates, 256),
         "bare OpenVINO; the pipeline without reading; the store's own reads",
     )
+
+
+def staged() -> Iterator[Prediction]:
+    """Predict the whole ranking in every committed result of `edje bench run` from its stages."""
+    for name in measured.stage_files():
+        stages = measured.stages_of(measured.result(name))
+        pairs, seconds = stages["rank"]
+        yield Prediction(
+            name,
+            f"rank of {pairs:,}, {name}",
+            "pairs/s",
+            pairs / seconds,
+            pairs / request_s(costs.of_stages(stages), pairs, stages["read"][0]),
+            "its stages, each alone",
+        )
 
 
 def loads() -> Iterator[Prediction]:

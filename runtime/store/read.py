@@ -1,8 +1,9 @@
 """Reading records: rows -> the caller's buffer by plain `preadv`, every record verified.
 
-A chunk of records is read, then hashed while its bytes are in the core's cache: by the calling
-thread, and where it pays by others beside it. Where one call of the system reads a whole chunk
-(`scattered.py`), threads take turns: one hashes with the GIL while the others read without it.
+A record is hashed while its bytes are in the core's cache: by the calling thread, and where it pays
+by others beside it. Where the C extension was built (`unlocked.py`), nobody needs the GIL for it.
+Elsewhere chunks are read, then hashed with the GIL; where one call of the system reads a whole
+chunk (`scattered.py`), threads take turns: one hashes while the others read.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from .format import PAGE_BYTES, ROW_BITS, ROW_MASK, StoreLayout
 from .open_files import SegmentFiles
 from .records import ReadPlan
 from .scattered import MOST_READS, address, is_offered, read_places
+from .unlocked import LEAST_BYTES, is_built, read_hashed
 
 # Stays in a core's second-level cache until it is hashed.
 CHUNK_BYTES = 1536 << 10
-# One thread more for every so many, where they take turns. Elsewhere whoever reads wants the GIL
-# after every record, while another hashes: a second thread is of little help.
+# One thread more for every so many, where none needs the GIL.
+BYTES_UNLOCKED = 1 << 20
+# The same where they take turns. Elsewhere whoever reads wants the GIL after every record, while
+# another hashes: a second thread is of little help.
 BYTES_IN_TURNS, BYTES_A_THREAD, MOST_READING = 2 << 20, 8 << 20, 4
 # So many records that follow one another in a file are read as well by one `preadv`.
 LONG_RUN = 4
@@ -73,13 +77,19 @@ class SegmentReader:
         self._gap = layout.offset(self._group) - first - strides
         self._direct, open_files = access == "direct", (folder, layout, key_of)
         self._files = self._cached = SegmentFiles(*open_files)
+        self._is_unlocked = not self._direct and self._record_bytes >= LEAST_BYTES and is_built()
         if self._direct:
             self._files = SegmentFiles(*open_files, direct=True)
             self._threads = CopyThreads(MOST_DIRECT, DIRECT_BYTES_A_THREAD)
+        elif self._is_unlocked:
+            self._threads = CopyThreads(copying_threads(), BYTES_UNLOCKED)
         else:
             self._threads = CopyThreads(min(MOST_READING, copying_threads()), BYTES_A_THREAD)
-        self._bytes_in_turns = sys.maxsize if self._direct else BYTES_IN_TURNS
+        takes_no_turns = self._direct or self._is_unlocked
+        self._bytes_in_turns = sys.maxsize if takes_no_turns else BYTES_IN_TURNS
         size = DIRECT_CHUNK_BYTES if self._direct else CHUNK_BYTES
+        if self._is_unlocked:
+            size = sys.maxsize  # each record is hashed while it is there
         # A chunk's files are all in use at once, however many segments it touches.
         self._chunk = max(1, min(size // self._stride, self._files.most_open // 8))
         self._own = threading.local()  # `room`: aligned, for what is read past the page cache
@@ -156,6 +166,8 @@ class SegmentReader:
         in_turns: bool = False,
     ) -> None:
         """Read and verify one chunk; note what is bad, and leave zeros in its place."""
+        if self._is_unlocked and self._is_sound(plan, tokens, scales, verify):
+            return
         positions = plan.positions
         views = [_views(tokens, positions, self._record_bytes)]
         if scales is not None:
@@ -173,6 +185,28 @@ class SegmentReader:
             bad[start + at] = reason
             for each in views:
                 each[at][:] = bytes(len(each[at]))
+
+    def _is_sound(
+        self, plan: ReadPlan, tokens: memoryview, scales: memoryview | None, verify: bool
+    ) -> bool:
+        """Read and verify one chunk without the GIL; whether every record came whole and fits."""
+        locations, positions, seeds = plan.locations, plan.positions, plan.seeds
+        rows: Int64 = locations & MASK
+        first, last = locations.item(0) >> ROW_BITS, locations.item(-1) >> ROW_BITS
+        segments = [first] if first == last else (locations >> ROW_BITS).tolist()
+        files = self._files.of(segments)
+        if scales is not None:
+            views = _views(scales, positions, self._scale_bytes)
+            each = files * len(views) if first == last else files
+            if not _read_runs(each, views, self._layout.scales_offset(rows), None):
+                return False
+            sown = map(xxhash.xxh3_64_intdigest, views, seeds.tolist())
+            seeds = np.fromiter(sown, np.uint64, len(views))
+        addresses = address(np.frombuffer(tokens, np.uint8)) + positions * self._record_bytes
+        size, offsets = self._record_bytes, self._offsets(rows)
+        file = files[0] if first == last else files  # sorted: most chunks lie in one
+        sums = read_hashed(file, addresses, size, offsets, seeds if verify else None)
+        return sums is not None and (not verify or np.array_equal(sums, plan.checksums))
 
     def _fill(
         self, plan: ReadPlan, views: list[list[memoryview]], in_turns: bool

@@ -20,6 +20,7 @@ from edje.runtime.store import read as reading
 from edje.runtime.store.memory import NOT_HELD, ResidentRecords
 from edje.runtime.store.read import SegmentReader
 from edje.runtime.store.scattered import is_offered
+from edje.runtime.store.unlocked import is_built
 from record_files import ROWS, SEGMENTS, SHAPES, RecordFiles, write_files
 from store_bytes import flip, open_files
 
@@ -40,17 +41,23 @@ def files(request: pytest.FixtureRequest, tmp_path: Path) -> RecordFiles:
     return write_files(tmp_path / "store", request.param)
 
 
-@pytest.fixture(params=["one thread", "three threads", "three in turns"], autouse=True)
+WAYS = ["one thread", "three threads", "three in turns", "one unlocked", "three unlocked"]
+
+
+@pytest.fixture(params=WAYS, autouse=True)
 def many_small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks for a handful of records, read by the caller alone or by others beside it."""
-    num_threads = 1 if request.param == "one thread" else 3
-    in_turns = request.param == "three in turns"
+    num_threads = 1 if request.param.startswith("one") else 3
+    in_turns, unlocked = request.param == "three in turns", request.param.endswith("unlocked")
     if in_turns and not is_offered():
         pytest.skip("this system reads one place after the other")
+    if unlocked and not is_built():
+        pytest.skip("the C extension was not built")
+    monkeypatch.setattr(reading, "is_built", lambda: unlocked)
     monkeypatch.setattr(reading, "BYTES_IN_TURNS", 4 * PAGE if in_turns else 1 << 40)
     monkeypatch.setattr(reading, "CHUNK_BYTES", 5 * PAGE)
     monkeypatch.setattr(reading, "DIRECT_CHUNK_BYTES", 7 * PAGE)
-    for name in ("BYTES_A_THREAD", "DIRECT_BYTES_A_THREAD"):
+    for name in ("BYTES_A_THREAD", "BYTES_UNLOCKED", "DIRECT_BYTES_A_THREAD"):
         monkeypatch.setattr(reading, name, PAGE if num_threads > 1 else 1 << 40)
     for name in ("MOST_READING", "MOST_DIRECT"):
         monkeypatch.setattr(reading, name, num_threads)
@@ -59,8 +66,13 @@ def many_small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 
 def by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let readers made from now on read all in the calling thread."""
-    for name in ("BYTES_A_THREAD", "BYTES_IN_TURNS"):
+    for name in ("BYTES_A_THREAD", "BYTES_IN_TURNS", "BYTES_UNLOCKED"):
         monkeypatch.setattr(reading, name, 1 << 40)
+
+
+def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let readers made from now on call `os.preadv`, whatever was built."""
+    monkeypatch.setattr(reading, "is_built", lambda: False)
 
 
 def memory(num_bytes: int, *, aligned: bool) -> np.ndarray:
@@ -191,6 +203,7 @@ def test_a_file_that_shrinks_while_open_gives_reasons(files: RecordFiles, access
 def test_reads_that_fail_are_tried_again_one_by_one(
     files: RecordFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    in_python(monkeypatch)
     monkeypatch.setattr(reading, "read_places", lambda *_: False)
     source, preadv = files.reader(), os.preadv
 
@@ -210,6 +223,7 @@ def test_records_that_follow_one_another_are_one_read_wherever_they_go(
     files: RecordFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_one_thread(monkeypatch)
+    in_python(monkeypatch)
     source, preadv, seen = files.reader(), os.preadv, []
 
     def counted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
@@ -236,6 +250,7 @@ def test_an_interrupt_comes_out_and_the_reader_goes_on(
     def interrupt(*_: object) -> int:
         raise KeyboardInterrupt
 
+    in_python(monkeypatch)
     source = files.reader()
     check_others(files, source, {})
     with monkeypatch.context() as patch:

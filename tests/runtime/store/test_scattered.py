@@ -164,6 +164,7 @@ from edje.runtime.store import read, scattered
 sys.path.insert(0, {support!r})
 from record_files import write_files
 {setup}
+read.is_built = lambda: False
 read.BYTES_IN_TURNS = 20 << 10
 read.copying_threads = lambda: 2
 files = write_files(Path({folder!r}), {shape!r})
