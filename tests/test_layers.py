@@ -57,6 +57,7 @@ MAY_IMPORT = {
         *ONLINE_PATH,
         *OFFLINE,
         "runtime.indexing",
+        "runtime.server",
         "runtime.cli",
         "demo",
         "engines.native",

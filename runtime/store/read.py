@@ -26,7 +26,7 @@ from .format import PAGE_BYTES, ROW_BITS, ROW_MASK, StoreLayout
 from .open_files import SegmentFiles
 from .records import ReadPlan
 from .scattered import MOST_READS, address, is_offered, read_places
-from .unlocked import LEAST_BYTES, is_built, read_hashed
+from .unlocked import LEAST_BYTES, is_built, read_and_hash
 
 # Stays in a core's second-level cache until it is hashed.
 CHUNK_BYTES = 1536 << 10
@@ -202,11 +202,16 @@ class SegmentReader:
                 return False
             sown = map(xxhash.xxh3_64_intdigest, views, seeds.tolist())
             seeds = np.fromiter(sown, np.uint64, len(views))
-        addresses = address(np.frombuffer(tokens, np.uint8)) + positions * self._record_bytes
-        size, offsets = self._record_bytes, self._offsets(rows)
-        file = files[0] if first == last else files  # sorted: most chunks lie in one
-        sums = read_hashed(file, addresses, size, offsets, seeds if verify else None)
-        return sums is not None and (not verify or np.array_equal(sums, plan.checksums))
+        table = np.empty((5, len(locations)), np.int64)
+        table[0] = files[0] if first == last else files  # sorted: most chunks lie in one
+        table[1], table[3] = self._offsets(rows), seeds.view(np.int64)
+        begins = np.frombuffer(tokens, np.uint8).__array_interface__["data"][0]
+        np.add(positions * self._record_bytes, begins, out=table[2])
+        at = table.__array_interface__["data"][0]
+        num_read: int = read_and_hash(at, len(locations), self._record_bytes, verify)
+        if num_read < len(locations):
+            return False
+        return not verify or np.array_equal(table[4].view(np.uint64), plan.checksums)
 
     def _fill(
         self, plan: ReadPlan, views: list[list[memoryview]], in_turns: bool
