@@ -62,7 +62,7 @@ def measure(num_rounds: int, scratch: Path) -> dict[str, Any]:
     Raises:
         EdjeError: a score is wrong.
     """
-    engine, device = FreeEngine(_manifest()), HostDevice()
+    engine, device = FreeEngine(manifest_for(MAX_PAIRS)), HostDevice()
     values = np.arange(NUM_RECORDS, dtype=np.float16)[:, None, None] % 1000
     write_store(
         scratch / "store", np.broadcast_to(values, (NUM_RECORDS, NUM_TOKENS, HIDDEN)),
@@ -122,7 +122,7 @@ def _check(runs: dict[str, Callable[[], Float32]]) -> None:
 
 def _plain_loop(engine: FreeEngine) -> Callable[[Request], Float32]:
     """Return a loop over ready arrays: what any caller of the engine would have to do."""
-    source, stream, queries = OneValue(), InlineStream(), _queries()
+    source, stream, queries = OneValue(), InlineStream(), one_query()
     first = np.zeros(MAX_PAIRS, np.int32)
 
     def score(rows: Int64, tokens: Float16, scores: Float32) -> None:
@@ -162,18 +162,19 @@ def _in_batches(
 
 
 def _request(rows: Int64) -> Request:
-    return Request(_queries(), np.zeros(NUM_PAIRS, np.int64), rows)
+    return Request(one_query(), np.zeros(NUM_PAIRS, np.int64), rows)
 
 
-def _queries() -> TokenizedQueries:
+def one_query() -> TokenizedQueries:
+    """Return one query's ids, as every request here asks."""
     text_ids = np.zeros((1, BUCKET), np.int32)
     text_ids[:, : NUM_WORDPIECES + 2] = 5
     length = np.array([NUM_WORDPIECES + 2], np.int32)
     return TokenizedQueries(text_ids, length, np.zeros(1, np.bool_))
 
 
-def _manifest() -> EngineManifest:
-    """Return the manifest of an engine that nobody built."""
+def manifest_for(max_pairs: int) -> EngineManifest:
+    """Return the manifest of an engine that nobody built, for batches of so many pairs."""
     bundle = BundleManifest(
         sizes=replace(full_size(), num_tokens=NUM_TOKENS, hidden=HIDDEN),
         text=TextSpec("none", 61, 101, 102, 0),
@@ -182,7 +183,7 @@ def _manifest() -> EngineManifest:
         fingerprint_scorer=FINGERPRINT,
         provenance={},
     )
-    return free_manifest(bundle, Profile(MAX_PAIRS, (BUCKET,)))
+    return free_manifest(bundle, Profile(max_pairs, (BUCKET,)))
 
 
 def faults_of(cost_us: float, share: float) -> list[str]:

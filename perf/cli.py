@@ -28,6 +28,7 @@ app = typer.Typer(
 OLDER = {
     "store": "Reading the token store against plain copies; a million ids.",
     "pipeline": "What the pipeline itself costs, around an engine that takes no time.",
+    "feed": "What store, pipeline and Python can feed an engine, and who holds Python's lock.",
     "end_to_end": "Reranker.rank against the bare library.",
     "precisions": "Precisions and backends against each other and the Hugging Face scorer.",
     "cascade": "What a cascade saves on the demo, and whether its top 10 is right.",

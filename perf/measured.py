@@ -56,7 +56,8 @@ class Row:
 def result(name: str) -> dict[str, Any]:
     """Return a committed result by its file's name."""
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return found
+    inner: dict[str, Any] = found.get("result", found)  # `report.folded` puts it there
+    return inner
 
 
 def rows(engine: str, via: str | None = None, name: str = H200) -> list[Row]:
