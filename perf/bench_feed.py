@@ -15,6 +15,7 @@ in one process:
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +35,7 @@ from ..machine import usable_cores
 from ..runtime.pipeline import Pipeline, Request
 from ..runtime.store import TokenStore
 from ..runtime.store import read as reading
-from ..runtime.store.unlocked import is_built
+from ..runtime.store.unlocked import is_built, read_and_hash
 from .bench_pipeline import FINGERPRINT, manifest_for, one_query
 from .free_engine import FreeEngine
 from .harness import (
@@ -156,8 +157,8 @@ def timed_calls(inside: list[float]) -> Iterator[None]:
         return run
 
     with (
-        patch.object(reading, "read_and_hash", timed(reading.read_and_hash)),
-        patch.object(reading.os, "preadv", timed(reading.os.preadv)),
+        patch.object(reading, "read_and_hash", timed(read_and_hash)),
+        patch.object(os, "preadv", timed(os.preadv)),
     ):
         yield
 
