@@ -2,8 +2,8 @@
 
 A record is hashed while its bytes are in the core's cache: by the calling thread, and where it pays
 by others beside it. Where the C extension was built (`unlocked.py`), nobody needs the GIL for it.
-Elsewhere chunks are read, then hashed with the GIL; where one call of the system reads a whole
-chunk (`scattered.py`), threads take turns: one hashes while the others read.
+Elsewhere chunks are read, then hashed with the GIL, which whoever reads wants after every record:
+a second thread is of little help then.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import partial
 from mmap import mmap
 from pathlib import Path
 from typing import Literal
@@ -25,18 +24,14 @@ from ...arrays import CopyThreads, Int64, copying_threads
 from .format import PAGE_BYTES, ROW_BITS, ROW_MASK, StoreLayout
 from .open_files import SegmentFiles
 from .records import ReadPlan
-from .scattered import MOST_READS, address, is_offered, read_places
 from .unlocked import LEAST_BYTES, is_built, read_and_hash
 
 # Stays in a core's second-level cache until it is hashed.
 CHUNK_BYTES = 1536 << 10
 # One thread more for every so many, where none needs the GIL.
 BYTES_UNLOCKED = 1 << 20
-# The same where they take turns. Elsewhere whoever reads wants the GIL after every record, while
-# another hashes: a second thread is of little help.
-BYTES_IN_TURNS, BYTES_A_THREAD, MOST_READING = 2 << 20, 8 << 20, 4
-# So many records that follow one another in a file are read as well by one `preadv`.
-LONG_RUN = 4
+# The same where all of them do.
+BYTES_A_THREAD, MOST_READING = 8 << 20, 4
 # Past the page cache threads wait for the disk, not for each other: it should have much to do.
 DIRECT_CHUNK_BYTES, DIRECT_BYTES_A_THREAD, MOST_DIRECT = 256 << 10, 128 << 10, 16
 # Records that are looked for in the page cache before the system is asked to fetch a batch. Once
@@ -85,8 +80,6 @@ class SegmentReader:
             self._threads = CopyThreads(copying_threads(), BYTES_UNLOCKED)
         else:
             self._threads = CopyThreads(min(MOST_READING, copying_threads()), BYTES_A_THREAD)
-        takes_no_turns = self._direct or self._is_unlocked
-        self._bytes_in_turns = sys.maxsize if takes_no_turns else BYTES_IN_TURNS
         size = DIRECT_CHUNK_BYTES if self._direct else CHUNK_BYTES
         if self._is_unlocked:
             size = sys.maxsize  # each record is hashed while it is there
@@ -120,17 +113,13 @@ class SegmentReader:
         num_records = len(plan.locations)
 
         num_bytes = num_records * self._stride
-        num_threads = min(self._threads.most, num_bytes // self._bytes_in_turns)
-        in_turns = num_threads > 1 and is_offered()
 
         def read(part: slice) -> None:
             some = (plan.positions[part], plan.locations[part], plan.seeds[part])
             chunk = ReadPlan(*some, plan.checksums[part])
-            self._read(chunk, part.start, tokens, scales, verify, bad, in_turns)
+            self._read(chunk, part.start, tokens, scales, verify, bad)
 
-        if in_turns:
-            self._take_turns(num_records, num_threads, read)
-        elif 0 < num_records <= self._chunk and not self._direct:
+        if 0 < num_records <= self._chunk and not self._direct:
             self._read(plan, 0, tokens, scales, verify, bad)
         elif num_bytes < 2 * self._threads.bytes_a_thread:
             for start in range(0, num_records, self._chunk):
@@ -138,22 +127,6 @@ class SegmentReader:
         else:
             self._threads.share(num_records, num_bytes, read, self._chunk)
         return bad
-
-    def _take_turns(
-        self, num_records: int, num_threads: int, read: Callable[[slice], None]
-    ) -> None:
-        """Let threads read and hash, as many chunks each."""
-        rounds = -(-num_records // (min(self._chunk, MOST_READS) * num_threads))
-        size = -(-num_records // (rounds * num_threads))
-        # Half of one comes first: with equal ones all would want to hash at the same time.
-        edges = [0, *range(-(-size // 2), num_records, size), num_records]
-        parts = iter([*map(slice, edges, edges[1:])])
-
-        def work() -> None:
-            for part in parts:
-                read(part)
-
-        self._threads.run(work, num_threads)
 
     def _read(
         self,
@@ -163,7 +136,6 @@ class SegmentReader:
         scales: memoryview | None,
         verify: bool,
         bad: dict[int, str],
-        in_turns: bool = False,
     ) -> None:
         """Read and verify one chunk; note what is bad, and leave zeros in its place."""
         if self._is_unlocked and self._is_sound(plan, tokens, scales, verify):
@@ -172,7 +144,7 @@ class SegmentReader:
         views = [_views(tokens, positions, self._record_bytes)]
         if scales is not None:
             views.append(_views(scales, positions, self._scale_bytes))
-        reasons = self._fill(plan, views, in_turns)
+        reasons = self._fill(plan, views)
         if verify:
             seeds: list[int] = plan.seeds.tolist()
             for each in reversed(views):  # the hash of its scales is the seed of an int8 record
@@ -213,9 +185,7 @@ class SegmentReader:
             return False
         return not verify or np.array_equal(table[4].view(np.uint64), plan.checksums)
 
-    def _fill(
-        self, plan: ReadPlan, views: list[list[memoryview]], in_turns: bool
-    ) -> dict[int, str]:
+    def _fill(self, plan: ReadPlan, views: list[list[memoryview]]) -> dict[int, str]:
         """Read the tokens (and scales) of `plan` into `views`; return why some cannot be."""
         locations, count = plan.locations, len(plan.locations)
         first, last = locations.item(0), locations.item(-1)
@@ -228,8 +198,6 @@ class SegmentReader:
         if is_one_file:
             files, segments = files * count, segments * count
         read = self._read_direct if self._direct else _read_runs
-        if in_turns and (starts is None or len(starts) * LONG_RUN > count):
-            read = partial(_read_at_once, plan.positions)
         is_whole = read(files, views[0], offsets[0], starts)
         if len(views) > 1:
             offsets.append(self._layout.scales_offset(rows))
@@ -352,19 +320,6 @@ def _read_runs(
         return list(map(os.preadv, files, buffers, places)) == wanted
     except OSError:
         return False
-
-
-def _read_at_once(
-    positions: Int64,
-    files: list[int],
-    views: list[memoryview],
-    offsets: Int64,
-    starts: Int64 | None,
-) -> bool:
-    """As `_read_runs`, in one call of the system. `positions`: where `views` lie in one buffer."""
-    size, first = len(views[0]), address(np.frombuffer(views[0], np.uint8))
-    addresses = positions * size + (first - positions.item(0) * size)
-    return read_places(files, addresses, size, offsets) or _read_runs(files, views, offsets, starts)
 
 
 def _read_whole(file: int, buffer: memoryview, offset: int) -> str | None:

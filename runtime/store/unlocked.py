@@ -20,7 +20,7 @@ from tempfile import TemporaryFile
 import numpy as np
 import xxhash
 
-from .scattered import address
+from ...arrays import Array
 
 try:
     from ._unlocked import read_and_hash as read_and_hash
@@ -47,9 +47,13 @@ def _is_right(num_bytes: int) -> bool:
     with TemporaryFile() as file:
         file.write(content)
         file.flush()
-        table[0], table[2] = file.fileno(), address(room)
+        table[0], table[2] = file.fileno(), _address(room)
         table.view(np.uint64)[3] = seed
-        num_read: int = read_and_hash(address(table), 1, num_bytes, True)
+        num_read: int = read_and_hash(_address(table), 1, num_bytes, True)
     hashed = table.view(np.uint64).item(4)
     expected = xxhash.xxh3_64_intdigest(content, seed)
     return num_read == 1 and room.tobytes() == content and hashed == expected
+
+
+def _address(array: Array) -> int:
+    return int(array.__array_interface__["data"][0])

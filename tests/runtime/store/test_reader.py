@@ -19,7 +19,6 @@ from edje.errors import StoreError
 from edje.runtime.store import read as reading
 from edje.runtime.store.memory import NOT_HELD, ResidentRecords
 from edje.runtime.store.read import SegmentReader
-from edje.runtime.store.scattered import is_offered
 from edje.runtime.store.unlocked import is_built
 from record_files import ROWS, SEGMENTS, SHAPES, RecordFiles, write_files
 from store_bytes import flip, open_files
@@ -41,20 +40,17 @@ def files(request: pytest.FixtureRequest, tmp_path: Path) -> RecordFiles:
     return write_files(tmp_path / "store", request.param)
 
 
-WAYS = ["one thread", "three threads", "three in turns", "one unlocked", "three unlocked"]
+WAYS = ["one thread", "three threads", "one unlocked", "three unlocked"]
 
 
 @pytest.fixture(params=WAYS, autouse=True)
 def many_small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks for a handful of records, read by the caller alone or by others beside it."""
     num_threads = 1 if request.param.startswith("one") else 3
-    in_turns, unlocked = request.param == "three in turns", request.param.endswith("unlocked")
-    if in_turns and not is_offered():
-        pytest.skip("this system reads one place after the other")
+    unlocked = request.param.endswith("unlocked")
     if unlocked and not is_built():
         pytest.skip("the C extension was not built")
     monkeypatch.setattr(reading, "is_built", lambda: unlocked)
-    monkeypatch.setattr(reading, "BYTES_IN_TURNS", 4 * PAGE if in_turns else 1 << 40)
     monkeypatch.setattr(reading, "CHUNK_BYTES", 5 * PAGE)
     monkeypatch.setattr(reading, "DIRECT_CHUNK_BYTES", 7 * PAGE)
     for name in ("BYTES_A_THREAD", "BYTES_UNLOCKED", "DIRECT_BYTES_A_THREAD"):
@@ -66,7 +62,7 @@ def many_small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 
 def by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let readers made from now on read all in the calling thread."""
-    for name in ("BYTES_A_THREAD", "BYTES_IN_TURNS", "BYTES_UNLOCKED"):
+    for name in ("BYTES_A_THREAD", "BYTES_UNLOCKED"):
         monkeypatch.setattr(reading, name, 1 << 40)
 
 
@@ -204,7 +200,6 @@ def test_reads_that_fail_are_tried_again_one_by_one(
     files: RecordFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_python(monkeypatch)
-    monkeypatch.setattr(reading, "read_places", lambda *_: False)
     source, preadv = files.reader(), os.preadv
 
     def broken(descriptor: int, buffers: list[memoryview], offset: int) -> int:

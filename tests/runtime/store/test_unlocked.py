@@ -14,11 +14,15 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edje.runtime.store.scattered import address
 from edje.runtime.store.unlocked import LEAST_BYTES, is_built, read_and_hash
 
 pytestmark = pytest.mark.skipif(not is_built(), reason="the C extension was not built")
 CONTENT = np.random.default_rng(0).integers(0, 256, 1 << 16, np.uint8).tobytes()
+
+
+def address(array: np.ndarray) -> int:
+    """Where an array begins in memory."""
+    return array.__array_interface__["data"][0]
 
 
 @pytest.fixture(scope="module")
