@@ -66,9 +66,12 @@ bench: $(INSTALLED) ## the peers, cost a pair, latencies, a cold start (10 minut
 	$(BIN)/edje bench peers --out $(OUT)
 	$(BIN)/edje bench suite --out $(OUT)
 
-# Without .venv nothing is installed: the package is found through the link that `types` uses.
+# Without .venv nothing is installed: the package is found through the link that `types` uses, and the
+# C file is compiled here, where there is a compiler.
 gpu: $(if $(VENV),$(INSTALLED)) ## measure all that needs an NVIDIA GPU (9 minutes; GPU_ARGS=--help)
 	@mkdir -p .mypy && ln -sfn .. .mypy/edje
+	$(if $(VENV),,-cc -O3 -shared -fPIC -I"$$($(PYTHON) -c 'import sysconfig as s; print(s.get_path("include"))')" \
+		runtime/store/unlocked.c -o runtime/store/_unlocked.abi3.so)
 	$(if $(VENV),$(BIN)/python,PYTHONPATH='$(CURDIR)/.mypy' $(PYTHON)) -m edje.perf.gpu_run $(GPU_ARGS)
 
 tune: $(if $(VENV),$(INSTALLED)) ## time the GPU kernels' tiles on the GPU at hand (90 s), into kernels/tuning

@@ -24,7 +24,7 @@ from ..errors import EdjeError
 from ..kernels.device import GPU_DEVICES, open_gpu
 from ..kernels.device.facts import current_gpu
 from ..kernels.device.measuring import measure_copies
-from . import bench_precisions, gpu_tune
+from . import bench_feed, bench_precisions, gpu_tune
 from . import gpu_contest as contest
 from .gpu_ceilings import measure_ceilings
 from .gpu_contest import BATCH_SIZES, NUM_WORDPIECES, make_pairs, measure_engine, profile_of
@@ -41,6 +41,7 @@ LIBRARIES = (
 )  # fmt: skip
 LEAN_WORDPIECES = (*NUM_WORDPIECES, 12, 29)  # 80 and 128 slots, then 79 and 96
 CPU_ROUNDS = 3
+FEED_ROUNDS = 10
 FEW_BATCHES = (256, 1024)  # for the lengths that compiling leaves little time for
 FLOAT32_TOLERANCE = 1e-3
 NUM_CHECKED = 16
@@ -216,6 +217,16 @@ def measure_cpu(report: Report) -> None:
     report.put(cpu=bench_precisions.measure(CPU_ROUNDS, None, _tell))
 
 
+def measure_feed(report: Report) -> None:
+    """Report what this machine's disk and memory feed an engine that takes no time.
+
+    Raises:
+        EdjeError: what was fed is not what is stored.
+    """
+    with TemporaryDirectory(prefix="edje-feed-") as scratch:
+        report.put(feed=bench_feed.measure(FEED_ROUNDS, Path(scratch)))
+
+
 def _measure_opened(name: str, open_engine: Callable[[Path], Engine], report: Report) -> None:
     """Measure an engine; where it cannot be opened at all, the step fails with the reason."""
     folder = full_size_bundle()
@@ -289,5 +300,6 @@ STEPS = (
     Step("tensorrt-fp8", "TensorRT fp8", 120, _backend("tensorrt", "fp8")),
     Step("rtx-fp16", "TensorRT-RTX fp16", 100, _backend("tensorrt-rtx", "fp16")),
     Step("rtx-fp8", "TensorRT-RTX fp8", 100, _backend("tensorrt-rtx", "fp8")),
+    Step("feed", "reading from disk and host memory, by threads", 60, measure_feed),
     Step("cpu", "this machine's CPU: OpenVINO and ONNX Runtime", 150, measure_cpu),
 )
