@@ -285,6 +285,37 @@ def _made(
     return {"backend": backend, "precision": precision, "free": free}
 
 
+@app.command()
+def peers(
+    only: Annotated[str, typer.Option(help="Ids with commas between; default: all.")] = "",
+    rounds: Annotated[int, typer.Option(help="Turns of everybody.")] = 3,
+    candidates: Annotated[int, typer.Option(help="Images that `auto` ranks in a turn.")] = 1000,
+    wordpieces: Annotated[str, typer.Option(help="Lengths of the queries.")] = "13,61",
+    device: Annotated[str, typer.Option(help="`cuda`: what runs on an NVIDIA GPU.")] = "cpu",
+    name: Annotated[str, typer.Option(help="Of the JSON file.")] = "peers",
+    out: Out = SCRATCH,
+) -> None:
+    """Measure other ways to score the same pairs beside ours: tables, and NAME.json in OUT.
+
+    \b
+    Example:
+      edje bench peers --only auto,hf-official-fp32,ort-optimized --rounds 3
+    """
+    from .peers.run import run_peers
+
+    lengths = [int(one) for one in wordpieces.split(",") if one]
+    result = run_peers(
+        name=name,
+        out=out,
+        only=[one for one in only.split(",") if one],
+        num_rounds=rounds,
+        num_candidates=candidates,
+        wordpieces=lengths,
+        device=device,
+    )
+    raise typer.Exit(1 if result["faults"] else 0)
+
+
 def _add_older(name: str, about: str) -> None:
     """Add a benchmark with a command line of its own (`edje bench store --help`)."""
 

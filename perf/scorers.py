@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from ..arrays import Float32
 from ..bundle import JOINT_ENCODER, BundleManifest, ModelSizes
 from ..engines.contract import Batch
 from .random_model import write_checkpoint
-
-if TYPE_CHECKING:
-    from transformers import BertForMaskedLM
 
 Weights = dict[str, Tensor]
 EPSILON = 1e-12
@@ -193,15 +190,56 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> Weights:
     }
 
 
-def official_scorer(
-    num_threads: int | None = None, *, device: str = "cpu", dtype: str = "float32"
-) -> Callable[[Batch], Float32]:
-    """Return the function that scores a batch of one query with the random model's weights.
+class JointEncoder(torch.nn.Module):
+    """`scores` float32 [P] of one query's pairs by Hugging Face's BERT and the official head.
 
-    Evaluation mode, no gradients, PyTorch's own number of threads unless told; `device` and
-    `dtype` are PyTorch's names. As in the official evaluation, a batch is one caption with its
-    candidates, so nothing is padded. `visual_tokens` may be a tensor on the device already.
+    The official code runs BERT with its head for masked words, a product with 30,523 columns at
+    every position, and keeps the states of every layer; `trimmed` does neither. A batch holds one
+    query's pairs, as in the official evaluation, so neither pads anything.
     """
+
+    def __init__(
+        self,
+        bert: Any,
+        dense: torch.nn.Linear,
+        classifier: torch.nn.Linear,
+        *,
+        trimmed: bool = False,
+    ):
+        super().__init__()
+        self.bert: Any = bert
+        self.dense, self.classifier, self.trimmed = dense, classifier, trimmed
+
+    def forward(self, text_ids: Tensor, visual_tokens: Tensor) -> Tensor:
+        """Score `[CLS] text [SEP]` int64 [1, T] with visual tokens float [P, m, H]."""
+        words = self.bert.get_input_embeddings().weight
+        text = words[text_ids[0]]
+        num_pairs = visual_tokens.shape[0]
+        visual = visual_tokens.to(words.dtype)
+        sides = [text.expand(num_pairs, -1, -1), visual, text[-1].expand(num_pairs, 1, -1)]
+        ones = torch.ones_like(visual_tokens[:1, :, 0], dtype=torch.long)
+        types = torch.cat([torch.zeros_like(text_ids), ones, ones[:, :1]], dim=1)
+        types = types.expand(num_pairs, -1)
+        inputs = {
+            "inputs_embeds": torch.cat(sides, dim=1),
+            "token_type_ids": types,
+            "attention_mask": torch.ones_like(types),
+        }
+        if self.trimmed:
+            states = self.bert(**inputs).last_hidden_state
+        else:
+            states = self.bert(**inputs, output_hidden_states=True).hidden_states[-1]
+        pooled = torch.tanh(self.dense(states[:, 0]))
+        scores: Tensor = self.classifier(pooled).squeeze(-1).float()
+        return scores
+
+    def as_trimmed(self) -> JointEncoder:
+        """Return the same encoder, its weights shared, without what is thrown away."""
+        return JointEncoder(self.bert.bert, self.dense, self.classifier, trimmed=True).eval()
+
+
+def load_official() -> JointEncoder:
+    """Return the official encoder with the random model's weights: float32, for evaluation."""
     from transformers import BertConfig, BertForMaskedLM
 
     with TemporaryDirectory() as scratch:
@@ -209,36 +247,37 @@ def official_scorer(
         state: Weights = torch.load(checkpoint, weights_only=True)["model"]
         config = BertConfig.from_pretrained(language_model)
     config.vocab_size += 1  # `<image>`
-    bert = BertForMaskedLM(config).eval()  # its own head stays random, unused
+    bert = BertForMaskedLM(config)  # its own head stays random: what it computes is thrown away
     bert.bert.load_state_dict(_below(state, "language_model.bert."))
-    bert = bert.to(device, getattr(torch, dtype))
-    head = {name: value.to(device, bert.dtype) for name, value in state.items() if HEAD in name}
+    dense, classifier = (_module(state, f"{HEAD}.{index}") for index in ("0.dense", "1"))
+    return JointEncoder(bert, dense, classifier).eval()
+
+
+def _module(state: Weights, name: str) -> torch.nn.Linear:
+    weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
+    module = torch.nn.Linear(weight.shape[1], weight.shape[0])
+    module.load_state_dict({"weight": weight, "bias": bias})
+    return module
+
+
+def official_scorer(
+    num_threads: int | None = None, *, device: str = "cpu", dtype: str = "float32"
+) -> Callable[[Batch], Float32]:
+    """Return the function that scores a batch of one query with the random model's weights.
+
+    Evaluation mode, no gradients, PyTorch's own number of threads unless told; `device` and
+    `dtype` are PyTorch's names. `visual_tokens` may be a tensor on the device already.
+    """
+    encoder = load_official().to(device, getattr(torch, dtype))
     if num_threads is not None:
         torch.set_num_threads(num_threads)
 
     def score(batch: Batch) -> Float32:
+        length = int(batch.text_length[0])
+        ids = torch.from_numpy(batch.text_ids[:, :length].astype(np.int64))
         with torch.inference_mode():
-            states = bert(**_inputs(batch, bert), output_hidden_states=True).hidden_states
-            pooled = torch.tanh(_linear(states[-1][:, 0], head, f"{HEAD}.0.dense"))
-            logits = _linear(pooled, head, f"{HEAD}.1").squeeze(-1)
-            scores: Float32 = logits.float().cpu().numpy()
+            tokens = torch.as_tensor(batch.visual_tokens).to(device)
+            scores: Float32 = encoder(ids.to(device), tokens).cpu().numpy()
             return scores
 
     return score
-
-
-def _inputs(batch: Batch, bert: BertForMaskedLM) -> dict[str, Tensor]:
-    """Return embeddings, types and mask of `[CLS] text [SEP] <visual tokens> [SEP]`."""
-    words = bert.get_input_embeddings().weight
-    length = int(batch.text_length[0])
-    ids = torch.from_numpy(batch.text_ids[0, :length].astype(np.int64))
-    text = words[ids.to(words.device)]
-    visual = torch.as_tensor(batch.visual_tokens).to(words)
-    num_pairs = len(visual)
-    embeds = torch.cat(
-        [text.expand(num_pairs, -1, -1), visual, text[-1].expand(num_pairs, 1, -1)], dim=1
-    )
-    types = torch.zeros(embeds.shape[:2], dtype=torch.long, device=words.device)
-    types[:, length:] = 1
-    mask = torch.ones_like(types)
-    return {"inputs_embeds": embeds, "token_type_ids": types, "attention_mask": mask}

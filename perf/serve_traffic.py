@@ -62,10 +62,10 @@ def asking(
     connection = HTTPConnection("127.0.0.1", server.port, timeout=600)
     stack.callback(connection.close)
     asked = {"query": query, "documents": list(ids), "top_n": top_k, "raw_scores": True}
-    body = json.dumps(asked)
+    body, headers = json.dumps(asked), {"content-type": "application/json"}
 
     def ask() -> list[Hit]:
-        connection.request("POST", "/v2/rerank", body)
+        connection.request("POST", "/v2/rerank", body, headers)
         response = connection.getresponse()
         content = response.read()
         if response.status != 200:

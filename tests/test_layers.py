@@ -63,9 +63,10 @@ MAY_IMPORT = {
         "engines.native",
     },
 }
-ONLINE = MAY_IMPORT.keys() - {"export", "demo", "demo.training", "perf"}
+MAY_IMPORT["perf.peers"] = MAY_IMPORT["perf"] | {"perf"}
+ONLINE = MAY_IMPORT.keys() - {"export", "demo", "demo.training", "perf", "perf.peers"}
 # Packages that hand out names of the folders below them, once they are asked for.
-FRONT_DOORS = {PACKAGE, f"{PACKAGE}.engines"}
+FRONT_DOORS = {PACKAGE, f"{PACKAGE}.engines", f"{PACKAGE}.perf.cli"}
 MOST_UNDER_RERANKER = 36
 OFFLINE_LIBRARIES = {"torch", "transformers", "onnx", "onnxscript"}
 # What changes graphs when an engine is built, and imports onnx then.
