@@ -14,6 +14,8 @@ PYTEST_ARGS ?=
 GPU_ARGS ?=
 CLIENTS_ARGS ?=
 OUT ?= .cache/perf
+BASE ?=
+GATE_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +25,7 @@ DEMO_EXTRAS := cpu,build,export,index
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-clients check lint types sizes docs bench gpu tune kernels train clean
+.PHONY: help setup demo test test-clients check lint types sizes docs bench perf-gate gpu tune kernels train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -65,6 +67,9 @@ docs: $(INSTALLED) ## write the API page of the public names into build/docs
 bench: $(INSTALLED) ## the peers, cost a pair, latencies, a cold start (10 minutes; OUT=folder of the JSON)
 	$(BIN)/edje bench peers --out $(OUT)
 	$(BIN)/edje bench suite --out $(OUT)
+
+perf-gate: $(INSTALLED) ## is this checkout slower than BASE (a git ref; default origin/main or HEAD~1)?
+	$(BIN)/edje bench gate $(if $(BASE),--base '$(BASE)') $(GATE_ARGS)
 
 # Without .venv nothing is installed: the package is found through the link that `types` uses, and the
 # C file is compiled here, where there is a compiler.

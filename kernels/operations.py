@@ -122,8 +122,8 @@ class Assemble:
         results = (hidden_states, lengths, control, scores)
         faults = self._faults(batch, (records, scales), (fresh, fresh_scales), rows, results)
         raise_faults("assemble", faults)
-        (num_queries, text_slots), num_pairs = text_ids.shape, query_of_pair.shape[0]
-        num_slots = num_pairs * (text_slots + records.shape[1] + 1)
+        sizes = _sizes(text_ids, query_of_pair, records, fresh)
+        num_slots = sizes["num_pairs"] * (sizes["text_slots"] + sizes["num_tokens"] + 1)
         self._kernel.launch(
             stream,
             -(-num_slots // self._slots_per_program),
@@ -137,12 +137,7 @@ class Assemble:
             lengths=lengths.address,
             control=control.address,
             scores=scores.address,
-            num_pairs=num_pairs,
-            num_queries=num_queries,
-            text_slots=text_slots,
-            num_tokens=records.shape[1],
-            num_records=records.shape[0],
-            num_fresh=0 if fresh is None else fresh.shape[0],
+            **sizes,
             **self._constants,
             **_scale_addresses(scales, fresh_scales),
         )
@@ -182,6 +177,19 @@ class Assemble:
             yield from array_faults(name, array, dtype, (max(num_pairs, *array.shape),))
         if not 0 < num_pairs * num_slots < 2**31 - 8:
             yield f"pairs: got {num_pairs} of {num_slots} slots, expected 1 to 2^31 slots together"
+
+
+def _sizes(
+    text_ids: DeviceArray, pairs: DeviceArray, records: DeviceArray, fresh: DeviceArray | None
+) -> dict[str, int]:
+    return {
+        "num_pairs": pairs.shape[0],
+        "num_queries": text_ids.shape[0],
+        "text_slots": text_ids.shape[1],
+        "num_tokens": records.shape[1],
+        "num_records": records.shape[0],
+        "num_fresh": 0 if fresh is None else fresh.shape[0],
+    }
 
 
 def _scale_addresses(scales: DeviceArray | None, fresh: DeviceArray | None) -> dict[str, int]:

@@ -12,6 +12,7 @@ import typer
 from ..errors import EdjeError
 from ..runtime.cli.options import Verbs
 from ..show import note, warn
+from .gate_cli import compare, gate
 from .harness import SCRATCH
 
 app = typer.Typer(
@@ -314,6 +315,10 @@ def peers(
         device=device,
     )
     raise typer.Exit(1 if result["faults"] else 0)
+
+
+app.command()(compare)
+app.command()(gate)
 
 
 def _add_older(name: str, about: str) -> None:

@@ -110,7 +110,7 @@ class _Runs:
             pairs=stage.pairs,
             params=params,
             cpu_seconds=self._cpu,
-            counters={unit: amount / least for unit, amount in stage.work.items()},
+            rates={unit: amount / least for unit, amount in stage.work.items()},
         )
 
 

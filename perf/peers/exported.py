@@ -113,14 +113,14 @@ def _quantize(model: Path, path: Path) -> None:
     import onnx
     from onnxruntime.quantization import quantize_dynamic
 
-    from ...engines.cpu import why_no_int8
+    from ...engines.cpu import why_no_vnni
 
     with _quiet():
         quantize_dynamic(
             model,
             path,
             per_channel=True,
-            reduce_range=is_x86() and why_no_int8() is not None,  # else 16-bit sums overflow
+            reduce_range=is_x86() and why_no_vnni() is not None,  # else 16-bit sums overflow
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )
 

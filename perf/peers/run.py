@@ -12,7 +12,7 @@ import torch
 
 from ...arrays import Float32
 from ...bundle import BundleManifest
-from ...engines.cpu import why_no_bf16, why_no_int8
+from ...engines.cpu import why_no_bf16, why_no_vnni
 from ...engines.registry import load_backend
 from ...errors import EdjeError
 from ...machine import usable_cores
@@ -77,15 +77,9 @@ def run_peers(
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(TemporaryDirectory(dir=cache)))
         progress = stack.enter_context(progress_steps("bench peers"))
-        bench, questions = prepared(
-            bundle or full_size_bundle(),
-            scratch,
-            stack,
-            num_candidates,
-            wordpieces,
-            progress,
-            device,
-        )
+        model = bundle or full_size_bundle()
+        asked = (num_candidates, wordpieces, progress, device)
+        bench, questions = prepared(model, scratch, stack, *asked)
         measured, skipped = measure(contestants, bench, questions, num_rounds)
         if not only or STORES in only:
             stores, without = measure_stores(bench, questions[0].pairs.tokens, STORE_ROUNDS)
@@ -246,7 +240,7 @@ def faults_of(found: Mapping[str, Any]) -> Iterator[str]:
 
 def expected_of_auto() -> tuple[float, str]:
     """Return how many times the official code's pairs/s `auto` must reach here, and why."""
-    has_vnni = why_no_int8() is None
+    has_vnni = why_no_vnni() is None
     has_bf16 = why_no_bf16() is None and load_backend("openvino").why_not("bf16") is None
     if has_vnni and has_bf16:
         return EXPECTED_BF16, "VNNI and bf16"
