@@ -38,9 +38,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     # `auto` and their benchmark (4, 720); 1,300 lines of tests for all of it.
     # The server: `runtime/server` with router and adapters (44 files, 6,100 lines), two verbs and
     # its benchmarks (900 lines), 6,600 lines of tests.
-    # `edje bench`: harness, stages, roof, charts, peers, gate and capacity in `perf` (45 files, 7,000
-    # lines); in the product int8 for AVX2, bodies, /docs, the front's threads and timers, rows read
-    # where they lie (8 files, 900 lines); 2,900 lines of tests.
+    # `edje bench`: harness, stages, roof, charts, peers, gate and capacity in `perf` (45 files,
+    # 9,000 lines); in the product int8 for AVX2, bodies, /docs, the front's threads and timers,
+    # rows read where they lie (8 files, 900 lines); 2,900 lines of tests.
     "source files": (309, 140),
     "source lines": (57_300, 25_000),
     "product lines (without perf and demo)": (40_800, 20_500),

@@ -118,10 +118,9 @@ class Assemble:
         Raises:
             EngineError: arrays that do not fit (all faults at once).
         """
-        batch = (text_ids, text_length, query_of_pair)
+        batch, more = (text_ids, text_length, query_of_pair), (fresh, fresh_scales)
         results = (hidden_states, lengths, control, scores)
-        faults = self._faults(batch, (records, scales), (fresh, fresh_scales), rows, results)
-        raise_faults("assemble", faults)
+        raise_faults("assemble", self._faults(batch, (records, scales), more, rows, results))
         sizes = _sizes(text_ids, query_of_pair, records, fresh)
         num_slots = sizes["num_pairs"] * (sizes["text_slots"] + sizes["num_tokens"] + 1)
         self._kernel.launch(
