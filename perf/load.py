@@ -56,7 +56,7 @@ def measure_load(
     measured = []
     with scratch_folder() as scratch, ExitStack() as stack, progress_bar("load") as update:
         if store is None:
-            random_store(folder, scratch, NUM_IMAGES, None, lambda line: None)
+            random_store(folder, scratch, NUM_IMAGES, NUM_IMAGES, lambda line: None)
             store = scratch / "tokens.store"
         known = Known.of(folder, store, [text])
         if candidates > len(known.ids):

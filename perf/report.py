@@ -50,7 +50,8 @@ class Measured:
         params: what a sweep varied, by name.
         cpu_seconds: CPU time of all threads, every run; empty: not measured.
         share_of_roof: of the roof measured in the same run; None: no roof is known.
-        counters: exact numbers, by name.
+        counters: exact numbers, by name: the same in every run, more is worse.
+        rates: what else a second of the least time holds, by name: FLOPs, bytes.
         conditions: what else the figure depends on.
         elapsed_s: of all runs together, where several go on at once: then speed is all their pairs
             over it; None: they came one by one, and speed is of the least time.
@@ -64,6 +65,7 @@ class Measured:
     cpu_seconds: Sequence[float] = ()
     share_of_roof: float | None = None
     counters: Mapping[str, float] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
     conditions: Mapping[str, Any] = field(default_factory=dict)
     elapsed_s: float | None = None
 
@@ -97,6 +99,7 @@ class Measured:
             "min_cpu_ms": round(min(self.cpu_seconds) * 1e3, 6) if self.cpu_seconds else None,
             "share_of_roof": None if self.share_of_roof is None else round(self.share_of_roof, 6),
             "counters": dict(self.counters),
+            "rates": dict(self.rates),
             "conditions": dict(self.conditions),
         }
         return {

@@ -56,7 +56,7 @@ class Roof:
         for one in measured:
             if one.group == GROUP:
                 key = one.name.split()[0]
-                rates[key] = max(rates.get(key, 0.0), *one.counters.values())
+                rates[key] = max(rates.get(key, 0.0), *one.rates.values())
         return cls(rates)
 
     def pairs_per_s(self, precision: str, wordpieces: int, sizes: ModelSizes) -> float | None:

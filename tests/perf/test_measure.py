@@ -49,7 +49,7 @@ def test_a_long_stage_gets_its_least_rounds_and_work_becomes_a_rate(clock):
     long = clock.stage("l", 100.0, group="roof", work={"flops_per_s": 500.0})
     [found] = measure_stages({"l": long}, seconds=1.0)
     assert len(found.seconds) == measure.LEAST_ROUNDS
-    assert found.counters == {"flops_per_s": 5.0}
+    assert found.rates == {"flops_per_s": 5.0}
 
 
 def test_a_wrong_result_at_the_end_ends_the_measurement(clock):
