@@ -42,7 +42,7 @@ def measure_cold(engine: Path | None = None, num_runs: int = NUM_RUNS) -> dict[s
     seconds: list[float] = []
     answers: list[dict[str, Any]] = []
     with scratch_folder() as scratch, progress_bar("cold starts") as update:
-        random_store(engine, scratch, CANDIDATES, None, lambda line: None)
+        random_store(engine, scratch, CANDIDATES, CANDIDATES, lambda line: None)
         command = [sys.executable, "-m", "edje", "--quiet", "rerank", str(engine)]
         command += ["--store", str(scratch / "tokens.store"), "--query", text]
         command += ["--top-k", str(TOP_K), "--json"]
