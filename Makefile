@@ -64,7 +64,7 @@ sizes: $(INSTALLED)
 docs: $(INSTALLED) ## write the API page of the public names into build/docs
 	$(BIN)/python .ci/api_docs.py build/docs
 
-bench: $(INSTALLED) ## the peers, cost a pair, latencies, a cold start (10 minutes; OUT=folder of the JSON)
+bench: $(INSTALLED) ## the peers, cost a pair, latencies, a cold start (15 minutes; OUT=folder of the JSON)
 	$(BIN)/edje bench peers --out $(OUT)
 	$(BIN)/edje bench suite --out $(OUT)
 
