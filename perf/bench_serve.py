@@ -170,6 +170,7 @@ def measure(demo: Path, seconds: float, scratch: Path, progress: Progress) -> di
             clients=NUM_CLIENTS,
             candidates=NUM_CANDIDATES,
             max_wait_s=MAX_WAIT_S,
+            seconds=seconds,
         ),
         "capacity": capacity,
         "loads": loads,

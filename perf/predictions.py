@@ -20,7 +20,7 @@ from .measured import BARE, COMPILED, EAGER, ONNXRUNTIME, PIPELINED, PLACES, RAN
 from .simulate import Served, Server, request_s
 
 TOLERANCE = 0.15
-SERVE_SECONDS, SERVE_BATCH, SERVE_SEED = 8.0, 256, 9
+SERVE_BATCH, SERVE_SEED = 256, 9
 NUM_PREPARED, NUM_QUERIES = 200, 8
 
 
@@ -251,17 +251,17 @@ def served_load(times: float) -> Served:
     server = Server(
         stages, SERVE_BATCH, front_s=front, max_wait_s=where["max_wait_s"], timeout_s=10
     )
-    return server.run(sent_at(rate, where["images"], candidates), candidates)
+    return server.run(sent_at(rate, where["seconds"], where["images"], candidates), candidates)
 
 
-def sent_at(requests_per_s: float, num_images: int, candidates: int) -> Float64:
+def sent_at(requests_per_s: float, seconds: float, num_images: int, candidates: int) -> Float64:
     """Return when `bench_serve` sends its requests: its seed, and its draws before the first."""
     chance = random.Random(SERVE_SEED)
     for _ in range(NUM_PREPARED):
         chance.choice(range(NUM_QUERIES))
         chance.sample(range(num_images), candidates)
     due, found = 0.0, []
-    while due < SERVE_SECONDS:
+    while due < seconds:
         due += chance.expovariate(requests_per_s)
         found.append(due)
         chance.choice(range(NUM_PREPARED))

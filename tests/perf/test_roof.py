@@ -44,7 +44,7 @@ def test_a_wrong_product_is_found(small, name, monkeypatch):
 
 
 def measured(name, rate, group="roof"):
-    return Measured(name, group, [1.0], counters={"flops_per_s": rate})
+    return Measured(name, group, [1.0], rates={"flops_per_s": rate})
 
 
 def test_the_best_library_counts_and_others_are_no_roof():
