@@ -43,7 +43,7 @@ from .harness import (
     conditions,
     conditions_line,
     interleave,
-    run_benchmark,
+    run_rounds,
     timings_json,
     timings_table,
 )
@@ -227,11 +227,7 @@ def summary(result: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, write `feed.json`."""
     parser = command_line("feed", __doc__)
-    parser.add_argument("--rounds", type=int, default=NUM_ROUNDS)
-    options = parser.parse_args(arguments)
-    return run_benchmark(
-        options, lambda scratch, progress: measure(options.rounds, scratch), summary
-    )
+    return run_rounds(parser, arguments, NUM_ROUNDS, measure, summary)
 
 
 if __name__ == "__main__":

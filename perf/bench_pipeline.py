@@ -41,7 +41,7 @@ from .harness import (
     command_line,
     conditions,
     interleave,
-    run_benchmark,
+    run_rounds,
     speedup,
     timings_json,
     timings_table,
@@ -213,11 +213,7 @@ def summary(result: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, write `pipeline.json`; return 1 where a figure falls short."""
     parser = command_line("pipeline", __doc__)
-    parser.add_argument("--rounds", type=int, default=NUM_ROUNDS)
-    options = parser.parse_args(arguments)
-    return run_benchmark(
-        options, lambda scratch, progress: measure(options.rounds, scratch), summary
-    )
+    return run_rounds(parser, arguments, NUM_ROUNDS, measure, summary)
 
 
 if __name__ == "__main__":

@@ -202,6 +202,21 @@ def run_benchmark(
     return 1 if result.get("faults") or result.get("broken") else 0
 
 
+def run_rounds(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    num_rounds: int,
+    measure: Callable[[int, Path], dict[str, Any]],
+    summary: Callable[[Mapping[str, Any]], str],
+) -> int:
+    """As `run_benchmark`, of `measure(rounds, scratch)`, with `--rounds` among the arguments."""
+    parser.add_argument("--rounds", type=int, default=num_rounds)
+    options = parser.parse_args(arguments)
+    return run_benchmark(
+        options, lambda scratch, progress: measure(options.rounds, scratch), summary
+    )
+
+
 def scores_in_order(
     reranker: Reranker, query: str, candidates: Sequence[str] | None = None
 ) -> Float32:

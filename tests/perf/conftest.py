@@ -44,3 +44,11 @@ def open_float32(tiny_bundle, pretended_gpu):
         return OnAddresses(manifest, contest.torch_scorer(tiny_bundle, "cpu"))
 
     return opened
+
+
+@pytest.fixture
+def small_roof(monkeypatch):
+    """Let the roof be measured by products and copies that take no time."""
+    sizes = {"M": 8, "K": 64, "N": 16, "COPY_BYTES": 1 << 16, "SLOT_BYTES": 1 << 12}
+    for name, value in sizes.items():
+        monkeypatch.setattr(f"edje.perf.roof.{name}", value)

@@ -65,15 +65,7 @@ def free_engine(tiny_bundle, tmp_path):
     return write_free_engine(tiny_bundle, tmp_path / "free", Profile(16, (16, 32, 64)))
 
 
-def test_a_run_gives_shares_conditions_and_a_table(tiny_engine, capsys, monkeypatch):
-    for name, value in {
-        "M": 8,
-        "K": 64,
-        "N": 16,
-        "COPY_BYTES": 1 << 16,
-        "SLOT_BYTES": 1 << 12,
-    }.items():
-        monkeypatch.setattr(f"edje.perf.roof.{name}", value)
+def test_a_run_gives_shares_conditions_and_a_table(tiny_engine, capsys, small_roof):
     given = {"candidates": 12, "wordpieces": 3, "only": ["read", "rank"]}
     result = json.loads(json.dumps(run_stages(tiny_engine, seconds=0.01, **given)))
     found = {one["name"]: one["extra_info"] for one in result["benchmarks"]}

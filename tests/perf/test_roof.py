@@ -7,25 +7,12 @@ import pytest
 
 from edje.engines.manifest import EngineManifest
 from edje.errors import EdjeError
-from edje.perf import roof as perf_roof
 from edje.perf.gpu_ceilings import flops_per_pair, slots_of
 from edje.perf.report import Measured
 from edje.perf.roof import Roof, open_roof
 
 
-@pytest.fixture
-def small(monkeypatch):
-    for name, value in {
-        "M": 8,
-        "K": 64,
-        "N": 16,
-        "COPY_BYTES": 1 << 16,
-        "SLOT_BYTES": 1 << 12,
-    }.items():
-        monkeypatch.setattr(perf_roof, name, value)
-
-
-def test_every_library_computes_the_product(small):
+def test_every_library_computes_the_product(small_roof):
     with open_roof(1) as stages:
         assert {"memcpy", "fp32 openvino", "fp32 onnxruntime", "int8 openvino"} <= set(stages)
         for stage in stages.values():
@@ -35,7 +22,7 @@ def test_every_library_computes_the_product(small):
 
 
 @pytest.mark.parametrize("name", ["fp32 openvino", "fp32 onnxruntime"])
-def test_a_wrong_product_is_found(small, name, monkeypatch):
+def test_a_wrong_product_is_found(small_roof, name, monkeypatch):
     with open_roof(1) as stages:
         product = stages[name].check.__self__
         product.out[0] *= 1.1
