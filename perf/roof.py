@@ -7,6 +7,7 @@ as `make gpu` measures them. Measured in the run whose figures are shares of it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -135,7 +136,7 @@ class Copy:
             np.copyto(self._target[part], self._source[start : start + SLOT_BYTES][part])
 
 
-class Product:
+class Product(ABC):
     """One large product by a library; subclasses run it."""
 
     unit = "flops_per_s"
@@ -159,8 +160,9 @@ class Product:
         if not error <= 0.02:
             raise EdjeError(f"{type(self).__name__} {self.precision}: {error:.1%} off NumPy's")
 
+    @abstractmethod
     def _open(self, model: bytes, threads: int | None) -> None:
-        raise NotImplementedError
+        """Set `run`, which multiplies `given` into `out`."""
 
 
 class OpenVinoProduct(Product):
