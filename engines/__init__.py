@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from ..lazy import lazily as _lazily
 
 if TYPE_CHECKING:
+    from .build_options import BuildOptions
     from .builder.build import build_engine
     from .builder.cache import cached_engine
     from .builder.options import EngineOptions
-    from .contract import BuildOptions
     from .fidelity import FidelityLimits
     from .image import ImageEncoder
     from .registry import open_engine
@@ -39,7 +39,7 @@ if not TYPE_CHECKING:
     __getattr__ = _lazily(
         __name__,
         {
-            "BuildOptions": ".contract",
+            "BuildOptions": ".build_options",
             "EngineOptions": ".builder.options",
             "FidelityLimits": ".fidelity",
             "ImageEncoder": ".image",

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from .. import machine
 from ..machine import BFLOAT16, FLOAT, INT8, cpu_model, is_x86
 from ..machine import usable_cores as usable_cores
-from .contract import BuildOptions
+from .build_options import BuildOptions
 from .manifest import EngineManifest
 
 _BF16_PRODUCTS = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ..arrays import Float32
-from ..bundle import JOINT_ENCODER, BundleManifest
+from ..bundle import INPUTS, JOINT_ENCODER, BundleManifest
 from ..errors import EngineError
 from ..kernels.device.host import InlineStream
 from ..machine import thread_limit
 from .agreement import Agreement, depth_shares, rank_agreement, recall
-from .contract import INPUTS, Batch, Engine, Progress, raise_faults, value_faults
+from .contract import Batch, Engine, Progress, raise_faults, value_faults
 from .manifest import Profile
 from .samples import RandomSamples, Samples, int8_batch, sample_batches
 

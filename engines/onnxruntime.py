@@ -12,10 +12,11 @@ import numpy as np
 import onnxruntime as ort
 
 from ..arrays import Float32, even_parts
-from ..bundle import JOINT_ENCODER, ModelSizes
+from ..bundle import JOINT_ENCODER, OUTPUT, ModelSizes
 from ..errors import EngineError
 from ..machine import is_x86, whole_cores
-from .contract import OUTPUT, Batch, BuildJob, BuildOptions, Engine, HostEngine, OpenOptions
+from .build_options import BuildOptions
+from .contract import Batch, BuildJob, Engine, HostEngine, OpenOptions
 from .cpu import compute_type as compute_type
 from .cpu import cpu_features, option_fault, why_no_vnni
 from .cpu import device as device

@@ -26,7 +26,8 @@ from ..kernels.device.facts import (
     current_index,
     gpu_fault,
 )
-from .contract import BuildJob, BuildOptions, Engine, OpenOptions
+from .build_options import BuildOptions
+from .contract import BuildJob, Engine, OpenOptions
 from .cpu import option_fault
 from .manifest import QUANTIZED, EngineManifest
 from .onnxruntime_cuda_run import PROVIDER, OrtCudaEngine

@@ -21,11 +21,11 @@ import numpy as np
 import onnxruntime as ort
 
 from ..arrays import DeviceArray, Float32
-from ..bundle import TEXT_SLOTS, VISUAL_SCALES, node_name
+from ..bundle import INPUTS, OUTPUT, TEXT_SLOTS, VISUAL_SCALES, node_name
 from ..errors import EngineError
 from ..kernels.device.contract import Stream
 from ..kernels.device.measuring import GpuArrays, gpu_arrays
-from .contract import INPUTS, OUTPUT, Batch, Engine
+from .contract import Batch, Engine
 from .manifest import EngineManifest
 
 PROVIDER = "CUDAExecutionProvider"

@@ -13,10 +13,11 @@ import openvino as ov
 from openvino import opset13 as ops
 
 from ..arrays import Array, Float32, even_parts
-from ..bundle import ModelSizes, node_name, path_of_node, products_of
+from ..bundle import OUTPUT, ModelSizes, node_name, path_of_node, products_of
 from ..errors import EngineError, named
 from ..machine import is_x86, thread_limit, usable_cores
-from .contract import OUTPUT, Batch, BuildJob, BuildOptions, Engine, HostEngine, OpenOptions
+from .build_options import BuildOptions
+from .contract import Batch, BuildJob, Engine, HostEngine, OpenOptions
 from .cpu import compute_type as compute_type
 from .cpu import device as device
 from .cpu import device_faults as device_faults

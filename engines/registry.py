@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
@@ -13,14 +14,8 @@ from typing import cast
 from ..bundle import IMAGE_ENCODER
 from ..errors import EngineError
 from ..files import sha256_of
-from .contract import (
-    Backend,
-    BuildOptions,
-    Engine,
-    OpenOptions,
-    raise_option_faults,
-    refused_options,
-)
+from .build_options import BuildOptions, raise_option_faults, refused_options
+from .contract import Backend, Engine, OpenOptions
 from .manifest import PRECISIONS, EngineManifest, rebuild_command
 
 
@@ -118,7 +113,7 @@ def require_builder(name: str, precision: str, options: BuildOptions) -> Backend
     backend = _with_precision(name, precision)
     reason = backend.why_not_build(precision, options)
     if reason is not None:
-        wrong = refused_options(backend, precision, options)
+        wrong = refused_options(partial(backend.why_not_build, precision), options)
         hint = f"leave out or change {', '.join(wrong)}: see `edje build --help`"
         raise EngineError(
             f"{name} cannot build {precision} here: {reason}",

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Float32
-from ..engines.contract import INPUTS, Batch, Engine, OpenOptions
+from ..bundle import INPUTS
+from ..engines.contract import Batch, Engine, OpenOptions
 from ..engines.cpu import PAIRS_PER_THREAD, pairs_per_forward
 from ..engines.manifest import EngineManifest
 from ..engines.registry import load_backend, open_engine

@@ -18,9 +18,9 @@ from typing import Any, cast
 import numpy as np
 
 from ..arrays import Float32, Int64
-from ..bundle import BundleManifest, ModelSizes
+from ..bundle import INPUTS, BundleManifest, ModelSizes
 from ..engines.agreement import rank_agreement
-from ..engines.contract import INPUTS, Batch, Engine
+from ..engines.contract import Batch, Engine
 from ..engines.fidelity import reference_scorer
 from ..engines.manifest import Profile
 from ..kernels.device.contract import Device

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from ..arrays import DeviceArray, Float32
-from ..bundle import BundleManifest
+from ..bundle import INPUTS, BundleManifest
 from ..engines.builder.cache import cached_engine
 from ..engines.builder.options import EngineOptions
-from ..engines.contract import INPUTS, Batch, Engine
+from ..engines.contract import Batch, Engine
 from ..engines.manifest import EngineManifest, Profile
 from ..engines.registry import open_engine, require_backend
 from ..engines.samples import RandomSamples

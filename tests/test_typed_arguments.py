@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edje.engines.build_options import BuildOptions
 from edje.engines.builder.build import build_engine
 from edje.engines.builder.cache import cached_engine
 from edje.engines.builder.options import EngineOptions
-from edje.engines.contract import BuildOptions
 from edje.engines.image import FeatureEncoder, ImageEncoder
 from edje.engines.verify import verify_engine
 from edje.errors import RequestError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...arguments import Arguments, is_whole, shown, take_once
 from ...errors import EngineError
-from ..contract import BuildOptions, flag, given_options
+from ..build_options import BuildOptions, flag, given_options
 from ..fidelity import FidelityLimits
 from ..manifest import DEFAULT_MAX_PAIRS, DEFAULT_TEXT_BUCKETS, Profile
 from ..precision.prepare import DEFAULT_LIMITS

@@ -16,7 +16,8 @@ from ...kernels.layer_variants import POINTER_TILES, product_name, product_tma_n
 from ...kernels.layer_variants8 import KINDS
 from ...kernels.manifest import read_manifest
 from ...kernels.tuning import read_tuning, serving_table, tuned_capabilities
-from ..contract import BuildJob, BuildOptions, Engine, OpenOptions, given_options
+from ..build_options import BuildOptions, given_options
+from ..contract import BuildJob, Engine, OpenOptions
 from ..manifest import EngineManifest
 from ..scales import DYNAMIC, Scales
 from .plan import Plan

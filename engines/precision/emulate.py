@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from ...arrays import Array, Float32
-from ...bundle import DEQUANTIZED
+from ...bundle import DEQUANTIZED, OUTPUT
 from ...errors import EngineError
 from ...machine import thread_limit
-from ..contract import OUTPUT, Batch
+from ..contract import Batch
 from ..cpu import weights_fit_16_bits, why_no_vnni
 from .float8 import round_to_float8
 from .graph import Graph, node, with_inputs

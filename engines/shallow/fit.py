@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...arrays import Float32
+from ...bundle import OUTPUT
 from ..agreement import depth_shares
-from ..contract import OUTPUT, Batch, Progress
+from ..contract import Batch, Progress
 from ..precision.emulate import runner
 from ..precision.graph import Graph
 from .cut import Head, with_rows

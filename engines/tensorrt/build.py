@@ -9,14 +9,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...bundle import ATTENTION, ATTENTION_SCORES, CONTEXT, layer_of, layer_path, node_name
+from ...bundle import ATTENTION, ATTENTION_SCORES, CONTEXT, OUTPUT, layer_of, layer_path, node_name
 from ...errors import EngineError
 from ...files import rewrite_file
-from ..contract import OUTPUT, BuildJob, BuildOptions, Progress
+from ..build_options import BuildOptions, given_options
+from ..contract import BuildJob, Progress
 from .library import TrtLibrary, one_line
 
 PLAN, REPORT = "joint_encoder.plan", "report.json"
@@ -241,11 +241,10 @@ def _write_report(library: TrtLibrary, job: BuildJob) -> dict[str, Any]:
 
 def _chosen(options: BuildOptions) -> dict[str, Any]:
     """Return the options that are not the defaults, as JSON values."""
-    values = asdict(options)
     return {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in values.items()
-        if value != getattr(BuildOptions(), name) and name != "report"
+        for name, value in given_options(options).items()
+        if name != "report"
     }
 
 

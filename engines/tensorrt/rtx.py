@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.device.facts import Gpu, capability_fault, capability_key, current_gpu, gpu_fault
-from ..contract import BuildJob, BuildOptions, Engine, OpenOptions
+from ..build_options import BuildOptions
+from ..contract import BuildJob, Engine, OpenOptions
 from ..manifest import EngineManifest
 from .build import build_plan
 from .library import load_trt

@@ -11,13 +11,13 @@ from typing import Any, cast
 import numpy as np
 
 from ...arrays import DeviceArray, Float32
-from ...bundle import VISUAL_SCALES
+from ...bundle import INPUTS, OUTPUT, VISUAL_SCALES
 from ...errors import EngineError
 from ...files import rewrite_file
 from ...kernels.device import open_gpu
 from ...kernels.device.contract import Device, Stream
 from ...kernels.device.facts import current_index
-from ..contract import INPUTS, OUTPUT, Batch, Engine, OpenOptions, raise_faults
+from ..contract import Batch, Engine, OpenOptions, raise_faults
 from ..manifest import EngineManifest
 from .build import PLAN
 from .library import TrtLibrary

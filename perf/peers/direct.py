@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from ...arrays import Float32
-from ...engines.contract import INPUTS, Batch
+from ...bundle import INPUTS
+from ...engines.contract import Batch
 from ...engines.manifest import EngineManifest
 from ..random_model import Pairs
 from .contest import Ask, Bench, Question, Run, SkippedError

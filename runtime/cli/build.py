@@ -16,8 +16,8 @@ from ...show import note, print_facts, print_json, print_table, progress_steps
 from .options import Json, Overwrite, refuse, verb_of
 
 if TYPE_CHECKING:
+    from ...engines.build_options import BuildOptions
     from ...engines.builder.options import EngineOptions
-    from ...engines.contract import BuildOptions
     from ...engines.samples import Samples
 
 AUTO = "auto"
@@ -147,8 +147,8 @@ class BuildArguments:
 
     def _check(self, options: BuildOptions) -> None:
         """Refuse options that contradict each other, and values that no backend can take."""
+        from ...engines.build_options import raise_option_faults
         from ...engines.builder.options import auto_faults
-        from ...engines.contract import raise_option_faults
 
         raise_option_faults(options)
         faults = auto_faults(self.precision, options) if self.backend == AUTO else []
@@ -159,7 +159,7 @@ class BuildArguments:
         refuse(faults)
 
     def _backend_options(self) -> BuildOptions:
-        from ...engines.contract import BuildOptions
+        from ...engines.build_options import BuildOptions
 
         return BuildOptions(
             workspace_bytes=None if self.workspace_mb is None else self.workspace_mb * 2**20,

@@ -2,10 +2,10 @@
 
 import pytest
 
+from edje.engines.build_options import BuildOptions
 from edje.engines.builder.auto import NOTHING_TO_CALIBRATE
 from edje.engines.builder.build import build_engine
 from edje.engines.builder.options import EngineOptions
-from edje.engines.contract import BuildOptions
 from edje.engines.fidelity import FidelityLimits
 from edje.engines.manifest import EngineManifest, Profile
 from edje.engines.registry import REGISTRY, load_backend, open_engine

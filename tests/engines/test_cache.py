@@ -20,10 +20,10 @@ from pathlib import Path
 import pytest
 
 from edje.bundle import BundleManifest
+from edje.engines.build_options import BuildOptions
 from edje.engines.builder import cache
 from edje.engines.builder.cache import cached_engine, default_root, entry_name, is_sound, key_parts
 from edje.engines.builder.options import EngineOptions, EngineRequest
-from edje.engines.contract import BuildOptions
 from edje.engines.fidelity import FidelityLimits
 from edje.engines.manifest import EngineManifest
 from edje.engines.registry import open_engine

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edje.arrays import even_parts
-from edje.engines.batch import shape_faults, value_faults
-from edje.engines.contract import OpenOptions
+from edje.engines.contract import OpenOptions, shape_faults, value_faults
 from edje.engines.fidelity import InlineStream
 from edje.engines.registry import open_engine
 from edje.errors import EngineError

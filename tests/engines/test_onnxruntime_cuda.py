@@ -13,10 +13,11 @@ import pytest
 
 from edje.arrays import DeviceArray
 from edje.engines import registry
+from edje.engines.build_options import BuildOptions
 from edje.engines.builder.build import build_engine
 from edje.engines.builder.options import EngineOptions
 from edje.engines.builder.trial import trial_lines
-from edje.engines.contract import Batch, BuildOptions, OpenOptions
+from edje.engines.contract import Batch, OpenOptions
 from edje.engines.fidelity import score_host_batch
 from edje.engines.manifest import EngineManifest
 from edje.engines.registry import load_backend, open_engine, probe_backends, require_builder

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from avx2_only import FEATURES, run_on_avx2
-from edje.bundle import JOINT_ENCODER, BundleManifest
+from edje.bundle import INPUTS, JOINT_ENCODER, BundleManifest
 from edje.engines import cpu
 from edje.engines import onnxruntime as ort
 from edje.engines.builder.build import build_engine
-from edje.engines.contract import INPUTS
 from edje.engines.cpu import weights_fit_16_bits
 from edje.engines.manifest import EngineManifest, Profile
 from edje.engines.onnxruntime_int8 import write_for_x86

@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-from edje.bundle import JOINT_ENCODER
+from edje.bundle import INPUTS, JOINT_ENCODER
 from edje.engines import openvino as ov
 from edje.engines.builder.build import build_engine
-from edje.engines.contract import INPUTS, OpenOptions
+from edje.engines.contract import OpenOptions
 from edje.engines.manifest import EngineManifest
 from edje.engines.openvino import widen_score
 from edje.engines.openvino_core import openvino_core

@@ -10,13 +10,12 @@ import openvino
 import pytest
 
 from capabilities import needs_openvino_int8
-from edje.bundle import JOINT_ENCODER, BundleManifest
+from edje.bundle import INPUTS, JOINT_ENCODER, BundleManifest
 from edje.engines import cpu
 from edje.engines import onnxruntime as ort
 from edje.engines import openvino as ov
 from edje.engines.builder.build import build_engine
 from edje.engines.builder.options import EngineOptions
-from edje.engines.contract import INPUTS
 from edje.engines.manifest import EngineManifest, Profile
 from edje.engines.openvino import fit_to_x86
 from edje.engines.openvino_core import openvino_core

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from edje.arrays import DeviceArray
-from edje.engines.contract import Batch, BuildJob, BuildOptions, OpenOptions
+from edje.engines.build_options import BuildOptions
+from edje.engines.contract import Batch, BuildJob, OpenOptions
 from edje.engines.fidelity import InlineStream, score_host_batch
 from edje.engines.registry import load_backend, require_builder
 from edje.engines.tensorrt.build import PLAN

@@ -13,9 +13,10 @@ import pytest
 
 from edje.arrays import DeviceArray
 from edje.bundle import JOINT_ENCODER, BundleManifest
+from edje.engines.build_options import BuildOptions
 from edje.engines.builder.build import build_engine
 from edje.engines.builder.options import EngineOptions
-from edje.engines.contract import Batch, BuildJob, BuildOptions, OpenOptions
+from edje.engines.contract import Batch, BuildJob, OpenOptions
 from edje.engines.fidelity import Fidelity, measure_fidelity
 from edje.engines.manifest import PRECISIONS, QUANTIZED, EngineManifest, Profile
 from edje.engines.precision.graph import Graph

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from edje.engines.build_options import BuildOptions
 from edje.engines.builder.build import build_engine
 from edje.engines.builder.options import EngineOptions
-from edje.engines.contract import Batch, BuildOptions, OpenOptions
+from edje.engines.contract import Batch, OpenOptions
 from edje.engines.registry import open_engine, require_builder
 from edje.errors import EngineError
 from edje.kernels.device.host import HostDevice

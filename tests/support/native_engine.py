@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from edje.bundle import BundleManifest
-from edje.engines.contract import INPUTS, Batch, BuildJob, BuildOptions, OpenOptions
+from edje.bundle import INPUTS, BundleManifest
+from edje.engines.build_options import BuildOptions
+from edje.engines.contract import Batch, BuildJob, OpenOptions
 from edje.engines.manifest import EngineManifest, Profile
 from edje.engines.native import backend
 from edje.engines.native.plan import Plan

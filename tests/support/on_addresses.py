@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from edje.engines.contract import INPUTS, Batch, Engine
+from edje.bundle import INPUTS
+from edje.engines.contract import Batch, Engine
 from edje.engines.manifest import EngineManifest
 from pretended_gpu import array_at
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from edje.bundle import BundleManifest
-from edje.engines.contract import BuildOptions, OpenOptions
+from edje.engines.build_options import BuildOptions
+from edje.engines.contract import OpenOptions
 from edje.engines.manifest import EngineManifest
 from edje.engines.native import backend
 from edje.engines.registry import open_engine, require_builder

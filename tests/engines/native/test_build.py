@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from edje.bundle import BundleManifest
+from edje.engines.build_options import BuildOptions
 from edje.engines.builder.build import build_engine
 from edje.engines.builder.options import EngineOptions
-from edje.engines.contract import BuildJob, BuildOptions
+from edje.engines.contract import BuildJob
 from edje.engines.manifest import EngineManifest, Profile, rebuild_command
 from edje.engines.native.build import make_plan
 from edje.engines.native.plan import PLAN, Plan, graph_sizes

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from edje.bundle import BundleManifest
+from edje.engines.build_options import BuildOptions
 from edje.engines.builder.build import build_engine
 from edje.engines.builder.options import EngineOptions
-from edje.engines.contract import BuildOptions
 from edje.engines.native import backend
 from edje.engines.native.plan import Plan
 from edje.engines.native.weights import read_weights

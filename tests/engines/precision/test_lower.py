@@ -11,8 +11,8 @@ from onnx import checker, helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 from onnxruntime import InferenceSession
 
+from edje.bundle import INPUTS
 from edje.engines.agreement import kendall_tau
-from edje.engines.contract import INPUTS
 from edje.engines.precision.emulate import emulated, runner, scorer
 from edje.engines.precision.float8 import round_to_float8
 from edje.engines.precision.graph import Graph, in_layers

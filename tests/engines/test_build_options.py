@@ -2,7 +2,7 @@
 
 import pytest
 
-from edje.engines.contract import BuildOptions
+from edje.engines.build_options import BuildOptions
 from edje.engines.registry import REGISTRY, require_builder
 from edje.errors import EngineError
 from edje.runtime.cli.app import main
