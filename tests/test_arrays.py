@@ -32,7 +32,15 @@ def test_everything_is_done_once_whoever_does_it(threads):
 
 def test_others_work_beside_the_caller(threads):
     meeting = threading.Barrier(2, timeout=10)
-    threads.run(lambda: void(meeting.wait()), 2)
+    at_work: list[int] = []
+
+    def work() -> None:
+        meeting.wait()
+        at_work.append(threading.get_ident())
+
+    threads.run(work, 2)
+    assert len(set(at_work)) == 2
+    assert threading.get_ident() in at_work
     threads.close()
 
 

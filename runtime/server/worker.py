@@ -37,7 +37,11 @@ class Worker:
     """
 
     def __init__(self, reranker: Reranker, max_pairs: int):
-        """Start the threads."""
+        """Start the threads.
+
+        Raises:
+            RuntimeError: the system gave no thread; none is left running.
+        """
         self._reranker = reranker
         self._max_pairs = max_pairs
         self._scheduler: Scheduler[Waiting] = Scheduler(max_pairs)
@@ -52,8 +56,12 @@ class Worker:
             threading.Thread(target=self._work, name=f"edje-batches-{number}", daemon=True)
             for number in range(NUM_THREADS)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:
+            self.close(0.0)
+            raise
 
     def add(self, job: Waiting, *, wake: bool = True) -> None:
         """Let a request wait; its future is kept or fails whatever happens.
@@ -99,7 +107,8 @@ class Worker:
         for job in left:
             _fail(job, _closed())
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:  # it was started
+                thread.join()
 
     def _work(self) -> None:
         """Form batches and run them, until the service is closed and nothing waits."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -20,6 +19,7 @@ from edje.runtime.reranker import Reranker
 from edje.runtime.results import EngineLabel
 from edje.runtime.survivors import Rule, rescore_top
 from toy_engine import ToyEngine, toy_manifest, toy_store, toy_tokenizer
+from waiting import stream_threads
 
 NUM_IMAGES = 60
 REAL = {"random": False, "max_underrating": 2.0, "max_abs_diff": 3.0, "data": "real pairs"}
@@ -275,12 +275,12 @@ def test_an_engine_failure_in_the_second_pass_reaches_the_caller(cascade, engine
 
 
 def test_close_closes_both_engines_and_ends_their_threads(tmp_path, engines, store):
-    threads = set(threading.enumerate())
+    others = stream_threads()
     reranker = Reranker(engines[0], toy_tokenizer(tmp_path), store, rescore=engines[1])
-    assert len(set(threading.enumerate()) - threads) == 1  # one stream for both
+    (stream,) = stream_threads() - others  # one for both
     reranker.close()
     assert all(engine.closed for engine in engines)
-    assert set(threading.enumerate()) <= threads
+    assert not stream.is_alive()
 
 
 def test_engines_of_two_models_are_refused_and_both_are_named(tmp_path, store):

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from edje.engines.builder.build import build_engine
 from edje.engines.builder.options import EngineOptions
 from edje.engines.manifest import MANIFEST
 from edje.runtime.results import EngineLabel
+from waiting import stream_threads
 
 # float32 engines against float32 PyTorch; seen: 2e-6.
 TOLERANCE = 1e-4
@@ -143,10 +143,10 @@ def test_int8_tokens_score_alike_dequantised_or_taken_as_they_are(
 def test_open_refuses_a_cascade_without_a_margin_and_leaves_nothing_open(
     tiny_engine, precise_engine, tiny_store
 ):
-    threads = set(threading.enumerate())
+    others = stream_threads()
     with pytest.raises(EngineError, match="no margin can be learned"):
         Reranker.open(tiny_engine, store=tiny_store, rescore=precise_engine)
-    assert set(threading.enumerate()) <= threads
+    assert stream_threads() <= others
 
 
 def test_open_closes_what_it_opened_when_a_part_does_not_fit(raw_text_engine, tmp_path):

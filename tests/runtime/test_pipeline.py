@@ -17,6 +17,7 @@ from edje.kernels.device.host import HostDevice
 from edje.runtime.pipeline import NUM_SLOTS, Pipeline
 from edje.runtime.streams import Streams
 from toy_engine import ToyEngine, ToySource, toy_manifest, toy_request, toy_scores
+from waiting import wait_until
 
 
 class Rig:
@@ -218,15 +219,6 @@ def test_many_threads_share_the_slots_and_get_their_own_scores():
         assert all(pool.map(call, range(200)))
         assert rig.num_free_slots() == NUM_SLOTS
         assert len(rig.source.buffers) <= NUM_SLOTS
-
-
-def wait_until(condition):
-    """Poll `condition` for at most ten seconds."""
-    for _ in range(10_000):
-        if condition():
-            return
-        threading.Event().wait(0.001)
-    raise AssertionError("waited ten seconds in vain")
 
 
 def test_a_small_request_does_not_wait_for_a_large_one_to_end():

@@ -20,6 +20,7 @@ from edje.runtime.residency import ResidencyOptions
 from edje.runtime.results import EngineLabel, Hit
 from edje.runtime.store import TokenStore
 from toy_engine import FINGERPRINT, ToyEngine, toy_manifest, toy_store, toy_tokenizer
+from waiting import stream_threads
 
 NUM_IMAGES = 40
 
@@ -210,9 +211,10 @@ def test_close_waits_for_work_refuses_the_rest_and_frees_everything(tmp_path, st
         entered.set()
         release.wait(10)
 
-    before_threads = set(threading.enumerate())
+    others = stream_threads()
     engine = ToyEngine(before=before)
     reranker = Reranker(engine, toy_tokenizer(tmp_path), store)
+    (stream,) = stream_threads() - others
     with ThreadPoolExecutor(4) as pool:
         short = pool.submit(reranker.rank, "x", ids_of(1, 2))
         assert entered.wait(10)
@@ -228,7 +230,7 @@ def test_close_waits_for_work_refuses_the_rest_and_frees_everything(tmp_path, st
         reranker.rank("x", ids_of(1))
     reranker.close()
     assert len(store.rows(["img-0"])) == 1  # the caller's store is still open
-    assert set(threading.enumerate()) <= before_threads
+    assert not stream.is_alive()
 
 
 def test_a_profile_that_is_too_short_for_a_query_says_so(tmp_path, store):

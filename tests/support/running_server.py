@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
@@ -109,35 +109,34 @@ def running(
         certificate: PEM file of it and its private key: serve over TLS.
     """
     stream = io.BytesIO()
-    log = JsonLog(stream)
-    host = Host(settings, log, **host_options)
-    config = uvicorn.Config(
-        make_app(host),
-        host="127.0.0.1",
-        port=0,
-        http=Connection,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        timeout_graceful_shutdown=5,
-        ssl_certfile=certificate,
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        deadline = time.monotonic() + 20
-        while not server.started:
-            assert thread.is_alive(), "the server did not start"
-            assert time.monotonic() < deadline, "the server takes too long to start"
-            time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield Running(host, port, stream, certificate)
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        host.close(5.0)
-        log.close()
+    with closing(JsonLog(stream)) as log:
+        host = Host(settings, log, **host_options)
+        config = uvicorn.Config(
+            make_app(host),
+            host="127.0.0.1",
+            port=0,
+            http=Connection,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=5,
+            ssl_certfile=certificate,
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        try:
+            deadline = time.monotonic() + 20
+            while not server.started:
+                assert thread.is_alive(), "the server did not start"
+                assert time.monotonic() < deadline, "the server takes too long to start"
+                time.sleep(0.01)
+            port = server.servers[0].sockets[0].getsockname()[1]
+            yield Running(host, port, stream, certificate)
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            host.close(5.0)
 
 
 def settings_of(engine: Path, store: Path, **changed: Any) -> Settings:

@@ -102,4 +102,5 @@ def test_a_wrong_key(make: Make, kind, locked: str, one_case: Case) -> None:
 )
 def test_overload(make: Make, kind, overloaded: str, one_case: Case) -> None:
     reranker = make(overloaded)
-    until_raised(lambda: ask(reranker, one_case.ids, one_case.query), kind)
+    refused = until_raised(lambda: ask(reranker, one_case.ids, one_case.query), kind)
+    assert isinstance(refused, kind)

@@ -15,6 +15,7 @@ from edje.arrays import DeviceArray
 from edje.errors import EngineError
 from edje.kernels.device.contract import DeviceUsage
 from edje.kernels.device.host import HostDevice, HostEvent, InlineStream
+from waiting import stream_threads
 
 
 @pytest.fixture
@@ -187,21 +188,21 @@ def test_a_foreign_event_is_refused(device):
 
 
 def test_close_finishes_queued_work_and_ends_the_thread():
-    gc.collect()  # streams that an earlier test forgot
-    others, device, seen = set(threading.enumerate()), HostDevice(), []
+    others, device, seen = stream_threads(), HostDevice(), []
     stream = device.stream()
+    (worker,) = stream_threads() - others
     stream.submit(lambda: time.sleep(0.02))
     stream.submit(lambda: seen.append("ran"))
     device.close()
     device.close()
     assert seen == ["ran"]
-    assert not {t for t in threading.enumerate() if t.name.startswith("edje-stream")} - others
+    assert not worker.is_alive()
 
 
 def test_a_forgotten_stream_ends_its_thread():
-    before = set(threading.enumerate())
+    others = stream_threads()
     stream = HostDevice().stream()
-    (worker,) = set(threading.enumerate()) - before
+    (worker,) = stream_threads() - others
     del stream
     gc.collect()
     worker.join(5)

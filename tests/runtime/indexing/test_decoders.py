@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from edje.runtime.indexing import decoders
 from edje.runtime.indexing.decoders import DecoderPool, default_workers
 from edje.runtime.indexing.images import Unreadable, decode_entry
 from edje.runtime.indexing.sources import ImageFile
+from waiting import wait_until
 
 SPEC = ImageSpec(8, 2, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -126,17 +126,10 @@ def test_decoders_idle_or_hanging_end_with_their_parent() -> None:
     with subprocess.Popen(program, env=environment, **pipes) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"decoded\n"
-        wait_until(lambda: len(children_of(parent.pid)) == 2, "both decoders are there")
+        wait_until(lambda: len(children_of(parent.pid)) == 2, "both decoders")
         pids = children_of(parent.pid)
         parent.kill()
-    wait_until(lambda: not any(map(is_running, pids)), "no decoder outlives its parent")
-
-
-def wait_until(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline, f"waited in vain: {what}"
-        time.sleep(0.02)
+    wait_until(lambda: not any(map(is_running, pids)), "the decoders to end with their parent")
 
 
 def children_of(pid: int) -> set[int]:

@@ -15,6 +15,7 @@ import pytest
 from copying_engine import CopyingEngine
 from edje.engines.contract import Engine
 from edje.engines.manifest import EngineManifest
+from edje.kernels.device.contract import DeviceUsage
 from edje.kernels.device.cuda_core import CudaCoreDevice
 from edje.kernels.device.pycuda import PycudaDevice
 from edje.runtime.opening import RunOptions
@@ -87,6 +88,7 @@ def test_pretended_gpus_rank_by_resident_tokens(kind, store, tmp_path, monkeypat
         check(device, engine, store, tmp_path)
         symbols = len(machine.named("launch"))
         assert symbols > 20, "the kernels were not launched"
+    assert device.usage() == DeviceUsage()
     assert not any(machine.alive.get(kind) for kind in ("pinned", "device", "stream", "event"))
 
 
@@ -96,3 +98,4 @@ def test_a_real_gpu_ranks_by_resident_tokens(kind, store, tmp_path):
     pytest.importorskip({"cuda_core": "cuda.core", "pycuda": "pycuda"}[kind])
     with closing(DEVICES[kind]()) as device:
         check(device, CopyingEngine, store, tmp_path)
+    assert device.usage() == DeviceUsage()  # what it made is freed

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from edje.errors import RequestError
 from edje.runtime.server.settings import Settings
 from running_server import Running, running, settings_of
+from waiting import wait_until
 
 LARGE = 500_000
 BUDGET = 1_200_000  # two large ones, and small ones beside them
@@ -30,13 +30,6 @@ def server(tiny_engine: Path, tiny_store: Path) -> Iterator[Running]:
 
 def held(server: Running) -> float:
     return server.metric("edje_body_bytes")
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < until, "it never came true"
-        time.sleep(0.01)
 
 
 def begin(server: Running) -> socket.socket:
@@ -67,9 +60,10 @@ def test_more_bodies_than_fit_are_refused_and_small_ones_are_not(server: Running
 
 
 def test_what_was_answered_or_refused_is_no_more_held(server: Running) -> None:
-    for body in (large_body(), b"", b"[" * 1000, b"x" * (2 * LARGE + 1)):
-        server.ask("/rerank", body)
+    bodies = (large_body(), b"", b"[" * 1000, b"x" * (2 * LARGE + 1))
+    assert [server.ask("/rerank", body).status for body in bodies] == [200, 400, 400, 413]
     wait_until(lambda: held(server) == 0)
+    assert server.ask("/rerank", large_body()).status == 200
 
 
 def test_a_body_may_be_as_large_as_all_of_them() -> None:

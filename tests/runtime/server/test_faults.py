@@ -9,7 +9,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +25,7 @@ from edje.runtime.server.settings import Settings
 from moody_backend import ENTRY, NAME, PIECE, set_mood, text_score, write_engine
 from running_server import Reply, Running, running
 from toy_engine import toy_store
+from waiting import wait_until
 
 NUM_IMAGES = 100
 EVERY = [f"img-{i}" for i in range(NUM_IMAGES)]
@@ -66,15 +67,6 @@ def check(reply: Reply, query: str, ids: list[str], *, without: tuple[str, ...] 
     assert scores == sorted(scores, reverse=True)
 
 
-def eventually(what: Callable[[], bool], seconds: float = 5.0) -> bool:
-    until = time.monotonic() + seconds
-    while not what():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.01)
-    return True
-
-
 def test_an_engine_that_fails_once_fails_one_request_and_stays_ready(server, engine):
     set_mood(engine, "raise once")
     failed = server.ask("/rerank", ask_for("red", ["img-1"]))
@@ -83,7 +75,7 @@ def test_an_engine_that_fails_once_fails_one_request_and_stays_ready(server, eng
     assert "mood" not in failed.body.decode()  # what it was is for the log alone
     assert any("bad mood" in line.get("cause", "") for line in server.lines())
     check(server.ask("/rerank", ask_for("red", EVERY)), "red", EVERY)
-    assert eventually(lambda: server.ask("/readyz").status == 200)
+    wait_until(lambda: server.ask("/readyz").status == 200)
 
 
 def test_a_batch_that_fails_fails_only_the_guilty_request(server, engine):
@@ -108,7 +100,7 @@ def test_an_engine_that_fails_always_is_not_ready_and_then_dead(engine, store):
     with running(Settings(engine, store), on_death=deaths.append) as server:
         set_mood(engine, "raise")
         assert server.ask("/rerank", ask_for("red", ["img-1"])).status == 500
-        assert eventually(lambda: len(deaths) == 1)
+        wait_until(lambda: len(deaths) == 1)
         assert server.ask("/readyz").status == 503
         assert server.ask("/livez").status == 200
     assert "bad mood" in deaths[0]
@@ -119,8 +111,8 @@ def test_a_failing_probe_is_forgiven_once_the_engine_is_well_again(engine, store
     options = {"on_death": deaths.append, "probe_every_s": 0.05}
     with running(Settings(engine, store), **options) as server:
         set_mood(engine, "raise once")
-        assert eventually(lambda: not (engine / "mood").read_text().startswith("raise"))
-        assert eventually(lambda: server.ask("/readyz").status == 200)
+        wait_until(lambda: not (engine / "mood").read_text().startswith("raise"))
+        wait_until(lambda: server.ask("/readyz").status == 200)
         time.sleep(0.3)
         assert not deaths
 
@@ -130,10 +122,10 @@ def test_an_engine_that_scores_wrong_is_caught_by_the_probe(engine, store):
     options = {"on_death": deaths.append, "probe_every_s": 0.05}
     with running(Settings(engine, store), **options) as server:
         set_mood(engine, "wrong")
-        assert eventually(lambda: server.ask("/readyz").status == 503)
+        wait_until(lambda: server.ask("/readyz").status == 503)
         why = server.ask("/readyz").json()["why"]
         assert "a known pair" in why or "dead" in why
-        assert eventually(lambda: bool(deaths))
+        wait_until(lambda: bool(deaths))
 
 
 def test_an_engine_that_hangs_is_not_ready_and_then_dead(engine, store):
@@ -141,7 +133,7 @@ def test_an_engine_that_hangs_is_not_ready_and_then_dead(engine, store):
     options = {"on_death": deaths.append, "probe_every_s": 0.05, "probe_timeout_s": 0.2}
     with running(Settings(engine, store), **options) as server:
         set_mood(engine, "hang")
-        assert eventually(lambda: bool(deaths))
+        wait_until(lambda: bool(deaths))
         assert server.ask("/readyz").status == 503
         assert server.ask("/livez").status == 200
         set_mood(engine, "fine")
@@ -239,7 +231,7 @@ def test_a_deadline_is_kept_and_what_is_late_is_not_computed(server, engine):
     assert late.status == 504
     assert 0.25 < time.monotonic() - began < 0.6
     assert late.json()["error"]["type"] == "deadline"
-    assert eventually(lambda: server.metric("edje_dropped_pairs_total") > 0)
+    wait_until(lambda: server.metric("edje_dropped_pairs_total") > 0)
     set_mood(engine, "fine")
     check(server.ask("/rerank", ask_for("red", EVERY)), "red", EVERY)
 
@@ -259,6 +251,7 @@ def test_a_service_without_deadline_serves(engine, store):
     service = ServiceOptions(timeout_s=float("inf"))
     with running(Settings(engine, store, service=service)) as server:
         check(server.ask("/rerank", ask_for("red", EVERY)), "red", EVERY)
+        assert server.metric("edje_dropped_pairs_total") == 0
 
 
 def test_what_a_client_that_left_asked_for_is_not_computed(server, engine):
@@ -266,7 +259,7 @@ def test_what_a_client_that_left_asked_for_is_not_computed(server, engine):
     with open_socket(server) as client:
         client.sendall(raw_request(ask_for("red", EVERY * 10)))
         time.sleep(0.4)
-    assert eventually(lambda: server.metric("edje_disconnects_total") == 1)
+    wait_until(lambda: server.metric("edje_disconnects_total") == 1)
     dropped = server.metric("edje_dropped_pairs_total")
     assert dropped > 0
     assert server.metric("edje_requests_in_flight") == 0

@@ -18,6 +18,7 @@ from edje.runtime.server import ScoringService
 from edje.runtime.server.settings import Settings
 from running_server import GivenSettings, Running, running, settings_of
 from toy_engine import ToyEngine, toy_manifest, toy_store, toy_tokenizer
+from waiting import wait_until
 
 IDS = [f"img-{number}" for number in range(12)]
 
@@ -46,13 +47,6 @@ class Toys:
 def toys(tmp_path: Path) -> Iterator[Toys]:
     with ExitStack() as cleaning:
         yield Toys(tmp_path, cleaning)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it never came true"
-        time.sleep(0.01)
 
 
 def ready(server: Running) -> int:

@@ -296,6 +296,22 @@ def test_a_drain_that_takes_too_long_fails_what_is_left(tmp_path):
             left.result(0)
 
 
+def test_a_thread_that_cannot_start_is_an_error_and_ends_the_other(service, monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def start_one(thread: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        ScoringService(service.reranker)
+    assert started[0].name.startswith("edje-batches")
+    assert not started[0].is_alive()
+
+
 def test_embedding_in_an_event_loop(tiny_engine, tiny_store):
     """What the README shows."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -47,6 +49,8 @@ MAX_EXAMPLES = 60
 
 class StoreMachine(RuleBasedStateMachine):
     """The writer's calls as rules; after each, the store must hold what the dict holds."""
+
+    compared: ClassVar[Counter[int]] = Counter()  # how often stores of how many images
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,6 +188,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert all(image_id in store for image_id in model)
         assert sorted(store.ids()) == sorted(model)
         assert differences(served_bytes(store), expected_bytes(model, self.layout)) == ""
+        self.compared[len(model)] += 1
 
     def teardown(self) -> None:
         try:
@@ -207,6 +212,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 def test_random_histories_hold_what_a_dict_holds() -> None:
+    StoreMachine.compared = Counter()
     run_state_machine_as_test(
         StoreMachine,
         settings=settings(
@@ -216,3 +222,4 @@ def test_random_histories_hold_what_a_dict_holds() -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+    assert len(StoreMachine.compared) > 5, "stores of many sizes were compared with their dicts"

@@ -18,10 +18,11 @@ import pytest
 from edje import Reranker
 from edje.errors import EngineError
 from edje.perf.server_process import serving
-from edje.runtime.server import ScoringService, ServiceOptions
+from edje.runtime.server import ServiceOptions
 from edje.runtime.store import TokenStore
 from running_server import GivenSettings, Running, running, settings_of
 from sharded import CLOSED, Busy, Silent, cut, routing
+from waiting import wait_until
 
 IDS = [f"img-{number}" for number in range(12)]
 PARTS = [IDS[0::3], IDS[1::3], IDS[2::3]]
@@ -195,7 +196,7 @@ def test_new_ids_of_a_shard_are_found_after_its_reload(
             source.read(source.rows(PARTS[2][2:]), tokens)
             target.append(PARTS[2][2:], tokens)
         third.host.reload()
-        wait_for(lambda: rerank(router, IDS).status == 200)
+        wait_until(lambda: rerank(router, IDS).status == 200)
 
 
 def test_a_request_without_time_ends_at_its_deadline(
@@ -212,7 +213,7 @@ def test_a_request_without_time_ends_at_its_deadline(
         assert time.monotonic() - began < 5.0
         (options, future), *_ = service.asked
         assert 0 < options["timeout_s"] <= 0.4  # what was left is passed on
-        wait_for(future.done)
+        wait_until(future.done)
         partly = rerank(router, asked, allow_partial=True, headers={"x-request-timeout-ms": "400"})
         assert sorted(order_of(partly)) == [0, 1, 2, 3]
         assert partly.headers["x-edje-partial"].startswith("4;shard 1")
@@ -225,19 +226,21 @@ def test_a_client_that_leaves_takes_its_pairs_out_of_the_shards(
         connection = HTTPConnection("127.0.0.1", router.port)
         body = json.dumps({"query": QUERY, "documents": PARTS[2]})
         connection.request("POST", "/rerank", body)
-        wait_for(lambda: len(service.asked) == 1)
+        wait_until(lambda: len(service.asked) == 1)
+        assert not service.asked[0][1].done()
         connection.close()
-        wait_for(lambda: service.asked[0][1].cancelled())
-        wait_for(lambda: router.host.service.load().num_requests == 0)
+        wait_until(lambda: service.asked[0][1].cancelled())
+        assert len(service.asked) == 1, "nobody is left to ask again for"
+        wait_until(lambda: router.host.service.load().num_requests == 0)
 
 
 def test_a_shard_that_has_too_much_to_do_is_believed(
     tiny_engine: Path, stores: list[Path], shards: list[Running], whole: Reranker
 ):
-    def open_busy() -> ScoringService:
-        return Busy(Reranker.open(tiny_engine, store=stores[2], num_threads=1))
-
-    with running(GivenSettings(opens=open_busy)) as busy:
+    with (
+        Reranker.open(tiny_engine, store=stores[2], num_threads=1) as reranker,
+        running(GivenSettings(opens=lambda: Busy(reranker))) as busy,
+    ):
         with routing([shards[0].url], [busy.url]) as router:
             reply = rerank(router, [*PARTS[0], *PARTS[2]], allow_partial=True)
             assert (reply.status, reply.headers["retry-after"]) == (429, "7")
@@ -279,7 +282,7 @@ def test_a_shard_that_ends_is_said_and_comes_back(
         partly = rerank(router, asked, allow_partial=True)
         assert order_of(partly) == [0]
         assert partly.json()["meta"]["warnings"] == ["2 ids are not ranked: shard 1 is down"]
-        wait_for(lambda: router.ask("/readyz").status == 503)
+        wait_until(lambda: router.ask("/readyz").status == 503)
 
 
 def test_a_killed_replica_loses_no_request(
@@ -300,13 +303,13 @@ def test_a_killed_replica_loses_no_request(
         threads = [threading.Thread(target=ask) for _ in range(3)]
         for thread in threads:
             thread.start()
-        wait_for(lambda: len(found) > 20)
+        wait_until(lambda: len(found) > 20)
         killed.end(signal.SIGKILL)
         for thread in threads:
             thread.join()
         assert found == [expected] * 120
         assert router.metric('edje_shard_requests_total{shard="shard 1",status="200"}') == 120
-        wait_for(lambda: router.metric('edje_shard_ready_replicas{shard="shard 1"}') == 1)
+        wait_until(lambda: router.metric('edje_shard_ready_replicas{shard="shard 1"}') == 1)
         assert router.ask("/readyz").status == 200
 
 
@@ -348,13 +351,7 @@ def test_a_shard_that_changes_its_scorer_is_asked_no_more(
 @contextmanager
 def silent(engine: Path, store: Path) -> Iterator[tuple[Running, Silent]]:
     """A server that accepts and never answers, and its service."""
-    made = Silent(Reranker.open(engine, store=store, num_threads=1))
-    with running(GivenSettings(opens=lambda: made)) as server:
-        yield server, made
-
-
-def wait_for(is_true, seconds: float = 20.0) -> None:
-    until = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < until, "it did not happen in time"
-        time.sleep(0.02)
+    with Reranker.open(engine, store=store, num_threads=1) as reranker:
+        made = Silent(reranker)
+        with running(GivenSettings(opens=lambda: made)) as server:
+            yield server, made
