@@ -80,6 +80,13 @@ class ServeArguments(ServerArguments, OpeningArguments):
             for name, is_given in {"--admin-port": self.admin_port, "--grace": self.grace}.items():
                 if is_given:
                     given.faults.append(f"{name}: not with --ray, which starts and ends replicas")
+            if not self.port:
+                given.faults.append("--port 0: not with --ray, which would not say which is free")
+            if self.device not in (None, "host"):
+                given.faults.append(
+                    f"--device {self.device}: not with --ray, which gives a replica no GPU unless "
+                    "`num_gpus` asks for it: application(...) in runtime/server/route/ray_serve.py"
+                )
         elif len(self.store) > 1 or self.copies > 1:
             given.faults.append("several stores or copies need --ray; or `edje route` before them")
         if self.ray_cpus is None:
@@ -115,6 +122,7 @@ def _serve(arguments: ServeArguments) -> None:
             settings,
             copies=arguments.copies,
             num_cpus=float(threads or 1) if given is None else given,
+            drain_s=arguments.drain,
             address=arguments.host,
             port=arguments.port,
             on_lack=_warn_of_lack,

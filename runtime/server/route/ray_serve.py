@@ -10,7 +10,7 @@ import asyncio
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import monotonic
+from time import monotonic, sleep
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from ray.serve.exceptions import (
 )
 
 from ..app import make_app
-from ..host import Host
+from ..host import DRAIN_S, Host
 from ..identity import STATE_HEADER, scorer_of
 from ..kserve import read_infer, write_infer
 from ..logs import JsonLog
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ..metrics import Metrics
 
 APP = "edje"
+END_S = 30.0  # that a drained replica may take to go
 MAX_ONGOING = 256  # of one replica: its queue is the service's, which refuses by itself
 _LOST = (
     exceptions.RayActorError,
@@ -206,6 +207,7 @@ def application(
     *,
     copies: int = 1,
     num_cpus: float = 1.0,
+    drain_s: float = DRAIN_S,
     **actor_options: Any,
 ) -> serve.Application:
     """Return what `serve.run` runs: a deployment a shard, and the ingress before them.
@@ -215,15 +217,18 @@ def application(
         front: how the ingress speaks HTTP.
         copies: replicas of each shard.
         num_cpus: that Ray keeps free for each replica, and for the ingress.
+        drain_s: how long a replica that Ray ends may work on what it accepted.
         actor_options: more of each replica: `num_gpus`, `resources`.
     """
     names = [f"shard-{number}" for number in range(len(shards))]
+    ending = {"graceful_shutdown_timeout_s": drain_s}
     bound = [
         serve.deployment(
             name=name,
             num_replicas=copies,
             max_ongoing_requests=MAX_ONGOING,
             ray_actor_options={"num_cpus": num_cpus, **actor_options},
+            **ending,
         )(ShardServer).bind(settings)
         for name, settings in zip(names, shards, strict=True)
     ]
@@ -244,6 +249,7 @@ def application(
         name="ingress",
         max_ongoing_requests=4 * MAX_ONGOING,
         ray_actor_options={"num_cpus": num_cpus},
+        **ending,
     )(Ingress)
     return made.bind(*bound)
 
@@ -254,13 +260,14 @@ def run(
     *,
     copies: int,
     num_cpus: float,
+    drain_s: float,
     address: str,
     port: int,
     on_lack: Callable[[float, float], None],
 ) -> None:
     """Serve on the Ray cluster of `RAY_ADDRESS`, or on a local one, until Ctrl-C or SIGTERM.
 
-    Then the deployments finish what they accepted, and go.
+    Then the deployments finish what they accepted, within `drain_s` seconds, and go.
 
     Args:
         on_lack: called with what is asked for and what there is, where the cluster has too few
@@ -271,12 +278,15 @@ def run(
     there = cluster_resources().get("CPU", 0.0)
     if asked > there:
         on_lack(asked, there)
-    made = application(shards, front, copies=copies, num_cpus=num_cpus)
+    made = application(shards, front, copies=copies, num_cpus=num_cpus, drain_s=drain_s)
     signal.signal(signal.SIGTERM, _end)  # Ray's own ends the process by an abort
     try:
         serve.run(made, name=APP, blocking=True)
     finally:
-        serve.delete(APP)
+        serve.delete(APP, _blocking=False)  # Ray's own wait ends in an error after a minute
+        until = monotonic() + drain_s + END_S
+        while APP in serve.status().applications and monotonic() < until:
+            sleep(0.1)
 
 
 def _end(sig: int, frame: FrameType | None) -> None:

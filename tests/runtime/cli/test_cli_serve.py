@@ -40,6 +40,9 @@ def test_every_wrong_option_is_named_at_once(serve: Any) -> None:
         (("--ray-cpus", 0.5), "--ray-cpus: only with --ray"),
         (("--ray", "--ray-cpus", 1.5), "--ray-cpus is 1.5, expected a whole number"),
         (("--ray", "--admin-port", 9000), "--admin-port: not with --ray"),
+        (("--ray", "--grace", 1), "--grace: not with --ray"),
+        (("--ray", "--port", 0), "--port 0: not with --ray"),
+        (("--ray", "--device", "cuda_core"), "--device cuda_core: not with --ray"),
     ],
 )
 def test_settings_that_cannot_be_meant(serve: Any, options: tuple[object, ...], fault: str) -> None:

@@ -49,7 +49,8 @@ def engine(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(engine: Path, store: Path) -> Iterator[Running]:
-    with running(Settings(engine, store)) as started:
+    patient = ServiceOptions(max_wait_s=600.0)  # a loaded machine is slow, not overloaded
+    with running(Settings(engine, store, service=patient)) as started:
         yield started
 
 

@@ -12,15 +12,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edje import Reranker
 from edje.perf.server_process import ServerProcess, serving
+from running_server import settings_of
 from sharded import cut
 
 try:
-    import ray.serve  # noqa: F401
+    from edje.runtime.server.route import ray_serve
 except ImportError as missing:
     pytest.skip(f"ray.serve cannot be imported: {missing}", allow_module_level=True)
 
@@ -96,6 +98,22 @@ def test_unknown_ids_are_named(server: ServerProcess) -> None:
     status, body = rerank(server, ["img-1", "who"])
     assert status == 422
     assert b"'who' is not in the store" in body
+
+
+def test_drain_is_the_time_that_replicas_have_to_end(
+    tiny_engine: Path, tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, float] = {}
+    deployment = ray_serve.serve.deployment
+
+    def noting(**options: Any) -> Any:
+        given[options["name"]] = options["graceful_shutdown_timeout_s"]
+        return deployment(**options)
+
+    monkeypatch.setattr(ray_serve.serve, "deployment", noting)
+    settings = settings_of(tiny_engine, tiny_store)
+    ray_serve.application([settings, settings], settings, drain_s=7.5)
+    assert given == {"shard-0": 7.5, "shard-1": 7.5, "ingress": 7.5}
 
 
 def test_sigterm_ends_it_in_order(server: ServerProcess) -> None:
