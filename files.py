@@ -10,6 +10,7 @@ import re
 import shutil
 import stat
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,14 +38,14 @@ def sha256_of(path: Path) -> str:
 Opened = TypeVar("Opened", bound="Closing")
 
 
-class Closing:
+class Closing(ABC):
     """Makes a context manager of whatever has `close`."""
 
     __slots__ = ()
 
+    @abstractmethod
     def close(self) -> object:
         """Give back what is held."""
-        raise NotImplementedError
 
     def __enter__(self: Opened) -> Opened:
         return self

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -30,6 +29,7 @@ from edje.engines.registry import open_engine
 from edje.engines.samples import RandomSamples
 from edje.errors import CheckpointError, EngineError
 from edje.files import open_lock, try_lock
+from waiting import wait_until
 
 PLAIN = {"backend": "onnxruntime", "precision": "fp32"}
 
@@ -89,11 +89,8 @@ def plain_request(bundle):
     return EngineRequest(bundle, **PLAIN, calibration=None, options=EngineOptions())
 
 
-def wait_for(path, num_lines, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not path.exists() or len(path.read_text().splitlines()) < num_lines:
-        assert time.monotonic() < end, f"{path} has not {num_lines} lines"
-        time.sleep(0.02)
+def num_lines(path):
+    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def visible(root):
@@ -116,7 +113,7 @@ def test_an_entry_is_an_engine_and_is_found_again(tiny_bundle, root):
 def test_eight_processes_build_one_engine_once(start, tmp_path, root):
     (tmp_path / "hold").touch()
     processes = [start() for _ in range(8)]
-    wait_for(tmp_path / "waiting", 7)
+    wait_until(lambda: num_lines(tmp_path / "waiting") >= 7)
     (tmp_path / "hold").unlink()
     folders = {process.communicate(timeout=120)[0].strip() for process in processes}
     assert [process.returncode for process in processes] == [0] * 8
@@ -129,7 +126,7 @@ def test_eight_processes_build_one_engine_once(start, tmp_path, root):
 def test_a_killed_builder_leaves_no_engine_and_is_swept(start, tmp_path, root, tiny_bundle):
     (tmp_path / "hold").touch()
     process = start()
-    wait_for(tmp_path / "building", 1)
+    wait_until(lambda: num_lines(tmp_path / "building") >= 1)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert visible(root) == []

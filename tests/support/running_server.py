@@ -22,6 +22,7 @@ from edje.runtime.server.host import Host
 from edje.runtime.server.logs import GATHER_S, JsonLog
 from edje.runtime.server.metrics import Metrics
 from edje.runtime.server.settings import FrontSettings, Settings, wired
+from waiting import wait_until
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,11 +127,8 @@ def running(
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         try:
-            deadline = time.monotonic() + 20
-            while not server.started:
-                assert thread.is_alive(), "the server did not start"
-                assert time.monotonic() < deadline, "the server takes too long to start"
-                time.sleep(0.01)
+            wait_until(lambda: server.started or not thread.is_alive(), "the server to start")
+            assert thread.is_alive(), "the server did not start"
             port = server.servers[0].sockets[0].getsockname()[1]
             yield Running(host, port, stream, certificate)
         finally:

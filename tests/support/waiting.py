@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 
 def wait_until(condition: Callable[[], object], what: str = "the condition to hold") -> None:
-    """Poll `condition` for at most 30 seconds."""
-    until = time.monotonic() + 30
+    """Poll `condition` for at most a minute: a loaded machine is slow, not red."""
+    until = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < until, f"waited in vain for {what}"
         time.sleep(0.005)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +77,7 @@ def test_closing_waits_for_nothing(files: list[ImageFile]) -> None:
     before = children_of(os.getpid())
     pool = DecoderPool(SPEC, 1)
     future = pool.submit([Hanging("hang", files[0].path)])
-    while children_of(os.getpid()) == before:
-        time.sleep(0.01)
+    wait_until(lambda: children_of(os.getpid()) != before)
     pool.close()
     assert future.result(0) == []  # after MAX_DECODE_S it would say that it took too long
 

@@ -18,6 +18,7 @@ from PIL import Image
 from edje.runtime.indexing.flow import read_skipped
 from image_files import encoded, write_tar
 from mean_bundle import make_bundle, records
+from waiting import wait_until
 
 NUM_IMAGES = 2000
 NO_IMAGES = range(50, NUM_IMAGES, 100)
@@ -74,10 +75,7 @@ def kill(process: subprocess.Popen[str], num_batches: int, delay_s: float, whole
             process.stdout.readline()
         time.sleep(delay_s)
         (os.killpg if whole else os.kill)(process.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 20
-    while not group_is_gone(process.pid):
-        assert time.monotonic() < deadline, "decoders outlive their parent"
-        time.sleep(0.01)
+    wait_until(lambda: group_is_gone(process.pid), "the decoders to end with their parent")
 
 
 def group_is_gone(group: int) -> bool:

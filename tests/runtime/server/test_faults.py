@@ -476,8 +476,7 @@ def test_an_overload_is_told_in_the_words_of_who_asked(engine, store):
         set_mood(engine, "sleep 0.1")
         with ThreadPoolExecutor(1) as pool:
             held = pool.submit(server.ask, "/rerank", ask_for("red", EVERY))
-            while not server.host.service.load().num_pairs:
-                time.sleep(0.001)
+            wait_until(lambda: server.host.service.load().num_pairs)
             asked: dict[str, tuple[str, dict[str, Any]]] = {
                 "cohere": ("/rerank", ask_for("red", EVERY)),
                 "tei": ("/rerank", {"query": "red", "texts": EVERY}),

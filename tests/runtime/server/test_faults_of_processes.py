@@ -16,6 +16,7 @@ import pytest
 from edje.perf.server_process import ServerProcess, serving
 from moody_backend import COMMAND, set_mood, text_score, write_engine
 from toy_engine import toy_store
+from waiting import wait_until
 
 moody = partial(serving, command=COMMAND)
 IDS = [f"img-{i}" for i in range(24)]
@@ -48,8 +49,7 @@ def test_sigterm_answers_all_that_was_accepted(engine, store):
     with moody(engine, store) as server, ThreadPoolExecutor(12) as pool:
         set_mood(engine, "sleep 0.05")
         accepted = [pool.submit(right, server) for _ in range(12)]
-        while server.metrics()["edje_requests_in_flight"] < 12:
-            time.sleep(0.01)
+        wait_until(lambda: server.metrics()["edje_requests_in_flight"] >= 12)
         assert server.end() == 0
         assert all(one.result() for one in accepted)
 
@@ -81,10 +81,8 @@ def test_sighup_reloads_under_load_and_loses_nothing(engine, store):
         under_way = [pool.submit(press, number) for number in range(4)]
         for generation in (2, 3):
             server.send(signal.SIGHUP)
-            until = time.monotonic() + 10
-            while server.ask("/info")[1].count(b'"generation":%d' % generation) == 0:
-                assert time.monotonic() < until
-                time.sleep(0.05)
+            told = b'"generation":%d' % generation
+            wait_until(lambda told=told: told in server.ask("/info")[1])
         stop.set()
         assert sum(one.result() for one in under_way) > 4
         assert server.end() == 0

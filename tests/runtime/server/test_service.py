@@ -22,6 +22,7 @@ from edje.runtime.server import (
     UnknownIdsError,
 )
 from toy_engine import ToyEngine, toy_manifest, toy_store, toy_tokenizer
+from waiting import wait_until
 
 IDS = [f"img-{number}" for number in range(12)]
 QUERIES = ["red", "a blue circle", "circle above a red square", "square " * 20]
@@ -40,8 +41,7 @@ class Gate:
 
 def wait_until_taken(service: ScoringService) -> None:
     """Wait until batches hold all that was submitted."""
-    while service.load().num_pairs:
-        time.sleep(0.001)
+    wait_until(lambda: not service.load().num_pairs)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from edje.perf.server_process import serving
+from waiting import wait_until
 
 pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 
@@ -38,8 +39,7 @@ def test_sigterm_answers_what_was_accepted_and_exits_with_0(
         asking = [threading.Thread(target=ask) for _ in range(4)]
         for thread in asking:
             thread.start()
-        while len(found) < 8:
-            time.sleep(0.01)
+        wait_until(lambda: len(found) >= 8)
         server.send(signal.SIGTERM)
         assert server.wait() == 0
         for thread in asking:

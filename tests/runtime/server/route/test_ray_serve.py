@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from edje import Reranker
 from edje.perf.server_process import ServerProcess, serving
 from running_server import settings_of
 from sharded import cut
+from waiting import wait_until
 
 try:
     from edje.runtime.server.route import ray_serve
@@ -85,8 +85,7 @@ def test_a_killed_replica_loses_no_request(
     threads = [threading.Thread(target=ask_often) for _ in range(3)]
     for thread in threads:
         thread.start()
-    while len(found) < 10:
-        time.sleep(0.01)
+    wait_until(lambda: len(found) >= 10)
     os.kill(replica_of(server, 1), signal.SIGKILL)
     for thread in threads:
         thread.join()
@@ -121,7 +120,4 @@ def test_sigterm_ends_it_in_order(server: ServerProcess) -> None:
     assert rerank(server, IDS)[0] == 200
     replicas = [replica_of(server, shard) for shard in range(3)]
     assert server.end() == 0
-    until = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in replicas):
-        assert time.monotonic() < until, "a replica stays behind"
-        time.sleep(0.1)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in replicas), "all to end")
