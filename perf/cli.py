@@ -21,6 +21,7 @@ app = typer.Typer(
     help="Measure speed: every figure with its conditions, checked for right output in the run.",
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
+    add_completion=False,  # edje's own completes all
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -81,7 +81,9 @@ class BuildArguments:
     ] = None
     compute_capability: Annotated[
         list[str] | None,
-        typer.Option(help="tensorrt-rtx: GPUs to build for, as 8.9; default: all."),
+        typer.Option(
+            metavar="<str>", help="native, tensorrt-rtx: GPU to build for, as 8.9; default: all."
+        ),
     ] = None
     hardware_compatible: Annotated[
         bool, typer.Option("--hardware-compatible", help="tensorrt: run on later GPUs too.")
@@ -92,7 +94,7 @@ class BuildArguments:
     report: Annotated[
         bool,
         typer.Option(
-            "--report", help="tensorrt, tensorrt-rtx: write report.json, the kernels of the layers."
+            "--report", help="native, tensorrt, tensorrt-rtx: write report.json, the kernels."
         ),
     ] = False
     image_encoder: Annotated[
@@ -178,8 +180,8 @@ def _build(arguments: BuildArguments) -> None:
     Example:
       edje build bundle --calibration-store photos.store --calibration-queries q.txt --out engine
       edje build bundle --backend tensorrt-rtx --precision fp16 --out engine
-      edje build bundle --layers 4 --calibration-store photos.store --calibration-queries q.txt \
-        --out first; edje rerank first --rescore engine --top-k 10 ...
+      edje build bundle --layers 4 --calibration-store photos.store \\
+          --calibration-queries q.txt --out first
       edje build bundle --backend onnxruntime-cuda --precision fp16 --out engine
     """
     from ...engines.builder.build import build_engine

@@ -41,7 +41,10 @@ class OpeningArguments:
 
     rescore: Annotated[
         list[Path] | None,
-        typer.Option(help="Precise engine: the best become its own. Several: each more precise."),
+        typer.Option(
+            metavar="<path>",
+            help="Precise engine: the best become its own. Several: each more precise.",
+        ),
     ] = None
     num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None
     device: Annotated[

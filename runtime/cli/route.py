@@ -24,7 +24,10 @@ class RouteArguments(ServerArguments):
     """The words of `edje route`: each field is an option of the command line."""
 
     shard: Annotated[
-        list[str], typer.Option(help="URLs of one shard's servers, with commas. Once a shard.")
+        list[str],
+        typer.Option(
+            metavar="<str>", help="URLs of one shard's servers, with commas. Once a shard."
+        ),
     ]
     partial: Annotated[
         bool, typer.Option("--partial", help="Answer without shards that are down.")

@@ -26,7 +26,8 @@ class ServeArguments(ServerArguments, OpeningArguments):
     store: Annotated[
         list[Path],
         typer.Option(
-            help="Token store, written by `edje index`. Several with --ray: a shard each."
+            metavar="<path>",
+            help="Token store, written by `edje index`. Several with --ray: a shard each.",
         ),
     ]
     max_wait: Annotated[
