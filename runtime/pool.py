@@ -295,7 +295,7 @@ class PooledTokens:
         self._pool.map.release(self._ticket)  # from here on the stream's order keeps them
 
     def host(self, num_pairs: int) -> tuple[Array, Array | None]:
-        """Return nothing: no tokens of the whole batch lie on the host."""
+        """Return no records: those of a whole batch never lie on the host."""
         return np.empty((0, *self._pool.shape), self._pool.dtype), None
 
     def in_batch(self, num_pairs: int) -> tuple[Any, ...]:

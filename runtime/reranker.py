@@ -339,7 +339,7 @@ class Reranker(Closing):
         return self._device.usage()
 
     def close(self) -> None:
-        """Refuse requests, let batches on their way finish, free everything.
+        """Refuse requests, let batches on their way finish, free all but what a given device holds.
 
         A request that still needs batches fails with EngineError. May be called twice. In a
         forked child it does nothing: everything belongs to the process that opened it.

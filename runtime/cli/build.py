@@ -285,7 +285,7 @@ def print_fidelity(title: str, values: Mapping[str, Any]) -> None:
 
 
 def _fidelity_rows(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    share, score = "{:.2%}".format, "{:.2g}".format
+    share, score = "{:.2%}".format, "{:.3g}".format
     rows = [
         ("same first place", share(values["top_1"]), "queries whose best image is float32's"),
         ("same first ten", share(values["top_10"]), "of float32's ten best are among its ten"),

@@ -69,7 +69,7 @@ class Health:
         limit = 2 * (self._interval_s + self._timeout_s)
         return self.fault is None and monotonic() - self._checked_at < limit
 
-    def look_now(self, error: Exception) -> None:
+    def look_now(self) -> None:
         """Probe at once: a batch has failed."""
         self._wake.set()
 

@@ -122,7 +122,7 @@ class Host:
 
     def _failed(self, error: Exception) -> None:
         self.log.write("batch_failed", error=str(error), stage=getattr(error, "stage", None))
-        self.health.look_now(error)
+        self.health.look_now()
 
     def _died(self, why: str) -> None:
         self.log.write("engine_dead", why=why)

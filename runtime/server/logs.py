@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-GATHER_S = 0.05  # one thread switch for the lines of so long, not one a line
+FLUSH_EVERY_S = 0.05  # one thread switch for the lines of so long, not one a line
 _encode = msgspec.json.Encoder().encode
 MAX_LINES = 10_000  # that may wait for a slow disk; what comes then is lost, and counted
 
@@ -63,7 +63,7 @@ class JsonLog:
         while not self._closed:
             self._wake.wait()
             if not self._closed:
-                time.sleep(GATHER_S)
+                time.sleep(FLUSH_EVERY_S)
             self._wake.clear()
             self._write_waiting()
         self._write_waiting()  # what came while the last lines were written

@@ -76,7 +76,7 @@ class Scheduler(Generic[AnyJob]):
 
     def add(self, job: AnyJob) -> None:
         """Let a job's pairs wait."""
-        insort(self._waiting.setdefault(job.bucket, []), job, key=_place)
+        insort(self._waiting.setdefault(job.bucket, []), job, key=_order)
         self.num_pairs += job.num_left
 
     def drop(self, job: AnyJob) -> bool:
@@ -146,5 +146,5 @@ class Scheduler(Generic[AnyJob]):
             self.num_pairs -= job.num_left
 
 
-def _place(job: Job) -> tuple[bool, float]:
+def _order(job: Job) -> tuple[bool, float]:
     return not job.urgent, job.deadline

@@ -19,7 +19,7 @@ from edje.runtime.server import ScoringService
 from edje.runtime.server.app import make_app
 from edje.runtime.server.connections import Connection
 from edje.runtime.server.host import Host
-from edje.runtime.server.logs import GATHER_S, JsonLog
+from edje.runtime.server.logs import FLUSH_EVERY_S, JsonLog
 from edje.runtime.server.metrics import Metrics
 from edje.runtime.server.settings import FrontSettings, Settings, wired
 from waiting import wait_until
@@ -89,7 +89,7 @@ class Running:
 
     def lines(self) -> list[dict[str, Any]]:
         """What was logged so far; lines are gathered for a moment before they are written."""
-        time.sleep(3 * GATHER_S)
+        time.sleep(3 * FLUSH_EVERY_S)
         return [json.loads(line) for line in self.log.getvalue().splitlines()]
 
     def metric(self, name: str) -> float:
