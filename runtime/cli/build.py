@@ -81,9 +81,7 @@ class BuildArguments:
     ] = None
     compute_capability: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="<str>", help="native, tensorrt-rtx: GPU to build for, as 8.9; default: all."
-        ),
+        typer.Option(metavar="<str>", help="native, tensorrt-rtx: a GPU, as 8.9; default: all."),
     ] = None
     hardware_compatible: Annotated[
         bool, typer.Option("--hardware-compatible", help="tensorrt: run on later GPUs too.")

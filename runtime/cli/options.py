@@ -41,10 +41,7 @@ class OpeningArguments:
 
     rescore: Annotated[
         list[Path] | None,
-        typer.Option(
-            metavar="<path>",
-            help="Precise engine: the best become its own. Several: each more precise.",
-        ),
+        typer.Option(metavar="<path>", help="Engine that scores the best again; several: in turn."),
     ] = None
     num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None
     device: Annotated[

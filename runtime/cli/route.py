@@ -25,9 +25,7 @@ class RouteArguments(ServerArguments):
 
     shard: Annotated[
         list[str],
-        typer.Option(
-            metavar="<str>", help="URLs of one shard's servers, with commas. Once a shard."
-        ),
+        typer.Option(metavar="<str>", help="A shard's servers: URLs with commas. Once a shard."),
     ]
     partial: Annotated[
         bool, typer.Option("--partial", help="Answer without shards that are down.")

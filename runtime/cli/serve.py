@@ -25,10 +25,7 @@ class ServeArguments(ServerArguments, OpeningArguments):
     engine: Annotated[Path, typer.Argument(help="Engine folder, written by `edje build`.")]
     store: Annotated[
         list[Path],
-        typer.Option(
-            metavar="<path>",
-            help="Token store, written by `edje index`. Several with --ray: a shard each.",
-        ),
+        typer.Option(metavar="<path>", help="Token store. Several with --ray: a shard each."),
     ]
     max_wait: Annotated[
         float, typer.Option(help="Refuse requests (429) while what waits takes more seconds.")
@@ -78,16 +75,14 @@ class ServeArguments(ServerArguments, OpeningArguments):
     def _check_ray(self, given: Arguments) -> None:
         """Note options that mean nothing with Ray, or nothing without."""
         if self.ray:
-            for name, is_given in {"--admin-port": self.admin_port, "--grace": self.grace}.items():
-                if is_given:
-                    given.faults.append(f"{name}: not with --ray, which starts and ends replicas")
-            if not self.port:
-                given.faults.append("--port 0: not with --ray, which would not say which is free")
-            if self.device not in (None, "host"):
-                given.faults.append(
-                    f"--device {self.device}: not with --ray, which gives a replica no GPU unless "
-                    "`num_gpus` asks for it: application(...) in runtime/server/route/ray_serve.py"
-                )
+            of_ray = {
+                "--admin-port": self.admin_port,
+                "--grace": self.grace,
+                "--port 0": not self.port,
+                f"--device {self.device}": self.device not in (None, "host"),
+            }
+            why = "not with --ray, which decides that itself: see runtime/server/route/README.md"
+            given.faults += [f"{name}: {why}" for name, is_given in of_ray.items() if is_given]
         elif len(self.store) > 1 or self.copies > 1:
             given.faults.append("several stores or copies need --ray; or `edje route` before them")
         if self.ray_cpus is None:
