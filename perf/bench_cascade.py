@@ -29,6 +29,7 @@ from ..engines.builder.build import build_engine
 from ..engines.builder.options import EngineOptions
 from ..engines.fidelity import FidelityLimits
 from ..engines.manifest import EngineManifest
+from ..files import publish_folder
 from ..runtime.queries import StoreSamples
 from ..runtime.reranker import Reranker
 from ..runtime.results import RankResult
@@ -47,7 +48,7 @@ from .harness import (
 )
 
 TOP_K = 10
-NUM_CANDIDATES = 1000
+NUM_CANDIDATES, DEMO_IMAGES = 1000, 1024
 NUM_WARM_UPS = 4
 CALIBRATION_QUERIES, CALIBRATION_CANDIDATES = 64, 50
 EXPECTED_SPEEDUP = 1.5
@@ -71,10 +72,34 @@ def measure_demo(
         EdjeError: the demo was not written by `edje demo`, or an engine cannot be built.
     """
     queries = test_queries(demo, num_queries, progress)
-    precise, fast = scratch / "precise", scratch / "fast"
+    both = build_both(demo, queries, scratch, progress)
+    return measure(queries, demo / "scenes.store", *both, progress)
+
+
+def write_demo(folder: Path) -> Path:
+    """Write what is measured of a demo: bundle, images and store; return `folder`."""
+    from ..demo import scenes, tiny_model
+    from ..engines.image import ImageEncoder
+    from ..export.export import export_bundle
+    from ..runtime.indexing.index import index_images
+
+    with publish_folder(folder, manifest="bundle") as out:
+        checkpoint, language, vision = tiny_model.write_checkpoint(out / "checkpoint")
+        export_bundle(checkpoint, language, out / "bundle", vision_model=vision)
+        scenes.draw_pool(scenes.SEEDS["test"], DEMO_IMAGES, out / "images")
+        encoder = ImageEncoder.open(out / "bundle")
+        index_images(encoder, out / "images", out / "scenes.store")
+    return folder
+
+
+def build_both(
+    demo: Path, queries: Sequence[Query], out: Path, progress: Progress
+) -> tuple[Path, Path]:
+    """Build `out/precise` and `out/fast`; return both."""
+    precise, fast = out / "precise", out / "fast"
     build_engine(demo / "bundle", precise, backend="openvino", precision="fp32", progress=progress)
     build_fast(demo, {query.text for query in queries}, fast, progress)
-    return measure(queries, demo / "scenes.store", precise, fast, progress)
+    return precise, fast
 
 
 def build_fast(demo: Path, without: set[str], out: Path, progress: Progress) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import EdjeError
-from ..runtime.cli.options import Verbs
+from ..runtime.cli.options import Verbs, verb_of
 from ..show import note, warn
 from .gate_cli import compare, gate
 from .harness import SCRATCH
@@ -29,12 +30,12 @@ app = typer.Typer(
 # `bench_<name>.py`, and what it compares.
 OLDER = {
     "store": "Reading the token store against plain copies; a million ids.",
-    "pipeline": "What the pipeline itself costs, around an engine that takes no time.",
-    "feed": "What store, pipeline and Python can feed an engine, and who holds Python's lock.",
+    "pipeline": "The pipeline's own cost, around an engine that takes no time.",
+    "feed": "What store, pipeline and Python can feed an engine.",
     "end_to_end": "Reranker.rank against the bare library.",
-    "precisions": "Precisions and backends against each other and the Hugging Face scorer.",
-    "cascade": "What a cascade saves on the demo, and whether its top 10 is right.",
-    "depths": "What a shallow first stage saves, layers by layers, and what it loses.",
+    "precisions": "Precisions and backends against the Hugging Face scorer.",
+    "cascade": "What a cascade saves on the demo, with the right top 10.",
+    "depths": "What a shallow first stage saves, and what it loses.",
     "fidelity": "What precisions and stores do to a ranking.",
     "serve": "The server under load: capacity, overload, fairness.",
 }
@@ -45,28 +46,82 @@ Engine = Annotated[
 Store = Annotated[
     Path | None, typer.Option(help="Token store of the engine; default: random tokens.")
 ]
-Stages = Annotated[str, typer.Option(help="Names with commas between; empty: all.")]
 Candidates = Annotated[int, typer.Option(help="Images that a query ranks.")]
-Batch = Annotated[int | None, typer.Option(help="Pairs of a batch; default: the most.")]
-Images = Annotated[
-    int | None, typer.Option(help="Images of the random store; default: 2,048, or the candidates.")
-]
-Wordpieces = Annotated[int, typer.Option(help="Length of the query.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads of the engine.")]
-Backend = Annotated[str, typer.Option(help="Of the random scorer.")]
-Precision = Annotated[
-    str | None, typer.Option(help="Of the random scorer; default: the fastest here.")
-]
-Residency = Annotated[
-    str | None, typer.Option(help="Tokens from disk (default), host, device or auto.")
-]
-Free = Annotated[
-    bool, typer.Option("--free", help="An engine that takes no time: what is ours shows.")
-]
-Seconds = Annotated[float, typer.Option(help="To measure each stage for.")]
-Roof = Annotated[bool, typer.Option(help="Measure the machine's roof in the same run.")]
+Seconds = Annotated[float, typer.Option(help="To measure each of them for.")]
 Name = Annotated[str, typer.Option(help="Of the JSON file.")]
 Out = Annotated[Path, typer.Option(help="Folder of the JSON; perf/results keeps it.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageArguments:
+    """What stages are measured on, and for how long; each field is an option."""
+
+    store: Store = None
+    candidates: Candidates = 1000
+    batch: Annotated[int | None, typer.Option(help="Pairs of a batch; default: the most.")] = None
+    images: Annotated[
+        int | None,
+        typer.Option(help="Images of the random store; default: 2,048, or the candidates."),
+    ] = None
+    wordpieces: Annotated[int, typer.Option(help="Length of the query.")] = 13
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None
+    backend: Annotated[str, typer.Option(help="Of the random scorer.")] = "openvino"
+    precision: Annotated[
+        str | None, typer.Option(help="Of the random scorer; default: the fastest here.")
+    ] = None
+    residency: Annotated[
+        str | None, typer.Option(help="Tokens from disk (default), host, device or auto.")
+    ] = None
+    free: Annotated[
+        bool, typer.Option("--free", help="An engine that takes no time: what is ours shows.")
+    ] = False
+    seconds: Seconds = 3.0
+    roof: Annotated[bool, typer.Option(help="Measure the machine's roof in the same run.")] = True
+    out: Out = SCRATCH
+
+    def asked(self, engine: Path | None, stages: str, swept: str = "") -> dict[str, Any]:
+        """Return what `run_stages` and `run_sweep` take, but for the setting that is swept.
+
+        Raises:
+            EdjeError: an engine is named, and how to make it as well.
+        """
+        if engine is not None and (self.free or self.precision is not None):
+            raise EdjeError("--free and --precision are of the random scorer: name no engine")
+        kept = ("store", "candidates", "batch", "images", "wordpieces", "threads", "residency")
+        return {
+            "seconds": self.seconds,
+            "roof": self.roof,
+            "made": {"backend": self.backend, "precision": self.precision, "free": self.free},
+            "only": names_in(stages),
+            **{name: getattr(self, name) for name in kept if name != swept},
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArguments(StageArguments):
+    """The words of `edje bench run`."""
+
+    engine: Engine = None
+    stages: Annotated[str, typer.Option(help="Names with commas between; empty: all.")] = ""
+    query: Annotated[str | None, typer.Option(help="The query itself.")] = None
+    name: Name = "stages"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepArguments(StageArguments):
+    """The words of `edje bench sweep`."""
+
+    over: Annotated[
+        str,
+        typer.Argument(
+            help="candidates, images, batch, wordpieces or threads, and values: "
+            "candidates=100,1000,50000"
+        ),
+    ]
+    engine: Engine = None
+    stages: Annotated[str, typer.Option(help="Names with commas between.")] = "rank"
+    least_rounds: Annotated[int, typer.Option(help="That long runs get at least.")] = 5
+    name: Annotated[str | None, typer.Option(help="Of the files; default: what is swept.")] = None
 
 
 @app.callback()
@@ -74,27 +129,10 @@ def _bench() -> None:
     """Measure speed: every figure with its conditions, checked for right output in the run."""
 
 
-@app.command()
-def run(
-    engine: Engine = None,
-    store: Store = None,
-    stages: Stages = "",
-    candidates: Candidates = 1000,
-    batch: Batch = None,
-    images: Images = None,
-    wordpieces: Wordpieces = 13,
-    query: Annotated[str | None, typer.Option(help="The query itself.")] = None,
-    threads: Threads = None,
-    backend: Backend = "openvino",
-    precision: Precision = None,
-    residency: Residency = None,
-    free: Free = False,
-    seconds: Seconds = 3.0,
-    roof: Roof = True,
-    name: Name = "stages",
-    out: Out = SCRATCH,
-) -> None:
-    """Measure every stage of a ranking, in turns: a table, NAME.json and a chart in OUT.
+def _run(words: RunArguments) -> None:
+    """Measure every stage of a ranking.
+
+    In turns: a table, NAME.json and a chart in OUT.
 
     \b
     Example:
@@ -104,53 +142,15 @@ def run(
     from .charts import draw_stages
     from .measure import run_stages
 
-    result = run_stages(
-        engine,
-        seconds=seconds,
-        roof=roof,
-        made=_made(engine, backend, precision, free),
-        only=names_in(stages),
-        store=store,
-        candidates=candidates,
-        batch=batch,
-        images=images,
-        wordpieces=wordpieces,
-        query=query,
-        threads=threads,
-        residency=residency,
-    )
-    tell(result, name, out)
-    note(f"drawn into {draw_stages(result, out / f'{name}.svg')}")
+    result = run_stages(words.engine, query=words.query, **words.asked(words.engine, words.stages))
+    tell(result, words.name, words.out)
+    note(f"drawn into {draw_stages(result, words.out / f'{words.name}.svg')}")
 
 
-@app.command()
-def sweep(
-    over: Annotated[
-        str,
-        typer.Argument(
-            help="candidates, images, batch, wordpieces or threads, and values: "
-            "candidates=100,1000,50000"
-        ),
-    ],
-    engine: Engine = None,
-    store: Store = None,
-    stages: Stages = "rank",
-    candidates: Candidates = 1000,
-    batch: Batch = None,
-    images: Images = None,
-    wordpieces: Wordpieces = 13,
-    threads: Threads = None,
-    backend: Backend = "openvino",
-    precision: Precision = None,
-    residency: Residency = None,
-    free: Free = False,
-    seconds: Seconds = 3.0,
-    least_rounds: Annotated[int, typer.Option(help="That long runs get at least.")] = 5,
-    roof: Roof = True,
-    name: Annotated[str | None, typer.Option(help="Of the files; default: what is swept.")] = None,
-    out: Out = SCRATCH,
-) -> None:
-    """Measure stages under several values of one setting, in turns; a table, JSON and a chart.
+def _sweep(words: SweepArguments) -> None:
+    """Measure stages under several values of one setting.
+
+    In turns: a table, NAME.json and a chart in OUT.
 
     \b
     Example:
@@ -160,34 +160,29 @@ def sweep(
     from .charts import draw_sweep
     from .measure import run_sweep
 
-    what, values = sweep_of(over)
-    given = {"candidates": candidates, "batch": batch, "images": images}
-    given |= {"wordpieces": wordpieces, "threads": threads}
-    result = run_sweep(
-        engine,
-        what,
-        values,
-        seconds=seconds,
-        roof=roof,
-        least_rounds=least_rounds,
-        made=_made(engine, backend, precision, free),
-        only=names_in(stages),
-        store=store,
-        residency=residency,
-        **{key: value for key, value in given.items() if key != what},
-    )
-    tell(result, name or what, out)
-    note(f"drawn into {draw_sweep(result, out / f'{name or what}.svg')}")
+    what, values = sweep_of(words.over)
+    asked = words.asked(words.engine, words.stages, swept=what)
+    result = run_sweep(words.engine, what, values, least_rounds=words.least_rounds, **asked)
+    name = words.name or what
+    tell(result, name, words.out)
+    note(f"drawn into {draw_sweep(result, words.out / f'{name}.svg')}")
+
+
+app.command()(verb_of(RunArguments, _run))
+app.command()(verb_of(SweepArguments, _sweep))
 
 
 @app.command()
 def suite(
     parts: Annotated[
-        str, typer.Option(help="stages, candidates, images, top10, cold; empty: all.")
+        str,
+        typer.Option(help="peers, stages, candidates, images, top10, cold; empty: all."),
     ] = "",
     out: Out = SCRATCH,
 ) -> None:
-    """Measure what `make bench` measures beside the peers (6 minutes); 1 where it falls short.
+    """Measure all that `make bench` shows (8 minutes).
+
+    Exit codes: 0 all as promised, 1 something falls short, 2 nothing could be measured.
 
     \b
     Example:
@@ -209,7 +204,7 @@ def cold(
     name: Name = "cold",
     out: Out = SCRATCH,
 ) -> None:
-    """Measure what a user waits for who types `edje rerank`, from start to answer.
+    """Measure a cold `edje rerank`, from start to answer.
 
     \b
     Example:
@@ -230,7 +225,9 @@ def load(
     name: Name = "load",
     out: Out = SCRATCH,
 ) -> None:
-    """Measure a server's latency under more and more clients: a table, JSON and a chart.
+    """Measure a server's latency under more and more clients.
+
+    A table, NAME.json and a chart in OUT.
 
     \b
     Example:
@@ -274,30 +271,23 @@ def tell(result: Mapping[str, Any], name: str, out: Path) -> None:
     note(f"written to {write_result(name, result, out)}")
 
 
-def _made(
-    engine: Path | None, backend: str, precision: str | None, free: bool
-) -> Mapping[str, Any]:
-    """Return how the engine is made where none is named.
-
-    Raises:
-        EdjeError: one is named, and how to make it as well.
-    """
-    if engine is not None and (free or precision is not None):
-        raise EdjeError("--free and --precision are of the random scorer: name no engine")
-    return {"backend": backend, "precision": precision, "free": free}
-
-
 @app.command()
 def peers(
     only: Annotated[str, typer.Option(help="Ids with commas between; default: all.")] = "",
-    rounds: Annotated[int, typer.Option(help="Turns of everybody.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Turns of everybody at most.")] = 5,
+    seconds: Annotated[
+        float, typer.Option(help="Of each length: no third turn begins afterwards.")
+    ] = 120.0,
     candidates: Annotated[int, typer.Option(help="Images that `auto` ranks in a turn.")] = 1000,
     wordpieces: Annotated[str, typer.Option(help="Lengths of the queries.")] = "13,61",
     device: Annotated[str, typer.Option(help="`cuda`: what runs on an NVIDIA GPU.")] = "cpu",
     name: Annotated[str, typer.Option(help="Of the JSON file.")] = "peers",
     out: Out = SCRATCH,
 ) -> None:
-    """Measure other ways to score the same pairs beside ours: tables, and NAME.json in OUT.
+    """Measure other ways to score the same pairs beside ours.
+
+    Tables, and NAME.json in OUT; perf/PLAN.md says who is who.
+    Exit codes: 0 as promised, 1 something falls short, 2 nothing could be measured.
 
     \b
     Example:
@@ -311,6 +301,7 @@ def peers(
         out=out,
         only=[one for one in only.split(",") if one],
         num_rounds=rounds,
+        seconds=seconds,
         num_candidates=candidates,
         wordpieces=lengths,
         device=device,
@@ -360,7 +351,7 @@ def capacity(
     upload_us: Annotated[float | None, typer.Option(help="Of a pair, instead.")] = None,
     write: Annotated[bool, typer.Option("--write", help="Write perf/SCALE.md anew.")] = False,
 ) -> None:
-    """Say what a load needs: nodes, GPUs, where tokens lie, and what is full first.
+    """Say what a load needs: nodes, GPUs, where tokens lie.
 
     \b
     Example:

@@ -26,13 +26,13 @@ def compare(
     markdown: Annotated[Path | None, typer.Option(help="File for a page in Markdown.")] = None,
     junit: Annotated[Path | None, typer.Option(help="File for JUnit XML.")] = None,
 ) -> None:
-    """Compare two result files; exit with 1 where a limit is broken or a benchmark is missing.
+    """Compare two result files; 1 where a limit is broken.
 
     Fields: throughput and ops (less is worse); min, p50, p90, p99, max, mean, median, stddev, iqr
     (amounts in %, s, ms or us); counters (each of them) and counters.NAME.
 
     \b
-    Exit codes: 0 no regression, 1 a regression, 2 cannot compare.
+    Exit codes: 0 no regression, 1 a regression or a missing benchmark, 2 cannot compare.
     Example:
       edje bench compare base.json head.json --fail throughput:5% --fail p99:2ms --fail counters:0
     """
@@ -72,7 +72,7 @@ def gate(
     name: Annotated[str, typer.Option(help="Of the JSON file.")] = "gate",
     out: Annotated[Path, typer.Option(help="Folder of the JSON.")] = SCRATCH,
 ) -> None:
-    """Run this checkout and a base commit side by side; exit with 1 where it has become slower.
+    """Compare this checkout with a base commit; 1 if slower.
 
     \b
     Exit codes: 0 no regression, 1 a regression, 2 cannot compare.

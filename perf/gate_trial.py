@@ -1,6 +1,7 @@
 """Does the gate catch what it is for? Plants slowdowns in the head's sources, and counts.
 
-    python -m edje.perf.gate_trial --repeats 10
+    python -m edje.perf.gate_trial --repeats 10             (a quarter of an hour, quiet)
+    python -m edje.perf.gate_trial --repeats 10 --resume    (go on where one was interrupted)
 
 The head is this checkout's `HEAD`, and so is the base. Into functions of the head's tree loops are
 written that take a tenth of their stage's time (measured here, before): in reading, in tokenising,
@@ -9,26 +10,31 @@ each must fail. What is planted in the pipeline would slow a request down, too, 
 tenth: it is planted apart from the others. A no-op change (a comment in each of these files) must
 pass: all stages, times and counters.
 
-Expected: every repeat of every kind. Writes gate_trial.json; the checkout itself stays untouched.
+Expected: every repeat of every kind. gate_trial.json is written anew after every run of the gate;
+the checkout itself stays untouched. Other work on the machine makes the gate take more launches, so
+a trial takes longer, and its JSON keeps the load of every run.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from time import monotonic, perf_counter_ns
 from typing import Any
 
+from ..errors import EdjeError
 from .gate import LIMIT, GateOptions, GateResult, run_gate, usable_core_numbers
-from .gate_trees import Tree, lay_out
+from .gate_trees import Tree, Trees, lay_out
 from .gate_turns import launch
-from .harness import Progress, command_line, conditions, run_benchmark
+from .harness import ROOT, Progress, command_line, conditions, run_benchmark, write_result
+from .report import folded
 
 NO_OP = "no-op"
 APART = ("pipeline",)
@@ -49,6 +55,28 @@ class Plant:
     stage: str
     file: str
     function: str
+
+
+Run = dict[str, Any]  # of the gate, as `_run` gives it and the JSON keeps it
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What is asked for.
+
+    Attributes:
+        kinds: of `PLANTS`, and `NO_OP`.
+        repeats: runs of the gate for each kind.
+        minutes: after which no further run begins.
+        slowdown: that is planted (0.1: 10 %).
+        keep: called with the result so far after every run.
+    """
+
+    kinds: Sequence[str]
+    repeats: int
+    minutes: float
+    slowdown: float
+    keep: Callable[[Mapping[str, Any]], None]
 
 
 # One run of each stage calls its function once: 256 candidates are one batch.
@@ -104,107 +132,159 @@ def turns_of(nanoseconds: float) -> int:
     return max(1, round(nanoseconds / loop_ns(about)))
 
 
-def measure(
-    kinds: Sequence[str],
-    repeats: int,
-    minutes: float,
-    slowdown: float,
-    scratch: Path,
-    progress: Progress,
-) -> dict[str, Any]:
+def measure(asked: Trial, runs: list[Run], scratch: Path, progress: Progress) -> dict[str, Any]:
     """Plant each kind in turn, run the gate, count what it said.
 
-    `minutes`: after which no further round is begun.
+    Args:
+        runs: of an earlier trial, each counting as a repeat of its kind; what is run is added.
     """
     options = GateOptions(cores=usable_core_numbers())
-    root = Path(__file__).parent.parent
     work = scratch.absolute() / "trees"
-    trees = lay_out(root, work, "HEAD")
+    trees = lay_out(ROOT, work, "HEAD")
     clean = {}
     for name, plant in PLANTS.items():
         clean[name] = (trees.head.package / plant.file).read_text(encoding="utf-8")
         (trees.base.package / plant.file).write_text(clean[name], encoding="utf-8")
-    stages = [plant.stage for plant in PLANTS.values()]
     progress("taking the stages' times")
-    launches = [
-        launch(trees, options.settings(stages, number), work, number=number).stages
-        for number in range(NUM_CALIBRATING)
-    ]
-    times = {
-        name: min(one[plant.stage].base_s for one in launches) for name, plant in PLANTS.items()
-    }
-    turns = {name: turns_of(slowdown * time * 1e9) for name, time in times.items()}
-    loops = {name: (f"for _ in range({number}):", "    pass") for name, number in turns.items()}
-    groups = [[kind for kind in kinds if kind in PLANTS and kind not in APART]]
-    groups += [[kind] for kind in kinds if kind in APART or kind == NO_OP]
-    groups = [group for group in groups if group]
-    results: dict[str, list[GateResult]] = {kind: [] for kind in kinds}
-    loads = []
-    until = monotonic() + 60 * minutes
-    for number in range(repeats):
-        for group in groups if monotonic() < until else ():
+    loops = loops_of(asked.slowdown, stage_times(trees, options, work))
+    until = monotonic() + 60 * asked.minutes
+    for number in range(asked.repeats):
+        for group in groups_of(asked.kinds):
+            done = min(sum(run["kind"] == kind for run in runs) for kind in group)
+            if done > number or monotonic() >= until:
+                continue
             for name, plant in PLANTS.items():
                 lines = loops[name] if name in group else COMMENT if group == [NO_OP] else ()
                 _write(trees.head, plant, planted(clean[name], plant.function, lines))
             chosen = tuple(PLANTS[name].stage for name in group if name in PLANTS)
             some = replace(options, stages=chosen, counters=False) if chosen else options
-            result = run_gate(trees, some, lambda line: None)
-            loads.append(round(os.getloadavg()[0], 1))
-            failing = [f"{one.benchmark} {one.field}" for one in result.verdicts if one.fails]
-            said = f"{number + 1} of {repeats}: {', '.join(failing) or 'passes'}"
-            progress(f"{' + '.join(group)}, {said} ({result.seconds:.0f} s, load {loads[-1]})")
-            for kind in group:
-                results[kind].append(result)
-    rows = [
-        _row(kind, PLANTS[kind].stage if kind in PLANTS else "", found)
-        for kind, found in results.items()
-        if found
+            result, load = run_gate(trees, some, lambda line: None), round(os.getloadavg()[0], 1)
+            runs += [_run(kind, result, load) for kind in group]
+            said = ", ".join(f"{kind} {_score(kind, runs)}" for kind in group)
+            seconds = f"{result.seconds:.0f} s, load {load}"
+            progress(f"repeat {number + 1} of {asked.repeats}: {said} as expected ({seconds})")
+            asked.keep(result_of(asked, runs))
+    return result_of(asked, runs)
+
+
+def stage_times(trees: Trees, options: GateOptions, work: Path) -> dict[str, float]:
+    """Return the least seconds of the stage of every plant."""
+    stages = [plant.stage for plant in PLANTS.values()]
+    launches = [
+        launch(trees, options.settings(stages, number), work, number=number).stages
+        for number in range(NUM_CALIBRATING)
     ]
-    where = conditions(slowdown=slowdown, limit=options.limit, loads=[min(loads), max(loads)])
-    return {"conditions": where, "rows": rows, "faults": faults_of(rows)}
+    return {
+        name: min(one[plant.stage].base_s for one in launches) for name, plant in PLANTS.items()
+    }
+
+
+def loops_of(slowdown: float, times: Mapping[str, float]) -> dict[str, Sequence[str]]:
+    """Return the lines of every plant: a loop that takes `slowdown` of its stage's time."""
+    turns = {name: turns_of(slowdown * time * 1e9) for name, time in times.items()}
+    return {name: (f"for _ in range({number}):", "    pass") for name, number in turns.items()}
+
+
+def groups_of(kinds: Sequence[str]) -> list[list[str]]:
+    """Return what is planted together."""
+    together = [kind for kind in kinds if kind in PLANTS and kind not in APART]
+    alone = [[kind] for kind in kinds if kind in APART or kind == NO_OP]
+    return [group for group in (together, *alone) if group]
+
+
+def result_of(asked: Trial, runs: Sequence[Run]) -> dict[str, Any]:
+    """Return all runs so far, a row for every kind, and what did not go as expected."""
+    rows = [_row(kind, runs) for kind in asked.kinds if any(run["kind"] == kind for run in runs)]
+    loads = [run["load"] for run in runs]
+    spread = [min(loads, default=0.0), max(loads, default=0.0)]
+    where = conditions(slowdown=asked.slowdown, limit=LIMIT, repeats=asked.repeats, loads=spread)
+    return {
+        "conditions": where,
+        "rows": rows,
+        "runs": list(runs),
+        "faults": faults_of(rows, asked.repeats),
+    }
+
+
+def earlier_runs(path: Path, slowdown: float) -> list[Run]:
+    """Return the runs of a trial that was interrupted, none where there is none.
+
+    Raises:
+        EdjeError: it was one of another commit, another slowdown or another machine.
+    """
+    if not path.exists():
+        return []
+    kept = json.loads(path.read_text(encoding="utf-8"))["result"]
+    then, now = kept["conditions"], conditions(slowdown=slowdown)
+    faults = [
+        f"{name}: {then[name]}, here {now[name]}"
+        for name in ("commit", "cpu", "cores", "slowdown")
+        if then[name] != now[name]
+    ]
+    if faults:
+        hint = "leave --resume out, or give another --name"
+        raise EdjeError(f"{path} is of another trial", faults=faults, hint=hint)
+    runs: list[Run] = kept["runs"]
+    return runs
 
 
 def _write(tree: Tree, plant: Plant, text: str) -> None:
     (tree.package / plant.file).write_text(text, encoding="utf-8")
 
 
-def _row(kind: str, stage: str, results: Sequence[GateResult]) -> dict[str, Any]:
-    """Return how often a stage (empty: any) failed, and what was measured of it."""
-    failing = [
-        [
+def _run(kind: str, result: GateResult, load: float) -> Run:
+    """Return what one run of the gate said of a kind: its stage, or of all for the no-op."""
+    stage = PLANTS[kind].stage if kind in PLANTS else ""
+    measured = [one for name, one in result.first.items() if name == (stage or name)]
+    return {
+        "kind": kind,
+        "failing": [
             f"{one.benchmark} {one.field}"
             for one in result.verdicts
             if one.fails and one.benchmark == (stage or one.benchmark)
-        ]
-        for result in results
-    ]
-    measured = [
-        found
-        for result in results
-        for name, found in result.first.items()
-        if name == (stage or name)
-    ]
-    return {
-        "kind": kind,
-        "stage": stage or "all",
-        "repeats": len(results),
-        "failed": sum(map(bool, failing)),
-        "expected": len(results) if stage else 0,
-        "failing": failing,
+        ],
         "ratios": [round(found.estimate("wall").ratio, 4) for found in measured],
         "sees": [round(found.estimate("wall").sees(LIMIT), 4) for found in measured],
         "launches": [len(found.launches) for found in measured],
-        "seconds_per_gate": round(fmean(result.seconds for result in results), 1),
+        "seconds": round(result.seconds, 1),
+        "load": load,
     }
 
 
-def faults_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a sentence for each kind that did not go as expected."""
-    return [
+def _score(kind: str, runs: Sequence[Run]) -> str:
+    """Return how many of a kind's runs went as expected: `3 of 3`."""
+    own = [run for run in runs if run["kind"] == kind]
+    good = sum(bool(run["failing"]) == (kind in PLANTS) for run in own)
+    return f"{good} of {len(own)}"
+
+
+def _row(kind: str, runs: Sequence[Run]) -> dict[str, Any]:
+    """Return how often a kind failed, and what was measured of it."""
+    own = [run for run in runs if run["kind"] == kind]
+    return {
+        "kind": kind,
+        "stage": PLANTS[kind].stage if kind in PLANTS else "all",
+        "repeats": len(own),
+        "failed": sum(bool(run["failing"]) for run in own),
+        "expected": len(own) if kind in PLANTS else 0,
+        "ratios": [ratio for run in own for ratio in run["ratios"]],
+        "seconds_per_gate": round(fmean(run["seconds"] for run in own), 1),
+    }
+
+
+def faults_of(rows: Sequence[Mapping[str, Any]], repeats: int) -> list[str]:
+    """Return a sentence for each kind that did not go as expected, or was not done so often."""
+    wrong = [
         f"{row['kind']}: {row['failed']} of {row['repeats']} failed, expected {row['expected']}"
         for row in rows
         if row["failed"] != row["expected"]
     ]
+    short = [
+        f"{row['kind']}: {row['repeats']} of {repeats} repeats were done"
+        for row in rows
+        if row["repeats"] < repeats
+    ]
+    return wrong + short
 
 
 def summary(result: Mapping[str, Any]) -> str:
@@ -234,14 +314,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kinds", default=",".join(kinds), help="with commas between")
     parser.add_argument("--repeats", type=int, default=10, help="runs of the gate, each kind")
     parser.add_argument("--slowdown", type=float, default=10.0, help="that is planted, in %%")
-    parser.add_argument("--minutes", type=float, default=600.0, help="no further round after")
+    parser.add_argument("--minutes", type=float, default=600.0, help="no further run after")
+    parser.add_argument("--resume", action="store_true", help="go on with the JSON in OUT")
     options = parser.parse_args(arguments)
     chosen = options.kinds.split(",")
     unknown = [kind for kind in chosen if kind not in kinds]
     if unknown:
         parser.error(f"no kind is called {', '.join(unknown)}, expected {', '.join(kinds)}")
-    asked = (chosen, options.repeats, options.minutes, options.slowdown / 100)
-    return run_benchmark(options, lambda *more: measure(*asked, *more), summary)
+    slowdown = options.slowdown / 100
+
+    def keep(result: Mapping[str, Any]) -> None:
+        write_result(options.name, folded(options.name, result), options.out)
+
+    def run(scratch: Path, progress: Progress) -> dict[str, Any]:
+        path = options.out / f"{options.name}.json"
+        runs = earlier_runs(path, slowdown) if options.resume else []
+        asked = Trial(chosen, options.repeats, options.minutes, slowdown, keep)
+        return measure(asked, runs, scratch, progress)
+
+    return run_benchmark(options, run, summary)
 
 
 if __name__ == "__main__":

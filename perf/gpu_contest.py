@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
@@ -152,7 +152,7 @@ def compare(contestants: dict[str, Scores], rows: Int64, pairs: Pairs) -> list[d
     made = []
     for name, timing in timings.items():
         fault = agreement_fault(compared[name])
-        speed = timing.facts() if fault is None else {"pairs_per_s": None}
+        speed = asdict(timing) if fault is None else {"pairs_per_s": None}
         made.append({**speed, "via": name, "agreement": compared[name], "fault": fault})
     return made
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -147,7 +147,7 @@ def measure_places(
     for via, timing in timings.items():
         fault = _fault(compared[via], exactly=isinstance(engine, RowHeads))
         share = timing.pairs_per_s / timings[contest.BARE].pairs_per_s
-        row = {**facts, "wordpieces": NUM_WORDPIECES, "slots": slots, **timing.facts()}
+        row = {**facts, "wordpieces": NUM_WORDPIECES, "slots": slots, **asdict(timing)}
         row |= {"via": via, "agreement": compared[via], "fault": fault}
         row |= {"pairs_per_s": None} if fault else {"share_of_bare": round(share, 4)}
         report.add("rows", row)

@@ -32,6 +32,7 @@ from .gpu_steps import OK, SKIPPED, Report, StepResult, run_step
 from .gpu_work import STEPS, Step
 from .harness import RESULTS, conditions, write_result
 from .random_model import DESCRIPTION, full_size
+from .report import Measured, benchmark_json, folded
 
 Row = Mapping[str, Any]
 
@@ -101,6 +102,30 @@ def result_of(steps: Sequence[StepResult], sizes: ModelSizes, gpu: str) -> dict[
     }
 
 
+def one_form(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a result in the form of all: the ladder's runs are its benchmarks, the rest `result`.
+
+    What a failed row has not measured stands in `result` only.
+    """
+    measured = [
+        Measured(
+            f"{row['engine']}: {row['via']}",
+            "gpu",
+            [one / 1e3 for one in row["wall_ms"]],
+            pairs=row["pairs"],
+            params={"wordpieces": row["wordpieces"], "batch": row["batch"]},
+            cpu_seconds=[one / 1e3 for one in row["cpu_ms"]],
+            share_of_roof=row["share_of_roof"],
+        )
+        for row in result["ladder"]
+        if row.get("wall_ms")
+    ]
+    name, where = result["conditions"]["gpu"], result["conditions"]
+    kept = {key: where[key] for key in ("gpu", "model", "data", "timing")}
+    whole = benchmark_json(measured, conditions=kept, faults=faults_of(result))
+    return {**whole, "result": folded(name, result)["result"]}
+
+
 def ceilings_of(rows: Iterable[Row]) -> dict[str, float]:
     """Return the ceilings that others are shares of, by key; those that were measured."""
     return {row["key"]: row["per_s"] for row in rows if row["key"] and row["per_s"]}
@@ -124,7 +149,7 @@ def with_roofs(rows: Sequence[Row], ceilings: Mapping[str, float], sizes: ModelS
     return made
 
 
-def faults_of(result: dict[str, Any]) -> list[str]:
+def faults_of(result: Mapping[str, Any]) -> list[str]:
     """Return what makes the run a failed one: GPU tests, wrong scores, or copies that block."""
     tests = [step["values"].get("failures", []) for step in result["steps"]]
     wrong = [
@@ -308,7 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = run_steps(steps, Path(scratch), options.seconds)
     result = result_of(results, full_size(), gpu)
     print(summary(result))
-    path = write_result(f"{safe_name(gpu)}-{date.today().isoformat()}", result, options.out)
+    name = f"{safe_name(gpu)}-{date.today().isoformat()}"
+    path = write_result(name, one_form(result), options.out)
     print(f"written to {path}")
     return 1 if faults_of(result) else 0
 

@@ -12,11 +12,12 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from itertools import cycle
+from math import inf
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 SCRATCH = Path(".cache") / "perf"  # git ignores it: a trial run never touches the kept results
+SETTLED, LEAST_TO_SETTLE = 0.01, 2  # how far the two smallest times may lie apart; runs
 LIBRARIES = ("numpy", "onnxruntime", "openvino", "tokenizers", "torch", "transformers")
 
 Item = TypeVar("Item")
@@ -96,24 +98,63 @@ class Times:
 
 
 def take_turns(
-    contestants: Mapping[str, Callable[[], object]], num_rounds: int
+    contestants: Mapping[str, Callable[[], object]], num_rounds: int, *, first: int = 0
 ) -> dict[str, Times]:
     """Run `num_rounds` rounds in which every contestant runs once. They must be warm already.
 
-    Every round starts with another contestant, so that none always follows the same one.
+    Every round starts with another contestant, so that none always follows the same one; the first
+    one with number `first`.
     """
     if num_rounds < 1:
         raise EdjeError(f"num_rounds is {num_rounds}, expected 1 or more")
     names = list(contestants)
     times = {name: Times([], []) for name in names}
-    for round_index in range(num_rounds):
-        first = round_index % len(names)
-        for name in names[first:] + names[:first]:
+    for round_index in range(first, first + num_rounds):
+        start = round_index % len(names)
+        for name in names[start:] + names[:start]:
             cpu, began = process_time(), perf_counter()
             contestants[name]()
             times[name].wall_ms.append((perf_counter() - began) * 1e3)
             times[name].cpu_ms.append((process_time() - cpu) * 1e3)
     return times
+
+
+def settle(
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    most: int,
+    seconds: float = inf,
+    once: Collection[str] = (),
+) -> dict[str, Times]:
+    """Run rounds as `take_turns`, in which only those take part whose minimum has not settled.
+
+    Args:
+        most: rounds at most; two are run at least.
+        seconds: after which no further round begins, but for the second.
+        once: names of those that run in the first round only.
+    """
+    until, left = perf_counter() + seconds, dict(contestants)
+    times = {name: Times([], []) for name in left}
+    for number in range(most):
+        if not left or (number >= LEAST_TO_SETTLE and perf_counter() >= until):
+            break
+        for name, took in take_turns(left, 1, first=number).items():
+            times[name].wall_ms.extend(took.wall_ms)
+            times[name].cpu_ms.extend(took.cpu_ms)
+        left = {
+            name: run
+            for name, run in left.items()
+            if name not in once and not has_settled(times[name].wall_ms)
+        }
+    return times
+
+
+def has_settled(taken: Sequence[float]) -> bool:
+    """Tell whether the two smallest of some times agree to 1 %: a third would be no surprise."""
+    if len(taken) < LEAST_TO_SETTLE:
+        return False
+    least, second = sorted(taken)[:2]
+    return second <= least * (1 + SETTLED)
 
 
 def interleave(

@@ -118,13 +118,14 @@ def run_stages(
     engine: Path | None,
     *,
     seconds: float,
-    roof: bool = True,
+    roof: bool | Roof = True,
     made: Mapping[str, Any] | None = None,
     **setting: Any,
 ) -> dict[str, Any]:
     """Open the stages and the roof, measure them in turns; return the result.
 
     Args:
+        roof: measure it, too; or one that this machine has shown, for the shares.
         made: where no engine is named: `free`, `backend`, `precision` of `engine_folder`.
         setting: as `open_stages` takes it.
     """
@@ -133,9 +134,9 @@ def run_stages(
             folder = engine or engine_folder(scratch, progress, **(made or {}))
             opened = open_stages(folder, scratch=scratch, progress=progress, **setting)
             stages = dict(stack.enter_context(opened))
-            stages |= _roof_stages(stack, setting) if roof else {}
+            stages |= _roof_stages(stack, setting) if roof is True else {}
         measured = measure_stages(stages, seconds=seconds)
-        return _result(folder, measured, setting)
+        return _result(folder, measured, setting, roof)
 
 
 def run_sweep(
@@ -144,7 +145,7 @@ def run_sweep(
     values: Sequence[int],
     *,
     seconds: float,
-    roof: bool = True,
+    roof: bool | Roof = True,
     least_rounds: int = LEAST_ROUNDS,
     made: Mapping[str, Any] | None = None,
     **setting: Any,
@@ -153,7 +154,7 @@ def run_sweep(
 
     Args:
         over: one of `SWEPT`.
-        made, setting: as `run_stages`; the settings stay the same.
+        roof, made, setting: as `run_stages`; the settings stay the same.
 
     Raises:
         EdjeError: nothing of that name can be swept.
@@ -172,11 +173,11 @@ def run_sweep(
                 opened = open_stages(engine, scratch=folder, warm=least_rounds > 1, **given)
                 for name, stage in stack.enter_context(opened).items():
                     stages[f"{name} {value}"] = stage
-            stages |= _roof_stages(stack, setting) if roof else {}
+            stages |= _roof_stages(stack, setting) if roof is True else {}
         measured = measure_stages(
             stages, seconds=seconds, least_rounds=least_rounds, params=_params_of(over)
         )
-        return _result(engine, measured, setting, swept=over)
+        return _result(engine, measured, setting, roof, swept=over)
 
 
 @contextmanager
@@ -228,7 +229,11 @@ def _roof_stages(stack: ExitStack, setting: Mapping[str, Any]) -> dict[str, Stag
 
 
 def _result(
-    folder: Path, measured: Sequence[Measured], setting: Mapping[str, Any], **more: Any
+    folder: Path,
+    measured: Sequence[Measured],
+    setting: Mapping[str, Any],
+    known: bool | Roof,
+    **more: Any,
 ) -> dict[str, Any]:
     """Give every stage its share of the roof, and everything its conditions."""
     manifest = EngineManifest.read(folder)
@@ -237,7 +242,8 @@ def _result(
             note("no roof of the GPU: PyTorch measures it, which is not installed")
         else:
             measured = [*measured, *measure_gpu_roof()]
-    roof, lengths = Roof.of(measured), _wordpieces_of(folder, manifest, setting)
+    roof = known if isinstance(known, Roof) else Roof.of(measured)
+    lengths = _wordpieces_of(folder, manifest, setting)
     precision = "" if manifest.backend == FREE else manifest.precision
     measured = [
         roof.with_share(one, precision, one.params.get("wordpieces", lengths), manifest)

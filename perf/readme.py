@@ -30,13 +30,13 @@ README = ROOT / "README.md"
 CHART = "contest.svg"
 BEGIN = "<!-- perf: begin. `python -m edje.perf.readme` writes what follows -->"
 END = "<!-- perf: end -->"
-OLDER = ("precisions", "end_to_end")  # their own figures stand under `result`
+OLDER = ("end_to_end", H200)  # their own figures stand under `result`
 
 
 def load(folder: Path = RESULTS) -> dict[str, Any]:
     """Return the results that the part is made of, those that are there, by name."""
     found = {}
-    for name in ("peers", *OLDER, "stages", "candidates", "images", "top10", "cold", H200):
+    for name in ("peers", "stages", "candidates", "images", "top10", "cold", *OLDER):
         path = folder / f"{name}.json"
         if path.exists():
             values = json.loads(path.read_text(encoding="utf-8"))

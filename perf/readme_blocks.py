@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .random_model import HIDDEN
 from .readme_chart import H200, LADDER, LONG, OFFICIAL_PEER, SHORT, best_of_ladder
 from .report import Result, entries, summary
 
@@ -88,6 +89,9 @@ def _flat_block(results: Mapping[str, Result]) -> str:
         at = ", ".join(
             f"{one['params'][over]:,}: {one['extra_info']['us_per_pair']:,.0f}" for one in ranks
         )
+        where = ranks[0]["extra_info"]["conditions"]
+        if where.get("hidden", HIDDEN) != HIDDEN:
+            said += " (the demo's trained scorer)"
         lines.append(
             f"- **us a pair by {said}**: {at} ({max(costs) / min(costs) - 1:.1%} between the "
             f"least and the most). {summary(results[over])}, "
@@ -152,20 +156,6 @@ def _h200_conditions(h200: Result) -> str:
     )
 
 
-def _precisions_block(results: Mapping[str, Result]) -> str:
-    """Return backends and precisions against each other, where nothing was measured with peers."""
-    if "precisions" not in results or "peers" in results:
-        return ""
-    found = results["precisions"]
-    small, large = ({r["name"]: r for r in found[f"batch_{n}"]["timings"]} for n in (32, 256))
-    rows = [
-        (name, *(_number(each[name]["pairs_per_s"]) for each in (small, large))) for name in small
-    ]
-    where = found["conditions"]
-    head = ("full-size scorer, one query, pairs/s", "batches of 32", "batches of 256")
-    return f"{_table(head, rows)}\n\n{_old_conditions(where)}, {_link('precisions')}."
-
-
 def _bare_block(results: Mapping[str, Result]) -> str:
     """Return what is left of the bare library's speed in the whole ranking."""
     if "end_to_end" not in results:
@@ -214,7 +204,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 BLOCKS: Sequence[Callable[[Mapping[str, Result]], str]] = (
     _peers_block,
-    _precisions_block,
     _bare_block,
     _h200_block,
     _stages_block,

@@ -36,10 +36,6 @@ def panels(results: Mapping[str, Result]) -> list[Panel]:
     found = []
     if "peers" in results:
         found.append(_peers_panel(results["peers"]))
-    elif "precisions" in results:
-        kept = results["precisions"]
-        title = f"{kept['conditions']['cores']} cores of an {kept['conditions']['cpu']}"
-        found.append(Panel(title, _precision_bars(kept), OFFICIAL))
     if H200 in results:
         [cpu] = [one["values"]["cpu"] for one in results[H200]["steps"] if one["name"] == "cpu"]
         where = cpu["conditions"]
@@ -118,9 +114,6 @@ def chart_conditions(results: Mapping[str, Result]) -> str:
     ]
     if "peers" in results:
         said.append(f"First machine: {summary(results['peers'])}.")
-    elif "precisions" in results:
-        kept = results["precisions"]["conditions"]
-        said.append(f"First machine: batches of 256, {kept['time'][:10]}.")
     if H200 in results:
         where = results[H200]["conditions"]
         said.append(

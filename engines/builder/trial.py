@@ -51,3 +51,18 @@ def trial_lines(trials: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]
     for backend, verdicts in skipped.items():
         for reason, precisions in by_reason(verdicts).items():
             yield f"{backend} {' '.join(precisions)}", f"not tried: {reason}"
+
+
+def why_chosen(backend: str, precision: str, trials: Iterable[Mapping[str, Any]]) -> str | None:
+    """Say what one of a manifest's `auto` is faster than; None where it was not the fastest."""
+    timed = [one for one in trials if one["pairs_per_s"] and not one.get("is_first")]
+    timed.sort(key=lambda one: -float(one["pairs_per_s"]))
+    if not timed or (timed[0]["backend"], timed[0]["precision"]) != (backend, precision):
+        return None
+    if len(timed) == 1:
+        return "the only one that ranks as float32 does"
+    ratio, second = timed[0]["pairs_per_s"] / timed[1]["pairs_per_s"], timed[1]
+    return (
+        f"the fastest of {len(timed)} that rank as float32 does: {ratio:.2f} times "
+        f"{second['backend']} {second['precision']}"
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import numpy as np
 from ...arrays import Float32
 from ...engines.agreement import kendall_tau
 from ...errors import EdjeError
-from ..harness import Progress, Times, take_turns
+from ..harness import Progress, Times, settle
 from ..random_model import Pairs
 from ..report import Measured
 
@@ -29,7 +30,6 @@ Kind = Literal["ours", "library", "peer"]
 GROUP = "peers"
 NUM_CHECKED = 64  # pairs whose scores are compared: the official code takes a second for 32
 FLOAT32_TOLERANCE = 1e-4
-SLOW_ROUNDS = 2
 LEAST_CORRELATION = 0.95  # of scores in lower precision; random weights: int8 has 0.99
 
 
@@ -100,7 +100,7 @@ class Contestant:
         function: `float32` and `rounded` compute our function, `other` another one.
         kind: ours; a `library` that we call, called directly; or a `peer`.
         rivals: of ours: the names that call its library directly, on the same graph and precision.
-        is_slow: takes two turns only, however many rounds there are.
+        is_slow: takes one turn only, however many rounds there are.
     """
 
     name: str
@@ -135,12 +135,14 @@ def contest(
     expected: Float32,
     *,
     num_rounds: int,
+    seconds: float = inf,
     progress: Progress = lambda line: None,
 ) -> tuple[list[Measured], dict[str, str]]:
     """Warm everybody up, check their scores, let them take turns.
 
     Args:
         expected: float32 [n], scores of the question's first pairs.
+        num_rounds, seconds: `most` rounds and `seconds` of `settle`.
 
     Returns:
         What everybody took, and the reason of everybody who turned out unable to score this.
@@ -169,13 +171,9 @@ def contest(
             faults += [f"{name}: {fault}"] if fault else []
     if faults:
         raise EdjeError("contestants disagree on the scores; nothing is reported", faults=faults)
-    progress(f"{question.pairs.num_wordpieces} wordpieces: {num_rounds} rounds of {len(runs)}")
-    times = take_turns(runs, min(SLOW_ROUNDS, num_rounds))
-    quick = {name: run for name, run in runs.items() if not by_name[name].is_slow}
-    if num_rounds > SLOW_ROUNDS and quick:
-        for name, more in take_turns(quick, num_rounds - SLOW_ROUNDS).items():
-            times[name].wall_ms.extend(more.wall_ms)
-            times[name].cpu_ms.extend(more.cpu_ms)
+    progress(f"{question.pairs.num_wordpieces} wordpieces: {len(runs)} in turns")
+    slow = [name for name in runs if by_name[name].is_slow]
+    times = settle(runs, most=num_rounds, seconds=seconds, once=slow)
     made = [
         _measured(by_name[name], question, took, agreement.get(name, {}))
         for name, took in times.items()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ...bundle import BundleManifest
-from ...engines.builder.build import build_engine
+from ...engines.builder.auto import build_fastest
 from ...engines.builder.cache import cached_engine
-from ...engines.builder.options import EngineOptions
+from ...engines.builder.options import EngineOptions, EngineRequest
 from ...engines.fidelity import FidelityLimits
-from ...engines.manifest import EngineManifest
+from ...engines.manifest import MANIFEST, EngineManifest
 from ...engines.registry import load_backend, open_engine
 from ...engines.samples import RandomSamples
 from ...errors import EdjeError, EngineError
@@ -21,18 +23,20 @@ from ...machine import cpu_features
 from ...runtime.queries import StoreSamples
 from ...runtime.reranker import Reranker
 from ...runtime.text import QueryTokenizer
-from ..harness import scores_in_order
+from ..harness import Progress, scores_in_order
+from ..random_model import CACHE, random_tokens, source_hash, write_store
 from ..subjects import query_of_length
 from .contest import Ask, Bench, SkippedError
 
 AUTO = "auto"
 # Scores of random weights lie closer together than a trained model's, which int8 ranks at 0.98.
 LIMITS = FidelityLimits(min_kendall_tau=0.85)
-NUM_QUERIES, NUM_CANDIDATES = 4, 24  # that `auto` calibrates and measures engines with
+# That `auto` calibrates and measures engines with.
+NUM_QUERIES, NUM_CANDIDATES, NUM_IMAGES = 4, 24, 256
 
 
 def engine_of(bench: Bench, backend: str, precision: str) -> Path:
-    """Return the folder of an engine of the bench's model.
+    """Return the folder of an engine of the bench's model: what `auto` tried, or built here.
 
     Raises:
         SkippedError: this machine cannot run it.
@@ -43,6 +47,9 @@ def engine_of(bench: Bench, backend: str, precision: str) -> Path:
         raise SkippedError(f"{error.message}: {error.hint}") from error
     if reason is not None:
         raise SkippedError(reason)
+    tried = kept_engines(bench) / f"{backend}-{precision}"
+    if (tried / MANIFEST).exists():
+        return tried
     return cached_engine(
         bench.bundle,
         bench.engines,
@@ -55,31 +62,50 @@ def engine_of(bench: Bench, backend: str, precision: str) -> Path:
 
 def auto_engine(bench: Bench) -> Path:
     """Return what `edje build --backend auto` chooses for this machine, kept between runs."""
-    key = hashlib.sha256(json.dumps([bench.device, *cpu_features()]).encode()).hexdigest()[:12]
-    folder = bench.engines / f"{AUTO}-{key}"
+    return kept_engines(bench) / AUTO
+
+
+def kept_engines(bench: Bench) -> Path:
+    """Return the folder with the engine `auto` and all that it tried, `<backend>-<precision>`."""
+    found: Path = bench.once(
+        AUTO, lambda: build_all(bench.bundle, bench.engines, bench.progress, bench.device)
+    )
+    return found
+
+
+def engines_folder(bundle: Path) -> Path:
+    """Return the folder that keeps a bundle's engines, for this state of the sources."""
+    scorer = BundleManifest.read(bundle).fingerprint_scorer
+    return CACHE / f"engines-{source_hash('engines')}-{scorer[:8]}"
+
+
+def build_all(bundle: Path, root: Path, progress: Progress, device: str = "cpu") -> Path:
+    """Let `auto` choose an engine once for every kind of machine; keep it, and all it tried.
+
+    Returns:
+        The folder of `auto` and of `<backend>-<precision>`, each an engine folder.
+    """
+    key = hashlib.sha256(json.dumps([device, *cpu_features()]).encode()).hexdigest()[:12]
+    folder = root / f"{AUTO}-{key}"
     try:
-        open_engine(folder).close()
+        open_engine(folder / AUTO).close()
         return folder
     except EdjeError:  # not there, or stale
-        pass
-    queries = bench.scratch / "calibration.txt"
-    tokenizer = QueryTokenizer.open(bench.bundle, BundleManifest.read(bench.bundle).text)
-    longest = BundleManifest.read(bench.bundle).text.max_wordpieces
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    manifest = BundleManifest.read(bundle)
+    tokenizer, longest = QueryTokenizer.open(bundle, manifest.text), manifest.text.max_wordpieces
     lengths = [1 + (longest - 1) * at // (NUM_QUERIES - 1) for at in range(NUM_QUERIES)]
-    lines = [query_of_length(tokenizer, length) for length in lengths]
-    queries.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with StoreSamples.open(
-        bench.store, bench.bundle, queries, num_candidates=NUM_CANDIDATES
-    ) as calibration:
-        build_engine(
-            bench.bundle,
-            folder,
-            backend=AUTO,
-            calibration=calibration,
-            options=EngineOptions(limits=LIMITS),
-            overwrite=folder.exists(),
-            progress=bench.progress,
-        )
+    with TemporaryDirectory(dir=root) as scratch:
+        store, queries = Path(scratch) / "tokens.store", Path(scratch) / "calibration.txt"
+        tokens, encoder = random_tokens(NUM_IMAGES, manifest.sizes), manifest.fingerprint_encoder
+        write_store(store, tokens, encoder=encoder).close()
+        lines = [query_of_length(tokenizer, length) for length in lengths]
+        queries.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with StoreSamples.open(store, bundle, queries, num_candidates=NUM_CANDIDATES) as samples:
+            options = EngineOptions(limits=LIMITS)
+            asked = EngineRequest(bundle, AUTO, AUTO, samples, options)
+            build_fastest(asked, folder / AUTO, progress=progress, trials=folder)
     return folder
 
 

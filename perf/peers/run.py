@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,20 +21,18 @@ from ...runtime.text import QueryTokenizer
 from ...show import note, print_table, progress_steps
 from ..harness import ROOT, Progress
 from ..random_model import (
-    CACHE,
     DESCRIPTION,
     Pairs,
     full_size_bundle,
     image_id,
     query_ids,
     random_tokens,
-    source_hash,
     write_store,
 )
 from ..report import Measured, benchmark_json, summary, write_result
 from ..subjects import query_of_length
 from .contest import GROUP, NUM_CHECKED, Bench, Contestant, Question, contest, opened
-from .ours import AUTO, auto_engine, words_of_auto
+from .ours import AUTO, auto_engine, engines_folder, words_of_auto
 from .pytorch import asking, joint_encoder
 from .roster import OFFICIAL, on_cpu, on_gpu
 from .serving import GROUP as SERVING_GROUP
@@ -41,7 +40,8 @@ from .serving import measure_serving
 from .stores import GROUP as STORE_GROUP
 from .stores import measure_stores
 
-NUM_CANDIDATES, NUM_WORDPIECES, NUM_ROUNDS = 1000, (13, 61), 3
+NUM_CANDIDATES, NUM_WORDPIECES, MOST_ROUNDS = 1000, (13, 61), 5
+SERVING_ROUNDS = 3
 STORE_ROUNDS = 100
 STORES, SERVING = PARTS = ("stores", "serving")  # contests of their own, beside the scorers'
 # What `auto` must reach, in times the pairs/s of the official code, by what the CPU has.
@@ -54,7 +54,8 @@ def run_peers(
     name: str,
     out: Path,
     only: Collection[str] = (),
-    num_rounds: int = NUM_ROUNDS,
+    num_rounds: int = MOST_ROUNDS,
+    seconds: float = inf,
     num_candidates: int = NUM_CANDIDATES,
     wordpieces: Sequence[int] = NUM_WORDPIECES,
     device: str = "cpu",
@@ -64,6 +65,8 @@ def run_peers(
 
     Args:
         only: ids of contestants, `stores`, `serving`; none: all.
+        num_rounds: of everybody at most; who has settled takes no more turns.
+        seconds: of each text length, after which no round begins but for the second.
         device: PyTorch's name, `cpu` or `cuda`.
         bundle: of the random model; None: the full-size one.
 
@@ -80,13 +83,13 @@ def run_peers(
         model = bundle or full_size_bundle()
         asked = (num_candidates, wordpieces, progress, device)
         bench, questions = prepared(model, scratch, stack, *asked)
-        measured, skipped = measure(contestants, bench, questions, num_rounds)
+        measured, skipped = measure(contestants, bench, questions, num_rounds, seconds)
         if not only or STORES in only:
             stores, without = measure_stores(bench, questions[0].pairs.tokens, STORE_ROUNDS)
             measured, skipped = measured + stores, skipped | without
         if not only or SERVING in only:
             query = questions[0].text
-            measured += measure_serving(bench, auto_engine(bench), query, num_rounds)
+            measured += measure_serving(bench, auto_engine(bench), query, SERVING_ROUNDS)
         named = {one.name for one in measured}
         more = {"auto": words_of_auto(bench)} if AUTO in named else {}
     result = benchmark_json(
@@ -94,7 +97,7 @@ def run_peers(
         conditions={
             "model": DESCRIPTION,
             "candidates": num_candidates,
-            "rounds": num_rounds,
+            "rounds_at_most": num_rounds,
             "cores": usable_cores(),
             **more,
         },
@@ -153,7 +156,7 @@ def prepared(
     write_store(store, tokens, encoder=manifest.fingerprint_encoder).close()
     bench = Bench(
         bundle,
-        CACHE / f"engines-{source_hash('engines')}-{manifest.fingerprint_scorer[:8]}",
+        engines_folder(bundle),
         store,
         [image_id(number) for number in range(num_candidates)],
         stack,
@@ -174,14 +177,16 @@ def measure(
     bench: Bench,
     questions: Sequence[Question],
     num_rounds: int,
+    seconds: float = inf,
 ) -> tuple[list[Measured], dict[str, str]]:
     """Open everybody once, then hold a contest for each question."""
     asks, skipped = opened(contestants, bench)
     measured: list[Measured] = []
     for question in questions if asks else ():
         expected = official_scores(bench, question)
+        turns: dict[str, Any] = {"num_rounds": num_rounds, "seconds": seconds}
         made, unable = contest(
-            contestants, asks, question, expected, num_rounds=num_rounds, progress=bench.progress
+            contestants, asks, question, expected, progress=bench.progress, **turns
         )
         measured += made
         skipped |= unable

@@ -209,12 +209,15 @@ build = verb_of(BuildArguments, _build)
 
 def _facts(manifest: EngineManifest) -> Mapping[str, Any]:
     """Return what a newcomer wants to see of a new engine."""
-    from ...engines.builder.trial import trial_lines
+    from ...engines.builder.trial import trial_lines, why_chosen
 
     plan = manifest.precision_plan
     kept = [*plan.get("never_quantized", {}), *plan.get("kept", {})]
+    trials = manifest.build_options.get("auto", [])
+    chosen = why_chosen(manifest.backend, manifest.precision, trials)
     facts = {
         "runs on": f"{manifest.backend} {manifest.backend_version} {manifest.precision}",
+        **({} if chosen is None else {"chosen": chosen}),
         **({"layers": _depth(plan["shallow"])} if "shallow" in plan else {}),
         "seconds": f"{manifest.build_seconds:.1f}",
     }
@@ -223,7 +226,7 @@ def _facts(manifest: EngineManifest) -> Mapping[str, Any]:
         facts["kept in 16 bit"] = ", ".join(kept) or "nothing"
     if "pair" in manifest.build_options:
         facts["before it"] = _before(manifest.build_options["pair"])
-    facts |= trial_lines(manifest.build_options.get("auto", []))
+    facts |= trial_lines(trials)
     return facts
 
 
