@@ -10,11 +10,13 @@ import pytest
 
 import edje
 from edje.errors import EdjeError
+from edje.perf import gate_trial
 from edje.perf.gate import GateOptions, run_gate
 from edje.perf.gate_judging import Measurement, counter_verdicts, joined, time_verdicts
 from edje.perf.gate_trees import Tree, Trees
-from edje.perf.gate_trial import PLANTS, loop_ns, planted
+from edje.perf.gate_trial import NO_OP, PLANTS, Trial, loop_ns, planted
 from edje.perf.gate_turns import Launch
+from edje.perf.report import folded
 from edje.perf.verdicts import ExitCode, exit_code
 from edje.runtime.cli import main
 
@@ -141,3 +143,24 @@ def test_a_head_that_does_not_run_cannot_be_compared(trees, tiny_engine):
     plant(trees, "raise RuntimeError('planted')")
     with pytest.raises(EdjeError, match=r"worker of head \(head\) ended(.|\n)*planted"):
         run(trees, tiny_engine, counters=False)
+
+
+def trial_run(kind, *failing):
+    return {"kind": kind, "failing": list(failing), "ratios": [1.1], "seconds": 3.0, "load": 2.0}
+
+
+def test_a_trial_that_was_interrupted_says_how_often_and_goes_on(tmp_path):
+    runs = [trial_run("reading", "read time"), trial_run("reading"), trial_run(NO_OP)]
+    asked = Trial(["reading", NO_OP], 2, 10.0, 0.1, print)
+    result = gate_trial.result_of(asked, runs)
+    assert result["faults"] == [
+        "reading: 1 of 2 failed, expected 2",
+        "no-op: 1 of 2 repeats were done",
+    ]
+    assert "1 of 2" in gate_trial.summary(result)
+    path = tmp_path / "gate_trial.json"
+    assert gate_trial.earlier_runs(path, 0.1) == []
+    path.write_text(json.dumps(folded("gate_trial", result)))
+    assert gate_trial.earlier_runs(path, 0.1) == runs
+    with pytest.raises(EdjeError, match=r"slowdown: 0\.1, here 0\.2"):
+        gate_trial.earlier_runs(path, 0.2)

@@ -116,6 +116,20 @@ def test_the_json_keeps_every_row_with_its_roofs_and_conditions():
     assert result["steps"][1]["values"] == {}  # rows stand once
 
 
+def test_what_is_written_has_the_form_of_all_results():
+    runs = {"name": "bare", "pairs": 64, "wall_ms": [4.0, 2.0], "cpu_ms": [8.0, 4.0]}
+    steps = steps_with([row(**runs), row("Late", speed=None, fault="out of memory")])
+    written = json.loads(json.dumps(gpu_run.one_form(result_of(steps, SIZES, "NVIDIA H200"))))
+    [entry] = written["benchmarks"]
+    assert entry["fullname"] == "gpu::E: bare[wordpieces=12,batch=64]"
+    assert entry["extra_info"]["pairs_per_s"] == 32_000.0
+    assert entry["extra_info"]["conditions"]["gpu"] == "NVIDIA H200"
+    assert entry["extra_info"]["share_of_roof"] > 0
+    kept = written["result"]["ladder"]
+    assert [one["fault"] for one in kept] == [None, "out of memory"]
+    assert "wall_ms" not in kept[0]
+
+
 def test_failing_tests_and_wrong_scores_fail_the_run():
     wrong = row(speed=None, fault="scores disagree with float32")
     tests = StepResult("tests", OK, 1.0, None, {"failures": ["tests.a::test_b"]})

@@ -57,6 +57,21 @@ def test_everybody_runs_once_a_round_and_starts_in_turn(clock):
         interleave({"a": lambda: None}, pairs=1, num_rounds=0)
 
 
+def test_who_has_settled_takes_no_more_turns(clock):
+    runs = {
+        "a": clock.runs("a", 5.0, 1.0, 1.005),  # settles in the third round
+        "b": clock.runs("b", 1.0, 1.0),
+        "c": clock.runs("c", 1.0, 2.0, 3.0, 4.0),  # never settles
+        "d": clock.runs("d", 9.0),
+    }
+    times = harness.settle(runs, most=4, once=["d"])
+    assert [len(took.wall_ms) for took in times.values()] == [3, 2, 4, 1]
+    assert clock.log == "abcd" + "bca" + "ac" + "c"
+    late = {name: clock.runs(name, 8.0, 4.0, 2.0) for name in "ab"}
+    found = harness.settle(late, most=3, seconds=10.0)
+    assert [len(took.wall_ms) for took in found.values()] == [2, 2], "two rounds, then time is up"
+
+
 def test_conditions_name_machine_versions_and_commit(monkeypatch):
     found = conditions(batch=16)
     assert found["batch"] == 16

