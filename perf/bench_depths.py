@@ -1,7 +1,7 @@
 """What a shallow first stage saves, number of layers by number of layers, and what it loses.
 
-    python -m edje.perf.bench_depths DEMO_OUT                      writes depths.json
-    python -m edje.perf.bench_depths DEMO_OUT --images 50000       from so many noisy copies
+    edje bench depths DEMO_OUT                      writes depths.json
+    edje bench depths DEMO_OUT --images 50000       from so many noisy copies
 
 DEMO_OUT is a folder as `edje demo` lays one out. The test queries rank their own candidates and
 others of the store, `--candidates` in all, once with every contestant, in turns query by query:

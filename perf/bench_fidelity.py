@@ -1,7 +1,7 @@
 """What every precision, and int8 tokens, do to the ranking of the demo, or of a folder like it.
 
-    python -m edje.perf.bench_fidelity DEMO_OUT             writes fidelity.json
-    python -m edje.perf.bench_fidelity DEMO_OUT --tokens    writes int8_tokens.json
+    edje bench fidelity DEMO_OUT             writes fidelity.json
+    edje bench fidelity DEMO_OUT --tokens    writes int8_tokens.json
 
 Precisions: all test queries over their first-stage candidates, each precision as its graph on the
 CPU: fp16, bf16, and int8 and fp8 with static scales and with scales found while running, emulated

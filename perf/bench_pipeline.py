@@ -1,6 +1,6 @@
 """What the pipeline itself costs: the engine takes no time, so all that is left is ours.
 
-    python -m edje.perf.bench_pipeline
+    edje bench pipeline
 
 Full-size records (64 tokens x 384, float16) in batches of 64 pairs on the host device. The engine
 copies each image's first token value into its score, so every score is known. In turns, in one

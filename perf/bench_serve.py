@@ -1,6 +1,6 @@
 """What HTTP and shared batches cost, and what becomes of more requests than can be served.
 
-    python -m edje.perf.bench_serve DEMO_OUT                       writes serve.json
+    edje bench serve DEMO_OUT                       writes serve.json
 
 DEMO_OUT is the folder that `make demo` writes; its store is repeated with noise to 5,000 images.
 The server is a process of its own; the requests come from this one, over loopback.

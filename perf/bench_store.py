@@ -1,6 +1,6 @@
 """Reading the token store against plain copies, and opening one of a million ids.
 
-    python -m edje.perf.bench_store
+    edje bench store
 
 Random gathers of 256 of 20,480 full-size records (64 tokens x 384), page cache hot, all into one
 buffer (page-aligned, as the pipeline's slots are), in turns: the store (verified, unverified, held

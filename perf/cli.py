@@ -182,9 +182,8 @@ def suite(
 ) -> None:
     """Measure all that `make bench` shows (8 minutes).
 
-    Exit codes: 0 all as promised, 1 something falls short, 2 nothing could be measured.
-
     \b
+    Exit codes: 0 as promised, 1 something falls short, 2 nothing measured.
     Example:
       edje bench suite --parts images,cold
     """
@@ -276,7 +275,7 @@ def peers(
     only: Annotated[str, typer.Option(help="Ids with commas between; default: all.")] = "",
     rounds: Annotated[int, typer.Option(help="Turns of everybody at most.")] = 5,
     seconds: Annotated[
-        float, typer.Option(help="Of each length: no third turn begins afterwards.")
+        float, typer.Option(help="Of each length; then no turn begins, but for the second.")
     ] = 120.0,
     candidates: Annotated[int, typer.Option(help="Images that `auto` ranks in a turn.")] = 1000,
     wordpieces: Annotated[str, typer.Option(help="Lengths of the queries.")] = "13,61",
@@ -287,9 +286,9 @@ def peers(
     """Measure other ways to score the same pairs beside ours.
 
     Tables, and NAME.json in OUT; perf/PLAN.md says who is who.
-    Exit codes: 0 as promised, 1 something falls short, 2 nothing could be measured.
 
     \b
+    Exit codes: 0 as promised, 1 something falls short, 2 nothing measured.
     Example:
       edje bench peers --only auto,hf-official-fp32,ort-optimized --rounds 3
     """
@@ -331,7 +330,7 @@ for _name, _about in OLDER.items():
 
 @app.command()
 def capacity(
-    images: Annotated[float, typer.Option(help="In the store.")] = 1e6,
+    images: Annotated[float, typer.Option(help="In the store.", show_default="1e6")] = 1e6,
     queries: Annotated[float, typer.Option(help="A second.")] = 50.0,
     candidates: Annotated[int, typer.Option(help="Images that a query ranks.")] = 1000,
     dtype: Annotated[str, typer.Option(help="Of the tokens: float16 or int8.")] = "float16",

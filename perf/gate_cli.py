@@ -15,7 +15,9 @@ def compare(
     head: Annotated[Path, typer.Argument(help="JSON of what is to be judged.")],
     fail: Annotated[
         list[str] | None,
-        typer.Option(help="FIELD:AMOUNT that it may be worse by; may be given more than once."),
+        typer.Option(
+            metavar="<FIELD:AMOUNT>", help="What it may be worse by; may be given more than once."
+        ),
     ] = None,
     across_machines: Annotated[
         bool, typer.Option("--across-machines", help="Compare though the machines differ.")
@@ -32,9 +34,9 @@ def compare(
     (amounts in %, s, ms or us); counters (each of them) and counters.NAME.
 
     \b
-    Exit codes: 0 no regression, 1 a regression or a missing benchmark, 2 cannot compare.
+    Exit codes: 0 no regression, 1 one, or a missing benchmark, 2 cannot compare.
     Example:
-      edje bench compare base.json head.json --fail throughput:5% --fail p99:2ms --fail counters:0
+      edje bench compare base.json head.json --fail throughput:5% --fail counters:0
     """
     from .compare import compare_files
 
@@ -58,7 +60,10 @@ def gate(
     limit: Annotated[float, typer.Option(help="Slowdown in % from which on a stage fails.")] = 5.0,
     allow: Annotated[
         list[str] | None,
-        typer.Option(help="[STAGE.]COUNTER=PERCENT that a counter may grow; more than once."),
+        typer.Option(
+            metavar="<[STAGE.]COUNTER=PERCENT>",
+            help="What a counter may grow by; may be given more than once.",
+        ),
     ] = None,
     engine: Annotated[
         Path | None, typer.Option(help="Engine folder; default: an engine that takes no time.")

@@ -203,9 +203,9 @@ def conditions_line(where: Mapping[str, Any], *names: str) -> str:
 
 
 def command_line(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """Return the parser of `bench_<name>`, with how its JSON is called and where it goes."""
+    """Return the parser of `edje bench <name>`, with how its JSON is called and where it goes."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m {__package__}.bench_{name}",
+        prog=f"edje bench {name.replace('_', '-')}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -251,7 +251,8 @@ def run_rounds(
     summary: Callable[[Mapping[str, Any]], str],
 ) -> int:
     """As `run_benchmark`, of `measure(rounds, scratch)`, with `--rounds` among the arguments."""
-    parser.add_argument("--rounds", type=int, default=num_rounds)
+    told = f"turns of everybody; default: {num_rounds}"
+    parser.add_argument("--rounds", type=int, default=num_rounds, help=told)
     options = parser.parse_args(arguments)
     return run_benchmark(
         options, lambda scratch, progress: measure(options.rounds, scratch), summary

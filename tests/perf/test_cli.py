@@ -28,7 +28,7 @@ def test_bench_shows_its_verbs_and_their_options(capsys):
     assert main(["bench", "run", "--help"]) == 0
     assert "--candidates" in capsys.readouterr().out
     assert main(["bench", "end-to-end", "--help"]) == 0
-    assert "python -m edje.perf.bench_end_to_end" in capsys.readouterr().out
+    assert "usage: edje bench end-to-end" in capsys.readouterr().out
 
 
 def test_a_run_writes_table_json_and_chart(free_engine, tmp_path, capsys):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 import edje
 from edje.errors import EdjeError
@@ -16,6 +18,7 @@ from edje.perf.gate_judging import Measurement, counter_verdicts, joined, time_v
 from edje.perf.gate_trees import Tree, Trees
 from edje.perf.gate_trial import NO_OP, PLANTS, Trial, loop_ns, planted
 from edje.perf.gate_turns import Launch
+from edje.perf.harness import ROOT
 from edje.perf.report import folded
 from edje.perf.verdicts import ExitCode, exit_code
 from edje.runtime.cli import main
@@ -164,3 +167,22 @@ def test_a_trial_that_was_interrupted_says_how_often_and_goes_on(tmp_path):
     assert gate_trial.earlier_runs(path, 0.1) == runs
     with pytest.raises(EdjeError, match=r"slowdown: 0\.1, here 0\.2"):
         gate_trial.earlier_runs(path, 0.2)
+
+
+def test_the_ready_workflow_names_what_there_is(capsys):
+    text = (ROOT / "perf" / "ci" / "perf-gate.yml").read_text(encoding="utf-8")
+    [job] = yaml.safe_load(text)["jobs"].values()
+    scripts = "\n".join(step.get("run", "") for step in job["steps"])
+    targets = set(re.findall(r"\bmake ([a-z-]+)", scripts))
+    assert targets == {"setup", "perf-gate"}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert all(re.search(rf"^{target}: ", makefile, re.MULTILINE) for target in targets)
+    assert main(["bench", "gate", "--help"]) == 0
+    offered = capsys.readouterr().out
+    [given] = re.findall(r'GATE_ARGS="(.*?)"', scripts)
+    words = dict(zip(given.split()[::2], given.split()[1::2], strict=True))
+    assert all(f"  {option} <" in offered for option in words)
+    [kept] = [step["with"]["path"] for step in job["steps"] if "upload" in step.get("uses", "")]
+    written = {words["--markdown"], words["--junit"], f"{words['--out']}/gate.json"}
+    assert set(kept.split()) == written
+    assert "[default: gate]" in offered
