@@ -33,14 +33,22 @@ from ..errors import EdjeError
 from .gate import LIMIT, GateOptions, GateResult, run_gate, usable_core_numbers
 from .gate_trees import Tree, Trees, lay_out
 from .gate_turns import launch
-from .harness import ROOT, Progress, command_line, conditions, run_benchmark, write_result
+from .harness import (
+    ROOT,
+    Progress,
+    command_line,
+    conditions,
+    has_settled,
+    run_benchmark,
+    write_result,
+)
 from .report import folded
 
 NO_OP = "no-op"
 APART = ("pipeline",)
 COMMENT = ("# A comment: nothing else changes.",)
 TIMED_LOOPS, LOOP_LENGTH = 300, 20_000
-NUM_CALIBRATING = 3  # launches: of a stage's time counts the least
+NUM_CALIBRATING, MOST_CALIBRATING = 3, 12  # launches: of a stage's time counts the least
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,15 +176,16 @@ def measure(asked: Trial, runs: list[Run], scratch: Path, progress: Progress) ->
 
 
 def stage_times(trees: Trees, options: GateOptions, work: Path) -> dict[str, float]:
-    """Return the least seconds of the stage of every plant."""
+    """Return the least seconds of the stage of every plant, once two launches agree on each."""
+    taken: dict[str, list[float]] = {name: [] for name in PLANTS}
     stages = [plant.stage for plant in PLANTS.values()]
-    launches = [
-        launch(trees, options.settings(stages, number), work, number=number).stages
-        for number in range(NUM_CALIBRATING)
-    ]
-    return {
-        name: min(one[plant.stage].base_s for one in launches) for name, plant in PLANTS.items()
-    }
+    for number in range(MOST_CALIBRATING):
+        if number >= NUM_CALIBRATING and all(map(has_settled, taken.values())):
+            break
+        launched = launch(trees, options.settings(stages, number), work, number=number).stages
+        for name, plant in PLANTS.items():
+            taken[name].append(launched[plant.stage].base_s)
+    return {name: min(seconds) for name, seconds in taken.items()}
 
 
 def loops_of(slowdown: float, times: Mapping[str, float]) -> dict[str, Sequence[str]]:

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 
 import edje
 from edje.errors import EdjeError
@@ -171,18 +170,16 @@ def test_a_trial_that_was_interrupted_says_how_often_and_goes_on(tmp_path):
 
 def test_the_ready_workflow_names_what_there_is(capsys):
     text = (ROOT / "perf" / "ci" / "perf-gate.yml").read_text(encoding="utf-8")
-    [job] = yaml.safe_load(text)["jobs"].values()
-    scripts = "\n".join(step.get("run", "") for step in job["steps"])
-    targets = set(re.findall(r"\bmake ([a-z-]+)", scripts))
+    targets = set(re.findall(r"\bmake ([a-z-]+)", text))
     assert targets == {"setup", "perf-gate"}
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert all(re.search(rf"^{target}: ", makefile, re.MULTILINE) for target in targets)
     assert main(["bench", "gate", "--help"]) == 0
     offered = capsys.readouterr().out
-    [given] = re.findall(r'GATE_ARGS="(.*?)"', scripts)
+    [given] = re.findall(r'GATE_ARGS="(.*?)"', text)
     words = dict(zip(given.split()[::2], given.split()[1::2], strict=True))
     assert all(f"  {option} <" in offered for option in words)
-    [kept] = [step["with"]["path"] for step in job["steps"] if "upload" in step.get("uses", "")]
+    [kept] = re.findall(r"\n +path: \|\n((?: +\S+\n?)+)", text)
     written = {words["--markdown"], words["--junit"], f"{words['--out']}/gate.json"}
     assert set(kept.split()) == written
     assert "[default: gate]" in offered
