@@ -188,12 +188,12 @@ def measure_top10(out: Path) -> Result:
 
 
 ENGINE_SECONDS = 75
-CONTEST_SECONDS = 75  # of each text length, after which no round begins
+CONTEST_SECONDS = 60  # of each text length, after which no round begins
 PARTS: Mapping[str, Part] = {
-    "peers": Part(200, measure_peers, prints=False),
+    "peers": Part(230, measure_peers, prints=False),
     "stages": Part(30, measure_stages_of_a_ranking, draw_stages),
-    "candidates": Part(30, measure_candidates, draw_sweep),
-    "images": Part(55, measure_images, draw_sweep),
-    "top10": Part(35, measure_top10),
+    "candidates": Part(25, measure_candidates, draw_sweep),
+    "images": Part(50, measure_images, draw_sweep),
+    "top10": Part(30, measure_top10),
     "cold": Part(15, lambda out: measure_cold(scorer())),
 }

@@ -29,7 +29,7 @@ from .options import FIRST, EngineRequest
 from .pair import best_pair
 from .trial import Trial
 
-NUM_ROUNDS, MOST_ROUNDS = 5, 20
+NUM_ROUNDS, MOST_ROUNDS = 5, 12
 SETTLED = 0.02  # how far an engine's two least times may lie apart
 BATCH_PAIRS, GPU_BATCH_PAIRS = 64, 1024  # at most: 64 pairs would leave a GPU half idle
 GPU_FORWARDS = 4  # enqueued one after the other, as requests do
