@@ -2,22 +2,84 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from ..arrays import Array, Int64
+from ..bundle import BundleManifest
+from ..engines.builder.options import EngineOptions, EngineRequest
+from ..engines.fidelity import FidelityLimits
 from ..engines.manifest import EngineManifest, Profile
+from ..engines.registry import open_engine
 from ..errors import EdjeError
+from ..machine import cpu_features
+from ..runtime.queries import StoreSamples
 from ..runtime.text import QueryTokenizer
 from ..tokens import quantize_tokens
 from .free_engine import write_free_engine
 from .harness import Progress
-from .random_model import full_size_bundle, full_size_engine, random_tokens
+from .random_model import (
+    CACHE,
+    full_size_bundle,
+    full_size_engine,
+    random_tokens,
+    source_hash,
+    write_store,
+)
 from .wide_store import write_wide_store
 
 MAX_KNOWN = 2048  # records of a random store that are not holes: 100 MB
 FREE_PROFILE = Profile(256, (16, 32, 64))
+AUTO = "auto"
+
+
+# Scores of random weights lie closer together than a trained model's, which int8 ranks at 0.98.
+LIMITS = FidelityLimits(min_kendall_tau=0.85)
+# That `auto` calibrates and measures engines with.
+NUM_QUERIES, NUM_CANDIDATES, NUM_IMAGES = 4, 24, 256
+
+
+def engines_folder(bundle: Path) -> Path:
+    """Return the folder that keeps a bundle's engines, for this state of the sources."""
+    scorer = BundleManifest.read(bundle).fingerprint_scorer
+    return CACHE / f"engines-{source_hash('engines')}-{scorer[:8]}"
+
+
+def build_all(bundle: Path, root: Path, progress: Progress, device: str = "cpu") -> Path:
+    """Let `auto` choose an engine once for every kind of machine; keep it, and all it tried.
+
+    Returns:
+        The folder of `auto` and of `<backend>-<precision>`, each an engine folder.
+    """
+    from ..engines.builder.auto import build_fastest
+
+    key = hashlib.sha256(json.dumps([device, *cpu_features()]).encode()).hexdigest()[:12]
+    folder = root / f"{AUTO}-{key}"
+    try:
+        open_engine(folder / AUTO).close()
+        return folder
+    except EdjeError:  # not there, or stale
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    manifest = BundleManifest.read(bundle)
+    tokenizer, longest = QueryTokenizer.open(bundle, manifest.text), manifest.text.max_wordpieces
+    lengths = [1 + (longest - 1) * at // (NUM_QUERIES - 1) for at in range(NUM_QUERIES)]
+    with TemporaryDirectory(dir=root) as scratch:
+        store, queries = Path(scratch) / "tokens.store", Path(scratch) / "calibration.txt"
+        tokens, encoder = random_tokens(NUM_IMAGES, manifest.sizes), manifest.fingerprint_encoder
+        write_store(store, tokens, encoder=encoder).close()
+        lines = [query_of_length(tokenizer, length) for length in lengths]
+        queries.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with StoreSamples.open(store, bundle, queries, num_candidates=NUM_CANDIDATES) as samples:
+            options = EngineOptions(limits=LIMITS)
+            asked = EngineRequest(bundle, AUTO, AUTO, samples, options)
+            build_fastest(asked, folder / AUTO, progress=progress, trials=folder)
+    return folder
 
 
 def query_of_length(tokenizer: QueryTokenizer, wordpieces: int) -> str:

@@ -25,6 +25,7 @@ from .cold import measure_cold
 from .measure import print_result, run_stages, run_sweep
 from .random_model import CACHE, full_size_bundle, source_hash
 from .report import folded, write_result
+from .subjects import AUTO, build_all, engines_folder
 
 FLAT = 0.10  # by how much a pair may cost more than where it costs least
 NUM_QUERIES = 32
@@ -98,8 +99,6 @@ def spell(seconds: float) -> str:
 @cache
 def scorer() -> Path:
     """Return the full-size random scorer's engine, as `auto` chose it: built once for all parts."""
-    from .peers.ours import AUTO, build_all, engines_folder
-
     with progress_steps("engines") as progress:
         progress("exporting the full-size scorer")
         bundle = full_size_bundle()

@@ -73,10 +73,8 @@ def build_fastest(
     check_files(bundle, [IMAGE_ENCODER] if options.image_encoder else [])
     with TemporaryDirectory() as scratch:
         graphs = GraphCache(Path(scratch) / "graphs")
-        folders = {
-            (trials or Path(scratch)) / f"{trial.backend}-{trial.precision}": trial
-            for trial in _candidates(calibration)
-        }
+        root, tried = trials or Path(scratch), _candidates(calibration)
+        folders = {root / f"{trial.backend}-{trial.precision}": trial for trial in tried}
         if first_out is not None:
             folders |= {
                 folder.with_name(f"{folder.name}-first"): replace(trial, is_first=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from ..subjects import AUTO
 from .contest import Contestant, Function
 from .direct import LATENCY, THROUGHPUT, onnxruntime_directly, openvino_directly
 from .exported import DYNAMIC, OPTIMIZED, PLAIN, exported
 from .others import blip, cross_encoder, max_sim
-from .ours import AUTO, ranked
+from .ours import ranked
 from .pytorch import compiled, eager
 
 OFFICIAL = "hf-official-fp32"

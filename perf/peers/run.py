@@ -30,9 +30,9 @@ from ..random_model import (
     write_store,
 )
 from ..report import Measured, benchmark_json, summary, write_result
-from ..subjects import query_of_length
+from ..subjects import AUTO, engines_folder, query_of_length
 from .contest import GROUP, NUM_CHECKED, Bench, Contestant, Question, contest, opened
-from .ours import AUTO, auto_engine, engines_folder, words_of_auto
+from .ours import auto_engine, words_of_auto
 from .pytorch import asking, joint_encoder
 from .roster import OFFICIAL, on_cpu, on_gpu
 from .serving import GROUP as SERVING_GROUP

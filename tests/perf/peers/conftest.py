@@ -4,8 +4,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from edje.perf import random_model
-from edje.perf.peers import others, ours, run
+from edje.perf import random_model, subjects
+from edje.perf.peers import others, run
 
 SMALL_BLIP = {
     "hidden_size": 32,
@@ -20,7 +20,7 @@ SMALL_BLIP = {
 @pytest.fixture
 def far_apart(monkeypatch, tmp_path):
     """Scores that rounding does not reorder, engines kept for this test only, a small BLIP."""
-    monkeypatch.setattr(ours, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(subjects, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(random_model, "WEIGHT_STD", 0.2)
     monkeypatch.setattr(others, "BLIP_VISION", SMALL_BLIP)
     monkeypatch.setattr(
