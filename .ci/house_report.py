@@ -83,22 +83,14 @@ class SourceFile:
 
 
 def measure(path: Path) -> SourceFile:
-    """Count the lines of a Python file and of its functions (first to last, docstring included).
-
-    A GPU kernel counts from its docstring on: its parameters, one a line, are a table.
-    """
+    """Count the lines of a Python file and of its functions (first to last, docstring included)."""
     source = path.read_text(encoding="utf-8")
     functions = tuple(
-        (node.lineno, node.name, (node.end_lineno or node.lineno) - _first_line(node) + 1)
+        (node.lineno, node.name, (node.end_lineno or node.lineno) - node.lineno + 1)
         for node in ast.walk(ast.parse(source, str(path)))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     )
     return SourceFile(path, source.count("\n"), functions)
-
-
-def _first_line(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    is_kernel = any(ast.unparse(each) == "triton.jit" for each in function.decorator_list)
-    return function.body[0].lineno if is_kernel else function.lineno
 
 
 def read_folders(root: Path) -> dict[str, list[SourceFile]]:

@@ -47,42 +47,75 @@ def assemble(
 ) -> None:
     """Embed `SLOTS` slots of the batch's P * (T + m + 1), `COLUMNS` >= `width` >= H values each.
 
-    A pair's row is a record of `tokens`, or past those one of `fresh`: what a pool holds, and what
-    came with the batch. An index outside its table makes the slot NaN; nothing outside the tables
-    is read.
+    An index outside its table makes the slot NaN; nothing outside the tables is read.
     """
     _hand_over(control, scores, num_pairs)
     num_slots = text_slots + num_tokens + 1
     line = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
-    pair = line // num_slots
-    slot = line % num_slots
+    pair, slot = line // num_slots, line % num_slots
     is_real = pair < num_pairs
-    query = tl.load(query_of_pair + pair, mask=is_real, other=-1)
-    is_known = _is_inside(query, num_queries)
-    length = tl.load(text_length + query, mask=is_known, other=0)
+    query, length, is_known = _query(query_of_pair, text_length, pair, is_real, num_queries)
     tl.store(lengths + pair, length, mask=is_real & (slot == 0))
     token = slot - text_slots
-    is_text = token < 0
     is_visual = (token >= 0) & (token < num_tokens)
-    word = tl.load(text_ids + query * text_slots + slot, mask=is_known & is_text, other=sep_id)
+    word = tl.load(text_ids + query * text_slots + slot, mask=is_known & (token < 0), other=sep_id)
     row = tl.load(rows + pair, mask=is_real & is_visual, other=-1)
-    position = tl.where(is_text, slot, length + token)
-    num_rows = num_records + num_fresh
-    is_held = tl.where(is_visual, _is_inside(row, num_rows), _is_inside(word, vocab_size))
-    is_known = is_known & _is_inside(position, max_positions) & is_held
+    place, is_placed = _place(slot, length, text_slots, max_positions)
+    index = tl.where(is_visual, row, word)
+    size = tl.where(is_visual, num_records + num_fresh, vocab_size)
+    is_known = is_known & is_placed & _is_inside(index, size)
     columns = tl.arange(0, COLUMNS)
-    place = tl.where(is_text, 0, 1) * max_positions + position
     x = _table_rows(positions, place, is_known, columns, hidden)
     x += _table_rows(words, word, is_known & ~is_visual, columns, hidden)
-    is_visual = is_known & is_visual
-    is_fresh = row >= num_records
-    record = tl.where(is_fresh, row - num_records, row)
-    stored = record.to(tl.int64) * num_tokens + token
-    x += _visual(tokens, scales, stored, is_visual & ~is_fresh, columns, hidden)
-    x += _visual(fresh, fresh_scales, stored, is_visual & is_fresh, columns, hidden)
+    is_old, is_fresh, stored = _record(row, token, is_known & is_visual, num_records, num_tokens)
+    x += _visual(tokens, scales, stored, is_old, columns, hidden)
+    x += _visual(fresh, fresh_scales, stored, is_fresh, columns, hidden)
     x = _layer_norm(x, norm_weight, norm_bias, columns, hidden, epsilon)
     x = tl.where(is_known[:, None], x, float("nan"))
     _store_rows(hidden_states, x, line, is_real, columns, hidden, width)
+
+
+@triton.jit
+def _query(
+    query_of_pair: tl.tensor,
+    text_length: tl.tensor,
+    pair: tl.tensor,
+    is_real: tl.tensor,
+    num_queries: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Return a pair's query, its real text slots, and whether there is such a query."""
+    query = tl.load(query_of_pair + pair, mask=is_real, other=-1)
+    is_known = _is_inside(query, num_queries)
+    return query, tl.load(text_length + query, mask=is_known, other=0), is_known
+
+
+@triton.jit
+def _place(
+    slot: tl.tensor, length: tl.tensor, text_slots: tl.tensor, max_positions: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return a slot's row of the positions' two tables, text and tail, and whether it is one."""
+    is_text = slot < text_slots
+    position = tl.where(is_text, slot, length + slot - text_slots)
+    place = tl.where(is_text, 0, max_positions) + position
+    return place, _is_inside(position, max_positions)
+
+
+@triton.jit
+def _record(
+    row: tl.tensor,
+    token: tl.tensor,
+    is_read: tl.tensor,
+    num_records: tl.tensor,
+    num_tokens: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Return whether a visual slot is of a pool or came with the batch, and its token's number.
+
+    A pair's row is a record of the pool, or past those one of what came with the batch.
+    """
+    is_fresh = row >= num_records
+    record = tl.where(is_fresh, row - num_records, row)
+    stored = record.to(tl.int64) * num_tokens + token
+    return is_read & ~is_fresh, is_read & is_fresh, stored
 
 
 @triton.jit
