@@ -108,8 +108,9 @@ class BuildJob:
 class Backend(Protocol):
     """The functions that a backend's module offers. Importing the module imports its library.
 
-    One more is optional: `activation_scales(precision, sizes)` says in which ways 8-bit activations
-    can be scaled for a model (`scales.Scales`); one static scale a tensor, as without it.
+    Two more things are optional. `activation_scales(precision, sizes)` says in which ways 8-bit
+    activations can be scaled for a model (`scales.Scales`); one static scale a tensor, as without
+    it. `OPERANDS_ONLY`, if true, says that 16-bit types are for the operands of products only.
     """
 
     def version(self) -> str:

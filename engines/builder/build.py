@@ -170,6 +170,7 @@ class _Build:
             request.calibration,
             request.options.limits_to_hold,
             scales_of(self.module, request.precision, self.source.sizes),
+            getattr(self.module, "OPERANDS_ONLY", False),
         )
 
     def into(self, folder: Path) -> EngineManifest:

@@ -26,6 +26,8 @@ from .weights import read_weights
 
 # Types of what is not quantised.
 COMPUTE_TYPES = {"fp16": "float16", "bf16": "bfloat16", "int8": "float16", "fp8": "float16"}
+# Kernels add, activate and normalise in float32 before they round what the next one reads.
+OPERANDS_ONLY = True
 # What loads the compiled kernels: r570 and later.
 LEAST_CUDA = "12.8"
 NEVER_QUANTIZED = {

@@ -155,12 +155,17 @@ class _Writer:
         return self._add("Div", [some, largest], f"{path}/scale")
 
     def _rounded(self, blocks: str, scale: str, path: str) -> str:
-        """Return the blocks over their scales, rounded: the largest lands on the last step."""
+        """Return the blocks over their scales, rounded: the largest lands on the last step.
+
+        As the native engine's kernels do: times the scale's reciprocal, which now and then is a
+        step beside the quotient.
+        """
         path = f"{path}/rounded"
+        ratio = self._add("Mul", [blocks, self._add("Reciprocal", [scale], path)], path)
         if self._precision == "int8":
-            return self._add("Round", [self._add("Div", [blocks, scale], path)], path)
-        output = value_name(path, "Where")
-        whole = node("QuantizeLinear", [blocks, scale], output, f"/{path}")
+            return self._add("Round", [ratio], path)
+        output, one = value_name(path, "Where"), self._constant("one", np.float32(1))
+        whole = node("QuantizeLinear", [ratio, one], output, f"/{path}")
         self._graph.nodes += round_to_float8(self._graph, whole)
         return output
 

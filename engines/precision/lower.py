@@ -4,6 +4,8 @@
 tokens may be large), and so do mask and softmax, pooler and classifier; LayerNorm keeps its
 statistics in float32 by its `stash_type`.
 
+`lower_operands`: float32, but for what our own kernels read or write in 16 bits.
+
 `quantize`: explicit Q/DQ around the layers' linears, int8 or fp8 (E4M3); attention never.
 Activations have one symmetric scale a tensor; query, key and value read one quantiser. int8 weights
 have a scale an output channel, fp8 weights one. Biases stay float: TensorRT refuses int32 ones.
@@ -12,7 +14,7 @@ Scales that are found while running: `dynamic.py`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +55,9 @@ STAYS_FLOAT32 = {
 }
 
 
+Lowering = Callable[["Graph", str], "Graph"]
+
+
 def lower(graph: Graph, element: str) -> Graph:
     """Return the graph with the layers in `element` (`float16` or `bfloat16`).
 
@@ -73,13 +78,56 @@ def lower(graph: Graph, element: str) -> Graph:
             caster.low.update(item.output)
         elif item.op_type == "QuantizeLinear":
             caster.untouched.update(item.output)
-    if caster.overflows:
-        raise EngineError(
-            "weights of this model do not fit into the precision",
-            faults=[f"{name}: largest is {most:.3g}" for name, most in caster.overflows.items()],
-            hint="build with --precision bf16 or fp32",
-        )
+    caster.raise_overflows()
     return new
+
+
+OPERANDS_ONLY = {
+    "everything but operands": "biases, GELU, residual sums, norms: kernels add before they round"
+}
+
+
+def lower_operands(graph: Graph, element: str) -> Graph:
+    """Return the graph in float32, but for the operands of the layers' products, in `element`.
+
+    Operands of residual sums are those of products, too. So our own kernels compute: what follows
+    a product is done in float32, and rounded when it is stored. Values in 8 bits stay as they are.
+
+    Raises:
+        EngineError: weights larger than the type takes (all named).
+    """
+    new = graph.replaced([])
+    rounder = _Rounder(new, element)
+    read = _operands(graph)
+    for item in graph.nodes:
+        has_weight = in_layers(item) and item.op_type == "MatMul" and not is_dynamic(item)
+        inputs = [
+            rounder.weight(name, keep_float32=True)
+            if has_weight and name in graph.weights
+            else rounder.take(name, name in read)
+            for name in item.input
+        ]
+        new.nodes.append(with_inputs(item, inputs))
+    rounder.raise_overflows()
+    return new
+
+
+def _operands(graph: Graph) -> set[str]:
+    """Return the values that kernels hold in 16 bits."""
+    read: set[str] = set()
+    makers = {name: item for item in graph.nodes for name in item.output}
+    for item in filter(in_layers, graph.nodes):
+        values = [name for name in item.input if name not in graph.weights]
+        is_sum = item.op_type == "Add" and not item.name.endswith(f"/{ATTENTION_SCORES}/Add")
+        if item.op_type == "LayerNormalization":
+            read.update(item.output)  # the last one's, too, which no product of a layer reads
+        elif item.op_type == "Gelu":
+            sums = makers[item.input[0]]
+            if not any(is_dynamic(makers[name]) for name in sums.input if name in makers):
+                read.update(item.output)
+        elif (item.op_type == "MatMul" and not is_dynamic(item)) or (is_sum and len(values) == 2):
+            read.update(values)
+    return read
 
 
 def numpy_type(element: str) -> np.dtype[Any]:
@@ -103,12 +151,12 @@ class _Caster:
         self._cast: set[str] = set()
         self.low: set[str] = set()
         self.untouched: set[str] = set()  # quantised integers
-        self.overflows: dict[str, float] = {}
+        self._overflows: dict[str, float] = {}
 
     def take(self, name: str, low: bool) -> str:
         """Return the name under which a node finds the value `name` in the type it wants."""
         if name in self._graph.weights:
-            return self._weight(name) if low else name
+            return self.weight(name) if low else name
         if name in self.untouched or (name in self.low) == low:
             return name
         element = self._element if low else "float32"
@@ -122,13 +170,16 @@ class _Caster:
     def gather_low(self, item: onnx.NodeProto) -> list[onnx.NodeProto]:
         """Return the gather from the table in the low type, and the cast back to float32."""
         output = item.output[0]
-        low = with_inputs(item, [self._weight(item.input[0]), *item.input[1:]])
+        low = with_inputs(item, [self.weight(item.input[0]), *item.input[1:]])
         low.output[0] = f"{output}.{self._element}"
         back = f"{item.name}/to_float32/Cast"
         return [low, node("Cast", [low.output[0]], output, back, to=ONNX_TYPES["float32"])]
 
-    def _weight(self, name: str) -> str:
-        """Return the weight in the low type; what is not float32 stays as it is."""
+    def weight(self, name: str, *, keep_float32: bool = False) -> str:
+        """Return the weight in the low type; what is not float32 stays as it is.
+
+        `keep_float32` only rounds it.
+        """
         if self._graph.weights[name].data_type != ONNX_TYPES["float32"]:
             return name
         key = f"{name}.{self._element}"
@@ -137,8 +188,34 @@ class _Caster:
             with np.errstate(over="ignore"):
                 lowered = values.astype(numpy_type(self._element))
             if not np.isfinite(lowered.astype(np.float32)).all():
-                self.overflows[name] = float(np.abs(values).max())
-            self._graph.set_weight(key, lowered)
+                self._overflows[name] = float(np.abs(values).max())
+            self._graph.set_weight(key, lowered.astype(np.float32) if keep_float32 else lowered)
+        return key
+
+    def raise_overflows(self) -> None:
+        """Refuse weights that the type cannot hold."""
+        if self._overflows:
+            found = self._overflows.items()
+            raise EngineError(
+                "weights of this model do not fit into the precision",
+                faults=[f"{name}: largest is {most:.3g}" for name, most in found],
+                hint="build with --precision bf16 or fp32",
+            )
+
+
+class _Rounder(_Caster):
+    """Gives nodes their inputs in float32, some of them rounded to the low type."""
+
+    def take(self, name: str, low: bool) -> str:
+        if not low:
+            return name
+        rounded = super().take(name, True)
+        key = f"{name}.rounded"
+        if key not in self._cast:
+            path = f"{name.removesuffix('_output')}/to_float32/Cast"
+            back = node("Cast", [rounded], key, path, to=ONNX_TYPES["float32"])
+            self._graph.nodes.append(back)
+            self._cast.add(key)
         return key
 
 

@@ -23,7 +23,15 @@ from ..samples import Samples, sample_batches
 from ..scales import DYNAMIC, ONLY_STATIC, Scales
 from .dynamic import SUMS_FLOAT32
 from .graph import Graph, node
-from .lower import ONNX_TYPES, STAYS_FLOAT32, find_linears, lower
+from .lower import (
+    ONNX_TYPES,
+    OPERANDS_ONLY,
+    STAYS_FLOAT32,
+    Lowering,
+    find_linears,
+    lower,
+    lower_operands,
+)
 from .search import Choice, choose
 
 
@@ -73,6 +81,7 @@ class Recipe:
         calibration: pairs to choose scales by; only int8 and fp8 look at them.
         limits: what the ranking of those pairs must hold.
         scales: the ways of scaling int8 and fp8 activations that the search may choose from.
+        operands_only: whether only operands of products are of a 16-bit compute type.
     """
 
     precision: str
@@ -81,6 +90,12 @@ class Recipe:
     calibration: Samples | None = None
     limits: FidelityLimits = field(default_factory=lambda: DEFAULT_LIMITS)
     scales: tuple[Scales, ...] = ONLY_STATIC
+    operands_only: bool = False
+
+    @property
+    def lowering(self) -> Lowering:
+        """What brings a graph into the compute type."""
+        return lower_operands if self.operands_only else lower
 
 
 def prepare_graph(
@@ -109,9 +124,10 @@ def prepare_graph(
         plan |= _quantization(graph, choice, recipe)
         graph, is_dynamic = choice.graph, choice.scales.kind == DYNAMIC
     elif not is_float32:
-        graph = lower(graph, recipe.compute_type)
+        graph = recipe.lowering(graph, recipe.compute_type)
     if not is_float32:
-        plan["float32"] = STAYS_FLOAT32 | (SUMS_FLOAT32 if is_dynamic else {})
+        staying = OPERANDS_ONLY if recipe.operands_only else STAYS_FLOAT32
+        plan["float32"] = staying | (SUMS_FLOAT32 if is_dynamic else {})
     if recipe.token_dtype == "int8":
         graph = take_int8_tokens(graph)
     graph.write(out)
@@ -140,7 +156,8 @@ class GraphCache:
         The same `source`, calibration and limits are the caller's to pass every time.
         """
         ways = [way.key for way in recipe.scales] if recipe.precision in QUANTIZED else []
-        key = (recipe.precision, recipe.compute_type, recipe.token_dtype, *ways)
+        operands = ["operands"] if recipe.operands_only else []
+        key = (recipe.precision, recipe.compute_type, recipe.token_dtype, *operands, *ways)
         with TemporaryDirectory() as scratch:
             folder = Path(scratch) if self._folder is None else self._folder
             folder.mkdir(exist_ok=True)
@@ -170,7 +187,8 @@ def _quantized(
     ]
     limits = FidelityLimits() if samples.random else recipe.limits
     types = recipe.precision, recipe.compute_type
-    return choose(graph, queries, *types, limits, progress, scales=recipe.scales)
+    scales, lowering = recipe.scales, recipe.lowering
+    return choose(graph, queries, *types, limits, progress, scales=scales, lowering=lowering)
 
 
 def _quantization(graph: Graph, choice: Choice, recipe: Recipe) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ..fidelity import FidelityLimits
 from ..scales import ONLY_STATIC, Scales
 from .emulate import Switches, scorer
 from .graph import Graph
-from .lower import lower
+from .lower import Lowering, lower
 from .schemes import SMOOTHED, Observed, Scheme, scheme_of
 from .trials import EFFECT_PAIRS, OBSERVED_PAIRS, CalibrationPairs, Query, shares
 
@@ -52,6 +52,7 @@ def choose(
     progress: Progress,
     *,
     scales: Sequence[Scales] = ONLY_STATIC,
+    lowering: Lowering = lower,
 ) -> Choice:
     """Quantise `graph` so that the ranking of `queries` holds `limits`.
 
@@ -63,6 +64,7 @@ def choose(
 
     Args:
         scales: ways of scaling activations that the backend offers.
+        lowering: what brings the rest of a graph into `compute_type`.
 
     Raises:
         EngineError: the limits do not hold even with only one layer group quantised.
@@ -73,7 +75,7 @@ def choose(
     types = precision, compute_type
     effects: dict[str, dict[str, float]] = {}
     ways = [
-        _Search(kind(graph, *types, observed, each), pairs, *types, limits, effects)
+        _Search(kind(graph, *types, observed, each), pairs, *types, limits, effects, lowering)
         for kind, each in zip(schemes, scales, strict=True)
     ]
     ways.sort(key=lambda way: way.scheme.cost())
@@ -168,10 +170,11 @@ class _Search:
         compute_type: str,
         limits: FidelityLimits,
         effects: dict[str, dict[str, float]],
+        lowering: Lowering,
     ):
         """Search among `pairs`; `effects`, by kind of scales, are shared between searches."""
         self.scheme, self.pairs, self.limits = scheme, pairs, limits
-        self.precision, self.compute_type = precision, compute_type
+        self.precision, self.compute_type, self.lowering = precision, compute_type, lowering
         self._effects, self.effects = effects, dict[str, float]()
         self.tried: list[Try] = []
         self.lead = 0.0  # by how much tau on all queries is higher than on some
@@ -295,7 +298,7 @@ class _Search:
 
     def quantized(self, form: str, method: str, kept: Sequence[str]) -> Graph:
         typed = self.scheme.quantized(form, method, kept)
-        return typed if self.compute_type == "float32" else lower(typed, self.compute_type)
+        return typed if self.compute_type == "float32" else self.lowering(typed, self.compute_type)
 
     def holds(self, attempt: Try) -> bool:
         return not self.limits.broken_by(attempt.agreement)

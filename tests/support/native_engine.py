@@ -20,7 +20,7 @@ from edje.engines.native.run import NativeEngine
 from edje.engines.native.weights import read_weights
 from edje.engines.precision.dynamic import quantize_dynamic
 from edje.engines.precision.graph import Graph
-from edje.engines.precision.lower import lower
+from edje.engines.precision.lower import lower_operands
 from recording_device import RecordingDevice
 
 
@@ -133,4 +133,4 @@ class EightBits:
 def prepared(graph: Graph, kind: str, keep: tuple[str, ...] = ()) -> Graph:
     """Return a bundle's graph as builds of 8-bit engines get it, nothing smoothed."""
     never = backend.NEVER_QUANTIZED
-    return lower(quantize_dynamic(graph, kind, keep=keep, never=never), "float16")
+    return lower_operands(quantize_dynamic(graph, kind, keep=keep, never=never), "float16")

@@ -23,6 +23,7 @@ from edje.engines.precision.graph import Graph
 from edje.errors import EngineError
 from edje.kernels.tuning import tuned_capabilities
 
+WORDS = "embeddings.word.weight"
 STEPS = {"qkv", "attention_output", "ffn1", "ffn2"}
 
 
@@ -74,7 +75,10 @@ def test_padding_is_zero_and_weights_are_the_graphs(
     heads = weights["layers.1.qkv.bias"].reshape(3, plan.num_heads, plan.head)
     assert not heads[..., plan.hidden // plan.num_heads :].any()
     key = graph.array("layers.1.key.bias").reshape(plan.num_heads, -1)
-    np.testing.assert_allclose(heads[1, :, : key.shape[1]], key, rtol=1e-2, atol=1e-3)
+    np.testing.assert_array_equal(heads[1, :, : key.shape[1]], key)
+    for name in ("layers.1.ffn_norm.weight", "layers.1.ffn_norm.bias"):  # float32, as exported
+        np.testing.assert_array_equal(weights[name][: plan.hidden], graph.array(name))
+    np.testing.assert_array_equal(weights["embeddings.words"], graph.array(WORDS))
 
 
 def job_for(bundle: Path, **sizes: int) -> BuildJob:

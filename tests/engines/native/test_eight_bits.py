@@ -22,7 +22,7 @@ from edje.engines.precision.calibrate import observe, shared_by_groups, smooth
 from edje.engines.precision.dynamic import dynamic_linears
 from edje.engines.precision.emulate import scorer
 from edje.engines.precision.graph import Graph
-from edje.engines.precision.lower import lower
+from edje.engines.precision.lower import lower_operands
 from edje.engines.samples import RandomSamples
 from edje.errors import EngineError
 from edje.kernels import tuning
@@ -158,7 +158,7 @@ def test_what_is_padding_is_zero_and_weights_are_the_graphs(
 ) -> None:
     graph, hidden = prepared(source, kind), bundle.sizes.hidden
     weights = read_weights(eight_bits.built(graph, kind, "engine"))
-    plain = read_weights(eight_bits.built(lower(source, "float16"), "fp16", "plain"))
+    plain = read_weights(eight_bits.built(lower_operands(source, "float16"), "fp16", "plain"))
     for group in GROUPS:
         values, scales = weights[f"{group}.weight"], weights[f"{group}.scales"]
         wide = values if kind == "int8" else values.view(ml_dtypes.float8_e4m3fn)

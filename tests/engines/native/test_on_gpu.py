@@ -17,7 +17,7 @@ from edje.engines.fidelity import score_host_batch
 from edje.engines.manifest import EngineManifest
 from edje.engines.precision.emulate import scorer
 from edje.engines.precision.graph import Graph
-from edje.engines.precision.lower import lower
+from edje.engines.precision.lower import lower_operands
 from edje.engines.registry import open_engine
 from edje.engines.shallow.cut import Head, cut
 from edje.kernels.layer_variants8 import KINDS
@@ -71,7 +71,9 @@ def engine(
     bundle, folder = BundleManifest.read(full_size), tmp_path_factory.mktemp("built")
     made = EightBits(bundle, folder, fp16, None, EngineManifest.read(fp16).profile.text_buckets)
     precision, element = ("fp16" if form == "shallow" else form), BUILT_AS.get(form)
-    built = made.built(graph if element is None else lower(graph, element), precision, "engine")
+    built = made.built(
+        graph if element is None else lower_operands(graph, element), precision, "engine"
+    )
     with closing(made.on_gpu(built, precision)) as engine:
         yield engine
 

@@ -18,9 +18,9 @@ from edje.engines.precision.graph import Graph
 from edje.engines.samples import int8_batch
 from native_engine import native_scorer, random_batch
 
-# Weights alone, rounded to float16, move scores of random tokens by up to 2e-3 here; the graph in
-# 16 bit, emulated, by 6e-3.
-TOLERANCE = {"fp16": 6e-3, "bf16": 5e-2}
+# Weights alone, rounded to float16, move scores of random tokens by up to 3.6e-3 here (255 pairs);
+# all operands rounded, emulated, by 4.7e-3.
+TOLERANCE = {"fp16": 5e-3, "bf16": 5e-2}
 BUCKETS = (15, 23, 31, 47, 63)
 
 

@@ -19,7 +19,7 @@ from edje.engines.precision.calibrate import observe, smooth
 from edje.engines.precision.dynamic import dynamic_linears
 from edje.engines.precision.emulate import scorer
 from edje.engines.precision.graph import Graph
-from edje.engines.precision.lower import lower
+from edje.engines.precision.lower import lower_operands
 from edje.engines.shallow.cut import Head, cut
 from edje.errors import EngineError
 from edje.export.export import export_bundle
@@ -88,7 +88,7 @@ def test_scores_are_those_of_the_cut_graph_in_float32(
     precision: str,
     capability: tuple[int, int],
 ) -> None:
-    folder = engines.built(lower(shallow, ELEMENTS[precision]), precision, "engine")
+    folder = engines.built(lower_operands(shallow, ELEMENTS[precision]), precision, "engine")
     exact = scorer(shallow)
     with opened(engines, folder, precision, capability) as score:
         for seed, bucket in enumerate(BUCKETS):
@@ -124,7 +124,7 @@ def test_three_layers_of_four(
     bundle = BundleManifest.read(deep_bundle)
     source = Graph.read(deep_bundle / "joint_encoder.onnx")
     exact = cut(source, 3, head_of(bundle))
-    graph = lower(exact, "float16") if precision == "fp16" else prepared(exact, "int8")
+    graph = lower_operands(exact, "float16") if precision == "fp16" else prepared(exact, "int8")
     engines = EightBits(bundle, tmp_path, native_folder(), interpreted, (15, 31))
     folder, batch = engines.built(graph, precision, "engine"), random_batch(bundle, 31, 6, 5)
     plan = Plan.read(folder)
@@ -140,7 +140,7 @@ def test_three_layers_of_four(
 def test_each_pair_has_its_own_score_in_every_batch(
     engines: EightBits, shallow: Graph, bundle: BundleManifest, precision: str
 ) -> None:
-    graph = lower(shallow, "float16") if precision == "fp16" else prepared(shallow, "int8")
+    graph = lower_operands(shallow, "float16") if precision == "fp16" else prepared(shallow, "int8")
     folder, whole = engines.built(graph, precision, "engine"), random_batch(bundle, 15, 6, 3)
     spoilt = whole.visual_tokens.copy()
     spoilt[1, 3, 5], spoilt[4] = np.nan, np.inf
@@ -160,7 +160,7 @@ def test_each_pair_has_its_own_score_in_every_batch(
 def test_the_engine_holds_what_it_runs_and_no_more(
     engines: EightBits, shallow: Graph, bundle: BundleManifest, native_folder: Any
 ) -> None:
-    folder = engines.built(lower(shallow, "float16"), "fp16", "engine")
+    folder = engines.built(lower_operands(shallow, "float16"), "fp16", "engine")
     plan, weights, hidden = Plan.read(folder), read_weights(folder), bundle.sizes.hidden
     assert (plan.num_layers, plan.shallow) == (1, True)
     head = weights["shallow.head.weight"]

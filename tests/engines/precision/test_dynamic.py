@@ -26,7 +26,8 @@ def stepped(values, precision, axis):
         block = np.take(values, range(start, min(start + BLOCK, values.shape[axis])), axis)
         amax = np.abs(block).max(axis=axis, keepdims=True)
         scale = np.maximum(amax, np.float32(1e-30)) / np.float32(LARGEST[precision])
-        ratio = block / scale
+        # Kernels multiply by the reciprocal; weights are divided, when an engine is built.
+        ratio = block * (np.float32(1) / scale) if axis else block / scale
         if precision == "int8":
             steps.append(np.rint(ratio))
         else:

@@ -16,7 +16,7 @@ from edje.engines.agreement import kendall_tau
 from edje.engines.precision.emulate import emulated, runner, scorer
 from edje.engines.precision.float8 import round_to_float8
 from edje.engines.precision.graph import Graph, in_layers
-from edje.engines.precision.lower import ONNX_TYPES, lower
+from edje.engines.precision.lower import ONNX_TYPES, lower, lower_operands
 from edje.errors import EngineError
 
 LOW = ("float16", "bfloat16")
@@ -82,6 +82,30 @@ def test_emulated_values_have_the_bits_of_their_type_only(graph, queries, elemen
     for values in runner(lowered, names)(queries[0][0]):
         assert not (values.view(np.uint32) & ((1 << bits) - 1)).any()
         assert values.std() > 0
+
+
+@pytest.mark.parametrize(("element", "bits"), [("float16", 13), ("bfloat16", 16)])
+def test_operands_alone_are_rounded_where_kernels_add_in_float32(graph, queries, element, bits):
+    lowered = lower_operands(graph, element)
+    checker.check_model(lowered.model(), full_check=True)
+    used = {weight.name for weight in lowered.model().graph.initializer}
+    added = {name for name in graph.weights if name.endswith(".bias") or "norm." in name}
+    assert added <= used
+    operands = [name for node in lowered.nodes for name in node.input if node.op_type == "MatMul"]
+    values = [name for name in operands if name not in lowered.weights and "layers" in name]
+    weights = [lowered.array(name) for name in operands if name in used and "layers" in name]
+    for each in [*weights, *runner(emulated(lowered), values)(queries[0][0])]:
+        assert not (each.view(np.uint32) & ((1 << bits) - 1)).any()
+        assert each.std() > 0
+
+
+def test_scores_are_nearer_to_float32_where_operands_alone_are_rounded(graph, queries):
+    exact, *found = (
+        np.concatenate([scorer(each)(batch) for query in queries for batch in query])
+        for each in (graph, lower_operands(graph, "float16"), lower(graph, "float16"))
+    )
+    operands, whole = (np.sqrt(np.mean((each - exact) ** 2)) for each in found)
+    assert 0 < operands < 0.8 * whole
 
 
 def test_weights_too_large_for_float16_are_all_named(graph):
