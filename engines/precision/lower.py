@@ -99,7 +99,11 @@ def lower_operands(graph: Graph, element: str) -> Graph:
     new = graph.replaced([])
     rounder = _Rounder(new, element)
     read = _operands(graph)
+    sums: dict[str, str] = {}
     for item in graph.nodes:
+        if item.op_type == "Softmax" and in_layers(item):
+            sums[item.output[0]] = _add_exponents(new, item)
+            continue
         has_weight = in_layers(item) and item.op_type == "MatMul" and not is_dynamic(item)
         inputs = [
             rounder.weight(name, keep_float32=True)
@@ -107,9 +111,36 @@ def lower_operands(graph: Graph, element: str) -> Graph:
             else rounder.take(name, name in read)
             for name in item.input
         ]
-        new.nodes.append(with_inputs(item, inputs))
+        if item.op_type == "MatMul" and item.input[0] in sums:
+            new.nodes += _divided(with_inputs(item, inputs), sums[item.input[0]])
+        else:
+            new.nodes.append(with_inputs(item, inputs))
     rounder.raise_overflows()
     return new
+
+
+def _add_exponents(graph: Graph, item: onnx.NodeProto) -> str:
+    """Add a Softmax that is not divided by its sums yet; return these.
+
+    Kernels round so, and divide what the values add up to.
+    """
+    (scores,), (output,) = item.input, item.output
+    last = graph.set_weight("const.last_axis", np.array([-1], np.int64))
+    largest, below, total = (f"{output}.{name}" for name in ("largest", "below", "total"))
+    graph.nodes += [
+        node("ReduceMax", [scores, last], largest, f"{item.name}/ReduceMax", keepdims=1),
+        node("Sub", [scores, largest], below, f"{item.name}/Sub"),
+        node("Exp", [below], output, f"{item.name}/Exp"),
+        node("ReduceSum", [output, last], total, f"{item.name}/ReduceSum", keepdims=1),
+    ]
+    return total
+
+
+def _divided(product: onnx.NodeProto, total: str) -> list[onnx.NodeProto]:
+    """Return a product and its division by `total`."""
+    output, whole = product.output[0], f"{product.output[0]}.whole"
+    product.output[0] = whole
+    return [product, node("Div", [whole, total], output, f"{product.name}/Div")]
 
 
 def _operands(graph: Graph) -> set[str]:
