@@ -54,11 +54,8 @@ struct Place {
 inline thread_local Place threadIdx, blockIdx, gridDim;
 
 constexpr unsigned BASE = 0x410, LEAST_TRANSFER = 16; // shared memory begins at BASE
-constexpr int NUM_THREADS = 384, SWIZZLE_128B = 3;
+constexpr int NUM_THREADS = 384, SWIZZLE_128B = 3, ELEMENT_TYPE = BFLOAT16 ? 9 : 6;
 constexpr unsigned MOST_COUNT = (1 << 20) - 1;
-#ifndef PATIENCE_S
-#define PATIENCE_S 60
-#endif
 constexpr auto PATIENCE = std::chrono::seconds(PATIENCE_S);
 
 struct Copy {
@@ -166,6 +163,8 @@ inline void barrier_wait(unsigned address, unsigned parity) {
 inline void prefetch_map(const TensorMap &) {}
 inline void copy_box(unsigned target, const TensorMap &map, int row, int column, unsigned barrier) {
     const unsigned size = map.box_rows * map.box_columns * 2;
+    if (map.element != ELEMENT_TYPE)
+        block->fail("a map of another element type");
     if (target % 1024 || map.swizzle != SWIZZLE_128B || map.box_columns != 64 || map.box_rows > 256)
         block->fail("a box that the swizzle does not take");
     block->at(target, LEAST_TRANSFER);
