@@ -200,9 +200,7 @@ def to_ptx(variant: Variant, sm: int, cache: str) -> Any:
         return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 
 
-def check_parameters(
-    variant: Variant, ptx: str, scratch: tuple[Parameter, ...] = SCRATCH
-) -> None:
+def check_parameters(variant: Variant, ptx: str, scratch: tuple[Parameter, ...] = SCRATCH) -> None:
     """Compare the entry's parameters in PTX with what the manifest will say.
 
     Args:

@@ -10,8 +10,8 @@ import numpy as np
 
 from ..arrays import DeviceArray
 from ..errors import EngineError, named
-from .device.contract import Device, Kernel, Stream
 from .cuda.manifest import all_kernels
+from .device.contract import Device, Kernel, Stream
 from .manifest import Cubin, KernelEntry, TensorMap, read_manifest
 from .variant import MAX_SHARED_BYTES, Parameter
 

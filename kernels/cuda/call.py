@@ -30,9 +30,7 @@ class ProductNorm:
     The product is not rounded before the residual is added. A row is the same bits in every batch.
     """
 
-    def __init__(
-        self, library: KernelLibrary, *, dtype: str, epsilon: float, num_processors: int
-    ):
+    def __init__(self, library: KernelLibrary, *, dtype: str, epsilon: float, num_processors: int):
         """Load the kernel.
 
         Args:

@@ -10,7 +10,7 @@ from ..variant import ELEMENTS, Parameter, Variant
 
 SOURCES = ("hopper.cuh", "layout.cuh", "product_norm.cu")
 CAPABILITY = "9.0"  # `wgmma` belongs to this very chip
-# A tile of `product_norm`: whole rows, of which it takes this many inputs at once; stages in flight.
+# A tile of `product_norm`: whole rows, so many inputs of them at once; and stages in flight.
 ROWS, COLUMNS, BLOCK_IN, STAGES = 128, 384, 64, 3
 NUM_WARPS = 12
 FETCHED = {"x": ROWS, "weight": COLUMNS // 2, "residual": ROWS}  # rows of one copy

@@ -1,7 +1,7 @@
 """Run `kernels/cuda/product_norm.cu` on the CPU: the source itself, on a machine of threads.
 
-`emulated_hopper.h` stands where `hopper.cuh` has instructions of the GPU; a C++ compiler of the host
-makes a library of both.
+`emulated_hopper.h` stands where `hopper.cuh` has instructions of the GPU; a C++ compiler of the
+host makes a library of both.
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ def run_with(
     """Run one launch of a library of `compiled`."""
     given = {name: _encoded(value) for name, value in values.items()}
     fault = ctypes.create_string_buffer(200)
-    machine.run_product_norm(
-        grid[0], shared_bytes(), seed, ctypes.byref(Arguments(**given)), fault
-    )
+    machine.run_product_norm(grid[0], shared_bytes(), seed, ctypes.byref(Arguments(**given)), fault)
     assert not fault.value, fault.value.decode()
 
 

@@ -24,8 +24,8 @@ import numpy as np
 import pytest
 
 from edje.kernels import references
-from edje.kernels.device import facts, measuring
 from edje.kernels.cuda.manifest import all_kernels
+from edje.kernels.device import facts, measuring
 from edje.kernels.manifest import KernelEntry
 
 GPU_NAME = "NVIDIA Stand-in 80GB"
