@@ -10,7 +10,7 @@ import numpy as np
 
 from ..arrays import DeviceArray
 from ..errors import EngineError, named
-from .cuda.manifest import all_kernels
+from .cuda_manifest import all_kernels
 from .device.contract import Device, Kernel, Stream
 from .manifest import Cubin, KernelEntry, TensorMap, read_manifest
 from .variant import MAX_SHARED_BYTES, Parameter

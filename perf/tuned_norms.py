@@ -14,10 +14,10 @@ import numpy as np
 from ..arrays import Array, DeviceArray, Float32
 from ..bundle import ATTENTION_OUTPUT, FFN2
 from ..kernels import layer_references
-from ..kernels.cuda.call import ProductNorm
-from ..kernels.cuda.variants import COLUMNS, product_norm_name
+from ..kernels.cuda_variants import COLUMNS, product_norm_name
 from ..kernels.launch import KernelLibrary
 from ..kernels.norm_call import AddNorm
+from ..kernels.product_norm_call import ProductNorm
 from ..kernels.tuning import FUSED, NORM
 from .tuned_products import NUM_DRAWN, NUM_INPUTS, Call, Product16, spread, view
 
@@ -98,8 +98,9 @@ class Norm(_WithResidual):
 
     def _calls(self, tile: str) -> Sequence[Call]:
         place, held = self._place, self._held
-        sizes = {"hidden": COLUMNS, "width": COLUMNS}
-        norm = AddNorm(place.library, dtype=self._element, epsilon=EPSILON, **sizes)
+        norm = AddNorm(
+            place.library, dtype=self._element, hidden=COLUMNS, width=COLUMNS, epsilon=EPSILON
+        )
         vectors = held["norm_weight"], held["norm_bias"]
         return [
             partial(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...bundle import ATTENTION_OUTPUT, ModelSizes
-from ...kernels.cuda.manifest import read_cuda_manifest
+from ...kernels.cuda_manifest import read_cuda_manifest
 from ...kernels.device import open_gpu
 from ...kernels.device.facts import Gpu, capability_key, current_gpu, current_index, gpu_fault
 from ...kernels.launch import runs_on

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...bundle import FFN1, layer_path, node_name
 from ...errors import EngineError
-from ...kernels.cuda.variants import COLUMNS
+from ...kernels.cuda_variants import COLUMNS
 from ...kernels.tuning import Tuning, read_tuning
 from ..contract import BuildJob
 from ..precision.graph import Graph

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...bundle import FFN1, FFN2, QKV
-from ...kernels.cuda.manifest import all_kernels
-from ...kernels.cuda.variants import product_norm_name
+from ...kernels.cuda_manifest import all_kernels
+from ...kernels.cuda_variants import product_norm_name
 from ...kernels.launch import choose_cubin
 from ...kernels.layer_variants import (
     NORM_COLUMNS,

@@ -7,15 +7,16 @@ Whatever an 8-bit product reads was written in 8 bits by the step before: by `ad
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from ...arrays import DeviceArray
 from ...bundle import ATTENTION_OUTPUT, FFN1, FFN2, QKV, SCALES, SMOOTH, layer_path, weight_name
-from ...kernels.cuda.call import ProductNorm
 from ...kernels.device.contract import Stream
 from ...kernels.launch import KernelLibrary
 from ...kernels.layers import AddNorm, Product
 from ...kernels.layers8 import Product8, Quantize
+from ...kernels.product_norm_call import ProductNorm
 from ...kernels.scaled import Copy, Scaled
 from .memory import Rows
 from .plan import STEPS8, Plan
@@ -64,14 +65,9 @@ class Steps:
         """
         self._plan, self._weights, self._control = plan, weights, control
         gelu = {FFN1: plan.activation}
+        product = partial(Product, library, dtype=plan.element, num_processors=num_processors)
         self._products = {
-            step: Product(
-                library,
-                dtype=plan.element,
-                gelu=gelu.get(step, "none"),
-                tile=tile,
-                num_processors=num_processors,
-            )
+            step: product(gelu=gelu.get(step, "none"), tile=tile)
             for step, tile in choices.tiles.items()
         }
         self._products8 = {
@@ -96,13 +92,9 @@ class Steps:
             )
             for number, epsilon in enumerate(plan.epsilons[1:])
         ]
+        fused = partial(ProductNorm, library, dtype=plan.element, num_processors=num_processors)
         self._fused = {
-            number: ProductNorm(
-                library,
-                dtype=plan.element,
-                epsilon=plan.epsilons[1 + number],
-                num_processors=num_processors,
-            )
+            number: fused(epsilon=plan.epsilons[1 + number])
             for number in fused_norms(plan, choices.fused)
         }
         self._quantizers = {

@@ -1,7 +1,7 @@
 // Where the values of `product_norm` lie: in shared memory, in the accumulators of a thread, and in
 // the matrix descriptors of `wgmma`. Plain functions, which a host's compiler takes as well.
 //
-// The build defines ROWS, COLUMNS, BLOCK_IN, STAGES and SHARED_BYTES (kernels/cuda/variants.py).
+// The build defines ROWS, COLUMNS, BLOCK_IN, STAGES and SHARED_BYTES (kernels/cuda_variants.py).
 #pragma once
 
 #ifdef __CUDACC__

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from edje.kernels.cuda.manifest import FOLDER
-from edje.kernels.cuda.variants import cuda_variants, shared_bytes
+from edje.kernels.cuda_manifest import FOLDER
+from edje.kernels.cuda_variants import cuda_variants, shared_bytes
 from edje.kernels.variant import Variant
 from launches import TensorMap
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from edje.arrays import DeviceArray
-from edje.kernels.cuda.variants import cuda_variants
+from edje.kernels.cuda_variants import cuda_variants
 from edje.kernels.manifest import read_manifest
 from edje.kernels.variant import Parameter, Variant
 from edje.kernels.variants import all_variants

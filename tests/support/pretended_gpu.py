@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 from edje.kernels import references
-from edje.kernels.cuda.manifest import all_kernels
+from edje.kernels.cuda_manifest import all_kernels
 from edje.kernels.device import facts, measuring
 from edje.kernels.manifest import KernelEntry
 

@@ -23,7 +23,7 @@ from edje.engines.precision.graph import Graph
 from edje.engines.precision.lower import lower
 from edje.engines.registry import open_engine
 from edje.engines.shallow.cut import Head, cut
-from edje.kernels.cuda.variants import CAPABILITY
+from edje.kernels.cuda_variants import CAPABILITY
 from edje.kernels.device import open_gpu
 from edje.kernels.device.facts import current_gpu, current_index
 from edje.kernels.layer_variants8 import KINDS

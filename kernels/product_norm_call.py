@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...arrays import DeviceArray
-from ..device.contract import Stream
-from ..launch import (
+from ..arrays import DeviceArray
+from .cuda_variants import BLOCK_IN, COLUMNS, ROWS, product_norm_name
+from .device.contract import Stream
+from .launch import (
     MOST_SLOTS,
     KernelLibrary,
     array_faults,
@@ -20,8 +21,7 @@ from ..launch import (
     rows_faults,
     stride_faults,
 )
-from ..layer_variants import ACTIVATIONS
-from .variants import BLOCK_IN, COLUMNS, ROWS, product_norm_name
+from .layer_variants import ACTIVATIONS
 
 
 class ProductNorm:

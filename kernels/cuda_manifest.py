@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from ..manifest import CUBINS, FORMAT_VERSION, KernelEntry, read_as, read_manifest
-from .variants import SOURCES, cuda_variants
+from .cuda_variants import SOURCES, cuda_variants
+from .manifest import CUBINS, FORMAT_VERSION, KernelEntry, read_as, read_manifest
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "cuda"
 CUDA_CUBINS = FOLDER / "cubins"
 
 

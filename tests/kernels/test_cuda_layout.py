@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import emulated_kernels
 from edje.kernels import layer_references
-from edje.kernels.cuda.variants import BLOCK_IN, COLUMNS, ROWS, STAGES, cuda_variants, shared_bytes
+from edje.kernels.cuda_variants import BLOCK_IN, COLUMNS, ROWS, STAGES, cuda_variants, shared_bytes
 from launches import TensorMap
 
 HALF, GROUP = COLUMNS // 2, ROWS // 2

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from edje.errors import EngineError
 from edje.kernels import layer_references
-from edje.kernels.cuda.call import ProductNorm
-from edje.kernels.cuda.variants import product_norm_name
+from edje.kernels.cuda_variants import product_norm_name
 from edje.kernels.launch import KernelLibrary
+from edje.kernels.product_norm_call import ProductNorm
 from launches import NotedKernels, fake_memory
 from recording_device import RecordingDevice
 

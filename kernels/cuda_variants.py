@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..layer_variants import ACTIVATIONS
-from ..manifest import TensorMap
-from ..variant import ELEMENTS, Parameter, Variant
+from .layer_variants import ACTIVATIONS
+from .manifest import TensorMap
+from .variant import ELEMENTS, Parameter, Variant
 
 SOURCES = ("hopper.cuh", "layout.cuh", "product_norm.cu")
 CAPABILITY = "9.0"  # `wgmma` belongs to this very chip

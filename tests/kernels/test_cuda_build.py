@@ -11,16 +11,16 @@ import pytest
 
 from edje.errors import EngineError
 from edje.files import sha256_of
+from edje.kernels import cuda_build as build
 from edje.kernels.build import limit_faults
-from edje.kernels.cuda import build
-from edje.kernels.cuda.manifest import (
+from edje.kernels.cuda_manifest import (
     CUDA_CUBINS,
     FOLDER,
     all_kernels,
     cuda_source_hash,
     read_cuda_manifest,
 )
-from edje.kernels.cuda.variants import SOURCES, cuda_variants
+from edje.kernels.cuda_variants import SOURCES, cuda_variants
 from edje.kernels.manifest import MANIFEST, read_manifest
 
 VARIANTS = {variant.name: variant for variant in cuda_variants()}

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from ...errors import EdjeError, EngineError
-from ..build import (
+from ..errors import EdjeError, EngineError
+from .build import (
     OPTIONS,
     Compiled,
     assemble_ptx,
@@ -28,10 +28,10 @@ from ..build import (
     read_resources,
     write,
 )
-from ..manifest import Cubin, KernelEntry
-from ..variant import Variant
-from .manifest import CUDA_CUBINS, FOLDER, CudaManifest, cuda_source_hash
-from .variants import CAPABILITY, cuda_variants, shared_bytes, tensor_maps
+from .cuda_manifest import CUDA_CUBINS, FOLDER, CudaManifest, cuda_source_hash
+from .cuda_variants import CAPABILITY, cuda_variants, shared_bytes, tensor_maps
+from .manifest import Cubin, KernelEntry
+from .variant import Variant
 
 TOOLKIT = "nvidia.cu13"  # where the wheel `nvidia-cuda-nvcc` puts its files
 INSTALL = "pip install -e '.[kernels,kernels-cuda]' -c constraints.txt"
@@ -118,7 +118,7 @@ def to_ptx(variant: Variant, folder: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build into the package; with `--check` only compare. Return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m edje.kernels.cuda.build", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m edje.kernels.cuda_build", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     check = parser.parse_args(arguments).check
     if nvcc_path() is None:
