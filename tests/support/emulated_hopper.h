@@ -60,7 +60,7 @@ constexpr auto PATIENCE = std::chrono::seconds(PATIENCE_S);
 
 struct Copy {
     unsigned target, barrier;
-    const TensorMap *map;
+    TensorMap map; // the program's own ends with its thread, a launch's with the launch
     int row, column;
 };
 struct Barrier {
@@ -172,12 +172,12 @@ inline void copy_box(unsigned target, const TensorMap &map, int row, int column,
         return block->fail("a box past shared memory");
     std::memset(block->memory.data() + (target - BASE), 0xFF, size);
     std::lock_guard lock(block->mutex);
-    block->copies.push_back({target, barrier, &map, row, column});
+    block->copies.push_back({target, barrier, map, row, column});
     block->changed.notify_all();
 }
 
 inline void fetch_box(const Copy &copy) {
-    const TensorMap &map = *copy.map;
+    const TensorMap &map = copy.map;
     for (int row = 0; row < map.box_rows; ++row)
         for (int column = 0; column < map.box_columns; ++column) {
             const long long r = copy.row + row, c = copy.column + column;
@@ -204,7 +204,7 @@ inline void run_copies(unsigned seed) {
         fetch_box(copy);
         lock.lock();
         Barrier &barrier = block->barriers[copy.barrier];
-        barrier.num_bytes -= copy.map->box_rows * copy.map->box_columns * 2;
+        barrier.num_bytes -= copy.map.box_rows * copy.map.box_columns * 2;
         block->end_phase(barrier);
     }
 }
