@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -90,6 +91,7 @@ def test_the_code_has_the_instructions_that_it_was_written_for(name: str) -> Non
     assert words["USETMAXREG.DEALLOC.CTAPOOL"] == words["USETMAXREG.TRY_ALLOC.CTAPOOL"] == 1
     assert words["STG.E.128"] == 24  # 16 bytes at a time: 12 of each of a thread's two rows
     assert [word for word in words if word.startswith(("LDL", "STL", "ATOM", "RED."))] == []
+    assert max(map(int, re.findall(r"\bR(\d+)\b", shown))) < 240  # what the readers take
 
 
 @needs_nvcc
