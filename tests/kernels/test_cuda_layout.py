@@ -142,29 +142,29 @@ def test_the_ring_neither_stops_nor_loses_an_item(
     assert all(each.left == each.count for each in (*full, *empty))
 
 
-# One line of the source each, what stands there instead, and what is seen of it.
+# One line of the source each, and what stands there instead. Which way a fault shows is a race of
+# threads: rows that are wrong or NaN, or a wait without end.
 FAULTS = {
-    "a stage is released while it is multiplied": ("products_wait<1>();", "", ""),
-    "products are read before they have ended": ("products_wait<0>();", "products_wait<1>();", ""),
+    "a stage is released while it is multiplied": ("products_wait<1>();", ""),
+    "products are read before they have ended": ("products_wait<0>();", "products_wait<1>();"),
     "more bytes are announced than come": (
         "open_stage(ring, RESIDUAL_BYTES)",
         "open_stage(ring, BLOCK_BYTES)",
-        "for ever",
     ),
-    "a warp releases what its lanes still read": ("sync_warp(); // all lanes have read", "", ""),
-    "the swizzle is forgotten": ("(turn ^ group", "(group", ""),
+    "a warp releases what its lanes still read": ("sync_warp(); // all lanes have read", ""),
+    "the swizzle is forgotten": ("(turn ^ group", "(group"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_machine_sees_a_fault(fault: str) -> None:
-    line, instead, seen = FAULTS[fault]
+    line, instead = FAULTS[fault]
     machine = emulated_kernels.compiled(VARIANT, {line: instead}, patience_s=2)
-    if seen:
-        with pytest.raises(AssertionError, match=seen):
-            difference(machine)
-    else:
-        assert not difference(machine) < 0.1
+    try:
+        found = difference(machine)
+    except emulated_kernels.MachineFault:
+        return
+    assert not found < 0.1
 
 
 def test_without_a_fault_it_sees_none(source: ctypes.CDLL) -> None:
