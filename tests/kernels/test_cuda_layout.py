@@ -151,7 +151,6 @@ FAULTS = {
         "open_stage(ring, RESIDUAL_BYTES)",
         "open_stage(ring, BLOCK_BYTES)",
     ),
-    "a warp releases what its lanes still read": ("sync_warp(); // all lanes have read", ""),
     "the swizzle is forgotten": ("(turn ^ group", "(group"),
 }
 
