@@ -84,6 +84,7 @@ tune: $(if $(VENV),$(INSTALLED)) ## time the GPU kernels' tiles on the GPU at ha
 
 kernels: $(INSTALLED) ## compile the GPU kernels for every architecture (no GPU, minutes)
 	$(BIN)/python -m edje.kernels.build
+	$(BIN)/python -m edje.kernels.cuda_build
 
 train: $(INSTALLED) ## train the demo's model again (hours on two cores, resumable)
 	$(BIN)/python -m edje.demo.training

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import EdjeError, EngineError
 from ..files import publish_folder
@@ -79,7 +79,7 @@ def build_all() -> tuple[KernelManifest, dict[str, bytes]]:
     faults = [fault for variant in all_variants() for fault in limit_faults(variant, kernels)]
     if faults:
         raise EngineError("compiled kernels do not keep their limits", faults=faults)
-    manifest = KernelManifest(source_hash(), triton.__version__, _ptxas_version(), OPTIONS, kernels)
+    manifest = KernelManifest(source_hash(), triton.__version__, ptxas_version(), OPTIONS, kernels)
     return manifest, files
 
 
@@ -99,7 +99,14 @@ def compile_variants(
             yield variant, tuple(next(results) for _ in variant.capabilities)
 
 
-def write(folder: Path, manifest: KernelManifest, files: dict[str, bytes]) -> None:
+class Manifest(Protocol):
+    """What lies beside cubins."""
+
+    def to_json(self) -> str:
+        """Return the file's text."""
+
+
+def write(folder: Path, manifest: Manifest, files: dict[str, bytes]) -> None:
     """Replace `folder`, whole or not at all."""
     with publish_folder(folder, manifest=MANIFEST, overwrite=True) as staging:
         for name, code in files.items():
@@ -107,7 +114,7 @@ def write(folder: Path, manifest: KernelManifest, files: dict[str, bytes]) -> No
         (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def differences(folder: Path, manifest: KernelManifest, files: dict[str, bytes]) -> list[str]:
+def differences(folder: Path, manifest: Manifest, files: dict[str, bytes]) -> list[str]:
     """Return which files of `folder` differ from what was built, those missing included."""
     expected = {**files, MANIFEST: manifest.to_json().encode()}
     found = {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file()}
@@ -193,15 +200,18 @@ def to_ptx(variant: Variant, sm: int, cache: str) -> Any:
         return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 
 
-def check_parameters(variant: Variant, ptx: str) -> None:
+def check_parameters(variant: Variant, ptx: str, scratch: tuple[Parameter, ...] = SCRATCH) -> None:
     """Compare the entry's parameters in PTX with what the manifest will say.
+
+    Args:
+        scratch: what the compiler appends to the variant's own.
 
     Raises:
         EngineError: they differ.
     """
     pattern = r"^\s*\.param (?:\.align \d+ )?\.(\w+)[^;\n]*_param_\d+(\[\d+\])?,?$"
     found = ["".join(parts) for parts in re.findall(pattern, ptx, re.M)]
-    parameters = (*variant.parameters, *SCRATCH)
+    parameters = (*variant.parameters, *scratch)
     expected = [PTX_TYPES.get(kind, "u64") for kind in passed_types(parameters)]
     if found != expected:
         raise EngineError(f"{variant.name} takes {found} in PTX, expected {expected}")
@@ -212,7 +222,8 @@ def _ptxas() -> str:
     return path
 
 
-def _ptxas_version() -> str:
+def ptxas_version() -> str:
+    """Return the version of the assembler."""
     shown = subprocess.run([_ptxas(), "--version"], capture_output=True, text=True, check=True)
     return shown.stdout.split(", V")[1].split()[0]
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from ..arrays import DeviceArray
 from ..errors import EngineError, named
+from .cuda_manifest import all_kernels
 from .device.contract import Device, Kernel, Stream
-from .manifest import CUBINS, Cubin, KernelEntry, TensorMap, read_manifest
+from .manifest import Cubin, KernelEntry, TensorMap, read_manifest
 from .variant import MAX_SHARED_BYTES, Parameter
 
 DTYPES = {
@@ -186,25 +187,32 @@ class KernelLibrary:
     """The compiled kernels, for one GPU. Load them at set-up, never while requests run."""
 
     def __init__(
-        self, device: Device, compute_capability: tuple[int, int], *, folder: Path = CUBINS
+        self,
+        device: Device,
+        compute_capability: tuple[int, int],
+        *,
+        folder: Path | None = None,
     ):
         """Read what there is; loads nothing yet.
 
         Args:
             device: loads the cubins and keeps them as long as it lives.
             compute_capability: of the GPU, major and minor.
+            folder: where cubins and their manifest lie; None: all of the package's own.
 
         Raises:
             EngineError: the manifest is missing or damaged.
         """
-        self._device, self._capability, self._folder = device, compute_capability, folder
-        self._manifest = read_manifest(folder)
+        self._device, self._capability = device, compute_capability
+        self._kernels = all_kernels()
+        if folder is not None:
+            kernels = read_manifest(folder).kernels
+            self._kernels = {name: (folder, entry) for name, entry in kernels.items()}
         self._loaded: dict[str, LoadedKernel] = {}
 
     def has(self, name: str) -> bool:
         """Return whether a kernel of this name runs on this GPU."""
-        entry = self._manifest.kernels.get(name)
-        return entry is not None and runs_on(entry, self._capability)
+        return name in self._kernels and runs_on(self._kernels[name][1], self._capability)
 
     def kernel(self, name: str) -> LoadedKernel:
         """Return a kernel by the name of its variant, loaded at the first call.
@@ -213,11 +221,11 @@ class KernelLibrary:
             EngineError: no such kernel, none for this GPU, or its file is damaged.
         """
         if name not in self._loaded:
-            entry = self._manifest.kernels.get(name)
-            if entry is None:
+            if name not in self._kernels:
                 raise EngineError(f"no kernel is called {name!r}", hint="see kernels/variants.py")
+            folder, entry = self._kernels[name]
             cubin = choose_cubin(entry, self._capability)
-            module = self._device.load_module(_read(self._folder / cubin.file, cubin))
+            module = self._device.load_module(_read(folder / cubin.file, cubin))
             kernel = module.kernel(entry.symbol, cubin.shared_bytes)
             self._loaded[name] = LoadedKernel(name, entry, cubin, kernel, self._device)
         return self._loaded[name]

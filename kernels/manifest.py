@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from ..arguments import read_fields
 from ..errors import EngineError
@@ -142,6 +143,18 @@ def read_manifest(folder: Path = CUBINS) -> KernelManifest:
     Raises:
         EngineError: it is missing, damaged, or of another format.
     """
+    return read_as(KernelManifest, folder)
+
+
+Kind = TypeVar("Kind")
+
+
+def read_as(kind: type[Kind], folder: Path) -> Kind:
+    """Read the manifest in `folder` as a dataclass.
+
+    Raises:
+        EngineError: it is missing, damaged, or of another format.
+    """
     path, faults = folder / MANIFEST, []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -152,7 +165,7 @@ def read_manifest(folder: Path = CUBINS) -> KernelManifest:
         if version != FORMAT_VERSION:
             message = f"{path} has format {version}, expected {FORMAT_VERSION}"
             raise EngineError(message, hint="make kernels")
-        manifest = read_fields(KernelManifest, content, "", faults)
+        manifest = read_fields(kind, content, "", faults)
         if manifest is not None:
             return manifest
     message = f"the compiled kernels cannot be used: {path} is missing or damaged"

@@ -6,6 +6,9 @@ A layer's products at the size of a full batch, in CUDA graphs, over inputs that
 alone would lie in the L2 cache). All tiles of a step run interleaved; the least time counts, and
 each tile's rows are compared with the reference before. An engine that was built with other tiles
 says so when it is opened.
+
+Then, with the table written, what runs a product and the norm of its rows in one kernel is timed
+beside what it would replace; where it is right and faster, the table says so, and builds take it.
 """
 
 from __future__ import annotations
@@ -33,17 +36,22 @@ from ..kernels.layer_variants8 import KINDS
 from ..kernels.tuning import (
     FOLDER,
     FORMAT_VERSION,
+    FUSED,
+    NORM,
     Table,
+    fused_steps,
     read_tuning,
     serving_table,
     tuned_capabilities,
 )
 from .random_model import HIDDEN, INTERMEDIATE
-from .tuned_products import SLOTS, Place, Product8Bit, Product16
+from .tuned_norms import FusedProduct, Norm, fusable
+from .tuned_products import SLOTS, Place, Product8Bit, Product16, TunedProduct
 
 PAIRS = 256
 CALLS_A_GRAPH, NUM_ROUNDS = 12, 7
 BUDGET_S = 90.0
+SHARE_OF_FUSED = 0.1  # of the budget
 # Step, inputs, outputs and GELU of a layer's products.
 STEPS = (
     (QKV, HIDDEN, 3 * HIDDEN, "none"),
@@ -76,15 +84,53 @@ def _tune_step(
     kind = Product16 if element in NUMPY_TYPES else Product8Bit
     with closing(place.device.sibling()) as device:  # what a step takes is freed with it
         product = kind(replace(place, device=device), element, num_in, num_out, gelu)
-        graphs = {
-            tile: device.capture(partial(_all, product.check(tile)), place.stream)
-            for tile in product.tiles()
-        }
+        graphs = _captured(place, [(product, tile) for tile in product.tiles()])
         try:
             return least_us(place, graphs, until)
         finally:
             for graph in graphs.values():
                 graph.close()
+
+
+def _captured(place: Place, products: Sequence[tuple[TunedProduct, str]]) -> dict[str, Graph]:
+    """Return a graph of every tile, once its rows were compared with the reference."""
+    capture = place.device.capture
+    return {
+        tile: capture(partial(_all, product.check(tile)), place.stream)
+        for product, tile in products
+    }
+
+
+def try_fused(
+    place: Place, element: str, tiles: Mapping[str, str], seconds: float
+) -> dict[str, dict[str, float]]:
+    """Return microseconds of products with their norm, and of what they would replace.
+
+    Args:
+        tiles: step -> the tile that is best by itself.
+
+    Raises:
+        EdjeError: rows differ from the reference.
+    """
+    steps, timed = fusable(place.library, element, tiles), {}
+    for step, num_in, num_out, gelu in STEPS:
+        if step not in steps:
+            continue
+        with closing(place.device.sibling()) as device:
+            here, sizes = replace(place, device=device), (num_in, num_out, gelu)
+            fused = FusedProduct(here, element, *sizes)
+            product = Product16(here, element, *sizes)
+            norm = Norm(here, element, num_out, num_out, gelu)
+            every = [(product, tiles[step]), (fused, FUSED), (norm, NORM)]
+            graphs = _captured(place, every)
+            try:
+                times = least_us(place, graphs, monotonic() + seconds / len(steps))
+            finally:
+                for graph in graphs.values():
+                    graph.close()
+        timed[step] = {tiles[step]: times[tiles[step]], FUSED: times[FUSED]}
+        timed[NORM] = {NORM: min([times[NORM], *timed.get(NORM, {}).values()])}
+    return timed
 
 
 def least_us(place: Place, graphs: Mapping[str, Graph], until: float) -> dict[str, float]:
@@ -115,6 +161,18 @@ def table_of(
     """
     tiles = {**(others or {}), **_fastest(measured)}
     return Table(FORMAT_VERSION, conditions, tiles, measured)
+
+
+def with_fused(table: Table, timed: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
+    """Return a table with what `try_fused` timed, by element type; it chooses what is faster."""
+    measured = {**table.measured_us}
+    for element, steps in timed.items():
+        kept = measured[element]
+        added = {step: {**kept.get(step, {}), **us} for step, us in steps.items()}
+        measured[element] = {**kept, **added}
+    fused = {element: fused_steps(measured[element]) for element in timed}
+    chosen = {element: steps for element, steps in fused.items() if steps}
+    return replace(table, measured_us=measured, fused=chosen)
 
 
 def _fastest(
@@ -158,6 +216,24 @@ def measure(num_pairs: int, seconds: float) -> tuple[str, Table]:
     return gpu.capability, table_of(measured, conditions, kept)
 
 
+def measure_fused(num_pairs: int, table: Table, seconds: float) -> Table:
+    """Return a table with products and norms in one kernel timed as well.
+
+    Raises:
+        EdjeError: no GPU, or a kernel whose rows are wrong.
+    """
+    with closing(open_gpu("cuda_core", current_index())) as device, device.current():
+        assert device.compute_capability is not None
+        library = KernelLibrary(device, device.compute_capability)
+        place = Place(device, library, device.stream(), num_pairs)
+        timed = {
+            element: try_fused(place, element, table.tiles[element], seconds / len(NUMPY_TYPES))
+            for element in NUMPY_TYPES
+            if element in table.measured_us
+        }
+    return with_fused(table, {element: steps for element, steps in timed.items() if steps})
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; 1 where a kernel is wrong, 2 where there is no GPU."""
     parser = argparse.ArgumentParser(
@@ -174,15 +250,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"make tune needs an NVIDIA GPU: {fault}", file=sys.stderr)
         return 2
     try:
-        capability, table = measure(options.pairs, options.seconds)
+        share_s = options.seconds * SHARE_OF_FUSED
+        capability, table = measure(options.pairs, options.seconds - share_s)
+        # A candidate that is wrong, or breaks the GPU's context, leaves the table as it is here.
+        path = write_table(options.out, capability, table)
+        table = measure_fused(options.pairs, table, share_s)
+        write_table(options.out, capability, table)
     except EdjeError as error:
         print(error, file=sys.stderr)
         return 1
     for element, steps in table.measured_us.items():
         for step, times in steps.items():
             shown = ", ".join(f"{tile} {us:.1f}" for tile, us in times.items())
-            print(f"{element} {step}: {table.tiles[element][step]} of {shown} us")
-    print(f"written to {write_table(options.out, capability, table)}")
+            chosen = table.tiles[element].get(step, "")
+            if step in table.fused.get(element, ()):
+                chosen = f"{FUSED}, product and norm in one,"
+            print(f"{element} {step}: {chosen} of {shown} us")
+    print(f"written to {path}")
     return 0
 
 

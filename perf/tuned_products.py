@@ -186,12 +186,12 @@ class Product16(TunedProduct):
         )
         fixed = held["weight"], held["bias"]
         return [
-            partial(product.enqueue, held[f"x{n}"], *fixed, _view(out, shape), held["control"])
+            partial(product.enqueue, held[f"x{n}"], *fixed, view(out, shape), held["control"])
             for n, out in enumerate(self._outs)
         ]
 
     def _found(self, some: Array) -> Float32:
-        out = _view(self._outs[0], (self._place.num_rows, self._num_out))
+        out = view(self._outs[0], (self._place.num_rows, self._num_out))
         return self._wide(self._place.fetched(out, self._outs[0])[some])
 
     def _expected(self, some: Array) -> Float32:
@@ -254,21 +254,21 @@ class Product8Bit(TunedProduct):
         )
         fixed = self._scaled("weight"), self._held["bias"]
         calls = []
-        for n, scales in enumerate([_view(self._scales, sizes), *others]):
-            out: DeviceArray | Copy = _view(self._outs[n], shape)
+        for n, scales in enumerate([view(self._scales, sizes), *others]):
+            out: DeviceArray | Copy = view(self._outs[n], shape)
             if self._writes8:
-                out = Copy(Scaled(_view(self._outs[n], shape), scales), self._held["smooth"])
+                out = Copy(Scaled(view(self._outs[n], shape), scales), self._held["smooth"])
             rows = self._scaled(f"x{n}")
             calls.append(partial(product.enqueue, rows, *fixed, out, self._held["control"]))
         return calls
 
     def _found(self, some: Array) -> Float32:
         place, shape = self._place, (self._place.num_rows, self._num_out)
-        values = place.fetched(_view(self._outs[0], shape), self._outs[0])[some]
+        values = place.fetched(view(self._outs[0], shape), self._outs[0])[some]
         if not self._writes8:
             return values.astype(np.float32)
         sizes = shape[0], shape[1] // UNIT
-        scales = place.fetched(_view(self._scales, sizes), self._scales)[some]
+        scales = place.fetched(view(self._scales, sizes), self._scales)[some]
         found: Float32 = self._wide(values) * np.repeat(scales, UNIT, axis=1)
         return found
 
@@ -292,5 +292,6 @@ def spread(random: np.random.Generator, drawn: Array, shape: tuple[int, ...]) ->
     return found
 
 
-def _view(memory: DeviceBuffer, shape: tuple[int, ...]) -> DeviceArray:
+def view(memory: DeviceBuffer, shape: tuple[int, ...]) -> DeviceArray:
+    """Return memory as an array of this shape."""
     return cast(DeviceArray, memory.view(shape))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...bundle import ATTENTION_OUTPUT, ModelSizes
+from ...kernels.cuda_manifest import read_cuda_manifest
 from ...kernels.device import open_gpu
 from ...kernels.device.facts import Gpu, capability_key, current_gpu, current_index, gpu_fault
 from ...kernels.launch import runs_on
@@ -38,7 +39,7 @@ NEEDED = ("cuda.core", "safetensors")
 
 def version() -> str:
     """Return the version of the compiled kernels: an engine opens with those it was built for."""
-    return f"kernels-{read_manifest().source_hash[:12]}"
+    return f"kernels-{read_manifest().source_hash[:12]}-{read_cuda_manifest().source_hash[:12]}"
 
 
 def why_not(precision: str) -> str | None:

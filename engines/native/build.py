@@ -10,6 +10,7 @@ from typing import Any
 
 from ...bundle import FFN1, layer_path, node_name
 from ...errors import EngineError
+from ...kernels.cuda_variants import COLUMNS
 from ...kernels.tuning import Tuning, read_tuning
 from ..contract import BuildJob
 from ..precision.graph import Graph
@@ -97,6 +98,11 @@ def make_plan(job: BuildJob, graph: Graph, capabilities: Sequence[str], element:
         kind=kind,
         quantized=quantized,
         tiles8={each: table.tiles[kind] for each, table in tables.items()} if kind else {},
+        fused={
+            each: table.table.fused[element]
+            for each, table in tables.items()
+            if sizes.hidden == COLUMNS and table.table.fused.get(element)
+        },
     )
 
 

@@ -21,7 +21,7 @@ from functools import partial
 from typing import cast
 
 from ...arrays import DeviceArray
-from ...bundle import ATTENTION_OUTPUT, FFN1, FFN2, QKV
+from ...bundle import FFN1, QKV
 from ...kernels.device.contract import Device, Stream
 from ...kernels.launch import KernelLibrary
 from ...kernels.layers import Attention, Score, ShallowScore
@@ -29,7 +29,7 @@ from ...kernels.operations import Assemble, DeviceEmbeddings
 from ..contract import Batch
 from .memory import Activations, ClsRows, Rows, as_rows_of, columns
 from .plan import Plan
-from .steps import Steps, Work
+from .steps import Choices, Steps, Work
 from .weights import CLASSIFIER, NORM, POOLER, POSITIONS, SHALLOW_HEAD, WORDS
 
 
@@ -46,13 +46,13 @@ class Forward:
         library: KernelLibrary,
         plan: Plan,
         weights: Mapping[str, DeviceArray],
-        tiles: tuple[Mapping[str, str], Mapping[str, str]],
+        choices: Choices,
     ):
         """Allocate the activations and load the kernels; `device` is current and owns both.
 
         Args:
             weights: in device memory, as `weights.take_weights` names them.
-            tiles: step of a layer -> tile of its product, in 16 and in 8 bits.
+            choices: tiles, and what runs in one kernel.
 
         Raises:
             EngineError: too little memory, or no kernel for this GPU.
@@ -60,7 +60,7 @@ class Forward:
         self.plan, self._weights = plan, weights
         self._memory = Activations(device, plan)
         self._steps = Steps(
-            library, plan, weights, self._memory.control, device.num_processors, tiles
+            library, plan, weights, self._memory.control, device.num_processors, choices
         )
         self._attention = {
             (bucket, num_queries): Attention(
@@ -197,10 +197,9 @@ class Forward:
         Args:
             residual_stride: from one row to the next of `hidden`, of which these are some.
         """
-        memory, steps, update = self._memory, self._steps, Rows(self._memory.update)
-        steps.product(layer, ATTENTION_OUTPUT, Rows(memory.context), update, work)
-        hidden = memory.hidden.exact
-        steps.norm(2 * layer, update.exact, hidden, states, work, residual_stride)
+        memory, steps = self._memory, self._steps
+        update, hidden = memory.update, memory.hidden.exact
+        context = Rows(memory.context)
+        steps.product_and_norm(2 * layer, context, update, hidden, states, work, residual_stride)
         steps.product(layer, FFN1, states, memory.wide, work)
-        steps.product(layer, FFN2, memory.wide, update, work)
-        steps.norm(2 * layer + 1, update.exact, states.exact, states, work)
+        steps.product_and_norm(2 * layer + 1, memory.wide, update, states.exact, states, work)

@@ -65,6 +65,8 @@ class Plan:
         quantized: layer groups of that type, as `layers.3.ffn2`; the others are of `element`.
         tiles8: as `tiles`, of the products of the quantised groups.
         tuning: compute capability -> SHA-256 of the tuning table that the tiles came from.
+        fused: compute capability -> steps whose product takes residual and norm along, where
+            neither is in 8 bits.
     """
 
     hidden: int
@@ -85,6 +87,7 @@ class Plan:
     kind: str = ""
     quantized: tuple[str, ...] = ()
     tiles8: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...bundle import FFN1, FFN2, QKV
+from ...kernels.cuda_manifest import all_kernels
+from ...kernels.cuda_variants import product_norm_name
 from ...kernels.launch import choose_cubin
 from ...kernels.layer_variants import (
     NORM_COLUMNS,
@@ -26,12 +29,11 @@ from ...kernels.layer_variants8 import (
     product8_tma_name,
     quantize_name,
 )
-from ...kernels.manifest import read_manifest
-from ...kernels.tuning import read_tuning
+from ...kernels.tuning import FUSED, read_tuning
 from ...kernels.variant import TMA_CAPABILITIES
 from ...kernels.variants import ASSEMBLE_COLUMNS, assemble_name
 from .plan import STEPS8, Plan
-from .steps import is_copied
+from .steps import fused_norms, is_copied, step_before
 
 REPORT = "report.json"
 
@@ -55,6 +57,11 @@ def _kernels(plan: Plan, capability: str) -> Iterator[tuple[str, str, int, float
     yield "assemble", assemble_name(plan.token_dtype, element, columns), 1, None
     name_of = product_tma_name if capability in TMA_CAPABILITIES else product_name
     measured = read_tuning(capability).table.measured_us.get(element, {})
+    fused = fused_norms(plan, plan.fused.get(capability, ()))
+    with_norm = Counter(step for _, step in map(step_before, fused))
+    for step, times in with_norm.items():
+        us = measured.get(step, {}).get(FUSED)
+        yield f"{step}, add and norm", product_norm_name(element), times, us
     for step, tile in plan.tiles[capability].items():
         name = name_of(element, plan.activation if step == FFN1 else "none", tile)
         times = sum(
@@ -62,6 +69,7 @@ def _kernels(plan: Plan, capability: str) -> Iterator[tuple[str, str, int, float
             for layer in range(plan.num_layers)
             if not plan.is_quantized(layer, step)
         )
+        times -= with_norm[step]
         if times:
             yield step, name, times, measured.get(step, {}).get(tile)
     yield from _eight_bit_kernels(plan, capability)
@@ -76,8 +84,9 @@ def _kernels(plan: Plan, capability: str) -> Iterator[tuple[str, str, int, float
     columns = min(size for size in NORM_COLUMNS if size >= plan.width)
     norms = range(2 * plan.num_layers)
     copied = sum(is_copied(plan, number) for number in norms)
-    if copied < len(norms):
-        yield "add and norm", add_norm_name(element, columns), len(norms) - copied, None
+    plain = len(norms) - copied - len(fused)
+    if plain:
+        yield "add and norm", add_norm_name(element, columns), plain, None
     if copied:
         name = add_norm8_name(plan.kind, columns)
         yield f"add and norm, and {plan.kind}", name, copied, None
@@ -121,7 +130,7 @@ def _described(
 ) -> dict[str, Any]:
     """Return one row of the report."""
     major, _, minor = capability.partition(".")
-    entry = read_manifest().kernels[name]
+    _, entry = all_kernels()[name]
     cubin = choose_cubin(entry, (int(major), int(minor)))
     return {
         "step": step,

@@ -22,6 +22,7 @@ from ..manifest import EngineManifest
 from .forward import Forward
 from .memory import activation_bytes, upload
 from .plan import Plan, graph_sizes
+from .steps import Choices
 
 OWN_GRAPHS = "the engine launches graphs of its own"
 
@@ -58,7 +59,8 @@ class NativeEngine(Engine):
         served = serving_table("{}.{}".format(*capability), plan.tiles)
         if served is None:
             raise EngineError(f"{device.name} is not one of {', '.join(plan.tiles)}")
-        self._tiles = plan.tiles[served], plan.tiles8.get(served, {})
+        eight, fused = plan.tiles8.get(served, {}), plan.fused.get(served, ())
+        self._choices = Choices(plan.tiles[served], eight, fused)
         with device.current():
             self._weights = upload(device, weights)
 
@@ -86,7 +88,7 @@ class NativeEngine(Engine):
                 try:
                     with device.current():
                         borrowed = device.borrow(stream)
-                        parts = (self._library, self._plan, self._weights, self._tiles)
+                        parts = (self._library, self._plan, self._weights, self._choices)
                         run = _StreamRun(device, Forward(device, *parts), borrowed)
                 except BaseException:
                     device.close()

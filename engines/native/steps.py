@@ -6,15 +6,17 @@ Whatever an 8-bit product reads was written in 8 bits by the step before: by `ad
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from ...arrays import DeviceArray
-from ...bundle import FFN1, FFN2, QKV, SCALES, SMOOTH, layer_path, weight_name
+from ...bundle import ATTENTION_OUTPUT, FFN1, FFN2, QKV, SCALES, SMOOTH, layer_path, weight_name
 from ...kernels.device.contract import Stream
 from ...kernels.launch import KernelLibrary
 from ...kernels.layers import AddNorm, Product
 from ...kernels.layers8 import Product8, Quantize
+from ...kernels.product_norm_call import ProductNorm
 from ...kernels.scaled import Copy, Scaled
 from .memory import Rows
 from .plan import STEPS8, Plan
@@ -31,6 +33,14 @@ class Work(NamedTuple):
     stream: Stream
 
 
+class Choices(NamedTuple):
+    """What serves one GPU: a tile by step in 16 and in 8 bits, and the steps with their norm."""
+
+    tiles: Mapping[str, str]
+    tiles8: Mapping[str, str]
+    fused: Collection[str]
+
+
 class Steps:
     """What an engine launches of products and norms, on one GPU."""
 
@@ -41,37 +51,31 @@ class Steps:
         weights: Mapping[str, DeviceArray],
         control: DeviceArray,
         num_processors: int,
-        tiles: tuple[Mapping[str, str], Mapping[str, str]],
+        choices: Choices,
     ):
         """Load the kernels.
 
         Args:
             weights: in device memory, as `weights.take_weights` names them.
             control: int64 [2]; says how many pairs a batch has.
-            tiles: step of a layer -> tile of its product, in 16 and in 8 bits.
+            choices: tiles, and what runs in one kernel.
 
         Raises:
             EngineError: no kernel for this GPU.
         """
         self._plan, self._weights, self._control = plan, weights, control
-        sixteen, eight = tiles
         gelu = {FFN1: plan.activation}
+        product = partial(Product, library, dtype=plan.element, num_processors=num_processors)
         self._products = {
-            step: Product(
-                library,
-                dtype=plan.element,
-                gelu=gelu.get(step, "none"),
-                tile=tile,
-                num_processors=num_processors,
-            )
-            for step, tile in sixteen.items()
+            step: product(gelu=gelu.get(step, "none"), tile=tile)
+            for step, tile in choices.tiles.items()
         }
         self._products8 = {
             (step, writes8): Product8(
                 library,
                 kind=plan.kind,
                 gelu=gelu.get(step, "none"),
-                tile=eight[step],
+                tile=choices.tiles8[step],
                 num_processors=num_processors,
                 writes8=writes8,
             )
@@ -88,6 +92,11 @@ class Steps:
             )
             for number, epsilon in enumerate(plan.epsilons[1:])
         ]
+        fused = partial(ProductNorm, library, dtype=plan.element, num_processors=num_processors)
+        self._fused = {
+            number: fused(epsilon=plan.epsilons[1 + number])
+            for number in fused_norms(plan, choices.fused)
+        }
         self._quantizers = {
             width: Quantize(library, kind=plan.kind, width=width)
             for width in (plan.width, plan.wide)
@@ -130,6 +139,40 @@ class Steps:
             x.scaled, scaled, bias, target, self._control, row_step=row_step, **common
         )
 
+    def product_and_norm(
+        self,
+        number: int,
+        x: Rows,
+        update: DeviceArray,
+        residual: DeviceArray,
+        out: Rows,
+        work: Work,
+        residual_stride: int | None = None,
+    ) -> None:
+        """Write the LayerNorm `number` of its step's product and `residual` to `out`.
+
+        Args:
+            number: two a layer, as they come.
+            x: what the step reads.
+            update: gets the product, where that is a kernel by itself.
+            residual_stride: elements from one row to the next of `residual`.
+        """
+        layer, step = step_before(number)
+        if number not in self._fused:
+            self.product(layer, step, x, Rows(update), work)
+            self.norm(number, update, residual, out, work, residual_stride)
+            return
+        self._fused[number].enqueue(
+            x.exact,
+            self.linear(layer_path(layer, step)),
+            residual,
+            self.linear(_norm_path(number)),
+            out.exact,
+            self._control,
+            residual_stride=residual_stride,
+            **work._asdict(),
+        )
+
     def norm(
         self,
         number: int,
@@ -145,11 +188,10 @@ class Steps:
             number: two a layer, as they come.
             residual_stride: elements from one row to the next of `residual`.
         """
-        layer, part = number // 2, (ATTENTION_NORM, FFN_NORM)[number % 2]
         self._norms[number].enqueue(
             update,
             residual,
-            *self.linear(layer_path(layer, part)),
+            *self.linear(_norm_path(number)),
             out.exact,
             self._control,
             residual_stride=residual_stride,
@@ -183,6 +225,28 @@ def forms8(plan: Plan) -> set[tuple[str, bool]]:
         for step in STEPS8
         if plan.is_quantized(layer, step)
     }
+
+
+def step_before(number: int) -> tuple[int, str]:
+    """Return which step of which layer makes what a LayerNorm adds to its residual."""
+    return number // 2, (ATTENTION_OUTPUT, FFN2)[number % 2]
+
+
+def _norm_path(number: int) -> str:
+    return layer_path(number // 2, (ATTENTION_NORM, FFN_NORM)[number % 2])
+
+
+def fused_norms(plan: Plan, steps: Collection[str]) -> tuple[int, ...]:
+    """Return the LayerNorms that run in one kernel with the product of one of `steps`.
+
+    Those are in 16 bits: what they read, and what the next step reads.
+    """
+    return tuple(
+        number
+        for number in range(2 * plan.num_layers)
+        for layer, step in [step_before(number)]
+        if step in steps and not plan.is_quantized(layer, step) and not is_copied(plan, number)
+    )
 
 
 def reader_of(number: int) -> tuple[int, str]:

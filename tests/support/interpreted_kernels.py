@@ -1,8 +1,10 @@
-"""Run Triton kernels on the CPU, in a process of their own that shares memory with the tests.
+"""Run kernels on the CPU: Triton's in a process of their own that shares memory with the tests.
 
 Triton reads `TRITON_INTERPRET` when it is imported, and whoever imports it in the tests' own
 process would decide for all: so `interpreter()` starts a process that has it set. Arrays lie in an
 arena that both have at the same addresses, and only a launch's numbers travel.
+
+Those of CUDA C++ run in the tests' process, as `emulated_kernels` runs them.
 
 A launch fails where an address points to no array, where a kernel wrote beside an array, or into
 one that it does not say it writes.
@@ -26,6 +28,7 @@ import numpy as np
 import pytest
 import xxhash
 
+import emulated_kernels
 from edje.kernels.variant import Variant
 from interpreted_numbers import repair_numbers
 from launches import DESCRIPTOR, VARIANTS, TensorMap, bind, block_of, pointed
@@ -120,7 +123,10 @@ class Interpreter:
         read = self._only_read(variant, values)
         before = list(map(_hash, read))
         try:
-            self._pool.submit(_interpret, variant, grid, values, constants).result()
+            if variant.name in emulated_kernels.NAMES:
+                emulated_kernels.run(variant, grid, values)
+            else:
+                self._pool.submit(_interpret, variant, grid, values, constants).result()
         except BrokenProcessPool:
             assert self._start(), "the interpreter cannot be started again"
             raise AssertionError(f"{variant.name} touched memory that is nobody's") from None

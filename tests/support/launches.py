@@ -12,12 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from edje.arrays import DeviceArray
+from edje.kernels.cuda_variants import cuda_variants
 from edje.kernels.manifest import read_manifest
 from edje.kernels.variant import Parameter, Variant
 from edje.kernels.variants import all_variants
 from pretended_gpu import copy_of
 
-VARIANTS = {variant.name: variant for variant in all_variants()}
+VARIANTS = {variant.name: variant for variant in (*all_variants(), *cuda_variants())}
 DESCRIPTOR = "tensordesc<"
 MAP_BYTES, MAP_MARK = 128, 0x70616D20726F736E  # a real map is no such number
 

@@ -24,8 +24,9 @@ import numpy as np
 import pytest
 
 from edje.kernels import references
+from edje.kernels.cuda_manifest import all_kernels
 from edje.kernels.device import facts, measuring
-from edje.kernels.manifest import KernelEntry, read_manifest
+from edje.kernels.manifest import KernelEntry
 
 GPU_NAME = "NVIDIA Stand-in 80GB"
 CUBIN = b"cubin of the stand-in"
@@ -571,14 +572,14 @@ class Copy:
 def name_of(code: bytes) -> str | None:
     """Return the name of the kernel that this cubin of ours holds; None for other code."""
     digest = hashlib.sha256(code).hexdigest()
-    kernels = read_manifest().kernels.items()
-    return next((n for n, e in kernels if any(cubin.sha256 == digest for cubin in e.cubins)), None)
+    kernels = ((name, entry.cubins) for name, (_, entry) in all_kernels().items())
+    return next((n for n, cubins in kernels if any(c.sha256 == digest for c in cubins)), None)
 
 
 def entry_of(code: bytes) -> KernelEntry | None:
     """Return the entry of the manifest that this cubin belongs to; None for other code."""
     name = name_of(code)
-    return None if name is None else read_manifest().kernels[name]
+    return None if name is None else all_kernels()[name][1]
 
 
 def copy_of(entry: KernelEntry, num_programs: int, arguments: Sequence[np.generic]) -> Copy:

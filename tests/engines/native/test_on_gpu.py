@@ -10,16 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edje.bundle import BundleManifest
+from edje.bundle import ATTENTION_OUTPUT, FFN2, BundleManifest
 from edje.engines.builder.build import build_engine
 from edje.engines.contract import Engine
 from edje.engines.fidelity import score_host_batch
 from edje.engines.manifest import EngineManifest
+from edje.engines.native.plan import Plan
+from edje.engines.native.run import NativeEngine
+from edje.engines.native.weights import read_weights
 from edje.engines.precision.emulate import scorer
 from edje.engines.precision.graph import Graph
 from edje.engines.precision.lower import lower_operands
 from edje.engines.registry import open_engine
 from edje.engines.shallow.cut import Head, cut
+from edje.kernels.cuda_variants import CAPABILITY
+from edje.kernels.device import open_gpu
+from edje.kernels.device.facts import current_gpu, current_index
 from edje.kernels.layer_variants8 import KINDS
 from edje.perf import random_model
 from native_engine import EightBits, prepared, random_batch
@@ -86,6 +92,28 @@ def test_every_bucket_scores_as_its_graph_does(
         batch = random_batch(bundle, bucket, 5 + seed, seed)
         found = score_host_batch(engine, batch)
         np.testing.assert_allclose(found, exact(batch), atol=TOLERANCE[form])
+
+
+def test_products_with_their_norm_in_one_kernel_score_as_the_graph_does(
+    fp16: Path, full_size: Path
+) -> None:
+    """What no build chooses before `make tune` has found it right and faster."""
+    if current_gpu().capability != CAPABILITY:
+        pytest.skip(f"these kernels are for {CAPABILITY} alone")
+    bundle, manifest = BundleManifest.read(full_size), EngineManifest.read(fp16)
+    exact = scorer(Graph.read(full_size / "joint_encoder.onnx"))
+    plan = replace(Plan.read(fp16), fused={CAPABILITY: (ATTENTION_OUTPUT, FFN2)})
+    gpu = open_gpu("cuda_core", current_index())
+    with closing(NativeEngine(manifest, plan, read_weights(fp16), gpu)) as engine:
+        whole = random_batch(bundle, 15, 200, 3)
+        together = score_host_batch(engine, whole)
+        assert score_host_batch(engine, whole.part(slice(9, 26))).tobytes() == (
+            together[9:26].tobytes()
+        )
+        few = random_batch(bundle, 63, 5, 4)
+        np.testing.assert_allclose(
+            score_host_batch(engine, few), exact(few), atol=TOLERANCE["fp16"]
+        )
 
 
 def test_a_pair_has_the_same_bits_in_every_batch(engine: Engine, full_size: Path) -> None:
