@@ -1,14 +1,32 @@
-"""A connection as uvicorn holds it, which does not wait for ever for its client."""
+"""A connection as uvicorn holds it, which does not wait for ever for its client.
+
+It serves the hot routes itself: a request whose head and body are there at once costs no task, no
+ASGI message and no timer of its own. Everything else goes to the app as uvicorn does it: bodies
+that come in parts, `Expect`, upgrades, pipelined requests behind one that waits, HTTP/1.0.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
+from functools import partial
+from http import HTTPStatus
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from .answers import Answer
+from .exchange import Exchange
+from .front import LARGE_BODY, Front
+from .hot import Reply, Route
+from .refusals import Refusal
+from .time_limit import Cancellable
+
 HEAD_TIMEOUT_S = 30.0
 READER_TIMEOUT_S = 60.0
+_STATUS_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
+}
 
 
 class Joined:
@@ -33,6 +51,11 @@ class Joined:
         else:
             self._transport.write(data)
 
+    def write_whole(self, head: bytes, payload: bytes) -> None:
+        """Send a head with all that follows it."""
+        self._flush()
+        self._transport.writelines((head, payload))
+
     def close(self) -> None:
         """Close once everything is sent."""
         self._flush()
@@ -47,6 +70,19 @@ class Joined:
             self._transport.write(head)
 
 
+class Cycle:
+    """One request that the connection serves itself; what uvicorn asks of its own cycles."""
+
+    __slots__ = ("body_size", "exchange", "future", "keep_alive", "late", "response_complete")
+
+    def __init__(self, exchange: Exchange, *, keep_alive: bool):
+        self.exchange = exchange
+        self.keep_alive, self.response_complete = keep_alive, False
+        self.body_size = 0
+        self.future: Future[Answer] | None = None
+        self.late: Cancellable | None = None
+
+
 class Connection(HttpToolsProtocol):
     """Ends when a request's head does not come, or nobody reads the answers.
 
@@ -59,6 +95,14 @@ class Connection(HttpToolsProtocol):
         self._head_is_due = True
         self._head: asyncio.TimerHandle | None = None
         self._reader: asyncio.TimerHandle | None = None
+        app = self.config.app
+        as_it_is = self.limit_concurrency is None and not self.root_path
+        self._front = app if isinstance(app, Front) and as_it_is else None
+        self._route: Route | None = None  # of the request whose body comes
+        self._parts: list[bytes] = []
+        self._waiting: Cycle | None = None
+        self._dates: object = None
+        self._date_lines = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request."""
@@ -68,13 +112,20 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse what came; what is no whole head yet has to become one in time."""
         super().data_received(data)
+        if self._route is not None:  # the rest of its body is still to come
+            self._route = None
+            if not self.transport.is_closing():
+                self._hand_over()
         if self._head_is_due and self._head is None and not self.transport.is_closing():
             self._wait_for_head()
 
     def on_message_begin(self) -> None:
         """See a request's first line begin."""
-        super().on_message_begin()
         self._head_is_due = True
+        if self._front is None:
+            super().on_message_begin()
+            return
+        self.url, self.headers, self.expect_100_continue = b"", [], False
 
     def on_headers_complete(self) -> None:
         """See a request's head end."""
@@ -82,7 +133,33 @@ class Connection(HttpToolsProtocol):
         if self._head is not None:
             self._head.cancel()
             self._head = None
-        super().on_headers_complete()
+        if self._front is None:
+            super().on_headers_complete()
+            return
+        self._route, self._parts = self._hot_route(self._front), []
+        if self._route is None:
+            self._begin_asgi()
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of a body."""
+        if self._route is None:
+            super().on_body(body)
+        else:
+            self._parts.append(body)
+
+    def on_message_complete(self) -> None:
+        """See a request end, and begin with it if it is hot."""
+        route, self._route = self._route, None
+        if route is None:
+            super().on_message_complete()
+            return
+        assert self._front is not None
+        raw = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        if len(raw) < LARGE_BODY and self._front.bodies.hold(len(raw)):
+            self._serve(self._front, route, raw)
+        else:
+            self._hand_over()
+            super().on_message_complete()
 
     def pause_writing(self) -> None:
         """Begin to wait for a client that does not read what it asked for."""
@@ -100,8 +177,119 @@ class Connection(HttpToolsProtocol):
         """Forget the clocks."""
         _cancel(self._head)
         _cancel(self._reader)
-        self._head = self._reader = None
+        self._head = self._reader = self._route = None
+        if isinstance(self.cycle, Cycle):
+            self.cycle = None  # type: ignore[assignment]
         super().connection_lost(exc)
+        if self._waiting is not None and self._waiting.future is not None:
+            self._waiting.future.cancel()
+
+    def _hot_route(self, front: Front) -> Route | None:
+        """Return what serves this request without ASGI; None: ASGI does."""
+        url, parser = self.url, self.parser
+        is_plain = (
+            parser.get_method() == b"POST"
+            and parser.get_http_version() == "1.1"
+            and (self.cycle is None or self.cycle.response_complete)
+            and not self.expect_100_continue
+            and not self.flow.write_paused
+            and not parser.should_upgrade()
+            and not (b"?" in url or b"%" in url or b"#" in url)
+        )
+        return front.hot.route(url.decode("latin-1")) if is_plain else None
+
+    def _begin_asgi(self) -> None:
+        """Do all that uvicorn does at a request's first line, and at the end of its head."""
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.headers, self.expect_100_continue = url, headers, expects
+        self.scope["headers"] = headers
+        super().on_headers_complete()
+
+    def _hand_over(self) -> None:
+        """Let ASGI serve the request, with what has come of its body."""
+        self._begin_asgi()
+        parts, self._parts = self._parts, []
+        for part in parts:
+            super().on_body(part)
+
+    def _serve(self, front: Front, route: Route, raw: bytes) -> None:
+        """Begin with a request; `_answer` follows, now or later."""
+        hot, loop = front.hot, self.loop
+        exchange = Exchange(self.url.decode("latin-1"), self.headers)
+        cycle = Cycle(exchange, keep_alive=self.parser.should_keep_alive())
+        cycle.body_size = len(raw)
+        self.cycle = cast(Any, cycle)
+        try:
+            exchange.key = hot.keys.check(exchange.headers.get(b"authorization"))
+            hot.check_load(exchange, raw, route)
+            cycle.future = future = hot.begin(route, exchange, raw)
+        except Exception as error:
+            front.bodies.release(cycle.body_size)
+            self._send(front, cycle, *hot.refuse(exchange, error))
+            return
+        assert exchange.service is not None
+        self._waiting = cycle
+        front.turns.begin(exchange.service, loop)
+        cycle.late = hot.limit(exchange, future, loop)
+        front.turns.when_done(future, partial(self._answer, front, cycle, future), loop)
+
+    def _answer(self, front: Front, cycle: Cycle, future: Future[Answer]) -> None:
+        """End a request: it is scored, or failed, or its client left."""
+        hot, exchange = front.hot, cycle.exchange
+        self._waiting = None
+        assert cycle.late is not None
+        cycle.late.cancel()
+        hot.leave(exchange)
+        front.bodies.release(cycle.body_size)
+        if future.cancelled():
+            hot.tell(exchange, 499)
+            return
+        try:
+            reply, refusal = hot.end(exchange, future.result()), None
+        except Exception as error:
+            reply, refusal = hot.refuse(exchange, error)
+        self._send(front, cycle, reply, refusal)
+
+    def _send(self, front: Front, cycle: Cycle, reply: Reply, refusal: Refusal | None) -> None:
+        """Send one whole answer; `pause_writing` ends it where nobody reads that."""
+        transport = cast(Joined, self.transport)
+        cycle.response_complete = True
+        if not transport.is_closing():
+            transport.write_whole(self._head_of(cycle, reply), reply.payload)
+            self.server_state.total_requests += 1
+            if not cycle.keep_alive:
+                transport.close()
+            elif self.pipeline:
+                self.on_response_complete()
+            else:
+                self.timeout_keep_alive_task = cast(
+                    Any,
+                    front.timers.call_later(
+                        self.timeout_keep_alive, self.timeout_keep_alive_handler, self.loop
+                    ),
+                )
+        front.hot.tell(cycle.exchange, reply.status, refusal)
+
+    def _head_of(self, cycle: Cycle, reply: Reply) -> bytes:
+        """Return status line and headers."""
+        if self._dates is not self.server_state.default_headers:  # uvicorn's, of this second
+            self._dates = dates = self.server_state.default_headers
+            self._date_lines = b"".join(b"%s: %s\r\n" % pair for pair in dates)
+        if reply.headers.get("connection") == "close":
+            cycle.keep_alive = False
+        elif not cycle.keep_alive:
+            reply.headers["connection"] = "close"
+        lines = "\r\n".join([f"{name}: {value}" for name, value in reply.headers.items()])
+        if lines.count("\n") != len(reply.headers) - 1:
+            raise ValueError(f"a header holds a line's end: {reply.headers}")
+        return b"%s%s%s\r\ncontent-length: %d\r\nx-request-id: %s\r\n\r\n" % (
+            _STATUS_LINES[reply.status],
+            self._date_lines,
+            lines.encode("latin-1"),
+            len(reply.payload),
+            cycle.exchange.id.encode(),
+        )
 
     def _wait_for_head(self) -> None:
         self._head = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
