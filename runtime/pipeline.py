@@ -175,6 +175,7 @@ class Pipeline:
         result = Scored(np.empty(len(request.rows), np.float32), {})
         profile, lengths = self._engine.manifest.profile, request.queries.text_length
         left = deque(plan_batches(lengths, request.query_of_pair, profile))
+        alone = len(left) == 1
         flights: deque[Flight] = deque()
         with self._device.current():
             try:
@@ -184,7 +185,7 @@ class Pipeline:
                         self._prefetch(request.rows[left[1].pairs])
                     slot = self._take_slot(request, flights, result)
                     flights.append(Flight(slot, left.popleft()))
-                    self.step(request, flights[-1])
+                    self.step(request, flights[-1], alone=alone)
                 while flights:
                     self._collect_oldest(flights, result)
             except StoppedError as stop:
@@ -198,8 +199,11 @@ class Pipeline:
                     self._release(flight.slot)
         return result
 
-    def step(self, request: Request, flight: Flight) -> None:
-        """Read one batch's tokens into its slot and enqueue its forward; never waits for it.
+    def step(self, request: Request, flight: Flight, *, alone: bool = False) -> None:
+        """Read one batch's tokens into its slot and enqueue its forward.
+
+        Args:
+            alone: the request has no other batch; the forward may have run on return.
 
         Raises:
             EngineError, StoreError: as `run`; `stage` says where.
@@ -214,7 +218,7 @@ class Pipeline:
             flight.gather_ms = (perf_counter() - began) * 1e3
             slot.num_batches += 1
             forward = self._engine.enqueue if slot.graphs is None else slot.graphs.enqueue
-            self._streams.enqueue(slot, forward)
+            self._streams.enqueue(slot, forward, alone=alone)
         except Exception as error:
             self._streams.fail(error, slot)
 

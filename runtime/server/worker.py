@@ -46,6 +46,7 @@ class Worker:
         self._max_pairs = max_pairs
         self._scheduler: Scheduler[Waiting] = Scheduler(max_pairs)
         self._changed = threading.Condition()
+        self._idle: list[threading.Lock] = []  # of threads with nothing to do: released to wake one
         self._unanswered: set[Waiting] = set()
         self._closing = False
         self._scored_pairs = self._scored_s = self._last_done = 0.0
@@ -76,14 +77,17 @@ class Worker:
             self.check_open()
             self._unanswered.add(job)
             self._scheduler.add(job)
-            if wake:
-                self._changed.notify()
+            sleeper = self._idle.pop() if wake and self._idle else None
+        if sleeper is not None:
+            sleeper.release()
         job.future.add_done_callback(partial(self._forget, job))
 
     def wake(self) -> None:
         """Begin with what was added."""
         with self._changed:
-            self._changed.notify()
+            sleeper = self._idle.pop() if self._idle else None
+        if sleeper is not None:  # not before: it would wait for the lock at once
+            sleeper.release()
 
     def load(self) -> Load:
         """Return what there is to do."""
@@ -100,7 +104,7 @@ class Worker:
         until = monotonic() + drain_s
         with self._changed:
             self._closing = True
-            self._changed.notify_all()
+            self._wake_all()
             limit = None if drain_s == inf else max(0.0, until - monotonic())
             self._changed.wait_for(lambda: not self._unanswered, limit)
             left = list(self._unanswered)
@@ -112,7 +116,10 @@ class Worker:
 
     def _work(self) -> None:
         """Form batches and run them, until the service is closed and nothing waits."""
+        asleep = threading.Lock()
+        asleep.acquire()
         while True:
+            sleeper = None
             with self._changed:
                 late = self._scheduler.expire(monotonic())
                 self.num_dropped += sum(job.num_left for job in late)
@@ -120,9 +127,14 @@ class Worker:
                 if not shares and not late:
                     if self._closing and not self._unanswered:
                         return
-                    self._changed.wait()
-                elif self._scheduler.num_pairs:
-                    self._changed.notify()  # there is work for the other thread, too
+                    self._idle.append(asleep)
+                elif self._scheduler.num_pairs and self._idle:
+                    sleeper = self._idle.pop()  # there is work for the other thread, too
+            if not shares and not late:
+                asleep.acquire()
+                continue
+            if sleeper is not None:
+                sleeper.release()
             for job in late:
                 _fail(job, _too_late(job))
             if shares:
@@ -221,7 +233,13 @@ class Worker:
                 self.num_dropped += num_left
             self._unanswered.discard(job)
             if self._closing:
-                self._changed.notify_all()
+                self._wake_all()
+
+    def _wake_all(self) -> None:
+        """Let everyone look again whether it is over; the lock is held."""
+        self._changed.notify_all()
+        while self._idle:
+            self._idle.pop().release()
 
 
 def _fail(job: Waiting, error: BaseException) -> None:
