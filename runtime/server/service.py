@@ -127,7 +127,8 @@ class ScoringService:
         """
         began = perf_counter()
         given = Arguments("ScoringService.submit")
-        given.text("query", query)
+        if type(query) is not str:
+            given.text("query", query)
         ids = (
             candidates
             if isinstance(candidates, np.ndarray)
@@ -139,7 +140,8 @@ class ScoringService:
             timeout_s = given.number("timeout_s", timeout_s, "0 or more seconds", finite=False)
         if unknown is not None:
             given.choice("unknown", unknown, get_args(Unknown))
-        given.check()
+        if given.faults:
+            given.check()
         self._enter()
         try:
             check_load(self.worker.load(), self.options)
@@ -308,7 +310,7 @@ class ScoringService:
         if not candidates:
             raise RequestError("there are no candidates, expected one id or more")
         asked = Candidates.find(self.reranker.store, candidates, "skip")
-        if unknown == "error" and asked.position.min() < 0:
+        if unknown == "error" and not asked.is_whole:
             missing = np.flatnonzero(asked.position < 0).tolist()
             raise UnknownIdsError([(i, candidates[i]) for i in missing])
         return asked
