@@ -142,7 +142,7 @@ class Hot:
             counted = metrics.requests.labels(exchange.dialect, str(status))
             self._counted[key] = counted
         counted.inc()
-        metrics.request_seconds.observe(seconds)
+        metrics.count_seconds(seconds)
         if status == 499:
             metrics.disconnects.inc()
         if refusal is not None:
