@@ -232,14 +232,16 @@ class Connection(HttpToolsProtocol):
         self._waiting = cycle
         front.turns.begin(exchange.service, loop)
         cycle.late = hot.limit(exchange, future, loop)
-        front.turns.when_done(future, partial(self._answer, front, cycle, future), loop)
+        front.turns.when_done(future, partial(self._answer, front, cycle), loop)
 
-    def _answer(self, front: Front, cycle: Cycle, future: Future[Answer]) -> None:
+    def _answer(self, front: Front, cycle: Cycle) -> None:
         """End a request: it is scored, or failed, or its client left."""
         hot, exchange = front.hot, cycle.exchange
-        self._waiting = None
-        assert cycle.late is not None
-        cycle.late.cancel()
+        future, late, self._waiting = cycle.future, cycle.late, None
+        assert future is not None
+        assert late is not None
+        late.cancel()
+        cycle.future = None  # which holds this very call, and with it the cycle
         hot.leave(exchange)
         front.bodies.release(cycle.body_size)
         if future.cancelled():

@@ -24,7 +24,7 @@ class Exchange:
         began: when its head was read, as `perf_counter` counts.
         key: name of the key that it came with.
         service: that was asked: a reload may come between.
-        write: makes the body of an answer, and headers that go with it; None: not begun.
+        write: makes the body of its answer, and headers that go with it; None: not begun.
     """
 
     __slots__ = (
@@ -54,7 +54,7 @@ class Exchange:
         self.query: str | None = None
         self.service: Service | None = None
         self.stages: Stages | None = None
-        self.write: Callable[[Answer], tuple[bytes, dict[str, str]]] | None = None
+        self.write: Callable[[Exchange, Answer], tuple[bytes, dict[str, str]]] | None = None
 
     @property
     def timeout_s(self) -> float | None:

@@ -119,7 +119,7 @@ class Hot:
         exchange.stages = answer.stages
         encoding = perf_counter()
         assert exchange.write is not None
-        payload, headers = exchange.write(answer)
+        payload, headers = exchange.write(exchange, answer)
         self._host.metrics.count_stages(answer.stages, perf_counter() - encoding)
         return Reply(200, payload, self._told_of(answer, headers))
 
@@ -173,7 +173,7 @@ class Hot:
         ask = found.read(body, self._pattern)
         ask.check()
         model = self._settings.model
-        exchange.write = lambda answer: (found.write(ask, answer, model), {"content-type": JSON})
+        exchange.write = lambda _, answer: (found.write(ask, answer, model), {"content-type": JSON})
         partial = body.get("allow_partial") is True
         return self._submit(exchange, ask.query, ask.ids, top_n=ask.top_n, partial=partial)
 
@@ -181,12 +181,12 @@ class Hot:
         """Begin an inference of KServe."""
         length = exchange.headers.get(HEADER_LENGTH.encode())
         request = read_infer(raw, None if length is None else length.decode("latin-1"))
-        exchange.write = partial(self._write_infer, exchange, request)
+        exchange.write = partial(self._write_infer, request)
         asked = request.query, request.candidates
         return self._submit(exchange, *asked, partial=request.partial, unknown=request.unknown)
 
     def _write_infer(
-        self, exchange: Exchange, request: InferRequest, answer: Answer
+        self, request: InferRequest, exchange: Exchange, answer: Answer
     ) -> tuple[bytes, dict[str, str]]:
         payload, headers = write_infer(request, answer, self._settings.model)
         if request.details and exchange.service is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import InvalidStateError
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from functools import partial
 from math import inf
@@ -23,6 +23,8 @@ from .scheduler import Scheduler, Share
 _KEPT = 0.8  # of the rate measured so far, at each full batch
 # While one batch is computed the next one is read; a third would only be formed too early.
 NUM_THREADS = 2
+_DONE: Future[Answer] = Future()  # stands in for a request's once that is done
+_DONE.cancel()
 
 
 class Worker:
@@ -227,6 +229,7 @@ class Worker:
 
     def _forget(self, job: Waiting, _: object) -> None:
         """A request is answered, failed or cancelled: nothing of it shall be scored any more."""
+        job.future = _DONE  # its own holds this very call, and with it the job: the collector's work
         with self._changed:
             num_left = job.num_left
             if self._scheduler.drop(job):
