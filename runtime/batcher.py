@@ -66,9 +66,7 @@ def plan_batches(text_length: Int32, query_of_pair: Int64, profile: Profile) -> 
     return batches
 
 
-def _plan_shared(
-    buckets: Int64, text_length: Int32, query_of_pair: Int64
-) -> PlannedBatch | None:
+def _plan_shared(buckets: Int64, text_length: Int32, query_of_pair: Int64) -> PlannedBatch | None:
     """Return the one batch of pairs that fit into it, where all queries have one bucket.
 
     So a server's batches are. None: they have several buckets, or queries that no pair asks.

@@ -1,8 +1,8 @@
 """A connection as uvicorn holds it, which does not wait for ever for its client.
 
-It serves the hot routes itself: a request whose head and body are there at once costs no task, no
-ASGI message and no timer of its own. Everything else goes to the app as uvicorn does it: bodies
-that come in parts, `Expect`, upgrades, pipelined requests behind one that waits, HTTP/1.0.
+It serves the hot routes itself, without a task or an ASGI message. Everything else goes to the app
+as uvicorn does it: large and slow bodies, `Expect`, upgrades, HTTP/1.0, and pipelined requests
+behind one that waits.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from .refusals import Refusal
 from .time_limit import Cancellable
 
 HEAD_TIMEOUT_S = 30.0
+# Many clients send a body after its head. What takes longer has ASGI's limits, for 30 s more.
+BODY_AFTER_HEAD_S = 1.0
 READER_TIMEOUT_S = 60.0
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
@@ -100,6 +102,8 @@ class Connection(HttpToolsProtocol):
         self._front = app if isinstance(app, Front) and as_it_is else None
         self._route: Route | None = None  # of the request whose body comes
         self._parts: list[bytes] = []
+        self._size = 0  # of these parts, counted by `Bodies`
+        self._rest: Cancellable | None = None  # ends the wait for the rest of them
         self._waiting: Cycle | None = None
         self._dates: object = None
         self._date_lines = b""
@@ -112,10 +116,8 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse what came; what is no whole head yet has to become one in time."""
         super().data_received(data)
-        if self._route is not None:  # the rest of its body is still to come
-            self._route = None
-            if not self.transport.is_closing():
-                self._hand_over()
+        if self._route is not None and self._rest is None:
+            self._wait_for_body()
         if self._head_is_due and self._head is None and not self.transport.is_closing():
             self._wait_for_head()
 
@@ -136,7 +138,7 @@ class Connection(HttpToolsProtocol):
         if self._front is None:
             super().on_headers_complete()
             return
-        self._route, self._parts = self._hot_route(self._front), []
+        self._route = self._hot_route(self._front)
         if self._route is None:
             self._begin_asgi()
 
@@ -144,22 +146,29 @@ class Connection(HttpToolsProtocol):
         """Take a part of a body."""
         if self._route is None:
             super().on_body(body)
+            return
+        assert self._front is not None
+        self._parts.append(body)
+        if self._size + len(body) < LARGE_BODY and self._front.bodies.hold(len(body)):
+            self._size += len(body)
         else:
-            self._parts.append(body)
+            self._hand_over()
 
     def on_message_complete(self) -> None:
         """See a request end, and begin with it if it is hot."""
-        route, self._route = self._route, None
+        route = self._route
         if route is None:
             super().on_message_complete()
             return
         assert self._front is not None
-        raw = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        if len(raw) < LARGE_BODY and self._front.bodies.hold(len(raw)):
-            self._serve(self._front, route, raw)
-        else:
+        parts = self._take_parts()
+        self._serve(self._front, route, parts[0] if len(parts) == 1 else b"".join(parts))
+
+    def shutdown(self) -> None:
+        """End once what was accepted is answered: a head that waits for its body is."""
+        if self._route is not None:
             self._hand_over()
-            super().on_message_complete()
+        super().shutdown()
 
     def pause_writing(self) -> None:
         """Begin to wait for a client that does not read what it asked for."""
@@ -177,7 +186,11 @@ class Connection(HttpToolsProtocol):
         """Forget the clocks."""
         _cancel(self._head)
         _cancel(self._reader)
-        self._head = self._reader = self._route = None
+        self._head = self._reader = None
+        if self._route is not None and self._front is not None:
+            self._front.bodies.release(self._size)
+            self._take_parts()
+            self._front.hot.tell(Exchange(self.url.decode("latin-1"), self.headers), 499)
         if isinstance(self.cycle, Cycle):
             self.cycle = None  # type: ignore[assignment]
         super().connection_lost(exc)
@@ -206,10 +219,33 @@ class Connection(HttpToolsProtocol):
         self.scope["headers"] = headers
         super().on_headers_complete()
 
+    def _wait_for_body(self) -> None:
+        """Wait a moment for the rest of a body; one that is large or of unknown length ASGI reads."""
+        assert self._front is not None
+        length = next((value for name, value in self.headers if name == b"content-length"), b"")
+        if self.transport.is_closing():  # what came behind the head is no HTTP
+            self._front.bodies.release(self._size)
+            self._take_parts()
+        elif length.isdigit() and int(length[:20]) < LARGE_BODY:
+            timers = self._front.timers
+            self._rest = timers.call_later(BODY_AFTER_HEAD_S, self._hand_over, self.loop)
+        else:
+            self._hand_over()
+
+    def _take_parts(self) -> list[bytes]:
+        """Return what came of a body, and wait for no more of it."""
+        parts, self._parts = self._parts, []
+        if self._rest is not None:
+            self._rest.cancel()
+        self._route, self._size, self._rest = None, 0, None
+        return parts
+
     def _hand_over(self) -> None:
         """Let ASGI serve the request, with what has come of its body."""
+        assert self._front is not None
+        self._front.bodies.release(self._size)
+        parts = self._take_parts()
         self._begin_asgi()
-        parts, self._parts = self._parts, []
         for part in parts:
             super().on_body(part)
 

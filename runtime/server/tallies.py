@@ -42,7 +42,12 @@ class Tally:
         return CounterMetricFamily(name, what, value=float(self._sums[column]))
 
     def histogram(
-        self, name: str, what: str, columns: Sequence[int], label: str = "", values: Sequence[str] = ()
+        self,
+        name: str,
+        what: str,
+        columns: Sequence[int],
+        label: str = "",
+        values: Sequence[str] = (),
     ) -> HistogramMetricFamily:
         """Return columns of equal bounds as Prometheus takes them.
 

@@ -229,7 +229,9 @@ class Worker:
 
     def _forget(self, job: Waiting, _: object) -> None:
         """A request is answered, failed or cancelled: nothing of it shall be scored any more."""
-        job.future = _DONE  # its own holds this very call, and with it the job: the collector's work
+        job.future = (
+            _DONE  # its own holds this very call, and with it the job: the collector's work
+        )
         with self._changed:
             num_left = job.num_left
             if self._scheduler.drop(job):
