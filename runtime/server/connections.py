@@ -220,7 +220,7 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def _wait_for_body(self) -> None:
-        """Wait a moment for the rest of a body; one that is large or of unknown length ASGI reads."""
+        """Wait a moment for the rest of a body; ASGI reads those that are large or chunked."""
         assert self._front is not None
         length = next((value for name, value in self.headers if name == b"content-length"), b"")
         if self.transport.is_closing():  # what came behind the head is no HTTP

@@ -68,7 +68,7 @@ class Tally:
         """Yield each bound, and how many values do not lie above it."""
         bounds = [*map(float, self._bounds[column]), float("inf")]
         for bound, number in zip(bounds, self._counts[column].cumsum().tolist(), strict=True):
-            yield floatToGoString(bound), number
+            yield floatToGoString(bound), number  # type: ignore[no-untyped-call]
 
     def _sum_up(self) -> None:
         """Take in what was noted so far."""

@@ -171,7 +171,7 @@ class _Table:
         while np.count_nonzero(behind := keys < lows):
             at += behind
             keys = self.keys.take(at)
-        places = self.order.take(at, mode="clip").astype(np.int64)
+        places: Int64 = self.order.take(at, mode="clip").astype(np.int64)
         hit = keys == lows
         hit &= self.highs.take(places) == highs
         hit &= self.live.take(places)
