@@ -50,10 +50,6 @@ def plan_batches(text_length: Int32, query_of_pair: Int64, profile: Profile) -> 
     longest = int(buckets[-1])
     if (text_length > longest).any():
         raise _too_long(text_length, longest)
-    if len(query_of_pair) <= profile.max_pairs:
-        one = _plan_shared(buckets, text_length, query_of_pair)
-        if one is not None:
-            return [one]
     bucket_of_query = buckets[np.searchsorted(buckets, text_length)]
     bucket_of_pair = bucket_of_query[query_of_pair]
     batches = []
@@ -64,18 +60,6 @@ def plan_batches(text_length: Int32, query_of_pair: Int64, profile: Profile) -> 
             queries, local = _asked(query_of_pair[pairs], len(text_length))
             batches.append(PlannedBatch(bucket, queries, local.astype(np.int32), pairs))
     return batches
-
-
-def _plan_shared(buckets: Int64, text_length: Int32, query_of_pair: Int64) -> PlannedBatch | None:
-    """Return the one batch of pairs that fit into it, where all queries have one bucket.
-
-    So a server's batches are. None: they have several buckets, or queries that no pair asks.
-    """
-    shortest, longest = np.searchsorted(buckets, (text_length.min(), text_length.max())).tolist()
-    if shortest != longest or np.count_nonzero(np.bincount(query_of_pair)) < len(text_length):
-        return None
-    every = np.arange(len(text_length)), query_of_pair.astype(np.int32)
-    return PlannedBatch(int(buckets[shortest]), *every, np.arange(len(query_of_pair)))
 
 
 def _asked(query_of_pair: Int64, num_queries: int) -> tuple[Int64, Int64]:

@@ -44,6 +44,8 @@ class Request:
         rows: int64 [N]: the store's row of each pair's image.
         deadline: `time.monotonic()` seconds after which no further batch is started; None: none.
         cancelled: asked before each batch, from the thread that runs the request; True stops it.
+        planned: the one batch that all the pairs make, where the caller has formed it: queries of
+            one bucket, each of them asked, and no more pairs than a batch holds. None: plan now.
     """
 
     queries: TokenizedQueries
@@ -51,6 +53,7 @@ class Request:
     rows: npt.NDArray[np.int64]
     deadline: float | None = None
     cancelled: Callable[[], bool] | None = None
+    planned: PlannedBatch | None = None
 
     def check_wanted(self) -> None:
         """Check that somebody still waits for the scores.
@@ -174,7 +177,11 @@ class Pipeline:
         self._streams.check()
         result = Scored(np.empty(len(request.rows), np.float32), {})
         profile, lengths = self._engine.manifest.profile, request.queries.text_length
-        left = deque(plan_batches(lengths, request.query_of_pair, profile))
+        left = deque(
+            plan_batches(lengths, request.query_of_pair, profile)
+            if request.planned is None
+            else [request.planned]
+        )
         alone = len(left) == 1
         flights: deque[Flight] = deque()
         with self._device.current():

@@ -13,6 +13,7 @@ from time import monotonic, perf_counter
 import numpy as np
 
 from ...errors import EdjeError, EngineError, StoppedError
+from ..batcher import PlannedBatch
 from ..pipeline import Request, Scored
 from ..reranker import Reranker
 from ..text import TokenizedQueries
@@ -46,6 +47,7 @@ class Worker:
         """
         self._reranker = reranker
         self._max_pairs = max_pairs
+        self._counted = np.arange(max_pairs)  # parts of it are batches' pairs and queries
         self._scheduler: Scheduler[Waiting] = Scheduler(max_pairs)
         self._changed = threading.Condition()
         self._idle: list[threading.Lock] = []  # of threads with nothing to do: released to wake one
@@ -188,6 +190,10 @@ class Worker:
             return scored
         queries = [share.job.queries for share in shares]
         counts = [share.stop - share.start for share in shares]
+        every = self._counted[: len(shares)]
+        query_of_pair = every.repeat(counts)
+        pairs = self._counted[: len(query_of_pair)]
+        bucket = shares[0].job.bucket
         return self._reranker.score(
             Request(
                 TokenizedQueries(
@@ -195,8 +201,9 @@ class Worker:
                     np.concatenate([each.text_length for each in queries]),
                     np.concatenate([each.truncated for each in queries]),
                 ),
-                np.repeat(np.arange(len(shares)), counts),
+                query_of_pair,
                 np.concatenate([job.asked.rows[start:stop] for job, start, stop in shares]),
+                planned=PlannedBatch(bucket, every, query_of_pair.astype(np.int32), pairs),
             )
         )[0]
 
