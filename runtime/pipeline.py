@@ -45,7 +45,8 @@ class Request:
         deadline: `time.monotonic()` seconds after which no further batch is started; None: none.
         cancelled: asked before each batch, from the thread that runs the request; True stops it.
         planned: the one batch that all the pairs make, where the caller has formed it: queries of
-            one bucket, each of them asked, and no more pairs than a batch holds. None: plan now.
+            one bucket, each of them asked, and no more pairs than a batch holds; on a CPU it runs
+            on the calling thread. None: plan now.
     """
 
     queries: TokenizedQueries
@@ -182,7 +183,6 @@ class Pipeline:
             if request.planned is None
             else [request.planned]
         )
-        alone = len(left) == 1
         flights: deque[Flight] = deque()
         with self._device.current():
             try:
@@ -192,7 +192,7 @@ class Pipeline:
                         self._prefetch(request.rows[left[1].pairs])
                     slot = self._take_slot(request, flights, result)
                     flights.append(Flight(slot, left.popleft()))
-                    self.step(request, flights[-1], alone=alone)
+                    self.step(request, flights[-1])
                 while flights:
                     self._collect_oldest(flights, result)
             except StoppedError as stop:
@@ -206,11 +206,11 @@ class Pipeline:
                     self._release(flight.slot)
         return result
 
-    def step(self, request: Request, flight: Flight, *, alone: bool = False) -> None:
+    def step(self, request: Request, flight: Flight) -> None:
         """Read one batch's tokens into its slot and enqueue its forward.
 
-        Args:
-            alone: the request has no other batch; the forward may have run on return.
+        On a CPU the one batch of a request that is `planned` has been computed on return, else this
+        never waits for it.
 
         Raises:
             EngineError, StoreError: as `run`; `stage` says where.
@@ -225,7 +225,7 @@ class Pipeline:
             flight.gather_ms = (perf_counter() - began) * 1e3
             slot.num_batches += 1
             forward = self._engine.enqueue if slot.graphs is None else slot.graphs.enqueue
-            self._streams.enqueue(slot, forward, alone=alone)
+            self._streams.enqueue(slot, forward, alone=request.planned is not None)
         except Exception as error:
             self._streams.fail(error, slot)
 

@@ -391,8 +391,7 @@ class Reranker(Closing):
         finally:
             with self._idle:
                 self._num_running -= 1
-                if self._closed:
-                    self._idle.notify_all()
+                self._idle.notify_all()
 
 
 def _stopped(stop: StoppedError, known: object, num_scored: int, num_asked: int) -> StoppedError:

@@ -131,10 +131,10 @@ class Tallies(Collector):
         yield batches.counter(pairs + 2, "edje_residency_misses", misses)
         yield self.requests.histogram("edje_request_seconds", "From body to answer.", [0])
         what = "Time in a stage: of a request (tokenize, resolve, queue, encode) or of a batch."
-        named = "edje_stage_seconds", what
-        every = range(len(REQUEST_STAGES)), "stage", REQUEST_STAGES
-        family = self.stages.histogram(*named, *every)
-        of_batches = batches.histogram(*named, range(pairs), "stage", BATCH_STAGES)
+        name, label = "edje_stage_seconds", "stage"
+        of_requests = range(len(REQUEST_STAGES))
+        family = self.stages.histogram(name, what, of_requests, label, REQUEST_STAGES)
+        of_batches = batches.histogram(name, what, range(pairs), label, BATCH_STAGES)
         family.samples += of_batches.samples
         yield family
 

@@ -127,8 +127,7 @@ class ScoringService:
         """
         began = perf_counter()
         given = Arguments("ScoringService.submit")
-        if type(query) is not str:
-            given.text("query", query)
+        given.text("query", query)
         ids = (
             candidates
             if isinstance(candidates, np.ndarray)
@@ -140,8 +139,7 @@ class ScoringService:
             timeout_s = given.number("timeout_s", timeout_s, "0 or more seconds", finite=False)
         if unknown is not None:
             given.choice("unknown", unknown, get_args(Unknown))
-        if given.faults:
-            given.check()
+        given.check()
         self._enter()
         try:
             check_load(self.worker.load(), self.options)

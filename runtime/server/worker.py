@@ -179,33 +179,27 @@ class Worker:
 
     def _score(self, shares: list[Share[Waiting]]) -> Scored:
         """Score the pairs of several requests together."""
-        if len(shares) == 1:
-            job, start, stop = shares[0]
+        first, start, stop = shares[0]
+        if first.alone:
             request = Request(
-                job.queries, np.zeros(stop - start, np.int64), job.asked.rows[start:stop]
+                first.queries, np.zeros(stop - start, np.int64), first.asked.rows[start:stop]
             )
-            if not job.alone:
-                return self._reranker.score(request)[0]
-            scored, job.rescoring = self._reranker.score(request, job.top_n)
+            scored, first.rescoring = self._reranker.score(request, first.top_n)
             return scored
-        queries = [share.job.queries for share in shares]
-        counts = [share.stop - share.start for share in shares]
-        every = self._counted[: len(shares)]
-        query_of_pair = every.repeat(counts)
-        pairs = self._counted[: len(query_of_pair)]
-        bucket = shares[0].job.bucket
-        return self._reranker.score(
-            Request(
-                TokenizedQueries(
-                    np.concatenate([each.text_ids for each in queries]),
-                    np.concatenate([each.text_length for each in queries]),
-                    np.concatenate([each.truncated for each in queries]),
-                ),
-                query_of_pair,
-                np.concatenate([job.asked.rows[start:stop] for job, start, stop in shares]),
-                planned=PlannedBatch(bucket, every, query_of_pair.astype(np.int32), pairs),
+        queries, rows = first.queries, first.asked.rows[start:stop]
+        if len(shares) > 1:
+            each = [share.job.queries for share in shares]
+            queries = TokenizedQueries(
+                np.concatenate([one.text_ids for one in each]),
+                np.concatenate([one.text_length for one in each]),
+                np.concatenate([one.truncated for one in each]),
             )
-        )[0]
+            rows = np.concatenate([job.asked.rows[start:stop] for job, start, stop in shares])
+        every = self._counted[: len(shares)]
+        query_of_pair = every.repeat([share.stop - share.start for share in shares])
+        pairs = self._counted[: len(rows)]
+        planned = PlannedBatch(first.bucket, every, query_of_pair.astype(np.int32), pairs)
+        return self._reranker.score(Request(queries, query_of_pair, rows, planned=planned))[0]
 
     def _measure(self, began: float, num_pairs: int) -> None:
         """Learn from one batch how many pairs a second are scored.
