@@ -32,7 +32,7 @@ def canonicalize(text: str) -> str:
     Source: EDJE `data/utils.py` `pre_caption` = open_clip `canonicalize_text(basic_clean(x))`.
     """
     if text.isascii() and text.isprintable() and "&" not in text:
-        fixed = text.strip()  # nothing to fix: no entity, no control character, nothing garbled
+        fixed = text  # nothing to fix: no entity, no control character, nothing garbled
     else:
         import ftfy  # slow to import, needed by this normalisation only
 
@@ -43,8 +43,7 @@ def canonicalize(text: str) -> str:
 
 # Whether a lone query was cut: shared, not to be written to.
 _CUT = (np.zeros(1, np.bool_), np.ones(1, np.bool_))
-for _each in _CUT:
-    _each.flags.writeable = False
+_CUT[False].flags.writeable = _CUT[True].flags.writeable = False
 _NORMALIZERS: dict[str, Callable[[str], str]] = {"openclip": canonicalize, "none": str}
 
 
