@@ -105,6 +105,8 @@ class Connection(HttpToolsProtocol):
         self._size = 0  # of these parts, counted by `Bodies`
         self._rest: Cancellable | None = None  # ends the wait for the rest of them
         self._waiting: Cycle | None = None
+        self._idle_since: float | None = None  # after an answer of our own
+        self._keeping: asyncio.TimerHandle | None = None
         self._dates: object = None
         self._date_lines = b""
 
@@ -115,6 +117,7 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what came; what is no whole head yet has to become one in time."""
+        self._idle_since = None
         super().data_received(data)
         if self._route is not None and self._rest is None:
             self._wait_for_body()
@@ -186,7 +189,8 @@ class Connection(HttpToolsProtocol):
         """Forget the clocks."""
         _cancel(self._head)
         _cancel(self._reader)
-        self._head = self._reader = None
+        _cancel(self._keeping)
+        self._head = self._reader = self._keeping = None
         if self._route is not None and self._front is not None:
             self._front.bodies.release(self._size)
             self._take_parts()
@@ -301,13 +305,21 @@ class Connection(HttpToolsProtocol):
             elif self.pipeline:
                 self.on_response_complete()
             else:
-                self.timeout_keep_alive_task = cast(
-                    Any,
-                    front.timers.call_later(
-                        self.timeout_keep_alive, self.timeout_keep_alive_handler, self.loop
-                    ),
-                )
+                self._idle_since = self.loop.time()
+                if self._keeping is None:
+                    self._keeping = self.loop.call_later(self.timeout_keep_alive, self._end_idle)
         front.hot.tell(cycle.exchange, reply.status, refusal)
+
+    def _end_idle(self) -> None:
+        """Close where the client asked for nothing for so long; else look again, not each time."""
+        self._keeping = None
+        if self._idle_since is None:
+            return
+        left = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if left > 0:
+            self._keeping = self.loop.call_later(left, self._end_idle)
+        else:
+            self.timeout_keep_alive_handler()
 
     def _head_of(self, cycle: Cycle, reply: Reply) -> bytes:
         """Return status line and headers."""

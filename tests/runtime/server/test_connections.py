@@ -226,3 +226,22 @@ def test_an_answered_request_leaves_nothing_to_the_garbage_collector(server: Run
             assert gc.collect() < 100
         finally:
             gc.enable()
+
+
+def test_a_connection_that_asks_for_nothing_is_closed_and_one_that_asks_is_not(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+):
+    seconds = property(lambda _: 1.5, lambda *_: None)
+    monkeypatch.setattr(connections.Connection, "timeout_keep_alive", seconds, raising=False)
+    with connected(server) as client:
+        began = time.monotonic()
+        for _ in range(4):
+            client.sendall(PLAIN + BODY)
+            assert answer(client)[0] == 200
+            time.sleep(0.5)
+        client.sendall(PLAIN + BODY)
+        assert answer(client)[0] == 200
+        asked = time.monotonic()
+        assert client.recv(1) == b""
+        assert time.monotonic() - asked > 1.0
+        assert time.monotonic() - began > 3.0
