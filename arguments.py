@@ -132,7 +132,7 @@ class Arguments:
 
     def strings(self, name: str, values: object) -> list[str]:
         """Return the strings (ids) of an iterable, as `items` does; NumPy's become Python's."""
-        found = self.items(name, values, "a list of ids")
+        found = [*values] if type(values) is list else self.items(name, values, "a list of ids")
         if _are_strings(found):
             return found
         wrong = [value for value in found if not isinstance(value, str)]

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from ..arrays import Array, DeviceArray, Float16, Float32, Int32, even_parts
 from ..bundle import INPUTS, OUTPUT, VISUAL_SCALES, BundleManifest
 from ..errors import EngineError
@@ -236,7 +238,11 @@ class HostEngine(Engine):
 
     def _run(self, batch: Batch, scores: Float32) -> None:
         raise_faults(value_faults(batch, self.manifest))
-        for pairs in even_parts(len(batch), self._pairs_per_forward or len(batch)):
+        most = self._pairs_per_forward
+        if most is None or len(batch) <= most:
+            self._infer(batch, scores)
+            return
+        for pairs in even_parts(len(batch), most):
             self._infer(batch.part(pairs), scores[pairs])
 
     @abstractmethod
@@ -314,8 +320,15 @@ def value_faults(batch: Batch, manifest: EngineManifest) -> list[str]:
     return [
         f"{name}: got values from {array.min()} to {array.max()}, expected {low} to {high}"
         for name, array, low, high in ranges
-        if array.min() < low or array.max() > high
+        if _is_outside(array, low, high)
     ]
+
+
+def _is_outside(array: Int32, low: int, high: int) -> bool:
+    """Whether a value lies outside; from 0 on one look does, as negative ones are large without."""
+    if low == 0:
+        return bool(array.view(np.uint32).max() > high)
+    return bool(array.min() < low or array.max() > high)
 
 
 def _array_faults(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> list[str]:

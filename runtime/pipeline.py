@@ -44,6 +44,9 @@ class Request:
         rows: int64 [N]: the store's row of each pair's image.
         deadline: `time.monotonic()` seconds after which no further batch is started; None: none.
         cancelled: asked before each batch, from the thread that runs the request; True stops it.
+        planned: the one batch that all the pairs make, where the caller has formed it: queries of
+            one bucket, each of them asked, and no more pairs than a batch holds; on a CPU it runs
+            on the calling thread. None: plan now.
     """
 
     queries: TokenizedQueries
@@ -51,6 +54,7 @@ class Request:
     rows: npt.NDArray[np.int64]
     deadline: float | None = None
     cancelled: Callable[[], bool] | None = None
+    planned: PlannedBatch | None = None
 
     def check_wanted(self) -> None:
         """Check that somebody still waits for the scores.
@@ -174,7 +178,11 @@ class Pipeline:
         self._streams.check()
         result = Scored(np.empty(len(request.rows), np.float32), {})
         profile, lengths = self._engine.manifest.profile, request.queries.text_length
-        left = deque(plan_batches(lengths, request.query_of_pair, profile))
+        left = deque(
+            plan_batches(lengths, request.query_of_pair, profile)
+            if request.planned is None
+            else [request.planned]
+        )
         flights: deque[Flight] = deque()
         with self._device.current():
             try:
@@ -199,7 +207,10 @@ class Pipeline:
         return result
 
     def step(self, request: Request, flight: Flight) -> None:
-        """Read one batch's tokens into its slot and enqueue its forward; never waits for it.
+        """Read one batch's tokens into its slot and enqueue its forward.
+
+        On a CPU the one batch of a request that is `planned` has been computed on return, else this
+        never waits for it.
 
         Raises:
             EngineError, StoreError: as `run`; `stage` says where.
@@ -214,7 +225,7 @@ class Pipeline:
             flight.gather_ms = (perf_counter() - began) * 1e3
             slot.num_batches += 1
             forward = self._engine.enqueue if slot.graphs is None else slot.graphs.enqueue
-            self._streams.enqueue(slot, forward)
+            self._streams.enqueue(slot, forward, alone=request.planned is not None)
         except Exception as error:
             self._streams.fail(error, slot)
 

@@ -184,11 +184,13 @@ class Candidates:
         ids: as they were asked for.
         rows: int64 [U]: the store's rows of them, each once.
         position: int64 [N]: where in `rows` each candidate stands; -1: the store does not hold it.
+        is_whole: whether the store holds all of them.
     """
 
     ids: Sequence[str]
     rows: Int64
     position: Int64
+    is_whole: bool = True
 
     @classmethod
     def find(cls, store: TokenStore, ids: Sequence[str], missing: Missing) -> Candidates:
@@ -199,13 +201,13 @@ class Candidates:
         """
         every = store.rows(ids, missing="raise" if missing == "error" else "mark")
         rows, position = _each_once(every)
-        if len(rows) and rows[0] < 0:  # -1 comes first
-            return cls(ids, rows[1:], position - 1)
+        if len(rows) and rows.item(0) < 0:  # -1 comes first
+            return cls(ids, rows[1:], position - 1, is_whole=False)
         return cls(ids, rows, position)
 
     def missing(self) -> tuple[Fault, ...]:
         """Name the candidates that the store does not hold."""
-        if not len(self.position) or self.position.min() >= 0:
+        if self.is_whole:
             return ()
         absent = np.flatnonzero(self.position < 0).tolist()
         return tuple([Fault(self.ids[i], "it is not in the store", i) for i in absent])
@@ -269,7 +271,7 @@ def _each_once(rows: Int64) -> tuple[Int64, Int64]:
     """Return rows ascending and each once, and where in there each of `rows` stands."""
     order = rows.argsort()
     ascending = rows[order]
-    if (ascending[1:] == ascending[:-1]).any():
+    if np.count_nonzero(ascending[1:] == ascending[:-1]):
         return np.unique(rows, return_inverse=True)
     position = np.empty(len(rows), np.int64)  # none comes twice: for a third of `unique`'s time
     position[order] = np.arange(len(rows))

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from ..errors import EdjeError, EngineError
 from ..kernels.device.contract import Device, Stream
+from ..kernels.device.host import HostStream
 from .slot import Slot
 
 _FAILED = {
@@ -65,13 +66,15 @@ class Streams:
                 hint="open it again in this one, or start processes with `spawn`",
             )
 
-    def enqueue(self, slot: Slot, forward: Callable[..., None]) -> None:
+    def enqueue(self, slot: Slot, forward: Callable[..., None], *, alone: bool = False) -> None:
         """Enqueue one filled slot's way through the device; returns at once.
 
         The slot may be touched again once `slot.finished` was passed, after an error as well.
 
         Args:
             forward: `Engine.enqueue`, or what stands in for it.
+            alone: the caller has no other batch on its way and would wait for this one: on a CPU it
+                runs on the calling thread then, which spares two changes of thread.
 
         Raises:
             EngineError: the engine refuses the batch, or the device is lost.
@@ -79,13 +82,11 @@ class Streams:
         if self._overlapped:
             self._enqueue_with_copies(slot, forward)
             return
+        if alone and isinstance(self._compute, HostStream):
+            self._compute.run_here(lambda stream: _forward(slot, forward, stream))
+            return
         with self._turn:
-            try:
-                slot.stage = "compute"
-                self._compute.record(slot.began)
-                forward(slot.batch, slot.batch_scores, stream=self._compute)
-            finally:
-                self._compute.record(slot.finished)
+            _forward(slot, forward, self._compute)
 
     def load(self, slot: Slot) -> None:
         """Bring the records that a pooled slot read into the pool, and score nothing.
@@ -177,3 +178,13 @@ class Streams:
             f"{self._device.name} is lost, it takes no more work: {reason}",
             hint="restart the process: nothing in it can use this device again",
         )
+
+
+def _forward(slot: Slot, forward: Callable[..., None], stream: Stream) -> None:
+    """Run one batch where nothing is copied; `finished` follows it, whatever fails."""
+    try:
+        slot.stage = "compute"
+        stream.record(slot.began)
+        forward(slot.batch, slot.batch_scores, stream=stream)
+    finally:
+        stream.record(slot.finished)

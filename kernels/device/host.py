@@ -100,8 +100,9 @@ class HostStream:
 
     def __init__(self, name: str):
         self._queue: SimpleQueue[Item] = SimpleQueue()
+        self._running = threading.Lock()  # held by whoever runs work of this stream
         self._worker = threading.Thread(
-            target=_run_worker, args=(self._queue,), name=name, daemon=True
+            target=_run_worker, args=(self._queue, self._running), name=name, daemon=True
         )
         self._worker.start()
         # The worker holds no reference to the stream: a forgotten stream ends its thread.
@@ -109,6 +110,18 @@ class HostStream:
 
     def submit(self, work: Work) -> None:
         self._queue.put(work)
+
+    def run_here(self, work: Callable[[InlineStream], None]) -> None:
+        """Run work at once on the calling thread: nothing else of this stream runs meanwhile.
+
+        For who has nothing queued here and would only wait for the worker; what other threads have
+        queued comes before or after it. What the work submits to its stream, it runs itself.
+
+        Raises:
+            Exception: what the work raises.
+        """
+        with self._running:
+            work(_INLINE)
 
     def upload(
         self, target: protocol.DeviceBuffer, source: protocol.PinnedBuffer, num_elements: int
@@ -142,6 +155,9 @@ class InlineStream(HostStream):
     def submit(self, work: Work) -> None:
         work()
 
+    def run_here(self, work: Callable[[InlineStream], None]) -> None:
+        work(self)
+
     def record(self, event: protocol.Event) -> None:
         mark = _host(event).mark = _Mark()
         mark.fire(None)
@@ -151,6 +167,9 @@ class InlineStream(HostStream):
 
     def close(self) -> None:
         """Do nothing: there is no worker."""
+
+
+_INLINE = InlineStream()
 
 
 class HostGraph:
@@ -271,7 +290,7 @@ class HostDevice:
         self._usage = protocol.DeviceUsage()
 
 
-def _run_worker(queue: SimpleQueue[Item]) -> None:
+def _run_worker(queue: SimpleQueue[Item], running: threading.Lock) -> None:
     error: BaseException | None = None
     while (item := queue.get()) is not None:
         if isinstance(item, _Mark):
@@ -281,7 +300,8 @@ def _run_worker(queue: SimpleQueue[Item]) -> None:
             item.mark.block()
             error = error or item.mark.error
         elif error is None:
-            error = _run(item)
+            with running:
+                error = _run(item)
         item = None  # an idle worker must not keep the last batch alive
 
 

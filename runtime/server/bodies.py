@@ -77,9 +77,16 @@ class Bodies:
             self.num_bytes -= size
             raise
 
-    def release(self, body: bytes) -> None:
-        """Count a body no more: its request is answered."""
-        self.num_bytes -= len(body)
+    def hold(self, size: int) -> bool:
+        """Count a body that has come as a whole, until `release`; False where it may not be."""
+        if size > self._max_bytes or self.num_bytes + size > self._max_together:
+            return False
+        self.num_bytes += size
+        return True
+
+    def release(self, size: int) -> None:
+        """Count a body of so many bytes no more: its request is answered."""
+        self.num_bytes -= size
 
     def _too_large(self) -> Refusal:
         message = f"the body is larger than {self._max_bytes:,} bytes"

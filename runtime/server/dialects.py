@@ -70,9 +70,11 @@ class WeaviateScored(msgspec.Struct, gc=False):
 
 def sigmoid(logits: Float32) -> Float64:
     """Return float64 [N] in 0 to 1; -inf gives 0. Never saturates before float64 does."""
+    values: Float64 = np.negative(logits, dtype=np.float64)
     with np.errstate(over="ignore"):  # exp(inf) is inf, and 1 / inf the 0 that is meant
-        values: Float64 = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
-    return values
+        np.exp(values, out=values)
+    values += 1.0
+    return np.divide(1.0, values, out=values)
 
 
 def scores_of(ask: Ask, answer: Answer) -> list[float]:
@@ -292,17 +294,17 @@ WEAVIATE, NVIDIA, SCORE = Weaviate(), Nvidia(), VllmScore()
 def rerank_dialect(body: dict[str, Any]) -> Dialect:
     """Return the dialect of a body sent to `/rerank`: its fields tell; null is no field."""
 
-    def has(name: str) -> bool:
-        return body.get(name) is not None
-
-    if has("texts"):
+    get = body.get
+    if get("texts") is not None:
         return TEI
-    if has("property"):
+    if get("property") is not None:
         return WEAVIATE
-    if has("truncation"):
+    if get("truncation") is not None:
         return VOYAGE
-    is_infinity = has("raw_scores")
-    if not has("top_n") and (has("top_k") or (has("return_documents") and not is_infinity)):
+    if get("top_n") is not None:
+        return COHERE
+    is_infinity = get("raw_scores") is not None
+    if get("top_k") is not None or (get("return_documents") is not None and not is_infinity):
         return EITHER
     return COHERE
 

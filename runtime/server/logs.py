@@ -70,11 +70,15 @@ class JsonLog:
 
     def _write_waiting(self) -> None:
         lines = []
+        second, written = -1, ""
         while self._lines:
             fields = self._lines.popleft()
             told = {name: value for name, value in fields.items() if value is not None}
-            when = datetime.fromtimestamp(told["time"], timezone.utc)
-            told["time"] = when.isoformat(timespec="milliseconds")
+            seconds = told["time"]
+            if int(seconds) != second:  # most lines are of the last one's second
+                second = int(seconds)
+                written = datetime.fromtimestamp(second, timezone.utc).isoformat()[:-6]
+            told["time"] = f"{written}.{int((seconds - second) * 1e3):03d}+00:00"
             lines.append(_line(told))
         if not lines:
             return

@@ -9,7 +9,6 @@ from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
-    Histogram,
     ProcessCollector,
     generate_latest,
 )
@@ -20,6 +19,7 @@ from ..pipeline import Scored
 from .answers import Stages
 from .contract import Service
 from .service import ScoringService
+from .tallies import Tally
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # From 100 us, where tokenising lies, to 30 s, the default deadline; each about 1.8 times the last.
@@ -45,15 +45,6 @@ class Metrics:
         self.refusals = Counter(
             "edje_refusals", "Requests that got no ranking.", ["reason"], registry=registry
         )
-        self.pairs = Counter("edje_pairs", "Query-image pairs scored.", registry=registry)
-        self._hits = Counter(
-            "edje_residency_hits", "Pairs whose tokens lay on the device.", registry=registry
-        )
-        self._misses = Counter(
-            "edje_residency_misses",
-            "Pairs whose tokens were read for a device that keeps some.",
-            registry=registry,
-        )
         self.bad_records = Counter(
             "edje_bad_records", "Candidates whose record gave no score.", registry=registry
         )
@@ -72,23 +63,8 @@ class Metrics:
         self.body_bytes = Gauge(
             "edje_body_bytes", "Bodies of requests that are not answered.", registry=registry
         )
-        self.batch_pairs = Histogram(
-            "edje_batch_pairs", "Pairs in a batch.", buckets=_PAIRS, registry=registry
-        )
-        self.request_seconds = Histogram(
-            "edje_request_seconds",
-            "From body to answer.",
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        stages = Histogram(
-            "edje_stage_seconds",
-            "Time in a stage: of a request (tokenize, resolve, queue, encode) or of a batch.",
-            ["stage"],
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self._stages = {name: stages.labels(name) for name in (*REQUEST_STAGES, *BATCH_STAGES)}
+        self.tallies = Tallies()
+        registry.register(self.tallies)
         Gauge("edje_ready", "1 while /readyz says so.", registry=registry).set_function(
             lambda: float(ready())
         )
@@ -106,29 +82,61 @@ class Metrics:
 
     def count_batch(self, scored: Scored, num_pairs: int) -> None:
         """Count one batch; runs on the thread that scored it."""
-        self.pairs.inc(num_pairs)
-        self.batch_pairs.observe(num_pairs)
-        self._hits.inc(scored.num_hits)
-        self._misses.inc(scored.num_misses)
-        observed = {
-            "read": scored.gather_ms,
-            "upload": scored.upload_ms,
-            "compute": scored.compute_ms,
-            "download": scored.download_ms,
-        }
-        for name, milliseconds in observed.items():
-            self._stages[name].observe(milliseconds / 1e3)
+        self.tallies.batches.note(
+            scored.gather_ms / 1e3,
+            scored.upload_ms / 1e3,
+            scored.compute_ms / 1e3,
+            scored.download_ms / 1e3,
+            num_pairs,
+            scored.num_hits,
+            scored.num_misses,
+        )
 
     def count_stages(self, stages: Stages, encode_s: float) -> None:
         """Count where one answered request spent its time."""
-        self._stages["tokenize"].observe(stages.tokenize / 1e3)
-        self._stages["resolve"].observe(stages.resolve / 1e3)
-        self._stages["queue"].observe(stages.queue / 1e3)
-        self._stages["encode"].observe(encode_s)
+        milliseconds = stages.tokenize, stages.resolve, stages.queue
+        self.tallies.stages.note(*(each / 1e3 for each in milliseconds), encode_s)
+
+    def count_seconds(self, seconds: float) -> None:
+        """Count how long one request took from body to answer."""
+        self.tallies.requests.note(seconds)
 
     def text(self) -> bytes:
         """Return everything as Prometheus reads it."""
         return generate_latest(self.registry)
+
+
+class Tallies(Collector):
+    """What every request and every batch adds to.
+
+    Attributes:
+        requests: seconds of each.
+        stages: seconds of each request's `REQUEST_STAGES`.
+        batches: seconds of each batch's `BATCH_STAGES`, its pairs, hits and misses.
+    """
+
+    def __init__(self) -> None:
+        self.requests = Tally([_SECONDS])
+        self.stages = Tally([_SECONDS] * len(REQUEST_STAGES))
+        self.batches = Tally([*[_SECONDS] * len(BATCH_STAGES), _PAIRS, (), ()])
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the figures of now."""
+        batches, pairs = self.batches, len(BATCH_STAGES)
+        yield batches.counter(pairs, "edje_pairs", "Query-image pairs scored.")
+        yield batches.histogram("edje_batch_pairs", "Pairs in a batch.", [pairs])
+        hits = "Pairs whose tokens lay on the device."
+        yield batches.counter(pairs + 1, "edje_residency_hits", hits)
+        misses = "Pairs whose tokens were read for a device that keeps some."
+        yield batches.counter(pairs + 2, "edje_residency_misses", misses)
+        yield self.requests.histogram("edje_request_seconds", "From body to answer.", [0])
+        what = "Time in a stage: of a request (tokenize, resolve, queue, encode) or of a batch."
+        name, label = "edje_stage_seconds", "stage"
+        of_requests = range(len(REQUEST_STAGES))
+        family = self.stages.histogram(name, what, of_requests, label, REQUEST_STAGES)
+        of_batches = batches.histogram(name, what, range(pairs), label, BATCH_STAGES)
+        family.samples += of_batches.samples
+        yield family
 
 
 class _ServiceCollector(Collector):

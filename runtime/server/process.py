@@ -21,7 +21,7 @@ from .logs import JsonLog
 from .settings import FrontSettings
 
 EXIT_DEAD_ENGINE = 1
-GARBAGE_THRESHOLD = 10_000  # new objects between two collections of the youngest; Python's: 700
+GARBAGE_THRESHOLD = 50_000  # new objects between two collections of the youngest; Python's: 700
 KEEP_ALIVE_S = 75  # longer than balancers and pools keep idle connections (60): they close first
 
 

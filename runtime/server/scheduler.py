@@ -13,7 +13,7 @@ A batch is what waits when the engine can take one: nothing is ever held back to
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -65,6 +65,7 @@ class Scheduler(Generic[AnyJob]):
         self._max_pairs = max_pairs
         self._slice = max(1, max_pairs // SLICES)
         self._waiting: dict[int, list[AnyJob]] = {}  # by bucket, the earliest deadline first
+        self._sharing: dict[int, int] = {}  # by bucket, pairs that wait and may share batches
         self._turns: dict[int, int] = {}  # when a bucket had its last batch
         self._turn = 0
         self.num_pairs = 0
@@ -76,13 +77,17 @@ class Scheduler(Generic[AnyJob]):
 
     def add(self, job: AnyJob) -> None:
         """Let a job's pairs wait."""
-        insort(self._waiting.setdefault(job.bucket, []), job, key=_order)
-        self.num_pairs += job.num_left
+        jobs = self._waiting.setdefault(job.bucket, [])
+        if jobs and _order(jobs[-1]) > _order(job):
+            insort(jobs, job, key=_order)
+        else:  # most come in the order of their deadlines
+            jobs.append(job)
+        self._count(job, job.num_left)
 
     def drop(self, job: AnyJob) -> bool:
         """Take a job's waiting pairs out; return whether there were any."""
         jobs = self._waiting.get(job.bucket, [])
-        if job not in jobs:
+        if not job.num_left or job not in jobs:
             return False
         self._leave(jobs, (job,))
         return True
@@ -91,7 +96,7 @@ class Scheduler(Generic[AnyJob]):
         """Take out and return the jobs whose deadline has passed."""
         late: list[AnyJob] = []
         for jobs in list(self._waiting.values()):
-            leaving = [job for job in jobs if job.deadline <= now]
+            leaving = list(_until(jobs, now))
             late += leaving
             self._leave(jobs, leaving)
         return late
@@ -105,22 +110,25 @@ class Scheduler(Generic[AnyJob]):
         bucket = min(buckets, key=self._next)
         self._turns[bucket] = self._turn
         jobs = self._waiting[bucket]
-        sharing = [job for job in jobs if not job.alone]
-        if jobs[0].alone or not sharing:
+        if jobs[0].alone:
             counts = {jobs[0]: jobs[0].num_left}
         else:
-            counts = self._divide(sharing)
+            counts = self._divide(jobs, self._sharing[bucket])
         shares = []
         for job, count in counts.items():
             shares.append(Share(job, job.num_taken, job.num_taken + count))
             job.num_taken += count
-            self.num_pairs -= count
-        self._waiting[bucket] = [job for job in jobs if job.num_left]
+            self._count(job, -count)
+            if not job.num_left:
+                jobs.remove(job)  # one of the first
         return shares
 
-    def _divide(self, jobs: list[AnyJob]) -> dict[AnyJob, int]:
-        """Return how many pairs each job gets of one batch: a slice each, then the rest in line."""
-        waiting = sum(job.num_left for job in jobs)
+    def _divide(self, jobs: list[AnyJob], waiting: int) -> dict[AnyJob, int]:
+        """Return how many pairs each job gets of one batch: a slice each, then the rest in line.
+
+        Args:
+            waiting: pairs of the jobs that share batches.
+        """
         num_batches = -(-waiting // self._max_pairs)
         room = -(-waiting // num_batches)
         counts: dict[AnyJob, int] = {}
@@ -128,6 +136,8 @@ class Scheduler(Generic[AnyJob]):
             for job in jobs:
                 if not room:
                     return counts
+                if job.alone:
+                    continue
                 had = counts.get(job, 0)
                 more = min(room, limit, job.num_left - had)
                 if more:
@@ -143,8 +153,23 @@ class Scheduler(Generic[AnyJob]):
     def _leave(self, jobs: list[AnyJob], leaving: Iterable[AnyJob]) -> None:
         for job in list(leaving):
             jobs.remove(job)
-            self.num_pairs -= job.num_left
+            self._count(job, -job.num_left)
+
+    def _count(self, job: AnyJob, more: int) -> None:
+        """Count more pairs of a job as waiting, or fewer."""
+        self.num_pairs += more
+        if not job.alone:
+            self._sharing[job.bucket] = self._sharing.get(job.bucket, 0) + more
 
 
 def _order(job: Job) -> tuple[bool, float]:
     return not job.urgent, job.deadline
+
+
+def _until(jobs: Iterable[AnyJob], now: float) -> Iterator[AnyJob]:
+    """Yield the jobs whose deadline has passed: but for urgent ones, they come first."""
+    for job in jobs:
+        if job.deadline <= now:
+            yield job
+        elif not job.urgent:
+            return

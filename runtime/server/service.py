@@ -308,7 +308,7 @@ class ScoringService:
         if not candidates:
             raise RequestError("there are no candidates, expected one id or more")
         asked = Candidates.find(self.reranker.store, candidates, "skip")
-        if unknown == "error" and asked.position.min() < 0:
+        if unknown == "error" and not asked.is_whole:
             missing = np.flatnonzero(asked.position < 0).tolist()
             raise UnknownIdsError([(i, candidates[i]) for i in missing])
         return asked

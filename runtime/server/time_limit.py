@@ -15,6 +15,9 @@ class Cancellable(Protocol):
         """Let it not be called."""
 
 
+Loop = asyncio.AbstractEventLoop
+
+
 class Timer:
     """One call that is due."""
 
@@ -41,12 +44,21 @@ class Timers:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._queues: dict[float, deque[Timer]] = {}
 
-    def call_later(self, seconds: float, call: Callable[[], object]) -> Timer:
-        """Call `call` in so many seconds, one of a few lengths that come again and again."""
-        loop = asyncio.get_running_loop()
+    def call_later(
+        self, seconds: float, call: Callable[[], object], loop: Loop | None = None
+    ) -> Timer:
+        """Call `call` in so many seconds, one of a few lengths that come again and again.
+
+        Args:
+            loop: that runs; None: ask for it, which takes a system call.
+        """
+        if loop is None:
+            loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._loop, self._queues = loop, {}
-        queue = self._queues.setdefault(seconds, deque())
+        queue = self._queues.get(seconds)
+        if queue is None:
+            queue = self._queues[seconds] = deque()
         timer = Timer(loop.time() + seconds, call)
         if not queue:
             loop.call_later(seconds, self._due, loop, queue)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -26,13 +27,27 @@ class Turns:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._begin_anew()
 
-    def begin(self, service: Service) -> None:
-        """Let a service begin, with all that this turn of the loop will have submitted to it."""
-        loop = self._running_loop()
+    def begin(self, service: Service, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """Let a service begin, with all that this turn of the loop will have submitted to it.
+
+        Args:
+            loop: that runs; None: ask for it, which takes a system call.
+        """
+        loop = self._of_loop(loop)
         if not self._submitted:
             loop.call_soon(self._begin)
         if service not in self._submitted:  # a reload may come between
             self._submitted.append(service)
+
+    def when_done(
+        self,
+        future: Future[Answer],
+        call: Callable[[], object],
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        """Call from the loop once a future of any thread is done; what it raises is logged."""
+        loop = self._of_loop(loop)
+        future.add_done_callback(partial(self._arrive, loop, call))
 
     async def result(self, future: Future[Answer]) -> Answer:
         """Return what a future of any thread gives, as `asyncio.wrap_future` does.
@@ -44,9 +59,9 @@ class Turns:
             Exception: what the future failed with.
         """
         if not future.done():
-            loop = self._running_loop()
+            loop = asyncio.get_running_loop()
             waiter: asyncio.Future[None] = loop.create_future()
-            future.add_done_callback(partial(self._arrive, loop, waiter))
+            self.when_done(future, partial(_wake, waiter), loop)
             await waiter
         if future.cancelled():
             raise asyncio.CancelledError
@@ -54,11 +69,12 @@ class Turns:
 
     def _begin_anew(self) -> None:
         self._submitted: list[Service] = []
-        self._answered: deque[asyncio.Future[None]] = deque()
+        self._answered: deque[Callable[[], object]] = deque()
         self._called = False
 
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
-        loop = asyncio.get_running_loop()
+    def _of_loop(self, loop: asyncio.AbstractEventLoop | None) -> asyncio.AbstractEventLoop:
+        if loop is None:
+            loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._loop = loop
             self._begin_anew()
@@ -70,19 +86,26 @@ class Turns:
             service.wake()
 
     def _arrive(
-        self, loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None], _: object
+        self, loop: asyncio.AbstractEventLoop, call: Callable[[], object], _: object
     ) -> None:
         """Learn of an answer, on the thread that gives it."""
-        self._answered.append(waiter)
+        self._answered.append(call)
         if not self._called:
             self._called = True
             with suppress(RuntimeError):  # the loop has ended: nobody waits
-                loop.call_soon_threadsafe(self._deliver)
+                loop.call_soon_threadsafe(self._deliver, loop)
 
-    def _deliver(self) -> None:
+    def _deliver(self, loop: asyncio.AbstractEventLoop) -> None:
         """Let the requests go on that were answered."""
         self._called = False  # first: what comes from now on calls again
         while self._answered:
-            waiter = self._answered.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
+            call = self._answered.popleft()
+            try:
+                call()
+            except Exception as error:  # the others are to be answered all the same
+                loop.call_exception_handler({"message": f"{call} failed", "exception": error})
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import InvalidStateError
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from functools import partial
 from math import inf
@@ -13,6 +13,7 @@ from time import monotonic, perf_counter
 import numpy as np
 
 from ...errors import EdjeError, EngineError, StoppedError
+from ..batcher import PlannedBatch
 from ..pipeline import Request, Scored
 from ..reranker import Reranker
 from ..text import TokenizedQueries
@@ -23,6 +24,8 @@ from .scheduler import Scheduler, Share
 _KEPT = 0.8  # of the rate measured so far, at each full batch
 # While one batch is computed the next one is read; a third would only be formed too early.
 NUM_THREADS = 2
+_DONE: Future[Answer] = Future()  # stands in for a request's once that is done
+_DONE.cancel()
 
 
 class Worker:
@@ -44,8 +47,10 @@ class Worker:
         """
         self._reranker = reranker
         self._max_pairs = max_pairs
+        self._counted = np.arange(max_pairs)  # parts of it are batches' pairs and queries
         self._scheduler: Scheduler[Waiting] = Scheduler(max_pairs)
         self._changed = threading.Condition()
+        self._idle: list[threading.Lock] = []  # of threads with nothing to do: released to wake one
         self._unanswered: set[Waiting] = set()
         self._closing = False
         self._scored_pairs = self._scored_s = self._last_done = 0.0
@@ -76,14 +81,17 @@ class Worker:
             self.check_open()
             self._unanswered.add(job)
             self._scheduler.add(job)
-            if wake:
-                self._changed.notify()
+            sleeper = self._idle.pop() if wake and self._idle else None
+        if sleeper is not None:
+            sleeper.release()
         job.future.add_done_callback(partial(self._forget, job))
 
     def wake(self) -> None:
         """Begin with what was added."""
         with self._changed:
-            self._changed.notify()
+            sleeper = self._idle.pop() if self._idle else None
+        if sleeper is not None:  # not before: it would wait for the lock at once
+            sleeper.release()
 
     def load(self) -> Load:
         """Return what there is to do."""
@@ -100,7 +108,7 @@ class Worker:
         until = monotonic() + drain_s
         with self._changed:
             self._closing = True
-            self._changed.notify_all()
+            self._wake_all()
             limit = None if drain_s == inf else max(0.0, until - monotonic())
             self._changed.wait_for(lambda: not self._unanswered, limit)
             left = list(self._unanswered)
@@ -112,7 +120,10 @@ class Worker:
 
     def _work(self) -> None:
         """Form batches and run them, until the service is closed and nothing waits."""
+        asleep = threading.Lock()
+        asleep.acquire()
         while True:
+            sleeper = None
             with self._changed:
                 late = self._scheduler.expire(monotonic())
                 self.num_dropped += sum(job.num_left for job in late)
@@ -120,9 +131,14 @@ class Worker:
                 if not shares and not late:
                     if self._closing and not self._unanswered:
                         return
-                    self._changed.wait()
-                elif self._scheduler.num_pairs:
-                    self._changed.notify()  # there is work for the other thread, too
+                    self._idle.append(asleep)
+                elif self._scheduler.num_pairs and self._idle:
+                    sleeper = self._idle.pop()  # there is work for the other thread, too
+            if not shares and not late:
+                asleep.acquire()
+                continue
+            if sleeper is not None:
+                sleeper.release()
             for job in late:
                 _fail(job, _too_late(job))
             if shares:
@@ -163,28 +179,27 @@ class Worker:
 
     def _score(self, shares: list[Share[Waiting]]) -> Scored:
         """Score the pairs of several requests together."""
-        if len(shares) == 1:
-            job, start, stop = shares[0]
+        first, start, stop = shares[0]
+        if first.alone:
             request = Request(
-                job.queries, np.zeros(stop - start, np.int64), job.asked.rows[start:stop]
+                first.queries, np.zeros(stop - start, np.int64), first.asked.rows[start:stop]
             )
-            if not job.alone:
-                return self._reranker.score(request)[0]
-            scored, job.rescoring = self._reranker.score(request, job.top_n)
+            scored, first.rescoring = self._reranker.score(request, first.top_n)
             return scored
-        queries = [share.job.queries for share in shares]
-        counts = [share.stop - share.start for share in shares]
-        return self._reranker.score(
-            Request(
-                TokenizedQueries(
-                    np.concatenate([each.text_ids for each in queries]),
-                    np.concatenate([each.text_length for each in queries]),
-                    np.concatenate([each.truncated for each in queries]),
-                ),
-                np.repeat(np.arange(len(shares)), counts),
-                np.concatenate([job.asked.rows[start:stop] for job, start, stop in shares]),
+        queries, rows = first.queries, first.asked.rows[start:stop]
+        if len(shares) > 1:
+            each = [share.job.queries for share in shares]
+            queries = TokenizedQueries(
+                np.concatenate([one.text_ids for one in each]),
+                np.concatenate([one.text_length for one in each]),
+                np.concatenate([one.truncated for one in each]),
             )
-        )[0]
+            rows = np.concatenate([job.asked.rows[start:stop] for job, start, stop in shares])
+        every = self._counted[: len(shares)]
+        query_of_pair = every.repeat([share.stop - share.start for share in shares])
+        pairs = self._counted[: len(rows)]
+        planned = PlannedBatch(first.bucket, every, query_of_pair.astype(np.int32), pairs)
+        return self._reranker.score(Request(queries, query_of_pair, rows, planned=planned))[0]
 
     def _measure(self, began: float, num_pairs: int) -> None:
         """Learn from one batch how many pairs a second are scored.
@@ -215,13 +230,22 @@ class Worker:
 
     def _forget(self, job: Waiting, _: object) -> None:
         """A request is answered, failed or cancelled: nothing of it shall be scored any more."""
+        job.future = (
+            _DONE  # its own holds this very call, and with it the job: the collector's work
+        )
         with self._changed:
             num_left = job.num_left
             if self._scheduler.drop(job):
                 self.num_dropped += num_left
             self._unanswered.discard(job)
             if self._closing:
-                self._changed.notify_all()
+                self._wake_all()
+
+    def _wake_all(self) -> None:
+        """Let everyone look again whether it is over; the lock is held."""
+        self._changed.notify_all()
+        while self._idle:
+            self._idle.pop().release()
 
 
 def _fail(job: Waiting, error: BaseException) -> None:

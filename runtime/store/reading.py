@@ -54,6 +54,11 @@ class ReadableStore:
                 arguments of another kind (all of them).
             StoreError: the store is closed.
         """
+        if type(ids) is list and missing == "mark":  # as a server asks, a hundred at a time
+            try:
+                return self._index.rows(ids)[0]
+            except TypeError:  # no strings: they are named below
+                pass
         given = Arguments("rows")
         names = given.strings("ids", ids)
         given.choice("missing", missing, ("raise", "mark"))

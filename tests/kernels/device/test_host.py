@@ -220,3 +220,37 @@ def test_an_inline_stream_runs_work_at_once_and_raises_where_it_is_called():
     with pytest.raises(ZeroDivisionError):
         stream.submit(lambda: 1 / 0)
     stream.close()
+
+
+def test_work_run_here_runs_on_this_thread_while_the_worker_waits():
+    device = HostDevice()
+    stream, event, seen = device.stream(), device.event(), []
+
+    def here(inline) -> None:
+        stream.submit(lambda: seen.append(("worker", threading.current_thread())))
+        stream.record(event)
+        time.sleep(0.05)
+        inline.submit(lambda: seen.append(("here", threading.current_thread())))
+
+    stream.run_here(here)
+    event.synchronize()
+    assert [name for name, _ in seen] == ["here", "worker"]
+    assert seen[0][1] is threading.current_thread()
+    assert seen[1][1] is not threading.current_thread()
+    device.close()
+
+
+def test_work_run_here_fails_here_and_the_stream_goes_on():
+    device = HostDevice()
+    stream, event, seen = device.stream(), device.event(), []
+
+    def fail(inline) -> None:
+        inline.submit(lambda: 1 // 0)
+
+    with pytest.raises(ZeroDivisionError):
+        stream.run_here(fail)
+    stream.submit(lambda: seen.append(1))
+    stream.record(event)
+    event.synchronize()
+    assert seen == [1]
+    device.close()

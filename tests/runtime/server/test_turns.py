@@ -89,3 +89,21 @@ def test_a_loop_that_ended_leaves_nothing_to_the_next():
     asyncio.run(first())
     late.set_result(1)  # nobody waits for it any more
     assert asyncio.run(second()) == 2
+
+
+def test_a_call_that_fails_is_told_to_the_loop_and_the_others_are_made():
+    async def main() -> tuple[list[str], list[int]]:
+        loop, told, called = asyncio.get_running_loop(), list[str](), list[int]()
+        loop.set_exception_handler(lambda _, context: told.append(repr(context["exception"])))
+        turns, futures = Turns(), [Future[int]() for _ in range(3)]
+        turns.when_done(futures[0], lambda: called.append(0))
+        turns.when_done(futures[1], lambda: 1 // 0)
+        turns.when_done(futures[2], lambda: called.append(2))
+        for future in futures:
+            future.set_result(1)
+        await asyncio.sleep(0.01)
+        return told, called
+
+    told, called = asyncio.run(main())
+    assert called == [0, 2]
+    assert told == ["ZeroDivisionError('integer division or modulo by zero')"]
