@@ -11,15 +11,7 @@ from typing import Any
 import openvino as ov
 
 from ..arrays import Array, Float32, even_parts
-from ..bundle import (
-    ATTENTION_SCORES,
-    CONTEXT,
-    OUTPUT,
-    ModelSizes,
-    node_name,
-    path_of_node,
-    products_of,
-)
+from ..bundle import OUTPUT, ModelSizes, node_name, path_of_node, products_of
 from ..errors import EngineError, named
 from ..machine import is_x86, thread_limit, usable_cores
 from .build_options import BuildOptions
@@ -59,7 +51,6 @@ GROUP_COSTS = {128: 0.46, 64: 0.49, 32: 0.55}
 WITHOUT_VNNI = "and OpenVINO's are slower than float32 then: onnxruntime has faster ones"
 # Nodes of the compiled model that hold the matrix products.
 PRODUCTS = ("FullyConnected", "MatMul", "ScaledDotProductAttention", "MHA", "Convolution")
-FUSED = "Subgraph"  # may hold those of attention
 # Rows of a forward on one thread: their activations (1,536 x 4 bytes each) still pass through one
 # core's L2 and share of the L3. CPU time a pair, full size, one core. float32, 80 rows a pair, 2 MB
 # L2: 27.0 ms at 640 rows, 27.2 at 1,280, 27.9 at 2,560, 32.2 at 5,120. int8, 128 rows a pair, 1 MB
@@ -236,15 +227,10 @@ def _products(compiled: ov.CompiledModel) -> Iterator[tuple[set[str], str]]:
     """
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()
-        layer = str(info["layerType"].astype(str))
-        names = str(info["originalLayersNames"].astype(str)).split(",")
-        if layer in PRODUCTS or (layer == FUSED and any(map(_is_of_attention, names))):
+        if str(info["layerType"].astype(str)) in PRODUCTS:
+            names = str(info["originalLayersNames"].astype(str)).split(",")
             own = {node_name(path_of_node(name), "MatMul") for name in names}
             yield own.union(names), str(info["runtimePrecision"].astype(str))
-
-
-def _is_of_attention(name: str) -> bool:
-    return name.endswith((node_name(ATTENTION_SCORES, "MatMul"), node_name(CONTEXT, "MatMul")))
 
 
 class OpenVinoEngine(HostEngine):
