@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import openvino as ov
 
-from ..arrays import Array, Float32, even_parts
+from ..arrays import Array, Float32
 from ..bundle import OUTPUT, ModelSizes, node_name, path_of_node, products_of
 from ..errors import EngineError, named
 from ..machine import is_x86, thread_limit, usable_cores
@@ -254,10 +255,9 @@ class OpenVinoEngine(HostEngine):
         self._idle: list[ov.InferRequest] = []  # as many as were ever in use at once
 
     def _infer(self, batch: Batch, scores: Float32) -> None:
-        parts = even_parts(len(batch), self._pairs_per_request(batch))
         started: list[ov.InferRequest] = []
         try:
-            for pairs in parts:
+            for pairs in self._parts(batch):
                 request = self._request()
                 _bind(request, batch.part(pairs), scores[pairs])
                 request.start_async()
@@ -270,11 +270,13 @@ class OpenVinoEngine(HostEngine):
             raise _failed(batch, errors[0]) from errors[0]
         self._idle += started
 
-    def _pairs_per_request(self, batch: Batch) -> int:
-        """Return how many pairs make as many requests for every stream, none of too many rows."""
-        rows = int(batch.text_ids.shape[1] + batch.visual_tokens.shape[1] + 1)
-        rounds = -(-len(batch) // (max(1, self._most_rows // rows) * self._num_streams))
-        return -(-len(batch) // (rounds * self._num_streams))
+    def _parts(self, batch: Batch) -> Iterator[slice]:
+        """Cut the pairs into as many requests for every stream, none of too many rows."""
+        rows, size = int(batch.text_ids.shape[1] + batch.visual_tokens.shape[1] + 1), len(batch)
+        rounds = -(-size // (max(1, self._most_rows // rows) * self._num_streams))
+        number = min(size, rounds * self._num_streams)
+        ends = [size * part // number for part in range(number + 1)]
+        return (slice(start, end) for start, end in pairwise(ends))
 
     def _request(self) -> ov.InferRequest:
         if self._compiled is None:

@@ -220,6 +220,10 @@ def test_no_stream_waits_for_another_before_the_batch_is_done(
     model, engine = open_recorded(built_engines["openvino"])
     np.testing.assert_array_equal(run(engine, batch), scores)
     assert model.sizes == [1] * 12
+    monkeypatch.setattr(ov, "ROWS_PER_THREAD", 3 * rows)
+    model, engine = open_recorded(built_engines["openvino"])
+    run(engine, official_pairs.batch(pairs[:10], 63))
+    assert model.sizes == [1, 2, 2, 1, 2, 2], "no stream has more requests than another"
 
 
 def test_a_failure_waits_for_all_that_was_started(built_engines, official_pairs, run):
