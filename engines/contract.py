@@ -24,6 +24,7 @@ from .build_options import BuildOptions
 from .manifest import EngineManifest, Profile
 
 Progress = Callable[[str], None]
+BESIDE_8_BITS = "beside_8_bits"  # in a manifest's `build_options`: the narrower type
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,8 @@ class BuildJob:
         token_dtype: dtype of the graph's `visual_tokens`: `float16`, or `int8` with scales.
         profile, bundle: what the engine must accept, and the model it was made from.
         progress: called with one short line before each step.
+        strict: everything that is not quantised runs in the compute type. Otherwise a backend may
+            run it in a narrower one and say so in the flag `BESIDE_8_BITS`.
     """
 
     graph: Path
@@ -105,6 +108,7 @@ class BuildJob:
     bundle: BundleManifest
     options: BuildOptions
     progress: Progress
+    strict: bool = False
 
 
 class Backend(Protocol):

@@ -1,4 +1,4 @@
-"""What CPU backends share: which instruction sets a precision needs, and pairs a forward."""
+"""What CPU backends share: which instruction sets a precision needs, and what a CPU lacks."""
 
 from __future__ import annotations
 
@@ -23,11 +23,6 @@ FEATURES_OF_PRECISION: Mapping[str, tuple[str, ...]] = {
     "bf16": FLOAT + BFLOAT16,
     "int8": FLOAT + INT8,
 }
-
-# Activations of 16 pairs (80 slots x 1,536 x 4 bytes each) still pass through one core's L2 and
-# share of the L3. CPU time a pair, full-size scorer, OpenVINO f32 on one core of a Xeon with 2 MB
-# L2: 27.0 ms at 8 pairs, 27.2 at 16, 27.9 at 32, 32.2 at 64, 35.4 at 128.
-PAIRS_PER_THREAD = 16
 
 
 def why_no_vnni() -> str | None:
@@ -57,11 +52,6 @@ def why_no_bf16() -> str | None:
     if _BF16_PRODUCTS & set(hidden) and not _BF16_PRODUCTS & set(usable):
         return f"{machine.FEATURES_LIMIT} keeps this CPU's bfloat16 products from use"
     return None
-
-
-def pairs_per_forward(num_threads: int | None) -> int:
-    """Return how many pairs one forward on `num_threads` (None: all cores) should take."""
-    return PAIRS_PER_THREAD * (num_threads or usable_cores())
 
 
 def cpu_features(precision: str | None = None) -> tuple[str, ...]:

@@ -4,131 +4,40 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import openvino as ov
-from openvino import opset13 as ops
 
-from ..arrays import Array, Float32, even_parts
+from ..arrays import Array, Float32
 from ..bundle import OUTPUT, ModelSizes, node_name, path_of_node, products_of
 from ..errors import EngineError, named
 from ..machine import is_x86, thread_limit, usable_cores
 from .build_options import BuildOptions
-from .contract import Batch, BuildJob, Engine, HostEngine, OpenOptions
+from .contract import BESIDE_8_BITS, Batch, BuildJob, Engine, HostEngine, OpenOptions
 from .cpu import compute_type as compute_type
-from .cpu import device as device
+from .cpu import describe_cpu, option_fault, why_no_bf16, why_no_vnni
 from .cpu import device_faults as device_faults
-from .cpu import option_fault, pairs_per_forward, why_no_bf16, why_no_vnni
 from .manifest import EngineManifest
 from .openvino_core import DEVICE, openvino_core
-from .openvino_dynamic import (
+from .openvino_graph import (
     GROUP_KEY,
     Settings,
+    fit_to_x86,
+    keeps_products,
     quantize_while_running,
     why_not_dynamic,
+    widen_score,
 )
 from .scales import DYNAMIC, STATIC, Scales
 
-KEYS_TRANSPOSED = [0, 2, 3, 1]  # [P, S, heads, d] -> [P, heads, d, S], as ONNX MatMul needs them
-HEADS_FIRST = [0, 2, 1, 3]
-ZERO_POINT = 128
-
-
-def fit_to_x86(model: ov.Model) -> None:
-    """Change `model` in place: keys are transposed in the product, activations are unsigned."""
-    for node in model.get_ordered_ops():
-        if node.get_type_name() == "MatMul":
-            _transpose_keys_in_product(node)
-        elif node.get_type_name() == "FakeQuantize":
-            _store_unsigned(node)
-    model.validate_nodes_and_infer_types()
-
-
-def widen_score(model: ov.Model) -> None:
-    """Change `model` in place: the score is a sum in float32, not a product with one column.
-
-    In bf16 OpenVINO rounds what a product gives to 8 bits, and scores of about 20 to steps of 1/8:
-    on the demo every query had ties, and Kendall tau against float32 was 0.953. What follows the
-    last product stays float32.
-    """
-    for node in model.get_ordered_ops():
-        columns = node.get_output_partial_shape(0)[-1] if node.get_type_name() == "MatMul" else 0
-        if columns == 1:
-            weights = np.array(_constant(node, 1), np.float32)[None]
-            terms = ops.multiply(node.input_value(0), ops.constant(weights))
-            _replace(node, ops.reduce_sum(terms, ops.constant(np.array([1])), True))
-    model.validate_nodes_and_infer_types()
-
-
-def _transpose_keys_in_product(product: ov.Node) -> None:
-    """Let the attention's product read keys [P, heads, S, d].
-
-    OpenVINO fuses this transpose into the attention, the other one it runs on its own: attention
-    takes 16.8 instead of 19.8 ms.
-    """
-    keys = product.input_value(1).get_node()
-    if keys.get_type_name() != "Transpose" or _constant(keys, 1) != KEYS_TRANSPOSED:
-        return
-    heads_first = ops.transpose(keys.input_value(0), ops.constant(np.array(HEADS_FIRST)))
-    heads_first.set_friendly_name(keys.get_friendly_name())
-    _replace(product, ops.matmul(product.input_value(0), heads_first, False, True))
-
-
-def _store_unsigned(quantizer: ov.Node) -> None:
-    """Shift int8 activations by 128, which their zero point takes back: the same whole numbers.
-
-    x86 multiplies unsigned by signed bytes. OpenVINO shifts signed activations at every use and
-    rescales in a pass of its own; unsigned ones it does not: the products take 48 instead of 57
-    ms, the whole forward 75 instead of 85.
-    """
-    signed = [node for node in _readers(quantizer) if node.get_element_type() == ov.Type.i8]
-    bounds = [quantizer.input_value(index) for index in range(3)]
-    unsigned = ops.fake_quantize(*bounds, np.float32(0), np.float32(255), 256)
-    unsigned.set_friendly_name(quantizer.get_friendly_name())
-    stored = ops.convert(unsigned, "u8")
-    for wide in (node for cast in signed for node in _readers(cast)):
-        zero_point = ops.convert(ops.constant(np.uint8(ZERO_POINT)), "f32")
-        shifted = ops.subtract(ops.convert(stored, "f32"), zero_point)
-        for old in _zero_shifts(wide) or [wide]:
-            _replace(old, shifted)
-
-
-def _zero_shifts(value: ov.Node) -> list[ov.Node]:
-    """Return the subtractions of a zero point of 0 that read `value`."""
-    return [
-        node
-        for node in _readers(value)
-        if node.get_type_name() == "Subtract" and not np.any(_constant(node, 1))
-    ]
-
-
-def _constant(node: ov.Node, index: int) -> list[float] | None:
-    """Return input `index` of `node` as a list where it is a constant, cast or not."""
-    source = node.input_value(index).get_node()
-    if source.get_type_name() == "Convert":
-        source = source.input_value(0).get_node()
-    if source.get_type_name() != "Constant":
-        return None
-    values: list[float] = source.get_data().ravel().tolist()
-    return values
-
-
-def _readers(node: ov.Node) -> list[ov.Node]:
-    return [reader.get_node() for reader in node.output(0).get_target_inputs()]
-
-
-def _replace(old: ov.Node, new: ov.Node) -> None:
-    """Let the readers of `old` read `new`, under the old name: opening looks for names."""
-    new.set_friendly_name(old.get_friendly_name())
-    old.output(0).replace(new.output(0))
-
-
 MODEL = "joint_encoder.xml"
-# Type of everything but int8 products. int8 engines keep it float32 on CPUs with bf16, too: that
-# saves little (attention is a fifth of the time) and bf16 would round what int8 was calibrated on.
+# Type of everything but int8 products. It is bf16 on CPUs that have it where scales are static and
+# no product is kept (a model that needs more is too easily upset): full size, CPU time 9 % less at
+# 80 and at 128 rows a pair, most of it attention's (1.7 instead of 2.85 ms at 128). Kendall tau
+# against float32: the demo's 0.981, with float32 beside int8 0.982; random weights 0.909 and 0.919.
 ELEMENT_TYPES = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 INT8_TYPES = ("i8", "u8")
 PRECISION_KEY = "INFERENCE_PRECISION_HINT"
@@ -143,6 +52,11 @@ GROUP_COSTS = {128: 0.46, 64: 0.49, 32: 0.55}
 WITHOUT_VNNI = "and OpenVINO's are slower than float32 then: onnxruntime has faster ones"
 # Nodes of the compiled model that hold the matrix products.
 PRODUCTS = ("FullyConnected", "MatMul", "ScaledDotProductAttention", "MHA", "Convolution")
+# Rows of a forward on one thread: their activations (1,536 x 4 bytes each) still pass through one
+# core's L2 and share of the L3. CPU time a pair, full size, one core. float32, 80 rows a pair, 2 MB
+# L2: 27.0 ms at 640 rows, 27.2 at 1,280, 27.9 at 2,560, 32.2 at 5,120. int8, 128 rows a pair, 1 MB
+# L2: 8.94 ms at 512, 8.65 at 1,024, 8.58 at 1,536, 8.69 at 2,048.
+ROWS_PER_THREAD = 1280
 
 
 def version() -> str:
@@ -192,6 +106,12 @@ def why_not_build(precision: str, options: BuildOptions) -> str | None:
     return option_fault(options) or why_not(precision)
 
 
+def device(precision: str, options: BuildOptions) -> dict[str, Any]:
+    """Return this CPU as the manifest's `device` entry, for int8 with whether it runs bf16."""
+    more = {"bf16": why_not("bf16") is None} if precision == "int8" else {}
+    return {**describe_cpu(precision), **more}
+
+
 def build(job: BuildJob) -> Mapping[str, Any]:
     """Convert the graph to OpenVINO's format; weights stay as they are, opening casts them."""
     fitted = is_x86()
@@ -200,13 +120,16 @@ def build(job: BuildJob) -> Mapping[str, Any]:
         if fitted:
             fit_to_x86(model)
         group = quantize_while_running(model)
-        if job.precision == "bf16":
+        robust = job.precision == "int8" and group is None and not keeps_products(model)
+        narrow = robust and not job.strict and why_not("bf16") is None
+        beside = {BESIDE_8_BITS: "bf16"} if narrow else {}
+        if job.precision == "bf16" or beside:
             widen_score(model)
         ov.save_model(model, job.out / MODEL, compress_to_fp16=False)
     except RuntimeError as error:
         raise EngineError(f"OpenVINO cannot convert {job.graph}: {error}") from error
     groups = {} if group is None else {GROUP: group}
-    return {"format": "OpenVINO IR", "fitted_to_x86": fitted, **groups}
+    return {"format": "OpenVINO IR", "fitted_to_x86": fitted, **groups, **beside}
 
 
 def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine:
@@ -217,7 +140,7 @@ def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine
             f"{fixed[0]} cannot be set at opening: an engine's precision is fixed when built",
             hint="build another engine with --precision",
         )
-    wanted = ELEMENT_TYPES[manifest.precision]
+    wanted = manifest.build_options.get(BESIDE_8_BITS, ELEMENT_TYPES[manifest.precision])
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": usable_cores(),  # OpenVINO cuts this down to its number of threads
@@ -228,6 +151,11 @@ def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine
     if group is not None:
         settings[GROUP_KEY] = group
         _raise_unless_dynamic(manifest, group, options.backend_settings)
+    if BESIDE_8_BITS in manifest.build_options and (reason := why_not(wanted)) is not None:
+        raise EngineError(
+            f"this engine runs {wanted} beside int8, which cannot be here: {reason}",
+            hint="build it again on this machine",
+        )
     limit = thread_limit(sees_affinity=True)
     if options.num_threads is not None:
         settings[THREADS_KEY] = options.num_threads
@@ -237,9 +165,9 @@ def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine
         compiled = openvino_core().compile_model(folder / MODEL, DEVICE, settings)
     except RuntimeError as error:
         raise EngineError(f"OpenVINO cannot open {folder / MODEL}: {error}") from error
-    check_precision(compiled, wanted, quantized_products(manifest.precision_plan))
-    num_threads = int(compiled.get_property(THREADS_KEY)) or None
-    return OpenVinoEngine(manifest, compiled, pairs_per_forward(num_threads))
+    quantized = quantized_products(manifest.precision_plan)
+    check_precision(compiled, wanted, quantized)
+    return OpenVinoEngine(manifest, compiled)
 
 
 def _raise_unless_dynamic(
@@ -266,7 +194,9 @@ def quantized_products(plan: Mapping[str, Any]) -> frozenset[str]:
 
 
 def check_precision(
-    compiled: ov.CompiledModel, wanted: str, quantized: frozenset[str] = frozenset()
+    compiled: ov.CompiledModel,
+    wanted: str,
+    quantized: frozenset[str] = frozenset(),
 ) -> None:
     """Look into the compiled model: products `quantized` must run in int8, all others in `wanted`.
 
@@ -311,19 +241,23 @@ class OpenVinoEngine(HostEngine):
     each matrix product, where all wait for the slowest at every one. On two cores that others
     used, too, 32 pairs took 179 instead of 217 ms in int8 and 550 instead of 827 in float32; one
     pair alone took 11.3 instead of 10.0 ms in int8 (2026.4.1, full-size scorer, least times).
+
+    A batch's requests are all started at once and wait in OpenVINO's own queue, so that no stream
+    idles until the others are done.
     """
 
-    def __init__(self, manifest: EngineManifest, compiled: ov.CompiledModel, most_pairs: int):
-        super().__init__(manifest, pairs_per_forward=most_pairs)
+    def __init__(self, manifest: EngineManifest, compiled: ov.CompiledModel):
+        super().__init__(manifest)
         self._compiled: ov.CompiledModel | None = compiled
         self._num_streams = max(1, int(compiled.get_property("NUM_STREAMS")))
+        num_threads = int(compiled.get_property(THREADS_KEY)) or usable_cores()
+        self._most_rows = ROWS_PER_THREAD * max(1, num_threads // self._num_streams)
         self._idle: list[ov.InferRequest] = []  # as many as were ever in use at once
 
     def _infer(self, batch: Batch, scores: Float32) -> None:
-        parts = even_parts(len(batch), -(-len(batch) // self._num_streams))
         started: list[ov.InferRequest] = []
         try:
-            for pairs in parts:
+            for pairs in self._parts(batch):
                 request = self._request()
                 _bind(request, batch.part(pairs), scores[pairs])
                 request.start_async()
@@ -335,6 +269,14 @@ class OpenVinoEngine(HostEngine):
         if errors:
             raise _failed(batch, errors[0]) from errors[0]
         self._idle += started
+
+    def _parts(self, batch: Batch) -> Iterator[slice]:
+        """Cut the pairs into as many requests for every stream, none of too many rows."""
+        rows, size = int(batch.text_ids.shape[1] + batch.visual_tokens.shape[1] + 1), len(batch)
+        rounds = -(-size // (max(1, self._most_rows // rows) * self._num_streams))
+        number = min(size, rounds * self._num_streams)
+        ends = [size * part // number for part in range(number + 1)]
+        return (slice(start, end) for start, end in pairwise(ends))
 
     def _request(self) -> ov.InferRequest:
         if self._compiled is None:

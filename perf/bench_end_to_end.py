@@ -25,7 +25,6 @@ import numpy as np
 from ..arrays import Float32
 from ..bundle import INPUTS
 from ..engines.contract import Batch, Engine, OpenOptions
-from ..engines.cpu import PAIRS_PER_THREAD, pairs_per_forward
 from ..engines.manifest import EngineManifest
 from ..engines.registry import load_backend, open_engine
 from ..errors import EdjeError
@@ -62,7 +61,7 @@ Scorer = Callable[[], Float32]
 FLOAT32_TOLERANCE = 1e-3
 BF16_TOLERANCE = 0.2  # random weights, scores of a few units; see `fidelity` for the mean
 NUM_CANDIDATES, NUM_WORDPIECES = 512, 13
-LARGE_BATCH = 256
+SMALL_BATCH, LARGE_BATCH = 16, 256
 EXPECTED_SHARE, EXPECTED_SPEEDUP = 0.95, 1.8
 
 
@@ -127,15 +126,15 @@ def compare_with_bare(
         one_stream = bare_openvino(engine, threads, 1)
         contestants: dict[str, Scorer] = {
             "Reranker.rank": partial(scores_in_order, reranker, query, ids),
-            f"bare OpenVINO, a stream a core, batches of {PAIRS_PER_THREAD}": queued_scorer(
+            f"bare OpenVINO, a stream a core, batches of {SMALL_BATCH}": queued_scorer(
                 bare_openvino(engine, threads, threads or usable_cores()),
-                pairs.batches(PAIRS_PER_THREAD),
+                pairs.batches(SMALL_BATCH),
             ),
             **{
                 f"bare OpenVINO, one stream, batches of {size}": bare_scorer(
                     one_stream, pairs.batches(size)
                 )
-                for size in sorted({pairs_per_forward(threads), LARGE_BATCH})
+                for size in sorted({SMALL_BATCH * (threads or usable_cores()), LARGE_BATCH})
             },
         }
         result, (ranked, *loops) = compare(contestants, FLOAT32_TOLERANCE, len(ids), num_rounds)

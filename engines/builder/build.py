@@ -15,8 +15,8 @@ from ...arguments import Arguments, StrPath
 from ...bundle import IMAGE_ENCODER, JOINT_ENCODER, TOKENIZER, BundleManifest
 from ...errors import EngineError
 from ...files import publish_folder, refuse_existing, sha256_of
-from ..contract import Backend, BuildJob, OpenOptions, Progress
-from ..fidelity import measure, measure_fidelity, not_measured
+from ..contract import BESIDE_8_BITS, Backend, BuildJob, OpenOptions, Progress
+from ..fidelity import Fidelity, measure, measure_fidelity, not_measured
 from ..manifest import MANIFEST, EngineManifest, Profile
 from ..precision.emulate import scorer
 from ..precision.graph import Graph
@@ -192,8 +192,24 @@ class _Build:
             )
             if shallow is not None:
                 plan = {**plan, "shallow": shallow.facts}
-            draft = self.manifest(folder, plan, {**self.module.build(job), **_asked(request)})
-            return replace(draft, fidelity=self.measured(job, draft))
+            made = self.made(job, plan)
+            if BESIDE_8_BITS in made.build_options and self.breaks_limits(made):
+                narrow = made.build_options[BESIDE_8_BITS]
+                self.progress(f"{narrow} beside 8 bits breaks the limits, building without")
+                made = self.made(replace(job, strict=True), plan)
+            return made
+
+    def made(self, job: BuildJob, plan: Mapping[str, Any]) -> EngineManifest:
+        """Build, describe and measure."""
+        draft = self.manifest(job.out, plan, {**self.module.build(job), **_asked(self.request)})
+        return replace(draft, fidelity=self.measured(job, draft))
+
+    def breaks_limits(self, made: EngineManifest) -> bool:
+        """Tell whether real pairs, in full depth, say so."""
+        samples, fidelity = self.request.calibration, Fidelity.from_json(made.fidelity)
+        if samples is None or samples.random or self.shallow is not None or fidelity is None:
+            return False
+        return bool(self.request.options.limits_to_hold.broken_by(fidelity))
 
     def manifest(
         self, folder: Path, plan: Mapping[str, Any], flags: Mapping[str, Any]

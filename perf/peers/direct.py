@@ -9,7 +9,7 @@ import numpy as np
 
 from ...arrays import Float32
 from ...bundle import INPUTS
-from ...engines.contract import Batch
+from ...engines.contract import BESIDE_8_BITS, Batch
 from ...engines.manifest import EngineManifest
 from ..random_model import Pairs
 from .contest import Ask, Bench, Question, Run, SkippedError
@@ -33,7 +33,9 @@ def openvino_directly(precision: str, hint: str, batch: int) -> Callable[[Bench]
         manifest = EngineManifest.read(folder)
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": hint,
-            "INFERENCE_PRECISION_HINT": ELEMENT_TYPES[precision],
+            "INFERENCE_PRECISION_HINT": manifest.build_options.get(
+                BESIDE_8_BITS, ELEMENT_TYPES[precision]
+            ),
         }
         group = manifest.build_options.get("dynamic_quantization_group_size")
         if group is not None:

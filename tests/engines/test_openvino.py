@@ -11,8 +11,8 @@ from edje.engines import openvino as ov
 from edje.engines.builder.build import build_engine
 from edje.engines.contract import OpenOptions
 from edje.engines.manifest import EngineManifest
-from edje.engines.openvino import widen_score
 from edje.engines.openvino_core import openvino_core
+from edje.engines.openvino_graph import widen_score
 from edje.engines.registry import open_engine
 from edje.errors import EngineError
 
@@ -158,10 +158,11 @@ class RecordedModel:
         self._model = openvino_core().compile_model(
             folder / ov.MODEL, "CPU", {ov.PRECISION_KEY: "f32"}
         )
-        self.fails, self.sizes, self.waited = fails, [], []
+        self.fails, self.sizes, self.waited, self.events = fails, [], [], []
 
     def get_property(self, name):
-        return 3 if name == "NUM_STREAMS" else self._model.get_property(name)
+        named = ("NUM_STREAMS", ov.THREADS_KEY)
+        return 3 if name in named else self._model.get_property(name)
 
     def create_infer_request(self):
         return RecordedRequest(self, self._model.create_infer_request())
@@ -177,9 +178,11 @@ class RecordedRequest:
         self._request.set_tensor(name, tensor)
 
     def start_async(self):
+        self._model.events.append("start")
         self._request.start_async()
 
     def wait(self):
+        self._model.events.append("wait")
         self._request.wait()
         self._model.waited.append(self)
         if self._model.fails(len(self._model.waited)):
@@ -188,7 +191,7 @@ class RecordedRequest:
 
 def open_recorded(folder, **more):
     model = RecordedModel(folder, **more)
-    return model, ov.OpenVinoEngine(EngineManifest.read(folder), model, most_pairs=256)
+    return model, ov.OpenVinoEngine(EngineManifest.read(folder), model)
 
 
 def test_every_thread_scores_pairs_of_its_own(built_engines, official_pairs, run):
@@ -200,6 +203,27 @@ def test_every_thread_scores_pairs_of_its_own(built_engines, official_pairs, run
     assert model.sizes == [3, 3, 4, 1]
     np.testing.assert_allclose(scores, official_pairs.expected(pairs), rtol=0, atol=1e-4)
     np.testing.assert_allclose(one, scores[:1], rtol=0, atol=1e-5)
+
+
+def test_no_stream_waits_for_another_before_the_batch_is_done(
+    built_engines, official_pairs, run, monkeypatch
+):
+    pairs = [(caption, image) for caption in range(2) for image in range(6)]
+    batch = official_pairs.batch(pairs, 63)
+    rows = 63 + batch.visual_tokens.shape[1] + 1
+    monkeypatch.setattr(ov, "ROWS_PER_THREAD", 2 * rows + rows // 2)
+    model, engine = open_recorded(built_engines["openvino"])
+    scores = run(engine, batch)
+    assert model.sizes == [2] * 6
+    assert model.events == ["start"] * 6 + ["wait"] * 6
+    monkeypatch.setattr(ov, "ROWS_PER_THREAD", rows - 1)
+    model, engine = open_recorded(built_engines["openvino"])
+    np.testing.assert_array_equal(run(engine, batch), scores)
+    assert model.sizes == [1] * 12
+    monkeypatch.setattr(ov, "ROWS_PER_THREAD", 3 * rows)
+    model, engine = open_recorded(built_engines["openvino"])
+    run(engine, official_pairs.batch(pairs[:10], 63))
+    assert model.sizes == [1, 2, 2, 1, 2, 2], "no stream has more requests than another"
 
 
 def test_a_failure_waits_for_all_that_was_started(built_engines, official_pairs, run):

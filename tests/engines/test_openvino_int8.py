@@ -14,11 +14,14 @@ from edje.bundle import INPUTS, JOINT_ENCODER, BundleManifest
 from edje.engines import cpu
 from edje.engines import onnxruntime as ort
 from edje.engines import openvino as ov
+from edje.engines.builder import build
 from edje.engines.builder.build import build_engine
 from edje.engines.builder.options import EngineOptions
+from edje.engines.contract import BESIDE_8_BITS
+from edje.engines.fidelity import FidelityLimits, measure_fidelity
 from edje.engines.manifest import EngineManifest, Profile
-from edje.engines.openvino import fit_to_x86
 from edje.engines.openvino_core import openvino_core
+from edje.engines.openvino_graph import fit_to_x86, keeps_products
 from edje.engines.precision.prepare import Recipe, prepare_graph
 from edje.engines.registry import open_engine
 from edje.engines.samples import RandomSamples, int8_batch
@@ -117,19 +120,88 @@ def test_fitted_activations_are_unsigned_and_keys_transposed_in_the_product(
 
 @needs_openvino_int8
 def test_a_product_that_does_not_run_in_int8_is_refused(int8_engines, built_engines):
-    plan = EngineManifest.read(int8_engines["openvino"]).precision_plan
-    quantized = ov.quantized_products(plan)
+    manifest = EngineManifest.read(int8_engines["openvino"])
+    quantized = ov.quantized_products(manifest.precision_plan)
+    beside = manifest.build_options.get(BESIDE_8_BITS, "f32")
     assert "/layers.0/value/MatMul" in quantized
     assert len(quantized) == 2 * 6
     core = openvino_core()
-    options = {ov.PRECISION_KEY: "f32"}
+    options = {ov.PRECISION_KEY: beside}
     compiled = core.compile_model(int8_engines["openvino"] / ov.MODEL, "CPU", options)
-    ov.check_precision(compiled, "f32", quantized)
+    ov.check_precision(compiled, beside, quantized)
+    less = quantized - {"/layers.1/ffn2/MatMul"}
     with pytest.raises(EngineError, match=r"'u8': 1|'i8': 1"):
-        ov.check_precision(compiled, "f32", quantized - {"/layers.1/ffn2/MatMul"})
+        ov.check_precision(compiled, beside, less)
     float32 = core.compile_model(built_engines["openvino"] / ov.MODEL, "CPU", options)
     with pytest.raises(EngineError, match=r"'/layers.0/attention_output/MatMul'.* not as int8"):
-        ov.check_precision(float32, "f32", quantized)
+        ov.check_precision(float32, beside, quantized)
+
+
+@needs_openvino_int8
+def test_bfloat16_beside_int8_is_the_engine_s_and_leaves_the_score_wide(
+    int8_engines, tiny_bundle, tmp_path, official_pairs, run, monkeypatch
+):
+    if (reason := ov.why_not("bf16")) is not None:
+        pytest.skip(reason)
+    folder = int8_engines["openvino"]
+    assert EngineManifest.read(folder).build_options[BESIDE_8_BITS] == "bf16"
+    compiled = openvino_core().compile_model(folder / ov.MODEL, "CPU", {ov.PRECISION_KEY: "bf16"})
+    infos = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
+    types = {i["layerType"].astype(str): i["runtimePrecision"].astype(str) for i in infos}
+    assert types["Reduce"] == "f32", "the score is summed in float32"
+    less = [name for name in cpu.cpu_features() if name not in cpu.cpu_features("bf16")]
+    both = {*less, *cpu.FEATURES_OF_PRECISION["fp32"]}
+    monkeypatch.setenv("EDJE_CPU_FEATURES", ",".join(both & set(cpu.cpu_features())))
+    with pytest.raises(EngineError, match="runs bf16 beside int8, which cannot be here"):
+        open_engine(folder)
+    samples = RandomSamples(BundleManifest.read(tiny_bundle), num_queries=2, num_candidates=8)
+    plain = tmp_path / "plain"
+    build_engine(tiny_bundle, plain, backend="openvino", precision="int8", calibration=samples)
+    assert BESIDE_8_BITS not in EngineManifest.read(plain).build_options
+    batch, scores = official_pairs.batch([(0, image) for image in range(12)], 63), []
+    monkeypatch.delenv("EDJE_CPU_FEATURES")
+    for each in (folder, plain):
+        engine = open_engine(each)
+        scores.append(run(engine, batch))
+        engine.close()
+    assert 0 < np.abs(scores[0] - scores[1]).max() < ROUNDING
+
+
+class PretendedReal(RandomSamples):
+    """Random pairs that limits hold for, as for real ones."""
+
+    random = False
+
+
+@needs_openvino_int8
+@pytest.mark.parametrize("breaks", [True, False])
+def test_an_engine_that_bfloat16_beside_int8_would_break_is_built_without(
+    tiny_bundle, tmp_path, monkeypatch, breaks
+):
+    if (reason := ov.why_not("bf16")) is not None:
+        pytest.skip(reason)
+    samples = PretendedReal(BundleManifest.read(tiny_bundle), num_queries=2, num_candidates=16)
+    strict = []
+
+    def measured(engine, *more):
+        strict.append(BESIDE_8_BITS not in engine.manifest.build_options)
+        found = measure_fidelity(engine, *more)
+        return {**found, "kendall_tau": 0.4} if breaks and not strict[-1] else found
+
+    monkeypatch.setattr(build, "measure_fidelity", measured)
+    limits = EngineOptions(limits=FidelityLimits(min_kendall_tau=0.5))
+    asked = {"backend": "openvino", "precision": "int8", "calibration": samples}
+    made = build_engine(tiny_bundle, tmp_path / "engine", options=limits, **asked)
+    assert strict == ([False, True] if breaks else [False])
+    assert (BESIDE_8_BITS in made.build_options) is not breaks
+    assert made.fidelity["kendall_tau"] > 0.5
+    open_engine(tmp_path / "engine").close()
+
+
+def test_a_product_kept_in_float32_is_noticed(int8_graph, tiny_bundle):
+    core = openvino_core()
+    assert not keeps_products(core.read_model(int8_graph))
+    assert keeps_products(core.read_model(tiny_bundle / JOINT_ENCODER))
 
 
 @needs_openvino_int8

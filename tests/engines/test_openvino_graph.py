@@ -15,7 +15,7 @@ from edje.engines.builder.build import build_engine
 from edje.engines.contract import OpenOptions
 from edje.engines.manifest import EngineManifest
 from edje.engines.openvino_core import openvino_core
-from edje.engines.openvino_dynamic import quantize_while_running, why_not_dynamic
+from edje.engines.openvino_graph import quantize_while_running, why_not_dynamic
 from edje.engines.precision.emulate import scorer
 from edje.engines.precision.graph import Graph
 from edje.engines.precision.prepare import Recipe, prepare_graph
