@@ -79,7 +79,7 @@ def measure_demo(demo: Path, options: Any, scratch: Path, progress: Progress) ->
     Raises:
         EdjeError: no folder as `edje demo` writes it, or an engine cannot be built.
     """
-    images, queries = demo / "scenes.store", demo / "queries.jsonl"
+    images = demo / "scenes.store"
     num_images = len(store_ids(images))
     engines = build_all(demo, options, progress)
     ways = wanted(ways_of(list(engines)), options.only or ())
@@ -90,7 +90,7 @@ def measure_demo(demo: Path, options: Any, scratch: Path, progress: Progress) ->
             progress(f"writing a store of {count:,} images")
             store = repeated(images, scratch / f"{count}.store", count)
         most = [n for n in (options.queries, options.pairs and options.pairs // count) if n]
-        asked = test_queries(store, queries, count, min(most) if most else None)
+        asked = test_queries(store, demo / "queries.jsonl", count, min(most) if most else None)
         progress(f"ranking {count:,} candidates for {len(asked)} queries in {len(ways)} ways")
         tops, times = rank_all(asked, store, engines, ways)
         rows[str(count)] = {
@@ -162,16 +162,11 @@ def wanted(ways: Sequence[Way], only: Sequence[str]) -> list[Way]:
 
     A way by recall, which may score nearly everything twice, must be asked for by that word.
     """
-    if not only:
-        return list(ways)
-    return [
-        *ways[:1],
-        *(
-            way
-            for way in ways[1:]
-            if any(text in way.name and (way.recall is None or "recall" in text) for text in only)
-        ),
-    ]
+
+    def is_asked(way: Way) -> bool:
+        return any(text in way.name and (way.recall is None or "recall" in text) for text in only)
+
+    return [*ways[:1], *filter(is_asked, ways[1:])] if only else list(ways)
 
 
 def rank_all(

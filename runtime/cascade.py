@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter
@@ -16,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from ..arguments import Arguments
-from ..arrays import Float32, Int64
+from ..arrays import Bool, Float32, Int64
 from ..engines.agreement import LOOKS_AGAIN, SAFETY
 from ..engines.manifest import EngineManifest
 from ..errors import EngineError, StoppedError
+from .hidden import NOWHERE, Hidden, HiddenPool
 from .pipeline import Pipeline, Request, Scored
 from .results import MARGIN, RECALL, EngineLabel, Rescoring
 from .survivors import LEAST, Rule, rescore_top
@@ -62,11 +64,19 @@ class Cascade:
     """Runs requests through two pipelines or more, one after the other; all read one store."""
 
     def __init__(
-        self, pipelines: Sequence[Pipeline], labels: Sequence[EngineLabel], hops: Sequence[Hop]
+        self,
+        pipelines: Sequence[Pipeline],
+        labels: Sequence[EngineLabel],
+        hops: Sequence[Hop],
+        pool: HiddenPool | None = None,
     ):
-        """Join pipelines, the fastest first, with a hop between each and the next."""
+        """Join pipelines, the fastest first, with a hop between each and the next.
+
+        Args:
+            pool: for hidden states of the first engine, where others can go on from them.
+        """
         self._first, self._rest = pipelines[0], pipelines[1:]
-        self._labels, self._hops = labels[1:], hops
+        self._labels, self._hops, self._pool = labels[1:], hops, pool
 
     def run(self, request: Request, top_k: int) -> tuple[Scored, Rescoring]:
         """Score one query's pairs so that the best `top_k` are the last engine's.
@@ -79,27 +89,42 @@ class Cascade:
             As `Pipeline.run`; what was stopped while it was rescored has the first engine's scores
             as its `partial`.
         """
-        fast = self._first.run(request)
+        room = (
+            nullcontext()
+            if self._pool is None
+            else self._pool.lend(int(request.queries.text_length[0]), len(request.rows))
+        )
+        with room as hidden:
+            return self._run(request, top_k, hidden)
+
+    def _run(self, request: Request, top_k: int, hidden: Hidden | None) -> tuple[Scored, Rescoring]:
+        fast = self._first.run(replace(request, hidden=hidden))
+        if hidden is not None:
+            hidden.forget_unscored()
         # What it found damaged has no score, so the next pipeline sees it again.
         result = replace(fast, damaged={})
         positions: Int64 = np.arange(len(fast.scores))
         scores, story = fast.scores, None
         try:
-            for pipeline, label, hop, slack in self._stages():
+            for number, (pipeline, label, hop, slack) in enumerate(self._stages(), 1):
                 began = perf_counter()
                 rule = hop.rule(top_k, len(fast.scores), slack)
-                pairs = _Pairs(pipeline, request, positions, result)
+                kept = None
+                if hidden is not None and self._pool and number in self._pool.resuming:
+                    kept = hidden
+                pairs = _Pairs(pipeline, request, positions, result, kept)
                 chosen = rescore_top(scores, pairs.score, top_k=top_k, rule=rule)
-                kept = np.flatnonzero(chosen.rescored)
-                positions, scores = positions[kept], chosen.scores[kept]
+                again = np.flatnonzero(chosen.rescored)
+                positions, scores = positions[again], chosen.scores[again]
                 story = Rescoring(
                     engine=label,
-                    num_rescored=len(kept),
+                    num_rescored=len(again),
                     margin=chosen.margin,
                     num_widened=chosen.num_widened,
                     total_ms=(perf_counter() - began) * 1e3,
                     chosen=hop.words(rule, chosen.margin),
                     before=story,
+                    num_resumed=int(pairs.is_kept(positions).sum()),
                 )
         except StoppedError as stop:
             stop.partial = fast
@@ -125,18 +150,38 @@ class Cascade:
 
 @dataclass(frozen=True, slots=True)
 class _Pairs:
-    """A request's pairs at some `positions`, scored by one pipeline; `result` learns of it."""
+    """A request's pairs at some `positions`, scored by one pipeline; `result` learns of it.
+
+    Those whose hidden states are `kept` go on from there, the others start again.
+    """
 
     pipeline: Pipeline
     request: Request
     positions: Int64
     result: Scored
+    kept: Hidden | None = None
+
+    def is_kept(self, at: Int64) -> Bool:
+        """Return which pairs of the request (int64 [M]) go on from hidden states: bool [M]."""
+        if self.kept is None:
+            return np.zeros(len(at), np.bool_)
+        is_kept: Bool = self.kept.place[at] != NOWHERE
+        return is_kept
 
     def score(self, chosen: Int64) -> Float32:
         """Return the scores of the pairs `chosen` among the positions."""
         at = self.positions[chosen]
+        scores, is_kept = np.empty(len(at), np.float32), self.is_kept(at)
+        for some in (is_kept, ~is_kept):
+            if some.any():
+                resumed = self.kept.of(at[some]) if self.kept and some is is_kept else None
+                scores[some] = self._score(at[some], resumed)
+        return scores
+
+    def _score(self, at: Int64, hidden: Hidden | None) -> Float32:
         queries, rows = self.request.query_of_pair[at], self.request.rows[at]
-        part = self.pipeline.run(replace(self.request, query_of_pair=queries, rows=rows))
+        request = replace(self.request, query_of_pair=queries, rows=rows, hidden=hidden)
+        part = self.pipeline.run(request)
         self.result.damaged.update({int(at[one]): why for one, why in part.damaged.items()})
         self.result.add_work(part)
         return part.scores

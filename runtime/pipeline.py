@@ -28,6 +28,7 @@ from .text import TokenizedQueries
 
 if TYPE_CHECKING:
     from .graphs import GraphReport
+    from .hidden import Hidden
     from .pool import TokenPool
 
 # One batch computes, one waits in the stream, one is being read.
@@ -44,6 +45,7 @@ class Request:
         rows: int64 [N]: the store's row of each pair's image.
         deadline: `time.monotonic()` seconds after which no further batch is started; None: none.
         cancelled: asked before each batch, from the thread that runs the request; True stops it.
+        hidden: where the engine keeps hidden states of the pairs, or goes on from them.
     """
 
     queries: TokenizedQueries
@@ -51,6 +53,7 @@ class Request:
     rows: npt.NDArray[np.int64]
     deadline: float | None = None
     cancelled: Callable[[], bool] | None = None
+    hidden: Hidden | None = None
 
     def check_wanted(self) -> None:
         """Check that somebody still waits for the scores.
@@ -172,7 +175,9 @@ class Pipeline:
             StoreError: the store cannot be read.
         """
         self._streams.check()
-        result = Scored(np.empty(len(request.rows), np.float32), {})
+        result = Scored(np.full(len(request.rows), np.nan, np.float32), {})
+        if request.hidden is not None:
+            request.hidden.scores = result.scores
         profile, lengths = self._engine.manifest.profile, request.queries.text_length
         left = deque(plan_batches(lengths, request.query_of_pair, profile))
         flights: deque[Flight] = deque()
@@ -209,8 +214,12 @@ class Pipeline:
             slot.stage = "gather"
             self._streams.check()
             slot.fill_text(request.queries, planned)
-            rows = request.rows[planned.pairs]
-            flight.unusable = slot.read(self._source, rows, check_finite=self._hides_nan)
+            rows, hidden = request.rows[planned.pairs], request.hidden
+            if hidden is None or not hidden.resumes:
+                flight.unusable = slot.read(self._source, rows, check_finite=self._hides_nan)
+            if hidden is not None:
+                places = hidden.places(planned.pairs)
+                slot.use_hidden(hidden.states, places, resumes=hidden.resumes)
             flight.gather_ms = (perf_counter() - began) * 1e3
             slot.num_batches += 1
             forward = self._engine.enqueue if slot.graphs is None else slot.graphs.enqueue

@@ -104,7 +104,7 @@ class Reranker(Closing):
             self._device: Device = HostDevice() if runs.device is None else runs.device
             if runs.device is None:
                 undo.callback(self._device.close)
-            self._pipelines, self.residency = open_pipelines(
+            self._pipelines, self.residency, hidden = open_pipelines(
                 self._engines, store, self._device, tokenizer, runs
             )
             self._owned = undo.pop_all()
@@ -112,7 +112,7 @@ class Reranker(Closing):
         self.profile, self.bundle = manifests[-1].profile, manifests[-1].bundle
         self.labels = [EngineLabel.of(each.manifest, *where) for each in self._engines]
         self._cascade: Cascade | None = (
-            Cascade(self._pipelines, self.labels, hops) if behind else None
+            Cascade(self._pipelines, self.labels, hops, hidden) if behind else None
         )
 
     @classmethod
