@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -81,8 +81,9 @@ def measure_demo(demo: Path, options: Any, scratch: Path, progress: Progress) ->
     """
     images = demo / "scenes.store"
     num_images = len(store_ids(images))
-    engines = build_all(demo, options, progress)
-    ways = wanted(ways_of(list(engines)), options.only or ())
+    ways = wanted(ways_of(names_of(options.precisions, options.layers)), options.only or ())
+    used = dict.fromkeys(name for way in ways for name in way.engines)
+    engines = build_all(demo, used, options.backend, progress)
     measured, rows = [], {}
     for count in map(int, options.candidates.split(",")):
         store = images
@@ -93,19 +94,11 @@ def measure_demo(demo: Path, options: Any, scratch: Path, progress: Progress) ->
         asked = test_queries(store, demo / "queries.jsonl", count, min(most) if most else None)
         progress(f"ranking {count:,} candidates for {len(asked)} queries in {len(ways)} ways")
         tops, times = rank_all(asked, store, engines, ways)
-        rows[str(count)] = {
-            way.name: {
-                "num_queries": len(asked),
-                "images": max(count, num_images),
-                **_row(way.name, tops, times, asked),
-            }
-            for way in ways
-        }
-        measured += [
-            _measured(way, times[way.name], rows[str(count)][way.name], count, engines)
-            for way in ways
-        ]
-    manifests = {name: EngineManifest.read(engines[name]) for way in ways for name in way.engines}
+        facts = {"num_queries": len(asked), "images": max(count, num_images)}
+        found = {way.name: {**facts, **_row(way.name, tops, times, asked)} for way in ways}
+        measured += [_measured(w, times[w.name], found[w.name], count, engines) for w in ways]
+        rows[str(count)] = found
+    manifests = {name: EngineManifest.read(path) for name, path in engines.items()}
     whole = manifests[WHOLE_ENGINE]
     return benchmark_json(
         measured,
@@ -119,29 +112,34 @@ def measure_demo(demo: Path, options: Any, scratch: Path, progress: Progress) ->
     )
 
 
-def build_all(demo: Path, options: Any, progress: Progress) -> dict[str, Path]:
-    """Return whole and shallow engines of every precision, by name; build what is not kept."""
+def names_of(precisions: str, layers: str) -> list[str]:
+    """Return the names of whole and shallow engines of every precision: `int8-4 layers`."""
+    depths = ["whole", *(f"{one} layers" for one in layers.split(",") if one)]
+    return [f"{precision}-{depth}" for precision in precisions.split(",") for depth in depths]
+
+
+def build_all(
+    demo: Path, names: Iterable[str], backend: str, progress: Progress
+) -> dict[str, Path]:
+    """Return the engines of these names; build those that are not kept yet."""
     bundle, built = demo / "bundle", {}
     calibration = demo / "calibration"
     with StoreSamples.open(
         calibration / "scenes.store", bundle, calibration / "queries.jsonl"
     ) as pairs:
-        for precision in options.precisions.split(","):
-            for layers in [None, *map(int, filter(None, options.layers.split(",")))]:
-                depth = "whole" if layers is None else f"{layers} layers"
-                name = f"{precision}-{depth}"
-                progress(f"building {name}")
-                built[name] = cached_engine(
-                    bundle,
-                    CACHE / "depths",
-                    backend=options.backend,
-                    precision=precision,
-                    calibration=pairs,
-                    options=EngineOptions(role=FIRST, layers=layers)
-                    if precision == "int8" or layers is not None
-                    else None,
-                    progress=progress,
-                )
+        for name in names:
+            precision, _, depth = name.partition("-")
+            layers = int(depth.split()[0]) if depth != "whole" else None
+            progress(f"building {name}")
+            built[name] = cached_engine(
+                bundle,
+                CACHE / "depths",
+                backend=backend,
+                precision=precision,
+                calibration=pairs,
+                options=None if name == WHOLE_ENGINE else EngineOptions(role=FIRST, layers=layers),
+                progress=progress,
+            )
     return built
 
 
@@ -337,17 +335,13 @@ def _copies(
 def summary(result: Mapping[str, Any]) -> str:
     """Return the rows as Markdown."""
     lines = [
-        "| candidates | | pairs/s | times | top 10 equal | first place | of the top 10 | R@1 "
-        "| rescored |",
+        "| queries x candidates | | pairs/s | times | top 10 equal | first place | of the top 10 "
+        "| R@1 | rescored |",
         "|--:|---|--:|--:|--:|--:|--:|--:|---|",
     ]
     for count, ways in result["rows"].items():
         lines += [_line(int(count), name, row) for name, row in ways.items()]
-    queries = [
-        f"{next(iter(ways.values()))['num_queries']} queries of {int(count):,}"
-        for count, ways in result["rows"].items()
-    ]
-    return "\n".join([*lines, f"{', '.join(queries)}; {where_and_when(result)}"])
+    return "\n".join([*lines, where_and_when(result)])
 
 
 def _line(count: int, name: str, row: Mapping[str, Any]) -> str:
@@ -356,8 +350,8 @@ def _line(count: int, name: str, row: Mapping[str, Any]) -> str:
     )
     r1 = "" if row["R@1"] is None else f"{row['R@1']:.1%}"
     return (
-        f"| {count:,} | {name} | {row['pairs_per_s']:,.0f} | {row['speedup']:.2f} "
-        f"| {row['equal_top_10']:.1%} | {row['same_first']:.1%} "
+        f"| {row['num_queries']} x {count:,} | {name} | {row['pairs_per_s']:,.0f} "
+        f"| {row['speedup']:.2f} | {row['equal_top_10']:.1%} | {row['same_first']:.1%} "
         f"| {row['recall_of_top_10']:.1%} | {r1} | {rescored or '-'} |"
     )
 
