@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # One batch computes, one waits in the stream, one is being read.
 NUM_SLOTS = 3
+_TIMES = ("gather_ms", "upload_ms", "compute_ms", "download_ms")
+_WORK = (*_TIMES, "num_hits", "num_misses", "num_resumed")  # of `Scored`, that add up
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class Scored:
         download_ms: time their scores took back; 0 where the device shares host memory.
         num_hits, num_misses: pairs whose tokens a pool on the device held, and those that the store
             had to be read for; 0 where there is no pool.
+        num_resumed: pairs that went on from hidden states.
         skipped: bool [N]: pairs that a cascade, or a request that was stopped, left without a
             score; None: there are none.
     """
@@ -93,6 +96,7 @@ class Scored:
     download_ms: float = 0.0
     num_hits: int = 0
     num_misses: int = 0
+    num_resumed: int = 0
     skipped: npt.NDArray[np.bool_] | None = None
 
     def leave_out(self, batches: Iterable[PlannedBatch]) -> None:
@@ -103,13 +107,15 @@ class Scored:
         self.scores[self.skipped] = np.nan
 
     def add_work(self, other: Scored) -> None:
-        """Add times, hits and misses of another run of the same request."""
-        self.gather_ms += other.gather_ms
-        self.upload_ms += other.upload_ms
-        self.compute_ms += other.compute_ms
-        self.download_ms += other.download_ms
-        self.num_hits += other.num_hits
-        self.num_misses += other.num_misses
+        """Add times and counts of another run of the same request."""
+        for name in _WORK:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def take_in(self, pairs: npt.NDArray[np.int64], part: Scored) -> None:
+        """Take in what came out for some pairs."""
+        self.scores[pairs] = part.scores
+        self.damaged.update({int(pairs[one]): why for one, why in part.damaged.items()})
+        self.add_work(part)
 
 
 @dataclass(slots=True)

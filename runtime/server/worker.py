@@ -132,7 +132,7 @@ class Worker:
         """Run one batch; when it fails, each request of it alone, so that only the guilty fail."""
         began = perf_counter()
         for job, start, _ in shares:
-            if not start:
+            if not start and job.stage <= 0:
                 job.stages.queue = (began - job.began) * 1e3 - (
                     job.stages.tokenize + job.stages.resolve
                 )
@@ -159,19 +159,21 @@ class Worker:
                 first += stop - start
                 if job.num_scored == job.num_pairs:
                     done.append(job)
-        self._answer(done)
+        more = [job for job in done if _goes_on(job)]
+        if more:  # of cascades: added together, so that they can share a batch
+            with self._changed:
+                for job in self._unanswered.intersection(more):  # some may have left, or failed
+                    self._scheduler.add(job)
+                self._changed.notify()
+        self._answer([job for job in done if job not in more])
 
     def _score(self, shares: list[Share[Waiting]]) -> Scored:
         """Score the pairs of several requests together."""
+        stage = shares[0].job.stage
         if len(shares) == 1:
             job, start, stop = shares[0]
-            request = Request(
-                job.queries, np.zeros(stop - start, np.int64), job.asked.rows[start:stop]
-            )
-            if not job.alone:
-                return self._reranker.score(request)[0]
-            scored, job.rescoring = self._reranker.score(request, job.top_n)
-            return scored
+            request = Request(job.queries, np.zeros(stop - start, np.int64), job.rows[start:stop])
+            return self._reranker.score(request, stage)
         queries = [share.job.queries for share in shares]
         counts = [share.stop - share.start for share in shares]
         return self._reranker.score(
@@ -182,9 +184,10 @@ class Worker:
                     np.concatenate([each.truncated for each in queries]),
                 ),
                 np.repeat(np.arange(len(shares)), counts),
-                np.concatenate([job.asked.rows[start:stop] for job, start, stop in shares]),
-            )
-        )[0]
+                np.concatenate([job.rows[start:stop] for job, start, stop in shares]),
+            ),
+            stage,
+        )
 
     def _measure(self, began: float, num_pairs: int) -> None:
         """Learn from one batch how many pairs a second are scored.
@@ -206,7 +209,7 @@ class Worker:
         answers: list[tuple[Waiting, Answer]] = []
         for job in jobs:
             try:
-                answers.append((job, job.answer(self._reranker.labels[0 if job.alone else -1])))
+                answers.append((job, job.answer(self._reranker.labels[0 if job.steps else -1])))
             except Exception as error:
                 _fail(job, error)
         for job, answer in answers:
@@ -224,16 +227,27 @@ class Worker:
                 self._changed.notify_all()
 
 
+def _goes_on(job: Waiting) -> bool:
+    """Let a cascade say what it wants scored next; return whether it is not at its end."""
+    try:
+        return job.go_on()
+    except Exception as error:
+        _fail(job, error)
+        return True
+
+
 def _fail(job: Waiting, error: BaseException) -> None:
     with suppress(Exception):  # answered or cancelled meanwhile
         job.future.set_exception(error)
 
 
 def _too_late(job: Waiting) -> StoppedError:
+    num_asked = len(job.asked.rows)
+    num_scored = num_asked if job.stage > 0 else job.num_scored  # all have their first score
     return StoppedError(
-        f"the deadline passed with {job.num_scored:,} of {job.num_pairs:,} pairs scored",
-        num_scored=job.num_scored,
-        num_asked=job.num_pairs,
+        f"the deadline passed with {num_scored:,} of {num_asked:,} pairs scored",
+        num_scored=num_scored,
+        num_asked=num_asked,
     )
 
 
