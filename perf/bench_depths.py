@@ -20,7 +20,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -100,10 +100,11 @@ def measure_demo(demo: Path, options: Any, scratch: Path, progress: Progress) ->
         rows[str(count)] = found
     manifests = {name: EngineManifest.read(path) for name, path in engines.items()}
     whole = manifests[WHOLE_ENGINE]
+    sizes = whole.bundle.sizes
     return benchmark_json(
         measured,
         conditions={
-            "model": asdict(whole.bundle.sizes),
+            "model": f"{sizes.num_layers} layers, hidden {sizes.hidden}, {sizes.num_tokens} tokens",
             "backend": f"{whole.backend} {whole.backend_version}",
             "top_k": TOP_K,
         },
@@ -156,13 +157,14 @@ def ways_of(built: Sequence[str]) -> list[Way]:
 
 
 def wanted(ways: Sequence[Way], only: Sequence[str]) -> list[Way]:
-    """Return the first way, and those whose name holds one of the texts; empty: all.
+    """Return the first way, and those whose name begins with one of the texts; empty: all.
 
     A way by recall, which may score nearly everything twice, must be asked for by that word.
     """
 
     def is_asked(way: Way) -> bool:
-        return any(text in way.name and (way.recall is None or "recall" in text) for text in only)
+        texts = [text for text in only if way.recall is None or "recall" in text]
+        return way.name.startswith(tuple(texts))
 
     return [*ways[:1], *filter(is_asked, ways[1:])] if only else list(ways)
 
@@ -371,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--precisions", default="fp32,int8", help="fp32 first")
     parser.add_argument("--backend", default="openvino")
     parser.add_argument(
-        "--only", action="append", help="only ways whose name holds this text (repeatable)"
+        "--only", action="append", help="only ways whose name begins so (repeatable)"
     )
     parser.add_argument(
         "--beside",

@@ -240,6 +240,7 @@ def draw_depths(results: Sequence[Result], path: Path) -> Path:
             speed = one["extra_info"]["pairs_per_s"]
             axes.axhline(speed, color=ROOF, linestyle=style, linewidth=1, label=label)
         most = max(one["params"]["layers"] for one in entries)
+        axes.set_xlim(0.6, most + 0.4)
         axes.set_xticks(range(1, most + 1), [*map(str, range(1, most)), f"{most} (whole)"])
         _scale_y(axes, logarithmic=False)
         axes.set_xlabel(

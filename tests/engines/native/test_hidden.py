@@ -25,6 +25,7 @@ from edje.engines.samples import RandomSamples
 from edje.engines.shallow.cut import Head, cut
 from edje.errors import EngineError
 from edje.export.export import export_bundle
+from edje.runtime.hidden import NUM_PARTS, SHARE_OF_FREE_BYTES
 from edje.runtime.opening import RunOptions
 from edje.runtime.reranker import Reranker
 from edje.runtime.store import TokenStore
@@ -187,14 +188,16 @@ def folders(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 
 
 class Opened:
-    """A cascade of two native engines on a pretended device."""
+    """A cascade of two native engines on a pretended device, with room for `num_places` pairs."""
 
-    def __init__(self, device: RecordingDevice, folders: list[Path], store: TokenStore, free: int):
-        device.free_bytes = lambda: free  # type: ignore[method-assign]
-        self.device = device
+    def __init__(
+        self, device: RecordingDevice, folders: list[Path], store: TokenStore, num_places: int
+    ):
         engines = [native_engine(folder, device, max_pairs=MAX_PAIRS) for folder in folders]
-        spare = sum(engine.bytes_a_stream for engine in engines)
-        device.free_bytes = lambda: free + spare  # type: ignore[method-assign]
+        shape, spare = engines[0].hidden_shape(BUCKET), sum(each.bytes_a_stream for each in engines)
+        assert shape is not None
+        wanted = num_places * shape[0] * shape[1] * 2 * NUM_PARTS / SHARE_OF_FREE_BYTES
+        device.free_bytes = lambda: spare + int(wanted)  # type: ignore[method-assign]
         text = engines[0].manifest.bundle.text
         self.reranker = Reranker(
             engines[0],
@@ -211,23 +214,27 @@ def store(tiny_store: Path) -> Iterator[TokenStore]:
         yield opened
 
 
-@pytest.mark.parametrize(("free", "num_resumed"), [(1 << 26, 12), (350_000, 8), (0, 0)])
+@pytest.mark.parametrize(
+    ("num_places", "num_images", "seed", "least", "most"),
+    [(20, 5, 3, 5, 5), (8, 10, None, 4, 8), (7, 3, None, 0, 0)],
+)
 def test_survivors_go_on_as_far_as_memory_allows(
-    folders: list[Path], interpreted: Any, store: TokenStore, free: int, num_resumed: int
+    folders: list[Path],
+    interpreted: Any,
+    store: TokenStore,
+    num_places: int,
+    num_images: int,
+    seed: int | None,
+    least: int,
+    most: int,
 ) -> None:
-    expected = None
-    for seed in (None, 3, 4):
-        opened = Opened(RecordingDevice(seed, kernels=interpreted), folders, store, free)
-        ranked = opened.reranker.rank("a red kite", top_k=3)
-        opened.reranker.close()
-        assert ranked.rescoring is not None
-        assert ranked.rescoring.num_rescored == 12
-        assert ranked.rescoring.num_resumed == num_resumed
-        assert not opened.device.races, opened.device.races
-        found = [(hit.id, hit.score) for hit in ranked]
-        expected = expected or found
-        assert found == expected
-    alone = Opened(RecordingDevice(None, kernels=interpreted), folders, store, 0)
-    whole = alone.reranker.rank("a red kite")  # without a top k the whole model scores everything
-    assert [(hit.id, hit.score) for hit in whole][:3] == expected
-    alone.reranker.close()
+    device = RecordingDevice(seed, kernels=interpreted)
+    opened, ids = Opened(device, folders, store, num_places), list(store.ids())[:num_images]
+    ranked = opened.reranker.rank("a red kite", ids, top_k=2)
+    whole = opened.reranker.rank("a red kite", ids)  # all of them by the whole model alone
+    opened.reranker.close()
+    assert not device.races, device.races
+    assert ranked.rescoring is not None
+    assert ranked.rescoring.num_rescored == num_images
+    assert least <= ranked.rescoring.num_resumed <= most
+    assert [(hit.id, hit.score) for hit in ranked] == [(hit.id, hit.score) for hit in whole][:2]
