@@ -28,6 +28,7 @@ from edje.export.export import export_bundle
 from edje.runtime.hidden import NUM_PARTS, SHARE_OF_FREE_BYTES
 from edje.runtime.opening import RunOptions
 from edje.runtime.reranker import Reranker
+from edje.runtime.residency import ResidencyOptions
 from edje.runtime.store import TokenStore
 from edje.runtime.text import QueryTokenizer
 from native_engine import EightBits, native_engine, prepared, random_batch
@@ -187,25 +188,26 @@ def folders(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     return [folder / "1", folder / "None"]
 
 
-class Opened:
-    """A cascade of two native engines on a pretended device, with room for `num_places` pairs."""
-
-    def __init__(
-        self, device: RecordingDevice, folders: list[Path], store: TokenStore, num_places: int
-    ):
-        engines = [native_engine(folder, device, max_pairs=MAX_PAIRS) for folder in folders]
-        shape, spare = engines[0].hidden_shape(BUCKET), sum(each.bytes_a_stream for each in engines)
-        assert shape is not None
-        wanted = num_places * shape[0] * shape[1] * 2 * NUM_PARTS / SHARE_OF_FREE_BYTES
-        device.free_bytes = lambda: spare + int(wanted)  # type: ignore[method-assign]
-        text = engines[0].manifest.bundle.text
-        self.reranker = Reranker(
-            engines[0],
-            QueryTokenizer.open(folders[0], text),
-            store,
-            rescore=engines[1],
-            runs=RunOptions(device),
-        )
+def opened_cascade(
+    device: RecordingDevice,
+    folders: list[Path],
+    store: TokenStore,
+    num_places: int,
+    residency: ResidencyOptions,
+) -> Reranker:
+    """Open two native engines on a pretended device with room for `num_places` pairs."""
+    engines = [native_engine(folder, device, max_pairs=MAX_PAIRS) for folder in folders]
+    shape, spare = engines[0].hidden_shape(BUCKET), sum(each.bytes_a_stream for each in engines)
+    assert shape is not None
+    wanted = num_places * shape[0] * shape[1] * 2 * NUM_PARTS / SHARE_OF_FREE_BYTES
+    device.free_bytes = lambda: spare + int(wanted)  # type: ignore[method-assign]
+    return Reranker(
+        engines[0],
+        QueryTokenizer.open(folders[0], engines[0].manifest.bundle.text),
+        store,
+        rescore=engines[1],
+        runs=RunOptions(device, residency=residency),
+    )
 
 
 @pytest.fixture
@@ -215,8 +217,12 @@ def store(tiny_store: Path) -> Iterator[TokenStore]:
 
 
 @pytest.mark.parametrize(
-    ("num_places", "num_images", "seed", "least", "most"),
-    [(20, 5, 3, 5, 5), (8, 10, None, 4, 8), (7, 3, None, 0, 0)],
+    ("num_places", "num_images", "seed", "least", "most", "residency"),
+    [
+        (20, 5, 3, 5, 5, ResidencyOptions("device", max_bytes=1 << 20)),
+        (8, 10, None, 4, 8, ResidencyOptions()),
+        (7, 3, None, 0, 0, ResidencyOptions()),
+    ],
 )
 def test_survivors_go_on_as_far_as_memory_allows(
     folders: list[Path],
@@ -227,12 +233,13 @@ def test_survivors_go_on_as_far_as_memory_allows(
     seed: int | None,
     least: int,
     most: int,
+    residency: ResidencyOptions,
 ) -> None:
     device = RecordingDevice(seed, kernels=interpreted)
-    opened, ids = Opened(device, folders, store, num_places), list(store.ids())[:num_images]
-    ranked = opened.reranker.rank("a red kite", ids, top_k=2)
-    whole = opened.reranker.rank("a red kite", ids)  # all of them by the whole model alone
-    opened.reranker.close()
+    ids = list(store.ids())[:num_images]
+    with opened_cascade(device, folders, store, num_places, residency) as reranker:
+        ranked = reranker.rank("a red kite", ids, top_k=2)
+        whole = reranker.rank("a red kite", ids)  # all of them by the whole model alone
     assert not device.races, device.races
     assert ranked.rescoring is not None
     assert ranked.rescoring.num_rescored == num_images
