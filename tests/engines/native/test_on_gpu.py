@@ -123,7 +123,7 @@ def test_survivors_go_on_with_the_bits_of_a_whole_forward(
     encoder = bundle.fingerprint_encoder
     with (
         random_model.write_store(tmp_path / "store", tokens, encoder=encoder) as store,
-        open_device("cuda_core", "cuda") as device,
+        closing(open_device("cuda_core", "cuda")) as device,
     ):
         with device.current():
             engines = made.on_gpu(folder, "fp16"), open_engine(fp16)
