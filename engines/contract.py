@@ -45,6 +45,10 @@ class Batch:
         rows: int32 [P], only for an engine that `reads_rows`: pair p has record `rows[p]` of
             `visual_tokens` [R, m, H] and `visual_scales` [R, m], and R + f is record f of `fresh`.
         fresh: with rows, more tokens [F, m, H] and their scales [F, m].
+        hidden: only for an engine with a `hidden_shape` (S, W): states float16 [N, S, W] (two bytes
+            each, whatever they mean) and places int32 [P]. A shallow engine leaves the hidden
+            states of pair p at its place, at -1 nowhere; a whole one goes on from what lies there,
+            and reads no tokens.
     """
 
     text_ids: Int32
@@ -54,12 +58,17 @@ class Batch:
     visual_scales: Float16 | None = None
     rows: Int32 | None = None
     fresh: tuple[Array, Float16 | None] | None = None
+    hidden: tuple[Array, Int32] | None = None
 
     def __len__(self) -> int:
         return int(self.query_of_pair.shape[0])
 
     def part(self, pairs: slice) -> Batch:
         """Return some of the pairs, with all queries; views, no copy."""
+        if self.hidden is not None:
+            states, places = self.hidden
+            whole = replace(self, hidden=None).part(pairs)
+            return replace(whole, hidden=(states, places[pairs]))
         if self.rows is not None:
             some = self.query_of_pair[pairs]
             return replace(self, query_of_pair=some, rows=self.rows[pairs])
@@ -182,6 +191,7 @@ class Engine(ABC):
         raise_faults(
             memory_faults(batch, scores, self.on_device)
             or shape_faults(batch, scores, self.manifest, reads_rows=self.reads_rows)
+            or hidden_faults(batch, self.hidden_shape(batch.text_ids.shape[1]))
         )
         self._enqueue(batch, scores, stream)
 
@@ -189,6 +199,20 @@ class Engine(ABC):
     def bytes_a_stream(self) -> int:
         """Bytes of GPU memory that the first forward on a stream takes; 0 where nobody knows."""
         return 0
+
+    def hidden_shape(self, bucket: int) -> tuple[int, int] | None:
+        """Return slots and values of a pair's hidden states that can be kept (`Batch.hidden`).
+
+        None: this engine neither keeps any nor goes on from some.
+        """
+        return None
+
+    def why_not_resume(self, first: Engine) -> str | None:
+        """Get ready to go on from hidden states that `first` keeps; return why not, None: it will.
+
+        Its scores are then, bit by bit, those of a whole forward. Asked before any forward.
+        """
+        return f"{self.manifest.words} starts every pair again"
 
     def why_not_capture(self, stream: Stream, bucket: int) -> str | None:
         """Return why forwards cannot be captured into a CUDA graph, None where they can.
@@ -267,6 +291,7 @@ def memory_faults(batch: Batch, scores: Float32, on_device: bool) -> list[str]:
     """Return one sentence where arrays lie elsewhere than the engine runs."""
     arrays = {name: getattr(batch, name) for name in (*INPUTS, VISUAL_SCALES, "rows")}
     arrays |= dict(zip(("fresh", "fresh scales"), batch.fresh or (), strict=False))
+    arrays |= dict(zip(("hidden", "places"), batch.hidden or (), strict=False))
     wrong = [
         name
         for name, array in {**arrays, OUTPUT: scores}.items()
@@ -311,6 +336,23 @@ def shape_faults(
     if bucket not in profile.text_buckets:
         faults.append(f"text slots: got {bucket}, expected one of {list(profile.text_buckets)}")
     return faults
+
+
+def hidden_faults(batch: Batch, shape: tuple[int, int] | None) -> list[str]:
+    """Return one sentence for every array of `Batch.hidden` that does not fit.
+
+    Args:
+        shape: slots and values of a pair's hidden states; None: the engine takes none.
+    """
+    if batch.hidden is None:
+        return []
+    if shape is None:
+        return ["hidden: this engine neither keeps hidden states nor goes on from some"]
+    states, places = batch.hidden
+    return [
+        *_array_faults("hidden", states, "float16", (*states.shape[:1], *shape)),
+        *_array_faults("places", places, "int32", (len(batch),)),
+    ]
 
 
 def value_faults(batch: Batch, manifest: EngineManifest) -> list[str]:

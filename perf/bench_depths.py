@@ -1,25 +1,26 @@
 """What a shallow first stage saves, number of layers by number of layers, and what it loses.
 
-    edje bench depths DEMO_OUT                      writes depths.json
-    edje bench depths DEMO_OUT --images 50000       from so many noisy copies
+    edje bench depths DEMO_OUT                          1,000 candidates: depths.json, depths.svg
+    edje bench depths DEMO_OUT --candidates 50,50000    other numbers, a line each in the chart
 
 DEMO_OUT is a folder as `edje demo` lays one out. The test queries rank their own candidates and
 others of the store, `--candidates` in all, once with every contestant, in turns query by query:
 the whole float32 model alone, an int8 engine before it, engines of the first layers before it, and
 three engines in a row. Heads and scales come from the calibration pairs, which no test query has.
+Engines are built once and kept in the cache of the benchmarks.
 
 Expected: the whole model's top 10 in order on 99 % of the queries, its first place on all of them.
-With `--images` the store's records are repeated with noise until there are so many: a search that
-finds needles in hay, where most candidates can be ruled out.
+Where the store has too few images, its records are repeated with noise: a search that finds
+needles in hay, where most candidates can be ruled out.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from ..arguments import read_text
-from ..engines.builder.build import build_engine
+from ..engines.builder.cache import cached_engine
 from ..engines.builder.options import FIRST, EngineOptions
 from ..engines.manifest import EngineManifest
 from ..errors import EngineError
@@ -36,22 +37,16 @@ from ..runtime.queries import StoreSamples
 from ..runtime.reranker import Reranker
 from ..runtime.results import RankResult
 from ..runtime.store import TokenStore
-from .harness import (
-    Progress,
-    Times,
-    command_line,
-    conditions,
-    conditions_line,
-    in_turn,
-    run_benchmark,
-    take_turns,
-)
+from .charts import draw_depths
+from .harness import Progress, Times, command_line, in_turn, run_benchmark, take_turns
+from .random_model import CACHE
+from .report import Measured, benchmark_json
+from .report import summary as where_and_when
 
 TOP_K = 10
 NUM_CANDIDATES = 1000
 RECALL = 0.99
-WHOLE = "fp32, whole"
-EXPECTED_EQUAL = 0.99
+WHOLE, WHOLE_ENGINE = "fp32, whole", "fp32-whole"
 NOISE = 0.02  # of the tokens' own standard deviation
 
 
@@ -79,52 +74,79 @@ class Query:
 
 
 def measure_demo(demo: Path, options: Any, scratch: Path, progress: Progress) -> dict[str, Any]:
-    """Build every engine into `scratch`, rank with every way, compare.
+    """Build every engine that is not kept yet, rank with every way, compare.
 
     Raises:
         EdjeError: no folder as `edje demo` writes it, or an engine cannot be built.
     """
-    store, queries = demo / "scenes.store", demo / "queries.jsonl"
-    if options.images:
-        progress(f"writing a store of {options.images:,} images")
-        store = repeated(store, scratch / "many.store", options.images)
-    asked = test_queries(store, queries, options.candidates, options.queries)
-    ways = ways_of(build_all(demo, options, scratch, progress))
-    if options.only:
-        ways = ways[:1] + [w for w in ways[1:] if any(text in w.name for text in options.only)]
-    return measure(asked, store, scratch, ways, progress)
+    images = demo / "scenes.store"
+    num_images = len(store_ids(images))
+    ways = wanted(ways_of(names_of(options.precisions, options.layers)), options.only or ())
+    used = dict.fromkeys(name for way in ways for name in way.engines)
+    engines = build_all(demo, used, options.backend, progress)
+    measured, rows = [], {}
+    for count in map(int, options.candidates.split(",")):
+        store = images
+        if count > num_images:
+            progress(f"writing a store of {count:,} images")
+            store = repeated(images, scratch / f"{count}.store", count)
+        most = [n for n in (options.queries, options.pairs and options.pairs // count) if n]
+        asked = test_queries(store, demo / "queries.jsonl", count, min(most) if most else None)
+        progress(f"ranking {count:,} candidates for {len(asked)} queries in {len(ways)} ways")
+        tops, times = rank_all(asked, store, engines, ways)
+        facts = {"num_queries": len(asked), "images": max(count, num_images)}
+        found = {way.name: {**facts, **_row(way.name, tops, times, asked)} for way in ways}
+        measured += [_measured(w, times[w.name], found[w.name], count, engines) for w in ways]
+        rows[str(count)] = found
+    manifests = {name: EngineManifest.read(path) for name, path in engines.items()}
+    whole = manifests[WHOLE_ENGINE]
+    sizes = whole.bundle.sizes
+    return benchmark_json(
+        measured,
+        conditions={
+            "model": f"{sizes.num_layers} layers, hidden {sizes.hidden}, {sizes.num_tokens} tokens",
+            "backend": f"{whole.backend} {whole.backend_version}",
+            "top_k": TOP_K,
+        },
+        rows=rows,
+        engines={name: _engine_facts(each) for name, each in manifests.items()},
+    )
 
 
-def build_all(demo: Path, options: Any, scratch: Path, progress: Progress) -> list[str]:
-    """Build whole and shallow engines of every precision; return the names of the folders."""
-    bundle, built = demo / "bundle", []
+def names_of(precisions: str, layers: str) -> list[str]:
+    """Return the names of whole and shallow engines of every precision: `int8-4 layers`."""
+    depths = ["whole", *(f"{one} layers" for one in layers.split(",") if one)]
+    return [f"{precision}-{depth}" for precision in precisions.split(",") for depth in depths]
+
+
+def build_all(
+    demo: Path, names: Iterable[str], backend: str, progress: Progress
+) -> dict[str, Path]:
+    """Return the engines of these names; build those that are not kept yet."""
+    bundle, built = demo / "bundle", {}
     calibration = demo / "calibration"
     with StoreSamples.open(
         calibration / "scenes.store", bundle, calibration / "queries.jsonl"
     ) as pairs:
-        for precision in options.precisions.split(","):
-            for layers in [None, *map(int, filter(None, options.layers.split(",")))]:
-                depth = "whole" if layers is None else f"{layers} layers"
-                name = f"{precision}-{depth}"
-                progress(f"building {name}")
-                build_engine(
-                    bundle,
-                    scratch / name,
-                    backend=options.backend,
-                    precision=precision,
-                    calibration=pairs,
-                    options=EngineOptions(role=FIRST, layers=layers)
-                    if precision == "int8" or layers is not None
-                    else None,
-                    progress=progress,
-                )
-                built.append(name)
+        for name in names:
+            precision, _, depth = name.partition("-")
+            layers = int(depth.split()[0]) if depth != "whole" else None
+            progress(f"building {name}")
+            built[name] = cached_engine(
+                bundle,
+                CACHE / "depths",
+                backend=backend,
+                precision=precision,
+                calibration=pairs,
+                options=None if name == WHOLE_ENGINE else EngineOptions(role=FIRST, layers=layers),
+                progress=progress,
+            )
     return built
 
 
 def ways_of(built: Sequence[str]) -> list[Way]:
     """Return what is compared; the whole float32 model alone comes first."""
-    whole = "fp32-whole"
+    whole = WHOLE_ENGINE
     ways = [Way((whole,))]
     ways += [Way((name, whole)) for name in built if name != whole]
     shallow = [name for name in built if name.startswith("int8") and "layers" in name]
@@ -134,19 +156,31 @@ def ways_of(built: Sequence[str]) -> list[Way]:
     return ways
 
 
-def measure(
-    queries: Sequence[Query], store: Path, folder: Path, ways: Sequence[Way], progress: Progress
-) -> dict[str, Any]:
-    """Rank every query in every way, in turns."""
+def wanted(ways: Sequence[Way], only: Sequence[str]) -> list[Way]:
+    """Return the first way, and those whose name begins with one of the texts; empty: all.
+
+    A way by recall, which may score nearly everything twice, must be asked for by that word.
+    """
+
+    def is_asked(way: Way) -> bool:
+        texts = [text for text in only if way.recall is None or "recall" in text]
+        return way.name.startswith(tuple(texts))
+
+    return [*ways[:1], *filter(is_asked, ways[1:])] if only else list(ways)
+
+
+def rank_all(
+    queries: Sequence[Query], store: Path, engines: Mapping[str, Path], ways: Sequence[Way]
+) -> tuple[dict[str, list[RankResult]], dict[str, Times]]:
+    """Rank every query in every way, in turns; return the tops and the times of each way."""
     tops: dict[str, list[RankResult]] = {way.name: [] for way in ways}
-    progress(f"ranking {len(queries)} queries in {len(ways)} ways")
     with ExitStack() as stack:
         rerankers = {
             way.name: stack.enter_context(
                 Reranker.open(
-                    folder / way.engines[0],
+                    engines[way.engines[0]],
                     store=store,
-                    rescore=[folder / each for each in way.engines[1:]] or None,
+                    rescore=[engines[each] for each in way.engines[1:]] or None,
                     recall=way.recall,
                 )
             )
@@ -161,23 +195,31 @@ def measure(
             rank(name, warm_up)
             tops[name].clear()
         contestants = {name: in_turn(partial(rank, name), queries) for name in tops}
-        times = take_turns(contestants, len(queries))
-    engines = sorted({engine for way in ways for engine in way.engines})
-    manifests = {name: EngineManifest.read(folder / name) for name in engines}
-    first = manifests["fp32-whole"]
-    rows = {way.name: _row(way.name, tops, times, queries) for way in ways}
-    return {
-        "conditions": conditions(
-            model=asdict(first.bundle.sizes),
-            backend=f"{first.backend} {first.backend_version}",
-            candidates=max(len(query.candidates) for query in queries),
-            images=len(store_ids(store)),
-            top_k=TOP_K,
-        ),
-        "num_queries": len(queries),
-        "rows": rows,
-        "engines": {name: _engine_facts(each) for name, each in manifests.items()},
-    }
+        return tops, take_turns(contestants, len(queries))
+
+
+def _measured(
+    way: Way, times: Times, row: Mapping[str, Any], count: int, engines: Mapping[str, Path]
+) -> Measured:
+    """Return a way's runs: speed is of all of them together, as some queries are harder."""
+    first = EngineManifest.read(engines[way.engines[0]])
+    seconds = [one / 1e3 for one in times.wall_ms]
+    return Measured(
+        way.name,
+        "depths",
+        seconds,
+        count,
+        {
+            "candidates": count,
+            "engines": len(way.engines),
+            "first": first.precision,
+            "layers": first.layers,
+        },
+        cpu_seconds=[one / 1e3 for one in times.cpu_ms],
+        counters={name: row[name] for name in ("other_top_10", "other_first")},
+        conditions={"survivors": "all" if way.recall is None else f"recall {way.recall:g}"},
+        elapsed_s=sum(seconds),
+    )
 
 
 def _row(
@@ -199,14 +241,15 @@ def _row(
             stages.setdefault(label, []).append(story.num_rescored / len(query.candidates))
             story = story.before
     known = [(found, q.target) for found, q in zip(ids, queries, strict=True) if q.target]
+    both = list(zip(ids, expected, strict=True))
     return {
         "pairs_per_s": round(num_pairs / sum(times[name].wall_ms) * 1e3, 1),
         "speedup": round(sum(times[WHOLE].wall_ms) / sum(times[name].wall_ms), 3),
-        "equal_top_10": mean(a == b for a, b in zip(ids, expected, strict=True)),
-        "same_first": mean(a[:1] == b[:1] for a, b in zip(ids, expected, strict=True)),
-        "recall_of_top_10": mean(
-            len(set(a) & set(b)) / len(b) for a, b in zip(ids, expected, strict=True)
-        ),
+        "equal_top_10": mean(a == b for a, b in both),
+        "same_first": mean(a[:1] == b[:1] for a, b in both),
+        "recall_of_top_10": mean(len(set(a) & set(b)) / len(b) for a, b in both),
+        "other_top_10": sum(a != b for a, b in both),
+        "other_first": sum(a[:1] != b[:1] for a, b in both),
         "R@1": mean(found[:1] == [target] for found, target in known) if known else None,
         "rescored": {
             label: {"mean": round(mean(each), 4), "max": round(max(each), 4)}
@@ -272,55 +315,81 @@ def repeated(source: Path, out: Path, num_images: int) -> Path:
 def _copies(
     store: TokenStore, random: np.random.Generator
 ) -> Iterator[tuple[list[str], np.ndarray[Any, Any]]]:
-    """Yield a store's records, then copies of them with noise, without end."""
-    number = 0
+    """Yield a store's records, then copies of them with noise, without end.
+
+    The noise is drawn once and moved on by a record with each copy: drawing it anew would take
+    longer than writing the store.
+    """
+    number, noise = 0, np.empty(0, np.float32)
     while len(store):
         for batch in store.iterate():
             if not number:
                 yield list(batch.ids), batch.tokens
                 continue
-            spread = NOISE * float(batch.tokens.astype(np.float32).std())
-            noise = random.standard_normal(batch.tokens.shape, np.float32) * spread
-            noisy = (batch.tokens.astype(np.float32) + noise).astype(np.float16)
-            yield [f"{name}~{number}" for name in batch.ids], noisy
+            tokens = batch.tokens.astype(np.float32)
+            if len(noise) < len(tokens):
+                noise = random.standard_normal(tokens.shape, np.float32)
+            tokens += np.roll(noise, number, axis=0)[: len(tokens)] * (NOISE * tokens.std())
+            yield [f"{name}~{number}" for name in batch.ids], tokens.astype(np.float16)
         number += 1
 
 
 def summary(result: Mapping[str, Any]) -> str:
     """Return the rows as Markdown."""
     lines = [
-        "| | pairs/s | times | top 10 equal | first place | of the top 10 | R@1 | rescored |",
-        "|---|--:|--:|--:|--:|--:|--:|---|",
+        "| queries x candidates | | pairs/s | times | top 10 equal | first place | of the top 10 "
+        "| R@1 | rescored |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|---|",
     ]
-    for name, row in result["rows"].items():
-        rescored = ", ".join(
-            f"{label}: {share['mean']:.1%}" for label, share in row["rescored"].items()
-        )
-        r1 = "" if row["R@1"] is None else f"{row['R@1']:.1%}"
-        lines.append(
-            f"| {name} | {row['pairs_per_s']:,.0f} | {row['speedup']:.2f} "
-            f"| {row['equal_top_10']:.1%} | {row['same_first']:.1%} "
-            f"| {row['recall_of_top_10']:.1%} | {r1} | {rescored or '-'} |"
-        )
-    where = conditions_line(result["conditions"], "candidates", "images")
-    return "\n".join([*lines, f"{result['num_queries']} queries; {where}"])
+    for count, ways in result["rows"].items():
+        lines += [_line(int(count), name, row) for name, row in ways.items()]
+    return "\n".join([*lines, where_and_when(result)])
+
+
+def _line(count: int, name: str, row: Mapping[str, Any]) -> str:
+    rescored = ", ".join(
+        f"{label}: {share['mean']:.1%}" for label, share in row["rescored"].items()
+    )
+    r1 = "" if row["R@1"] is None else f"{row['R@1']:.1%}"
+    return (
+        f"| {row['num_queries']} x {count:,} | {name} | {row['pairs_per_s']:,.0f} "
+        f"| {row['speedup']:.2f} | {row['equal_top_10']:.1%} | {row['same_first']:.1%} "
+        f"| {row['recall_of_top_10']:.1%} | {r1} | {rescored or '-'} |"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print and write `depths.json`."""
+    """Measure, print, write `depths.json` and draw `depths.svg`."""
     parser = command_line("depths", __doc__)
     parser.add_argument("demo", type=Path, help="folder that `edje demo --out` has written")
     parser.add_argument("--queries", type=int, default=None, help="only so many test queries")
-    parser.add_argument("--candidates", type=int, default=NUM_CANDIDATES)
-    parser.add_argument("--images", type=int, default=0, help="repeat the records with noise")
+    parser.add_argument(
+        "--pairs", type=int, default=None, help="of each way at most, one query at least"
+    )
+    parser.add_argument(
+        "--candidates", default=str(NUM_CANDIDATES), help="numbers of candidates, with commas"
+    )
     parser.add_argument("--layers", default="1,2,3", help="numbers of layers, with commas")
     parser.add_argument("--precisions", default="fp32,int8", help="fp32 first")
     parser.add_argument("--backend", default="openvino")
     parser.add_argument(
-        "--only", action="append", help="only ways whose name holds this text (repeatable)"
+        "--only", action="append", help="only ways whose name begins so (repeatable)"
+    )
+    parser.add_argument(
+        "--beside",
+        action="append",
+        type=Path,
+        help="JSON of an earlier run, whose lines the chart shows as well (repeatable)",
     )
     options = parser.parse_args(arguments)
-    return run_benchmark(options, lambda *more: measure_demo(options.demo, options, *more), summary)
+
+    def measured(scratch: Path, progress: Progress) -> dict[str, Any]:
+        beside = [json.loads(read_text(path)) for path in options.beside or ()]
+        result = measure_demo(options.demo, options, scratch, progress)
+        draw_depths([*beside, result], options.out / f"{options.name}.svg")
+        return result
+
+    return run_benchmark(options, measured, summary)
 
 
 if __name__ == "__main__":

@@ -205,6 +205,54 @@ def draw_load(result: Result, path: Path) -> Path:
     return path
 
 
+def draw_depths(results: Sequence[Result], path: Path) -> Path:
+    """Draw pairs/s of two engines in a row over the layers of the first, and who wins alone.
+
+    A line a number of candidates and precision of the first engine; beside each point stands on
+    how many queries the top 10 was the whole model's, in order.
+    """
+    entries = [one for result in results for one in result["benchmarks"]]
+    lines: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for one in entries:
+        params = one["params"]
+        if params["engines"] == 2 and one["extra_info"]["conditions"]["survivors"] == "all":
+            lines.setdefault((params["candidates"], params["first"]), []).append(one)
+    with _figure(path, (7.6, 4.8)) as figure:
+        axes = figure.subplots()
+        for ((candidates, first), points), colour in zip(
+            sorted(lines.items()), LINES, strict=False
+        ):
+            points = sorted(points, key=lambda one: one["params"]["layers"])
+            x = [one["params"]["layers"] for one in points]
+            y = [one["extra_info"]["pairs_per_s"] for one in points]
+            label = f"{candidates:,} candidates, {first} first"
+            axes.plot(x, y, marker="o", color=colour, label=label)
+            for at, high, one in zip(x, y, points, strict=True):
+                num_queries = one["stats"]["rounds"]
+                same = 1 - one["extra_info"]["counters"]["other_top_10"] / num_queries
+                axes.annotate(
+                    f"{same:.3g}" if same < 1 else "1", (at, high), (0, 6), color=colour,
+                    textcoords="offset points", ha="center", fontsize=9,
+                )  # fmt: skip
+        alone = [one for one in entries if one["params"]["engines"] == 1]
+        for one, style in zip(alone, ("--", ":", "-."), strict=False):
+            label = f"{one['params']['candidates']:,} candidates, {one['params']['first']} alone"
+            speed = one["extra_info"]["pairs_per_s"]
+            axes.axhline(speed, color=ROOF, linestyle=style, linewidth=1, label=label)
+        most = max(one["params"]["layers"] for one in entries)
+        axes.set_xlim(0.6, most + 0.4)
+        axes.set_xticks(range(1, most + 1), [*map(str, range(1, most)), f"{most} (whole)"])
+        _scale_y(axes, logarithmic=False)
+        axes.set_xlabel(
+            "layers of the first engine (numbers: share of the queries with the same top 10)"
+        )
+        axes.set_ylabel("pairs per second")
+        axes.grid(axis="y", color="#e2e8f0")
+        axes.legend(frameon=False, fontsize=9)
+        _conditions(figure, conditions_of(results[-1]))
+    return path
+
+
 def _scale_y(axes: Axes, *, logarithmic: bool) -> None:
     """Let the y axis begin at 0, or be logarithmic, with plain numbers."""
     if logarithmic:

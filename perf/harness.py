@@ -239,7 +239,8 @@ def run_benchmark(
     from .report import folded  # which stands on this module
 
     print(summary(result))
-    print(f"written to {write_result(options.name, folded(options.name, result), options.out)}")
+    whole = result if "benchmarks" in result else folded(options.name, result)
+    print(f"written to {write_result(options.name, whole, options.out)}")
     return 1 if result.get("faults") or result.get("broken") else 0
 
 

@@ -1,17 +1,18 @@
 """Several engines, one ranking: the first scores everything, each next one what can still win.
 
 An int8 engine before a float32 one, a shallow one before the whole model, or three in a row; what
-is scored again is chosen by `survivors.rescore_top`, and the last engine's scores are the result.
+is scored again is chosen by `survivors.search`, and the last engine's scores are the result.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,9 +21,10 @@ from ..arrays import Float32, Int64
 from ..engines.agreement import LOOKS_AGAIN, SAFETY
 from ..engines.manifest import EngineManifest
 from ..errors import EngineError, StoppedError
+from .hidden import NOWHERE, Hidden, HiddenPool
 from .pipeline import Pipeline, Request, Scored
 from .results import MARGIN, RECALL, EngineLabel, Rescoring
-from .survivors import LEAST, Rule, rescore_top
+from .survivors import LEAST, Rule, Selection, search
 
 _MEASURE = "measure it: edje verify ENGINE --bundle B --store S --queries F --write"
 
@@ -58,15 +60,39 @@ class Hop:
         return f"{LOOKS_AGAIN} times as deep as the deepest of the best, and {LEAST} more at least"
 
 
+class Step(NamedTuple):
+    """What a cascade wants scored next.
+
+    Attributes:
+        stage: by which engine, 0 being the first.
+        pairs: int64 [M]: positions among the request's pairs.
+    """
+
+    stage: int
+    pairs: Int64
+
+
+# Is sent the `Scored` of each step's pairs, in their order; returns what `Cascade.run` does.
+Steps = Generator[Step, Scored, tuple[Scored, Rescoring]]
+
+
 class Cascade:
     """Runs requests through two pipelines or more, one after the other; all read one store."""
 
     def __init__(
-        self, pipelines: Sequence[Pipeline], labels: Sequence[EngineLabel], hops: Sequence[Hop]
+        self,
+        pipelines: Sequence[Pipeline],
+        labels: Sequence[EngineLabel],
+        hops: Sequence[Hop],
+        pool: HiddenPool | None = None,
     ):
-        """Join pipelines, the fastest first, with a hop between each and the next."""
-        self._first, self._rest = pipelines[0], pipelines[1:]
-        self._labels, self._hops = labels[1:], hops
+        """Join pipelines, the fastest first, with a hop between each and the next.
+
+        Args:
+            pool: for hidden states of the first engine, where others can go on from them.
+        """
+        self._pipelines = pipelines
+        self._labels, self._hops, self._pool = labels[1:], hops, pool
 
     def run(self, request: Request, top_k: int) -> tuple[Scored, Rescoring]:
         """Score one query's pairs so that the best `top_k` are the last engine's.
@@ -79,67 +105,112 @@ class Cascade:
             As `Pipeline.run`; what was stopped while it was rescored has the first engine's scores
             as its `partial`.
         """
-        fast = self._first.run(request)
-        # What it found damaged has no score, so the next pipeline sees it again.
+        steps = self.steps(len(request.rows), top_k)
+        fast = part = None
+        with self._room(request) as hidden:
+            try:
+                while True:
+                    step = next(steps) if part is None else steps.send(part)
+                    part = self._scored(request, step, hidden)
+                    fast = fast or part
+            except StopIteration as end:
+                found: tuple[Scored, Rescoring] = end.value
+                return found
+            except StoppedError as stop:
+                stop.partial = fast or stop.partial
+                raise
+
+    def steps(self, num_pairs: int, top_k: int) -> Steps:
+        """Say step by step what to score, for who forms batches of many requests' steps."""
+        fast = yield Step(0, np.arange(num_pairs))
+        # What it found damaged has no score, so the next engine sees it again.
         result = replace(fast, damaged={})
-        positions: Int64 = np.arange(len(fast.scores))
+        positions: Int64 = np.arange(num_pairs)
         scores, story = fast.scores, None
-        try:
-            for pipeline, label, hop, slack in self._stages():
-                began = perf_counter()
-                rule = hop.rule(top_k, len(fast.scores), slack)
-                pairs = _Pairs(pipeline, request, positions, result)
-                chosen = rescore_top(scores, pairs.score, top_k=top_k, rule=rule)
-                kept = np.flatnonzero(chosen.rescored)
-                positions, scores = positions[kept], chosen.scores[kept]
-                story = Rescoring(
-                    engine=label,
-                    num_rescored=len(kept),
-                    margin=chosen.margin,
-                    num_widened=chosen.num_widened,
-                    total_ms=(perf_counter() - began) * 1e3,
-                    chosen=hop.words(rule, chosen.margin),
-                    before=story,
-                )
-        except StoppedError as stop:
-            stop.partial = fast
-            raise
+        for stage, (label, hop, slack) in enumerate(self._stages(), 1):
+            began, num_resumed = perf_counter(), result.num_resumed
+            rule = hop.rule(top_k, num_pairs, slack)
+            chosen = yield from _search_by(stage, positions, scores, top_k, rule, result)
+            again = np.flatnonzero(chosen.rescored)
+            positions, scores = positions[again], chosen.scores[again]
+            story = Rescoring(
+                engine=label,
+                num_rescored=len(again),
+                margin=chosen.margin,
+                num_widened=chosen.num_widened,
+                total_ms=(perf_counter() - began) * 1e3,
+                chosen=hop.words(rule, chosen.margin),
+                before=story,
+                num_resumed=result.num_resumed - num_resumed,
+            )
         assert story is not None
-        result.scores = np.full(len(fast.scores), np.nan, np.float32)
+        result.scores = np.full(num_pairs, np.nan, np.float32)
         result.scores[positions] = scores
-        result.skipped = np.ones(len(fast.scores), np.bool_)
+        result.skipped = np.ones(num_pairs, np.bool_)
         result.skipped[positions] = False
         return result, story
 
-    def _stages(self) -> Iterator[tuple[Pipeline, EngineLabel, Hop, float]]:
+    def _stages(self) -> Iterator[tuple[EngineLabel, Hop, float]]:
         """Yield each stage behind the first, with what its scores may hide from the next one.
 
         Scores off by a margin m either way can put an image of the precise top k 2 m below the
         k-th best of theirs.
         """
         later = [hop.margin or 0.0 for hop in self._hops[1:]] + [0.0]
-        stages = zip(self._rest, self._labels, self._hops, later, strict=True)
-        for pipeline, label, hop, margin in stages:
-            yield pipeline, label, hop, 2 * margin
+        for label, hop, margin in zip(self._labels, self._hops, later, strict=True):
+            yield label, hop, 2 * margin
+
+    def _room(self, request: Request) -> AbstractContextManager[Hidden | None]:
+        """Return where this request's hidden states stay, if anywhere."""
+        if self._pool is None:
+            return nullcontext()
+        return self._pool.lend(int(request.queries.text_length[0]), len(request.rows))
+
+    def _scored(self, request: Request, step: Step, hidden: Hidden | None) -> Scored:
+        """Score a step's pairs; those whose hidden states were kept go on from there."""
+        pipeline = self._pipelines[step.stage]
+        if step.stage == 0:
+            scored = pipeline.run(replace(request, hidden=hidden))
+            if hidden is not None:
+                hidden.forget_unscored()
+            return scored
+        resumes = hidden is not None and self._pool and step.stage in self._pool.resuming
+        if hidden is None or not resumes:
+            return pipeline.run(_part(request, step.pairs))
+        is_kept = hidden.place[step.pairs] != NOWHERE
+        result = Scored(np.empty(len(step.pairs), np.float32), {})
+        for some, kept in ((is_kept, hidden), (~is_kept, None)):
+            if some.any():
+                pairs = step.pairs[some]
+                part = _part(request, pairs, None if kept is None else kept.of(pairs))
+                result.take_in(np.flatnonzero(some), pipeline.run(part))
+        result.num_resumed = int(is_kept.sum())
+        return result
 
 
-@dataclass(frozen=True, slots=True)
-class _Pairs:
-    """A request's pairs at some `positions`, scored by one pipeline; `result` learns of it."""
+def _part(request: Request, pairs: Int64, hidden: Hidden | None = None) -> Request:
+    """Return some of a request's pairs as one."""
+    queries, rows = request.query_of_pair[pairs], request.rows[pairs]
+    return replace(request, query_of_pair=queries, rows=rows, hidden=hidden)
 
-    pipeline: Pipeline
-    request: Request
-    positions: Int64
-    result: Scored
 
-    def score(self, chosen: Int64) -> Float32:
-        """Return the scores of the pairs `chosen` among the positions."""
-        at = self.positions[chosen]
-        queries, rows = self.request.query_of_pair[at], self.request.rows[at]
-        part = self.pipeline.run(replace(self.request, query_of_pair=queries, rows=rows))
-        self.result.damaged.update({int(at[one]): why for one, why in part.damaged.items()})
-        self.result.add_work(part)
-        return part.scores
+def _search_by(
+    stage: int, positions: Int64, scores: Float32, top_k: int, rule: Rule, result: Scored
+) -> Generator[Step, Scored, Selection]:
+    """Ask for the survivors among the pairs at `positions`; `result` learns what came of it."""
+    rounds = search(scores, top_k=top_k, rule=rule)
+    found: Float32 | None = None
+    while True:
+        try:
+            chosen = next(rounds) if found is None else rounds.send(found)
+        except StopIteration as end:
+            selection: Selection = end.value
+            return selection
+        pairs = positions[chosen]
+        part = yield Step(stage, pairs)
+        result.damaged.update({int(pairs[one]): why for one, why in part.damaged.items()})
+        result.add_work(part)
+        found = part.scores
 
 
 def hops_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from ..arguments import Arguments, StrPath
 from ..engines.contract import Engine, OpenOptions
@@ -20,6 +20,9 @@ from .source import tokens_for
 from .store import TokenStore
 from .streams import Streams
 from .text import QueryTokenizer
+
+if TYPE_CHECKING:
+    from .hidden import HiddenPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +48,10 @@ def open_pipelines(
     device: Device,
     tokenizer: QueryTokenizer,
     runs: RunOptions,
-) -> tuple[list[Pipeline], Residency]:
+) -> tuple[list[Pipeline], Residency, HiddenPool | None]:
     """Decide where tokens are read from, load what is to be held, make a pipeline an engine.
+
+    Hidden states get what memory is left, where one engine can go on from another's.
 
     Args:
         engines: of one model, all reading tokens of one dtype.
@@ -74,6 +79,12 @@ def open_pipelines(
         checks_finite = any(engine.manifest.hides_nan for engine in engines)
         rows = store.live_rows()
         pool = plan.make_pool(device, rows, plan.capacity, checks_finite=checks_finite)
+    hidden = None
+    if len(engines) > 1:
+        from .hidden import open_hidden_pool
+
+        with device.current():
+            hidden = open_hidden_pool(engines, device)
     pipelines = [
         Pipeline(
             engine,
@@ -89,7 +100,7 @@ def open_pipelines(
         pipelines[0].load(plan.ahead)
         if plan.policy != "recent":
             pool.map.freeze()
-    return pipelines, residency
+    return pipelines, residency, hidden
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,10 +28,13 @@ from .text import TokenizedQueries
 
 if TYPE_CHECKING:
     from .graphs import GraphReport
+    from .hidden import Hidden
     from .pool import TokenPool
 
 # One batch computes, one waits in the stream, one is being read.
 NUM_SLOTS = 3
+_TIMES = ("gather_ms", "upload_ms", "compute_ms", "download_ms")
+_WORK = (*_TIMES, "num_hits", "num_misses", "num_resumed")  # of `Scored`, that add up
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class Request:
         planned: the one batch that all the pairs make, where the caller has formed it: queries of
             one bucket, each of them asked, and no more pairs than a batch holds; on a CPU it runs
             on the calling thread. None: plan now.
+        hidden: where the engine keeps hidden states of the pairs, or goes on from them.
     """
 
     queries: TokenizedQueries
@@ -55,6 +59,7 @@ class Request:
     deadline: float | None = None
     cancelled: Callable[[], bool] | None = None
     planned: PlannedBatch | None = None
+    hidden: Hidden | None = None
 
     def check_wanted(self) -> None:
         """Check that somebody still waits for the scores.
@@ -82,6 +87,7 @@ class Scored:
         download_ms: time their scores took back; 0 where the device shares host memory.
         num_hits, num_misses: pairs whose tokens a pool on the device held, and those that the store
             had to be read for; 0 where there is no pool.
+        num_resumed: pairs that went on from hidden states.
         skipped: bool [N]: pairs that a cascade, or a request that was stopped, left without a
             score; None: there are none.
     """
@@ -94,6 +100,7 @@ class Scored:
     download_ms: float = 0.0
     num_hits: int = 0
     num_misses: int = 0
+    num_resumed: int = 0
     skipped: npt.NDArray[np.bool_] | None = None
 
     def leave_out(self, batches: Iterable[PlannedBatch]) -> None:
@@ -104,13 +111,15 @@ class Scored:
         self.scores[self.skipped] = np.nan
 
     def add_work(self, other: Scored) -> None:
-        """Add times, hits and misses of another run of the same request."""
-        self.gather_ms += other.gather_ms
-        self.upload_ms += other.upload_ms
-        self.compute_ms += other.compute_ms
-        self.download_ms += other.download_ms
-        self.num_hits += other.num_hits
-        self.num_misses += other.num_misses
+        """Add times and counts of another run of the same request."""
+        for name in _WORK:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def take_in(self, pairs: npt.NDArray[np.int64], part: Scored) -> None:
+        """Take in what came out for some pairs."""
+        self.scores[pairs] = part.scores
+        self.damaged.update({int(pairs[one]): why for one, why in part.damaged.items()})
+        self.add_work(part)
 
 
 @dataclass(slots=True)
@@ -176,7 +185,9 @@ class Pipeline:
             StoreError: the store cannot be read.
         """
         self._streams.check()
-        result = Scored(np.empty(len(request.rows), np.float32), {})
+        result = Scored(np.full(len(request.rows), np.nan, np.float32), {})
+        if request.hidden is not None:
+            request.hidden.scores = result.scores
         profile, lengths = self._engine.manifest.profile, request.queries.text_length
         left = deque(
             plan_batches(lengths, request.query_of_pair, profile)
@@ -220,8 +231,12 @@ class Pipeline:
             slot.stage = "gather"
             self._streams.check()
             slot.fill_text(request.queries, planned)
-            rows = request.rows[planned.pairs]
-            flight.unusable = slot.read(self._source, rows, check_finite=self._hides_nan)
+            rows, hidden = request.rows[planned.pairs], request.hidden
+            if hidden is None or not hidden.resumes:
+                flight.unusable = slot.read(self._source, rows, check_finite=self._hides_nan)
+            if hidden is not None:
+                places = hidden.places(planned.pairs)
+                slot.use_hidden(hidden.states, places, resumes=hidden.resumes)
             flight.gather_ms = (perf_counter() - began) * 1e3
             slot.num_batches += 1
             forward = self._engine.enqueue if slot.graphs is None else slot.graphs.enqueue

@@ -27,7 +27,6 @@ from .results import (
     EngineLabel,
     Missing,
     RankResult,
-    Rescoring,
     StageTimes,
     deadline_of,
     faults_of,
@@ -39,7 +38,7 @@ from .store import TokenStore
 from .text import QueryTokenizer
 
 if TYPE_CHECKING:
-    from .cascade import Cascade
+    from .cascade import Steps
     from .graphs import GraphReport
 
 
@@ -104,16 +103,14 @@ class Reranker(Closing):
             self._device: Device = HostDevice() if runs.device is None else runs.device
             if runs.device is None:
                 undo.callback(self._device.close)
-            self._pipelines, self.residency = open_pipelines(
+            self._pipelines, self.residency, hidden = open_pipelines(
                 self._engines, store, self._device, tokenizer, runs
             )
             self._owned = undo.pop_all()
         where = self._device.name, store.layout.dtype, self.residency.place
         self.profile, self.bundle = manifests[-1].profile, manifests[-1].bundle
         self.labels = [EngineLabel.of(each.manifest, *where) for each in self._engines]
-        self._cascade: Cascade | None = (
-            Cascade(self._pipelines, self.labels, hops) if behind else None
-        )
+        self._cascade = Cascade(self._pipelines, self.labels, hops, hidden) if behind else None
 
     @classmethod
     def open(
@@ -294,21 +291,20 @@ class Reranker(Closing):
             raise_faults(faults_of(ids, scored, position))
             return scored.scores[position]
 
-    def score(self, request: Request, top_k: int | None = None) -> tuple[Scored, Rescoring | None]:
-        """Score tokenised queries against rows, for callers that form batches themselves.
-
-        Queries of one text bucket and at most `profile.max_pairs` pairs run as one batch.
-
-        Args:
-            top_k: of one query, what is wanted of a cascade; None: its precise engine scores all.
+    def score(self, request: Request, stage: int = -1) -> Scored:
+        """Score with one engine; one batch of one text bucket's queries and `max_pairs` pairs.
 
         Raises:
             As `rank`; what was stopped has its `Scored` as `partial`.
         """
         with self._running():
-            if top_k is None or self._cascade is None or top_k >= len(request.rows):
-                return self._pipelines[-1].run(request), None
-            return self._cascade.run(request, top_k)
+            return self._pipelines[stage].run(request)
+
+    def steps(self, num_pairs: int, top_k: int | None) -> Steps | None:
+        """Return what a cascade wants scored of one query, step by step; None: all by the last."""
+        if top_k is None or self._cascade is None or top_k >= num_pairs:
+            return None
+        return self._cascade.steps(num_pairs, top_k)
 
     def warm_up(self, query: str | None = None) -> None:
         """Score a full batch of every text bucket, twice: allocate, compile and capture now.
@@ -368,15 +364,16 @@ class Reranker(Closing):
     ) -> RankResult:
         """Score one query's images and rank them; when it is stopped, say how far it got."""
         truncated = bool(request.queries.truncated[0])
-        alone = self._cascade is None or top_k is None or top_k >= len(asked.rows)
-        label = self.labels[-1 if alone else 0]
+        best = 0 if top_k is None or top_k >= len(asked.rows) else top_k
+        cascade = self._cascade if best else None
+        label = self.labels[0 if cascade else -1]
         try:
-            scored, rescoring = self.score(request, top_k)
+            scored, story = cascade.run(request, best) if cascade else (self.score(request), None)
         except StoppedError as stop:
             part: Scored = stop.partial
             known = asked.result(part, top_k, truncated, times(part), label, stopped=True)
             raise _stopped(stop, known, known.num_scored, known.num_asked) from None
-        return asked.result(scored, top_k, truncated, times(scored), label, rescoring)
+        return asked.result(scored, top_k, truncated, times(scored), label, story)
 
     @contextmanager
     def _running(self) -> Iterator[None]:

@@ -77,6 +77,8 @@ class Rescoring:
         total_ms: wall time of its rounds, part of the request's `total`.
         chosen: how the survivors were chosen, in words.
         before: what the engine before it did, where that was not the first.
+        num_resumed: of those images, how many went on from the first engine's hidden states, which
+            had stayed on the GPU.
     """
 
     engine: EngineLabel
@@ -86,6 +88,7 @@ class Rescoring:
     total_ms: float
     chosen: str = ""
     before: Rescoring | None = None
+    num_resumed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,12 @@ import math
 import threading
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..arrays import Array, Int64
+from ..arrays import Array, Int32, Int64
 from ..engines.contract import Batch
 from ..engines.manifest import EngineManifest
 from ..errors import EngineError
@@ -107,7 +108,8 @@ class Slot:
         host, scores: the batch's arrays on the host, and float32 [P] of its scores, to be read once
             `finished` was passed.
         batch, batch_scores: the same as the engine sees them.
-        pooled: where tokens stay on a GPU, this slot's way to them; else None.
+        pooled: where tokens stay on a GPU, this slot's way to them; else None, and while its batch
+            goes on from hidden states.
         graphs: captures and launches this slot's forwards; None: the engine runs each of them.
         num_batches: how many batches it took so far.
         stage: where its batch is: `gather`, `copy`, `compute` or `collect`.
@@ -133,17 +135,22 @@ class Slot:
         max_pairs, sizes = manifest.profile.max_pairs, manifest.bundle.sizes
         self._tokens: StagedRecords | PooledTokens
         self.pooled: PooledTokens | None = None
+        self._pooled: PooledTokens | None = None
+        self._resumes = False
         if pool is None:
             shape = sizes.num_tokens, sizes.hidden
             self._tokens = StagedRecords(device, max_pairs, shape, manifest.token_dtype)
         else:
-            self._tokens = self.pooled = pool.tokens_of_slot(max_pairs, by_row=by_row)
+            self._tokens = self._pooled = pool.tokens_of_slot(max_pairs, by_row=by_row)
+            self.pooled = self._pooled
         self.graphs: SlotGraphs | None = None
         self._text_ids = Staged(device, max_pairs * max(manifest.profile.text_buckets), "int32")
         self._text_length = Staged(device, max_pairs, "int32")
         self._query_of_pair = Staged(device, max_pairs, "int32")
+        self._places = Staged(device, max_pairs, "int32")
         self._scores = Staged(device, max_pairs, "float32")
         self._filled_for: tuple[object, object]
+        self.batch: Batch
         self._fit(1, max(manifest.profile.text_buckets), 1)
         self.num_batches = 0
         self.stage = "gather"
@@ -157,6 +164,9 @@ class Slot:
     def fill_text(self, queries: TokenizedQueries, planned: PlannedBatch) -> None:
         """Copy the ids of the batch's queries into the slot, padded with 0 to the bucket."""
         sizes = len(planned.queries), planned.bucket, len(planned.pairs)
+        if self.batch.hidden is not None:  # the batch before had some
+            self.batch = replace(self.batch, hidden=None)
+            self._resumes, self.pooled = False, self._pooled
         if sizes != self._sizes:
             self._fit(*sizes)
         held_queries, held_numbers = self._filled_for
@@ -177,13 +187,29 @@ class Slot:
         damaged = source.read(rows, tokens, scales, bad="mark")
         return Unusable(damaged, not_finite(tokens, scales) if check_finite else NO_PAIRS)
 
+    def use_hidden(self, states: Array, places: Int32, *, resumes: bool) -> None:
+        """Let the engine keep the pairs' hidden states at `places` (int32 [P]) of `states`.
+
+        Args:
+            resumes: go on from those that lie there; the batch has no tokens then.
+        """
+        num_pairs = self._sizes[2]
+        self._places.host(num_pairs)[:] = places
+        self.batch = replace(self.batch, hidden=(states, self._places.engine(num_pairs)))
+        self._resumes = resumes
+        if resumes:
+            self.pooled = None
+
     def upload(self, stream: Stream) -> None:
         """Copy what was filled to the device, in the order of `stream`."""
         num_queries, bucket, num_pairs = self._sizes
         self._text_ids.upload(stream, num_queries * bucket)
         self._text_length.upload(stream, num_queries)
         self._query_of_pair.upload(stream, num_pairs)
-        self.upload_tokens(stream)
+        if self.batch.hidden is not None:
+            self._places.upload(stream, num_pairs)
+        if not self._resumes:
+            self.upload_tokens(stream)
 
     def upload_tokens(self, stream: Stream) -> None:
         """Copy the records that were read, and no text, in the order of `stream`."""

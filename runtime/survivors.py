@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +67,9 @@ class Selection:
     num_widened: int
 
 
+Search = Generator[Int64, Float32, Selection]
+
+
 def rescore_top(
     fast: Float32,
     score_precisely: Callable[[Int64], Float32],
@@ -75,7 +78,30 @@ def rescore_top(
     rule: Rule,
     pairs_per_round: int = PAIRS_PER_ROUND,
 ) -> Selection:
-    """Score precisely what can be among the `top_k` best, in rounds of `pairs_per_round`.
+    """Score precisely what can be among the `top_k` best, as `search` asks for it.
+
+    Args:
+        score_precisely: int64 [M] positions in `fast` -> float32 [M]; what is not finite never
+            counts as one of the best.
+    """
+    rounds = search(fast, top_k=top_k, rule=rule, pairs_per_round=pairs_per_round)
+    found: Float32 | None = None
+    while True:
+        try:
+            positions = next(rounds) if found is None else rounds.send(found)
+        except StopIteration as end:
+            selection: Selection = end.value
+            return selection
+        found = score_precisely(positions)
+
+
+def search(
+    fast: Float32, *, top_k: int, rule: Rule, pairs_per_round: int = PAIRS_PER_ROUND
+) -> Search:
+    """Ask for precise scores of what can be among the `top_k` best, `pairs_per_round` at a time.
+
+    Yields positions in `fast`, int64 [M], is sent their precise scores, float32 [M] (what is not
+    finite never counts as one of the best), and returns what came of it.
 
     By margin it is exact when no precise score exceeds its fast one by more than that: the top k
     of `scores` are then those of the precise engine alone, ties included. Where no two scores
@@ -84,30 +110,28 @@ def rescore_top(
 
     Args:
         fast: float32 [N]; a score that is not finite says nothing, so it is always rescored.
-        score_precisely: int64 [M] positions in `fast` -> float32 [M]; what is not finite never
-            counts as one of the best.
         top_k: how many of the best must be right, 1 or more.
     """
     finite = np.isfinite(fast)
     expected = np.where(finite, fast, np.nan).astype(np.float64)
     order = np.argsort(-np.where(finite, fast, np.inf), kind="stable")
     num_unknown = len(fast) - int(np.count_nonzero(finite))  # they come first
-    search = _search(rule, expected, num_unknown, top_k)
+    by_rule = _search(rule, expected, num_unknown, top_k)
     precise = np.full(len(fast), np.nan, np.float32)
     num_done = num_known = 0
     threshold = -math.inf
     while True:
-        most = max(pairs_per_round, top_k - num_known) if search.in_rounds else len(fast)
-        positions = search.still_open(order[num_done : num_done + most], num_done, threshold)
+        most = max(pairs_per_round, top_k - num_known) if by_rule.in_rounds else len(fast)
+        positions = by_rule.still_open(order[num_done : num_done + most], num_done, threshold)
         if not len(positions):
             break
-        precise[positions] = score_precisely(positions)
+        precise[positions] = yield positions
         num_done += len(positions)
         num_known, threshold = _kth_best(precise, top_k)
-        search.learn(precise, order[:num_done], threshold)
+        by_rule.learn(precise, order[:num_done], threshold)
     rescored = np.zeros(len(fast), np.bool_)
     rescored[order[:num_done]] = True
-    return Selection(precise, rescored, search.margin, search.num_widened)
+    return Selection(precise, rescored, by_rule.margin, by_rule.num_widened)
 
 
 class _Search(ABC):

@@ -7,6 +7,8 @@
     the last one   keys and values of every slot, everything else for each pair's CLS row
     score          pooler and classifier -> the slot's scores
 
+What a shallow engine kept of hidden states, the whole model goes on from (`hidden`).
+
 In a shallow engine the last layer is as whole as the others, and then comes
 
     shallow_score  a linear head over every slot -> the slot's scores
@@ -27,6 +29,7 @@ from ...kernels.launch import KernelLibrary
 from ...kernels.layers import Attention, Score, ShallowScore
 from ...kernels.operations import Assemble, DeviceEmbeddings
 from ..contract import Batch
+from .hidden import Keep, Resume
 from .memory import Activations, ClsRows, Rows, as_rows_of, columns
 from .plan import Plan
 from .steps import Choices, Steps, Work
@@ -37,7 +40,7 @@ class Forward:
     """The launches of one engine on one stream, and the memory that they share.
 
     Attributes:
-        plan: what is run.
+        plan, resumes_at: what is run.
     """
 
     def __init__(
@@ -47,17 +50,19 @@ class Forward:
         plan: Plan,
         weights: Mapping[str, DeviceArray],
         choices: Choices,
+        resumes_at: int = 0,
     ):
         """Allocate the activations and load the kernels; `device` is current and owns both.
 
         Args:
             weights: in device memory, as `weights.take_weights` names them.
             choices: tiles, and what runs in one kernel.
+            resumes_at: the layer before which it may go on from kept hidden states; 0: nowhere.
 
         Raises:
             EngineError: too little memory, or no kernel for this GPU.
         """
-        self.plan, self._weights = plan, weights
+        self.plan, self._weights, self.resumes_at = plan, weights, resumes_at
         self._memory = Activations(device, plan)
         self._steps = Steps(
             library, plan, weights, self._memory.control, device.num_processors, choices
@@ -78,9 +83,12 @@ class Forward:
         if self._memory.cls is None:
             linear = ShallowScore(library, dtype=plan.element, width=plan.width)
             self._end = partial(self._score_slots, linear)
+            self._keep = Keep(library)
         else:
             pooler = Score(library, dtype=plan.element, width=plan.width)
             self._end = partial(self._score_cls, pooler, self._memory.cls)
+            if resumes_at:
+                self._resume = Resume(library)
         tables = DeviceEmbeddings(
             weights[WORDS],
             weights[POSITIONS],
@@ -112,11 +120,24 @@ class Forward:
             fresh_scales=cast("DeviceArray | None", fresh_scales),
         )
 
-    def enqueue(self, bucket: int, num_pairs: int, stream: Stream) -> None:
-        """Run what follows `assemble`, for batches of `bucket` and at most `num_pairs` pairs."""
+    def resume(self, batch: Batch, stream: Stream) -> None:
+        """Bring the hidden states that a batch goes on from, in place of the embeddings."""
+        self._resume.enqueue(self._memory.hidden.exact, batch, stream)
+
+    def keep(self, batch: Batch, stream: Stream) -> None:
+        """Keep the last layer's hidden states where the batch says; for a shallow engine."""
+        self._keep.enqueue(self._memory.hidden.exact, batch, stream)
+
+    def enqueue(self, bucket: int, num_pairs: int, stream: Stream, first: int = 0) -> None:
+        """Run what follows `assemble`, for batches of `bucket` and at most `num_pairs` pairs.
+
+        Args:
+            first: the layer to begin with; not 0 where hidden states were brought.
+        """
         work = Work(num_pairs, self.plan.num_slots(bucket), stream)
-        self._steps.quantize(0, QKV, self._memory.hidden, work)
-        for layer in range(self.plan.num_whole_layers):
+        if first == 0:
+            self._steps.quantize(0, QKV, self._memory.hidden, work)
+        for layer in range(first, self.plan.num_whole_layers):
             self._layer(layer, bucket, work)
         self._end(bucket, work)
 

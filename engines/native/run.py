@@ -20,6 +20,7 @@ from ...kernels.tuning import serving_table
 from ..contract import Batch, Engine, OpenOptions
 from ..manifest import EngineManifest
 from .forward import Forward
+from .hidden import Model, digests_of, why_not_resume
 from .memory import activation_bytes, upload
 from .plan import Plan, graph_sizes
 from .steps import Choices
@@ -61,6 +62,8 @@ class NativeEngine(Engine):
             raise EngineError(f"{device.name} is not one of {', '.join(plan.tiles)}")
         eight, fused = plan.tiles8.get(served, {}), plan.fused.get(served, ())
         self._choices = Choices(plan.tiles[served], eight, fused)
+        self._model = Model(plan, self._choices, digests_of(weights))
+        self._resumes_at = 0
         with device.current():
             self._weights = upload(device, weights)
 
@@ -73,6 +76,21 @@ class NativeEngine(Engine):
     @property
     def bytes_a_stream(self) -> int:
         return activation_bytes(self._plan)
+
+    def hidden_shape(self, bucket: int) -> tuple[int, int] | None:
+        takes_part = self._plan.shallow or self._resumes_at
+        return (self._plan.num_slots(bucket), self._plan.width) if takes_part else None
+
+    def why_not_resume(self, first: Engine) -> str | None:
+        if not isinstance(first, NativeEngine):
+            return f"{first.manifest.words} keeps no hidden states"
+        why_not = why_not_resume(first._model, self._model)
+        if why_not is None:
+            with self._lock:  # what runs already has no graph that begins there
+                if self._runs:
+                    return "it is running already"
+                self._resumes_at = first._plan.num_layers
+        return why_not
 
     def _enqueue(self, batch: Batch, scores: Float32, stream: Stream) -> None:
         run = self._runs.get(stream.handle) or self._new_run(stream)
@@ -89,7 +107,8 @@ class NativeEngine(Engine):
                     with device.current():
                         borrowed = device.borrow(stream)
                         parts = (self._library, self._plan, self._weights, self._choices)
-                        run = _StreamRun(device, Forward(device, *parts), borrowed)
+                        forward = Forward(device, *parts, self._resumes_at)
+                        run = _StreamRun(device, forward, borrowed)
                 except BaseException:
                     device.close()
                     raise
@@ -106,7 +125,7 @@ class NativeEngine(Engine):
 
 
 class _StreamRun:
-    """One stream's activations, and a graph for every bucket and size."""
+    """One stream's activations, and a graph for every bucket, size and layer to begin with."""
 
     def __init__(self, device: Device, forward: Forward, stream: Stream):
         """Capture every graph; each bucket runs once before, so that its kernels are loaded.
@@ -128,9 +147,10 @@ class _StreamRun:
         own.record(warm)
         warm.synchronize()
         self._graphs = {
-            (bucket, size): _captured(device, partial(forward.enqueue, bucket, size), own)
+            (bucket, size, first): _captured(device, self._from(bucket, size, first), own)
             for bucket in plan.text_buckets
             for size in self._sizes
+            for first in sorted({0, forward.resumes_at})
         }
 
     @property
@@ -142,13 +162,24 @@ class _StreamRun:
         """Run one batch of at most `max_pairs` pairs; returns at once."""
         bucket, num_pairs = batch.text_ids.shape[1], len(batch)
         size = next(size for size in self._sizes if size >= num_pairs)
-        graph = self._graphs[bucket, size]
+        forward, stream = self._forward, self._stream
+        resumes = batch.hidden is not None and not forward.plan.shallow
+        first = forward.resumes_at if resumes else 0
+        graph = self._graphs[bucket, size, first]
         with self._turn:  # what `assemble` writes is for the very next graph
-            self._forward.assemble(batch, scores, self._stream)
+            forward.assemble(batch, scores, stream)
+            if resumes:  # over the embeddings: lengths and `control` alone are wanted of those
+                forward.resume(batch, stream)
             if graph is None:
-                self._forward.enqueue(bucket, size, self._stream)
+                self._from(bucket, size, first)(stream)
             else:
-                graph.launch(self._stream)
+                graph.launch(stream)
+            if batch.hidden is not None and not resumes:
+                forward.keep(batch, stream)
+
+    def _from(self, bucket: int, size: int, first: int) -> Callable[[Stream], None]:
+        """Return what runs the layers from `first` on."""
+        return partial(self._forward.enqueue, bucket, size, first=first)
 
     def close(self) -> None:
         """Wait for the GPU, and free everything."""

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from ...arrays import Float32, Int64
+from ..cascade import Steps
 from ..pipeline import Scored
 from ..results import Candidates, EngineLabel, Fault, Hit, Rescoring, faults_of
 from ..text import TokenizedQueries
@@ -97,9 +98,11 @@ class Waiting(Job):
         unknown: what candidates do that the store lacks.
         began: when it was submitted, as `perf_counter` counts.
         stages: where its time went so far.
-        scored: of `asked.rows`, filled batch by batch.
+        scored: of the pairs that are asked for now, filled batch by batch; in the end of all.
+        steps: of a cascade; None: the last engine scores everything.
+        pairs: int64 [M]: of a cascade, positions in `asked.rows` of those asked for now.
         rescoring: what a cascade did.
-        num_scored: pairs whose batch is done.
+        num_scored: pairs asked for now whose batch is done.
     """
 
     future: Future[Answer] = field(kw_only=True)
@@ -110,6 +113,8 @@ class Waiting(Job):
     began: float = field(kw_only=True)
     stages: Stages = field(kw_only=True)
     scored: Scored = field(kw_only=True)
+    steps: Steps | None = field(default=None, kw_only=True)
+    pairs: Int64 | None = field(default=None, kw_only=True)
     rescoring: Rescoring | None = field(default=None, kw_only=True)
     num_scored: int = field(default=0, kw_only=True)
 
@@ -120,10 +125,30 @@ class Waiting(Job):
         for position, why in part.damaged.items():
             if pairs.start <= position < pairs.stop:
                 self.scored.damaged[start + position - pairs.start] = why
-        if part.skipped is not None:
-            self.scored.skipped = part.skipped
         self.stages.add_batch(part)
         self.num_scored += len(scores)
+
+    @property
+    def rows(self) -> Int64:
+        """Rows of the pairs that are asked for now: int64 [M]."""
+        return self.asked.rows if self.pairs is None else self.asked.rows[self.pairs]
+
+    def go_on(self) -> bool:
+        """Ask for what the cascade wants scored next; False: there is nothing more.
+
+        Called first before anything was asked for, then whenever all of that has its score.
+        """
+        if self.steps is None:
+            return False
+        try:
+            step = next(self.steps) if self.pairs is None else self.steps.send(self.scored)
+        except StopIteration as end:
+            self.scored, self.rescoring = end.value
+            return False
+        self.stage, self.pairs, self.num_pairs = step.stage, step.pairs, len(step.pairs)
+        self.num_taken = self.num_scored = 0
+        self.scored = Scored(np.empty(self.num_pairs, np.float32), {})
+        return True
 
     def answer(self, engine: EngineLabel) -> Answer:
         """Rank what was scored."""

@@ -2,7 +2,8 @@
 
 A batch is what waits when the engine can take one: nothing is ever held back to fill it.
 
-- A batch holds one text bucket. The buckets with something waiting take turns.
+- A batch holds one text bucket and one engine of a cascade. The buckets with something waiting,
+  and in each the engines, take turns.
 - Within a bucket the request whose deadline comes first goes first, but takes at most a quarter of
   the batch before everyone else had a quarter: 10 candidates never wait behind 5,000.
 - What waits is spread evenly over the batches that it needs: 300 pairs with room for 256 become
@@ -28,7 +29,7 @@ class Job:
         bucket: text slots T of its query.
         num_pairs: how many it asks for.
         deadline: when the caller stops waiting, on the clock of `Scheduler.take`; inf: never.
-        alone: its pairs run as one batch by itself, whatever their number (a cascade's request).
+        stage: which engine of a cascade scores them; -1: the last one, or the only one.
         urgent: goes before all others (a probe).
         num_taken: pairs that were given to batches.
     """
@@ -36,7 +37,7 @@ class Job:
     bucket: int
     num_pairs: int
     deadline: float
-    alone: bool = False
+    stage: int = -1
     urgent: bool = False
     num_taken: int = 0
 
@@ -45,7 +46,13 @@ class Job:
         """Pairs that still wait."""
         return self.num_pairs - self.num_taken
 
+    @property
+    def queue(self) -> Queue:
+        """Those that may share batches with it have the same."""
+        return self.stage, self.bucket
 
+
+Queue = tuple[int, int]
 AnyJob = TypeVar("AnyJob", bound=Job)
 
 
@@ -64,9 +71,9 @@ class Scheduler(Generic[AnyJob]):
         """`max_pairs`: room in a batch."""
         self._max_pairs = max_pairs
         self._slice = max(1, max_pairs // SLICES)
-        self._waiting: dict[int, list[AnyJob]] = {}  # by bucket, the earliest deadline first
-        self._sharing: dict[int, int] = {}  # by bucket, pairs that wait and may share batches
-        self._turns: dict[int, int] = {}  # when a bucket had its last batch
+        self._waiting: dict[Queue, list[AnyJob]] = {}  # the earliest deadline first
+        self._pairs: dict[Queue, int] = {}  # that wait
+        self._turns: dict[Queue, int] = {}  # when a queue had its last batch
         self._turn = 0
         self.num_pairs = 0
 
@@ -77,7 +84,7 @@ class Scheduler(Generic[AnyJob]):
 
     def add(self, job: AnyJob) -> None:
         """Let a job's pairs wait."""
-        jobs = self._waiting.setdefault(job.bucket, [])
+        jobs = self._waiting.setdefault(job.queue, [])
         if jobs and _order(jobs[-1]) > _order(job):
             insort(jobs, job, key=_order)
         else:  # most come in the order of their deadlines
@@ -86,7 +93,7 @@ class Scheduler(Generic[AnyJob]):
 
     def drop(self, job: AnyJob) -> bool:
         """Take a job's waiting pairs out; return whether there were any."""
-        jobs = self._waiting.get(job.bucket, [])
+        jobs = self._waiting.get(job.queue, [])
         if not job.num_left or job not in jobs:
             return False
         self._leave(jobs, (job,))
@@ -103,19 +110,15 @@ class Scheduler(Generic[AnyJob]):
 
     def take(self) -> list[Share[AnyJob]]:
         """Return the next batch; empty where nothing waits."""
-        buckets = [bucket for bucket, jobs in self._waiting.items() if jobs]
-        if not buckets:
+        queues = [queue for queue, jobs in self._waiting.items() if jobs]
+        if not queues:
             return []
         self._turn += 1
-        bucket = min(buckets, key=self._next)
-        self._turns[bucket] = self._turn
-        jobs = self._waiting[bucket]
-        if jobs[0].alone:
-            counts = {jobs[0]: jobs[0].num_left}
-        else:
-            counts = self._divide(jobs, self._sharing[bucket])
+        queue = min(queues, key=self._next)
+        self._turns[queue] = self._turn
+        jobs = self._waiting[queue]
         shares = []
-        for job, count in counts.items():
+        for job, count in self._divide(jobs, self._pairs[queue]).items():
             shares.append(Share(job, job.num_taken, job.num_taken + count))
             job.num_taken += count
             self._count(job, -count)
@@ -126,8 +129,7 @@ class Scheduler(Generic[AnyJob]):
     def _divide(self, jobs: list[AnyJob], waiting: int) -> dict[AnyJob, int]:
         """Return how many pairs each job gets of one batch: a slice each, then the rest in line.
 
-        Args:
-            waiting: pairs of the jobs that share batches.
+        `waiting` is how many pairs they have all together.
         """
         num_batches = -(-waiting // self._max_pairs)
         room = -(-waiting // num_batches)
@@ -136,8 +138,6 @@ class Scheduler(Generic[AnyJob]):
             for job in jobs:
                 if not room:
                     return counts
-                if job.alone:
-                    continue
                 had = counts.get(job, 0)
                 more = min(room, limit, job.num_left - had)
                 if more:
@@ -145,10 +145,10 @@ class Scheduler(Generic[AnyJob]):
                     room -= more
         return counts
 
-    def _next(self, bucket: int) -> tuple[bool, int, float]:
-        """Return a key: the smallest is the bucket whose turn it is."""
-        first = self._waiting[bucket][0]
-        return not first.urgent, self._turns.get(bucket, 0), first.deadline
+    def _next(self, queue: Queue) -> tuple[bool, int, float]:
+        """Return a key: the smallest is the queue whose turn it is."""
+        first = self._waiting[queue][0]
+        return not first.urgent, self._turns.get(queue, 0), first.deadline
 
     def _leave(self, jobs: list[AnyJob], leaving: Iterable[AnyJob]) -> None:
         for job in list(leaving):
@@ -158,8 +158,7 @@ class Scheduler(Generic[AnyJob]):
     def _count(self, job: AnyJob, more: int) -> None:
         """Count more pairs of a job as waiting, or fewer."""
         self.num_pairs += more
-        if not job.alone:
-            self._sharing[job.bucket] = self._sharing.get(job.bucket, 0) + more
+        self._pairs[job.queue] = self._pairs.get(job.queue, 0) + more
 
 
 def _order(job: Job) -> tuple[bool, float]:

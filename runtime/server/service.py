@@ -58,7 +58,6 @@ class ScoringService:
         profile = reranker.profile
         self._buckets = sorted(profile.text_buckets)
         self._max_pairs = min(self.options.max_batch_pairs or profile.max_pairs, profile.max_pairs)
-        self._is_cascade = len(reranker.labels) > 1
         self._probe: tuple[Int64, float] | None = None
         self._live: Int64 | None = None
         self._identity: Identity | None = None
@@ -268,8 +267,8 @@ class ScoringService:
             self._bucket_of(queries),
             num_pairs,
             monotonic() + (self.options.timeout_s if timeout_s is None else timeout_s),
-            self._is_cascade and top_n is not None and top_n < num_pairs,
-            urgent,
+            urgent=urgent,
+            steps=self.reranker.steps(num_pairs, top_n),
             future=future,
             queries=queries,
             asked=asked,
@@ -279,6 +278,7 @@ class ScoringService:
             stages=stages,
             scored=Scored(np.empty(num_pairs, np.float32), {}),
         )
+        job.go_on()
         if not num_pairs:  # none of them is in the store
             future.set_result(job.answer(self.reranker.labels[-1]))
             return future

@@ -148,7 +148,7 @@ class Worker:
         """Run one batch; when it fails, each request of it alone, so that only the guilty fail."""
         began = perf_counter()
         for job, start, _ in shares:
-            if not start:
+            if not start and job.stage <= 0:
                 job.stages.queue = (began - job.began) * 1e3 - (
                     job.stages.tokenize + job.stages.resolve
                 )
@@ -175,18 +175,18 @@ class Worker:
                 first += stop - start
                 if job.num_scored == job.num_pairs:
                     done.append(job)
-        self._answer(done)
+        more = [job for job in done if _goes_on(job)]
+        if more:  # of cascades: added together, so that they can share a batch
+            with self._changed:
+                for job in self._unanswered.intersection(more):  # some may have left, or failed
+                    self._scheduler.add(job)
+            self.wake()
+        self._answer([job for job in done if job not in more])
 
     def _score(self, shares: list[Share[Waiting]]) -> Scored:
         """Score the pairs of several requests together."""
         first, start, stop = shares[0]
-        if first.alone:
-            request = Request(
-                first.queries, np.zeros(stop - start, np.int64), first.asked.rows[start:stop]
-            )
-            scored, first.rescoring = self._reranker.score(request, first.top_n)
-            return scored
-        queries, rows = first.queries, first.asked.rows[start:stop]
+        queries, rows = first.queries, first.rows[start:stop]
         if len(shares) > 1:
             each = [share.job.queries for share in shares]
             queries = TokenizedQueries(
@@ -194,12 +194,15 @@ class Worker:
                 np.concatenate([one.text_length for one in each]),
                 np.concatenate([one.truncated for one in each]),
             )
-            rows = np.concatenate([job.asked.rows[start:stop] for job, start, stop in shares])
+            rows = np.concatenate([job.rows[start:stop] for job, start, stop in shares])
         every = self._counted[: len(shares)]
         query_of_pair = every.repeat([share.stop - share.start for share in shares])
-        pairs = self._counted[: len(rows)]
-        planned = PlannedBatch(first.bucket, every, query_of_pair.astype(np.int32), pairs)
-        return self._reranker.score(Request(queries, query_of_pair, rows, planned=planned))[0]
+        planned = None
+        if first.stage == -1:  # an engine of a cascade may take fewer pairs in a batch
+            pairs = self._counted[: len(rows)]
+            planned = PlannedBatch(first.bucket, every, query_of_pair.astype(np.int32), pairs)
+        request = Request(queries, query_of_pair, rows, planned=planned)
+        return self._reranker.score(request, first.stage)
 
     def _measure(self, began: float, num_pairs: int) -> None:
         """Learn from one batch how many pairs a second are scored.
@@ -221,7 +224,7 @@ class Worker:
         answers: list[tuple[Waiting, Answer]] = []
         for job in jobs:
             try:
-                answers.append((job, job.answer(self._reranker.labels[0 if job.alone else -1])))
+                answers.append((job, job.answer(self._reranker.labels[0 if job.steps else -1])))
             except Exception as error:
                 _fail(job, error)
         for job, answer in answers:
@@ -248,16 +251,27 @@ class Worker:
             self._idle.pop().release()
 
 
+def _goes_on(job: Waiting) -> bool:
+    """Let a cascade say what it wants scored next; return whether it is not at its end."""
+    try:
+        return job.go_on()
+    except Exception as error:
+        _fail(job, error)
+        return True
+
+
 def _fail(job: Waiting, error: BaseException) -> None:
     with suppress(Exception):  # answered or cancelled meanwhile
         job.future.set_exception(error)
 
 
 def _too_late(job: Waiting) -> StoppedError:
+    num_asked = len(job.asked.rows)
+    num_scored = num_asked if job.stage > 0 else job.num_scored  # all have their first score
     return StoppedError(
-        f"the deadline passed with {job.num_scored:,} of {job.num_pairs:,} pairs scored",
-        num_scored=job.num_scored,
-        num_asked=job.num_pairs,
+        f"the deadline passed with {num_scored:,} of {num_asked:,} pairs scored",
+        num_scored=num_scored,
+        num_asked=num_asked,
     )
 
 

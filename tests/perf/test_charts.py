@@ -6,7 +6,15 @@ import re
 
 import pytest
 
-from edje.perf.charts import Bar, Panel, draw_contest, draw_load, draw_stages, draw_sweep
+from edje.perf.charts import (
+    Bar,
+    Panel,
+    draw_contest,
+    draw_depths,
+    draw_load,
+    draw_stages,
+    draw_sweep,
+)
 from edje.perf.report import Measured, benchmark_json
 
 
@@ -63,3 +71,30 @@ def test_a_contest_tells_multiples_of_its_base_and_is_the_same_every_time(tmp_pa
     assert "what it shows" in shown
     again = draw_contest(panels, "conditions below", tmp_path / "b.svg", "what it shows")
     assert again.read_bytes() == path.read_bytes()
+
+
+def test_depths_have_a_line_a_number_of_candidates_and_the_agreement(tmp_path):
+    def way(name, candidates, engines, layers, seconds, others):
+        return Measured(
+            name,
+            "depths",
+            [seconds] * 4,
+            candidates,
+            {"candidates": candidates, "engines": engines, "first": "int8", "layers": layers},
+            counters={"other_top_10": others, "other_first": 0},
+            conditions={"survivors": "all"},
+        )
+
+    first = benchmark_json([way("a", 50, 1, 6, 0.1, 0), way("b", 50, 2, 4, 0.2, 1)])
+    second = benchmark_json(
+        [way("a", 1000, 1, 6, 1.0, 0), way("b", 1000, 2, 4, 0.5, 0), way("c", 1000, 3, 4, 0.4, 2)]
+    )
+    shown = text_of(draw_depths([first, second], tmp_path / "depths.svg"))
+    lines = (
+        "50 candidates, int8 first",
+        "1,000 candidates, int8 first",
+        "50 candidates, int8 alone",
+    )
+    for said in (*lines, "6 (whole)", ">0.75<", ">1<"):
+        assert said in shown, said
+    assert ">0.5<" not in shown  # three engines in a row are no point of these lines

@@ -18,12 +18,19 @@ from edje.runtime.cascade import learned_margin
 from edje.runtime.reranker import Reranker
 from edje.runtime.results import EngineLabel
 from edje.runtime.survivors import Rule, rescore_top
-from toy_engine import ToyEngine, toy_manifest, toy_store, toy_tokenizer
+from toy_engine import (
+    REAL,
+    FastEngine,
+    ToyEngine,
+    fast_manifest,
+    precise_manifest,
+    toy_store,
+    toy_tokenizer,
+)
 from waiting import stream_threads
 
 NUM_IMAGES = 60
-REAL = {"random": False, "max_underrating": 2.0, "max_abs_diff": 3.0, "data": "real pairs"}
-EXACT = {"random": True, "max_underrating": 0.0, "max_abs_diff": 1e-6, "data": "random pairs"}
+
 
 grid = st.integers(-6, 6).map(lambda value: value / 4)  # coarse: ties are common
 odd = st.sampled_from([math.nan, math.inf, -math.inf])
@@ -130,28 +137,6 @@ def test_a_one_sided_bound_is_enough_for_the_right_top_k(pairs, top_k):
         fast, Oracle(precise), top_k=top_k, rule=Rule(margin=margin), pairs_per_round=4
     )
     assert best(found.scores, top_k) == best(precise, top_k)
-
-
-class FastEngine(ToyEngine):
-    """Scores like `ToyEngine`, but wrong by up to `error`, and not at all where the score is 13."""
-
-    def __init__(self, manifest: EngineManifest, error: float = 1.5):
-        super().__init__(manifest)
-        self.error = error
-
-    def _infer(self, batch, scores):
-        super()._infer(batch, scores)
-        value = batch.visual_tokens[:, 0, 0].astype(np.float32)
-        scores += self.error * np.sin(value * 12.9898).astype(np.float32)
-        scores[value == 13] = np.nan
-
-
-def fast_manifest(**changed) -> EngineManifest:
-    return replace(toy_manifest(max_pairs=32), **{"precision": "int8", "fidelity": REAL, **changed})
-
-
-def precise_manifest(**changed) -> EngineManifest:
-    return replace(toy_manifest(), **{"fidelity": EXACT, **changed})
 
 
 @pytest.fixture

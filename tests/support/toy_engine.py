@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ FINGERPRINT = "f" * 64
 NUM_TOKENS, HIDDEN = 4, 8
 CLS, SEP, UNK = 2, 3, 1
 WORDS = ("red", "blue", "circle", "square", "a", "above", "##s", "cls", "sep", "mask", "image")
+# Fidelities: of an engine that errs, and of one that does not.
+REAL = {"random": False, "max_underrating": 2.0, "max_abs_diff": 3.0, "data": "real pairs"}
+EXACT = {"random": True, "max_underrating": 0.0, "max_abs_diff": 1e-6, "data": "random pairs"}
 
 
 def toy_manifest(
@@ -83,6 +87,28 @@ class ToyEngine(HostEngine):
 
     def close(self) -> None:
         self.closed = True
+
+
+class FastEngine(ToyEngine):
+    """Scores like `ToyEngine`, but wrong by up to `error`, and not at all where the score is 13."""
+
+    def __init__(self, manifest: EngineManifest, error: float = 1.5):
+        super().__init__(manifest)
+        self.error = error
+
+    def _infer(self, batch: Batch, scores: np.ndarray) -> None:
+        super()._infer(batch, scores)
+        value = batch.visual_tokens[:, 0, 0].astype(np.float32)
+        scores += self.error * np.sin(value * 12.9898).astype(np.float32)
+        scores[value == 13] = np.nan
+
+
+def fast_manifest(**changed: Any) -> EngineManifest:
+    return replace(toy_manifest(max_pairs=32), **{"precision": "int8", "fidelity": REAL, **changed})
+
+
+def precise_manifest(**changed: Any) -> EngineManifest:
+    return replace(toy_manifest(), **{"fidelity": EXACT, **changed})
 
 
 class ToySource:

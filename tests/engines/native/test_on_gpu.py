@@ -24,10 +24,13 @@ from edje.engines.precision.lower import lower_operands
 from edje.engines.registry import open_engine
 from edje.engines.shallow.cut import Head, cut
 from edje.kernels.cuda_variants import CAPABILITY
-from edje.kernels.device import open_gpu
+from edje.kernels.device import open_device, open_gpu
 from edje.kernels.device.facts import current_gpu, current_index
 from edje.kernels.layer_variants8 import KINDS
 from edje.perf import random_model
+from edje.runtime.opening import RunOptions
+from edje.runtime.reranker import Reranker
+from edje.runtime.text import QueryTokenizer
 from native_engine import EightBits, prepared, random_batch
 
 pytestmark = pytest.mark.gpu
@@ -135,3 +138,34 @@ def test_tokens_that_are_not_finite_spoil_their_own_score_only(
     others = np.arange(40) != 7
     assert np.isnan(found[7])
     assert found[others].tobytes() == right[others].tobytes()
+
+
+def test_survivors_go_on_with_the_bits_of_a_whole_forward(
+    full_size: Path, fp16: Path, tmp_path: Path
+) -> None:
+    bundle, source = BundleManifest.read(full_size), Graph.read(full_size / "joint_encoder.onnx")
+    weight = np.random.default_rng(11).standard_normal(3 * random_model.HIDDEN, np.float32)
+    made = EightBits(bundle, tmp_path, fp16, None, EngineManifest.read(fp16).profile.text_buckets)
+    graph = lower_operands(cut(source, 4, Head(weight, 0.25)), "float16")
+    folder = made.built(graph, "fp16", "first")
+    tokens = random_model.random_tokens(600, bundle.sizes)
+    encoder = bundle.fingerprint_encoder
+    with (
+        random_model.write_store(tmp_path / "store", tokens, encoder=encoder) as store,
+        closing(open_device("cuda_core", "cuda")) as device,
+    ):
+        with device.current():
+            engines = made.on_gpu(folder, "fp16"), open_engine(fp16)
+        with Reranker(
+            engines[0],
+            QueryTokenizer.open(fp16, bundle.text),
+            store,
+            rescore=engines[1],
+            rescore_margin=1e6,
+            runs=RunOptions(device),
+        ) as reranker:
+            ranked = reranker.rank(random_model.query_of(13), top_k=100)
+            whole = reranker.rank(random_model.query_of(13))
+    assert ranked.rescoring is not None
+    assert ranked.rescoring.num_resumed == ranked.rescoring.num_rescored == 600
+    assert [(hit.id, hit.score) for hit in ranked] == [(hit.id, hit.score) for hit in whole][:100]

@@ -108,10 +108,10 @@ def test_hits_and_misses_of_every_batch_are_told(tmp_path, engine, store):
     for asked in (IDS[:12], IDS[:12], IDS[6:18], [IDS[3]] * 5):
         queries, alone = opened.reranker.tokenizer(["red"]), np.zeros(len(asked), np.int64)
         request = Request(queries, alone, store.rows(asked))
-        scored, _ = opened.reranker.score(request)
+        scored = opened.reranker.score(request)
         counts.append((scored.num_hits, scored.num_misses))
     assert counts == [(0, 12), (12, 0), (6, 6), (5, 0)]
-    scored, _ = opened.plain.score(request)
+    scored = opened.plain.score(request)
     assert (scored.num_hits, scored.num_misses) == (0, 0), "nothing is held, so nothing can hit"
     opened.close()
 

@@ -105,11 +105,13 @@ def test_a_dropped_request_is_never_taken_and_dropping_twice_is_no_fault():
     assert scheduler.num_pairs == scheduler.num_jobs == 0
 
 
-def test_a_request_that_runs_alone_gets_one_batch_whatever_its_size():
-    alone, other = Job(15, 500, 1.0, alone=True), Job(15, 5, 2.0)
-    batches = drain(filled(16, alone, other))
-    assert [[share.job for share in batch] for batch in batches] == [[alone], [other]]
-    assert size(batches[0]) == 500
+def test_steps_for_one_engine_share_batches_and_the_engines_take_turns():
+    new = [Job(15, 20, inf, stage=0) for _ in range(2)]
+    survivors = [Job(15, 4, inf, stage=1) for _ in range(3)]
+    batches = drain(filled(16, *new, *survivors))
+    stages = [{share.job.stage for share in batch} for batch in batches]
+    assert stages == [{0}, {1}, {0}, {0}]
+    assert {share.job for share in batches[1]} == set(survivors)
 
 
 JOBS = st.lists(
@@ -118,7 +120,7 @@ JOBS = st.lists(
         st.sampled_from([15, 23, 63]),
         st.integers(1, 700),
         st.floats(0, 100),
-        alone=st.just(False),
+        stage=st.sampled_from([0, 1]),
     ),
     max_size=12,
 )
