@@ -41,10 +41,13 @@ LIMITS: dict[str, tuple[float, float]] = {
     # `edje bench`: harness, stages, roof, charts, peers, gate and capacity in `perf` (45 files,
     # 9,000 lines); in the product int8 for AVX2, bodies, /docs, the front's threads and timers,
     # rows read where they lie (8 files, 900 lines); 2,900 lines of tests.
-    "source files": (309, 140),
-    "source lines": (57_300, 25_000),
-    "product lines (without perf and demo)": (40_800, 20_500),
-    "test lines": (42_000, 19_000),
+    # A product with its norm in CUDA C++ (5 files, 570 lines of Python), hidden states that
+    # survivors go on from (2, 560), hot routes answered from the parser and tallies (2, 590),
+    # what native kernels store in 16 bits (200), one run of `make bench` (300); 2,000 of tests.
+    "source files": (318, 140),
+    "source lines": (59_850, 25_000),
+    "product lines (without perf and demo)": (42_800, 20_500),
+    "test lines": (44_100, 19_000),
     "largest folder, % of lines": (25, 25),
     "files under Reranker": (36, 36),
     "longest import chain": (16, 16),

@@ -65,19 +65,14 @@ class Batch:
 
     def part(self, pairs: slice) -> Batch:
         """Return some of the pairs, with all queries; views, no copy."""
-        if self.hidden is not None:
-            states, places = self.hidden
-            whole = replace(self, hidden=None).part(pairs)
-            return replace(whole, hidden=(states, places[pairs]))
-        if self.rows is not None:
-            some = self.query_of_pair[pairs]
-            return replace(self, query_of_pair=some, rows=self.rows[pairs])
-        scales = self.visual_scales
+        scales, by_row = self.visual_scales, self.rows is not None
         return replace(
             self,
             query_of_pair=self.query_of_pair[pairs],
-            visual_tokens=self.visual_tokens[pairs],
-            visual_scales=None if scales is None else scales[pairs],
+            visual_tokens=self.visual_tokens if by_row else self.visual_tokens[pairs],
+            visual_scales=scales if by_row or scales is None else scales[pairs],
+            rows=None if self.rows is None else self.rows[pairs],
+            hidden=None if self.hidden is None else (self.hidden[0], self.hidden[1][pairs]),
         )
 
 
@@ -201,10 +196,7 @@ class Engine(ABC):
         return 0
 
     def hidden_shape(self, bucket: int) -> tuple[int, int] | None:
-        """Return slots and values of a pair's hidden states that can be kept (`Batch.hidden`).
-
-        None: this engine neither keeps any nor goes on from some.
-        """
+        """Return slots and values of a pair's hidden states (`Batch.hidden`); None: takes none."""
         return None
 
     def why_not_resume(self, first: Engine) -> str | None:
@@ -266,12 +258,9 @@ class HostEngine(Engine):
 
     def _run(self, batch: Batch, scores: Float32) -> None:
         raise_faults(value_faults(batch, self.manifest))
-        most = self._pairs_per_forward
-        if most is None or len(batch) <= most:
-            self._infer(batch, scores)
-            return
-        for pairs in even_parts(len(batch), most):
-            self._infer(batch.part(pairs), scores[pairs])
+        parts = list(even_parts(len(batch), self._pairs_per_forward or len(batch)))
+        for pairs in parts:
+            self._infer(batch.part(pairs) if len(parts) > 1 else batch, scores[pairs])
 
     @abstractmethod
     def _infer(self, batch: Batch, scores: Float32) -> None:
@@ -339,11 +328,7 @@ def shape_faults(
 
 
 def hidden_faults(batch: Batch, shape: tuple[int, int] | None) -> list[str]:
-    """Return one sentence for every array of `Batch.hidden` that does not fit.
-
-    Args:
-        shape: slots and values of a pair's hidden states; None: the engine takes none.
-    """
+    """Return one sentence for every array of `Batch.hidden` that is not of this `hidden_shape`."""
     if batch.hidden is None:
         return []
     if shape is None:

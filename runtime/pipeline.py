@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 # One batch computes, one waits in the stream, one is being read.
 NUM_SLOTS = 3
-_TIMES = ("gather_ms", "upload_ms", "compute_ms", "download_ms")
-_WORK = (*_TIMES, "num_hits", "num_misses", "num_resumed")  # of `Scored`, that add up
+_TIMES = "gather_ms", "upload_ms", "compute_ms", "download_ms"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +46,8 @@ class Request:
         rows: int64 [N]: the store's row of each pair's image.
         deadline: `time.monotonic()` seconds after which no further batch is started; None: none.
         cancelled: asked before each batch, from the thread that runs the request; True stops it.
-        planned: the one batch that all the pairs make, where the caller has formed it: queries of
-            one bucket, each of them asked, and no more pairs than a batch holds; on a CPU it runs
-            on the calling thread. None: plan now.
+        planned: the one batch that all the pairs make, where the caller has formed it as
+            `plan_batches` would; on a CPU it runs on the calling thread. None: plan now.
         hidden: where the engine keeps hidden states of the pairs, or goes on from them.
     """
 
@@ -78,8 +76,7 @@ class Scored:
     """What came out, in the order of the request's pairs.
 
     Attributes:
-        scores: float32 [N]: raw logits; NaN where the stored record is damaged or not finite, and
-            where there is none.
+        scores: float32 [N]: raw logits; NaN where there is none, or of a record of no use.
         damaged: why a pair's stored record could not be used, by the pair's position.
         gather_ms: time the calling thread spent filling slots: text, and tokens from the store.
         upload_ms: time this request's batches took to the device; 0 where it shares host memory.
@@ -112,7 +109,7 @@ class Scored:
 
     def add_work(self, other: Scored) -> None:
         """Add times and counts of another run of the same request."""
-        for name in _WORK:
+        for name in (*_TIMES, "num_hits", "num_misses", "num_resumed"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def take_in(self, pairs: npt.NDArray[np.int64], part: Scored) -> None:
@@ -188,12 +185,9 @@ class Pipeline:
         result = Scored(np.full(len(request.rows), np.nan, np.float32), {})
         if request.hidden is not None:
             request.hidden.scores = result.scores
-        profile, lengths = self._engine.manifest.profile, request.queries.text_length
-        left = deque(
-            plan_batches(lengths, request.query_of_pair, profile)
-            if request.planned is None
-            else [request.planned]
-        )
+        lengths, profile = request.queries.text_length, self._engine.manifest.profile
+        planned = [request.planned] if request.planned else None
+        left = deque(planned or plan_batches(lengths, request.query_of_pair, profile))
         flights: deque[Flight] = deque()
         with self._device.current():
             try:
@@ -218,10 +212,7 @@ class Pipeline:
         return result
 
     def step(self, request: Request, flight: Flight) -> None:
-        """Read one batch's tokens into its slot and enqueue its forward.
-
-        On a CPU the one batch of a request that is `planned` has been computed on return, else this
-        never waits for it.
+        """Read one batch's tokens into its slot and enqueue its forward, or run it if `planned`.
 
         Raises:
             EngineError, StoreError: as `run`; `stage` says where.
