@@ -34,7 +34,7 @@ from .manifest import Cubin, KernelEntry
 from .variant import Variant
 
 TOOLKIT = "nvidia.cu13"  # where the wheel `nvidia-cuda-nvcc` puts its files
-# No extra: 280 MB that only `make kernels` reads, and CUDA builds of torch bring a runtime themselves.
+# No extra: 280 MB that only `make kernels` reads; CUDA builds of torch pin a runtime of their own.
 INSTALL = "pip install nvidia-cuda-nvcc==13.0.88 nvidia-cuda-runtime==13.0.96"
 
 
