@@ -4,8 +4,8 @@
 
 Each stage is run by both sides in turns (`gate_turns.py`) until the ratio of minima says on which
 side of the limit it lies (`gate_statistics.py`). What is slower is measured once more, from new
-processes on, and fails only if that says the same. Beside the times stand exact counters
-(`counters.py`), which no load of the machine moves: any increase fails.
+processes on, and where that disagrees a third time: it fails if two say so. Beside the times stand
+exact counters (`counters.py`), which no load of the machine moves: any increase fails.
 
 Exit codes: 0 no regression, 1 a regression or a stage that the head lacks, 2 cannot compare.
 """
@@ -142,14 +142,15 @@ class GateResult:
 
     Attributes:
         verdicts: of times, then of counters.
-        first, second: the measurements; the second of what seemed slower.
+        first: the measurement of every stage.
+        again: of what seemed slower, and of what seemed so in one of these two only.
         counters: of each side: [least, greatest] by stage and name.
         seconds: that all of it took.
     """
 
     verdicts: list[Verdict]
     first: dict[str, Measurement]
-    second: dict[str, Measurement]
+    again: list[dict[str, Measurement]]
     counters: dict[str, dict[str, Ranges]]
     seconds: float
 
@@ -178,7 +179,7 @@ class GateResult:
             seconds=round(self.seconds, 1),
             verdicts=[verdict.to_json() for verdict in self.verdicts],
             launches=_launches_json(self.first),
-            confirming_launches=_launches_json(self.second),
+            confirming_launches=[_launches_json(each) for each in self.again],
             counters=self.counters,
         )
 
@@ -250,21 +251,29 @@ def run_gate(trees: Trees, options: GateOptions, progress: Progress) -> GateResu
         counters: dict[str, dict[str, Ranges]] = {"base": {}, "head": {}}
         if options.counters:
             counters = count_both(trees, options, options.stages, scratch, progress)
-        slower = [
-            stage
-            for stage, found in first.items()
-            if found.decision(options.limit, options.max_launches) == "slower"
-        ]
-        second: dict[str, Measurement] = {}
+        again: list[dict[str, Measurement]] = []
+        slower = _slower(first, options)
         if slower:
             progress(f"{', '.join(slower)} seems slower: once more")
-            second, _ = measure(trees, options, slower, scratch, progress, start=MAX_LAUNCHES)
+            found, _ = measure(trees, options, slower, scratch, progress, start=MAX_LAUNCHES)
+            again.append(found)
+        doubtful = [stage for stage in slower if stage not in _slower(again[0], options)]
+        if doubtful:
+            progress(f"{', '.join(doubtful)} did not seem slower again: a third time decides")
+            found, _ = measure(trees, options, doubtful, scratch, progress, start=2 * MAX_LAUNCHES)
+            again.append(found)
     verdicts = [
-        *time_verdicts(first, second, options.limit, options.max_launches),
+        *time_verdicts(first, again, options.limit, options.max_launches),
         *missing,
         *counter_verdicts(counters["base"], counters["head"], options.allowed),
     ]
-    return GateResult(verdicts, first, second, counters, monotonic() - began)
+    return GateResult(verdicts, first, again, counters, monotonic() - began)
+
+
+def _slower(measured: Mapping[str, Measurement], options: GateOptions) -> list[str]:
+    """Return the stages that seem slower."""
+    limit, most = options.limit, options.max_launches
+    return [stage for stage, one in measured.items() if one.decision(limit, most) == "slower"]
 
 
 def count_both(

@@ -41,24 +41,27 @@ class Measurement:
 
 def time_verdicts(
     first: Mapping[str, Measurement],
-    second: Mapping[str, Measurement],
+    again: Sequence[Mapping[str, Measurement]],
     limit: float,
     max_launches: int,
 ) -> list[Verdict]:
-    """Return two verdicts a stage: wall time and CPU time. Worse is what both measurements say."""
+    """Return two verdicts a stage: wall time and CPU time. Worse is what most measurements say.
+
+    Args:
+        first: of every stage.
+        again: of those that seemed slower, and of those of them where the two disagree.
+        limit, max_launches: see `decide`.
+    """
     verdicts = []
     for stage, found in first.items():
         for kind, name in MEASURES.items():
             side = "base_s" if kind == "wall" else "base_cpu_s"
             base = geometric_mean([getattr(one, side) for one in found.launches])
-            estimates = [found.estimate(kind)]
-            decisions = [decide(found.ratios(kind), limit, max_launches)]
-            if stage in second:
-                again = second[stage]
-                estimates.append(again.estimate(kind))
-                decisions.append(decide(again.ratios(kind), limit, max_launches))
+            measured = [found, *(each[stage] for each in again if stage in each)]
+            estimates = [one.estimate(kind) for one in measured]
+            decisions = [decide(one.ratios(kind), limit, max_launches) for one in measured]
             status: Status = "ok"
-            if len(decisions) > 1 and set(decisions) == {"slower"}:
+            if len(decisions) > 1 and decisions.count("slower") * 2 > len(decisions):
                 status = "worse"
             elif estimates[0].high < 1 / (1 + limit):
                 status = "better"

@@ -35,9 +35,10 @@ def launches(*ratios, cpu=None):
 
 
 def test_a_stage_fails_if_both_measurements_say_so():
-    slow, fine = launches(1.1, 1.11, 1.09), launches(1.0, 1.01, 0.99)
-    first = {"lucky": slow, "slow": slow, "fast": launches(0.8, 0.81, 0.79), "same": fine}
-    found = time_verdicts(first, {"lucky": fine, "slow": slow}, 0.05, 10)
+    slow, fine = launches(1.1, 1.11, 1.09, 1.1, 1.1), launches(1.0, 1.01, 0.99, 1.0, 1.0)
+    fast = launches(0.8, 0.81, 0.79, 0.8, 0.8)
+    first = {"lucky": slow, "slow": slow, "fast": fast, "same": fine}
+    found = time_verdicts(first, [{"lucky": fine, "slow": slow}], 0.05, 10)
     status = {f"{one.benchmark} {one.field}": one.status for one in found}
     assert status == {
         "lucky time": "ok",
@@ -52,16 +53,23 @@ def test_a_stage_fails_if_both_measurements_say_so():
     assert exit_code(found) == ExitCode.REGRESSION
     slow_time = found[2]
     assert slow_time.change == pytest.approx(0.1, abs=1e-3)
-    assert slow_time.note.count("3 launches") == 2
+    assert slow_time.note.count("5 launches") == 2
+
+
+def test_where_two_measurements_disagree_a_third_decides():
+    slow, fine = launches(*[1.1] * 5), launches(*[1.0] * 5)
+    first, second = {"slow": slow, "lucky": slow}, {"slow": fine, "lucky": fine}
+    found = time_verdicts(first, [second, {"slow": slow, "lucky": fine}], 0.05, 10)
+    assert [one.status for one in found] == ["worse", "worse", "ok", "ok"]
 
 
 def test_wall_time_alone_is_enough_but_it_must_be_the_same_twice():
-    waits = launches(1.2, 1.2, 1.2, cpu=[1.0, 1.0, 1.0])
-    works = launches(1.0, 1.0, 1.0, cpu=[1.2, 1.2, 1.2])
+    waits = launches(*[1.2] * 5, cpu=[1.0] * 5)
+    works = launches(*[1.0] * 5, cpu=[1.2] * 5)
     assert waits.decision(0.05, 10) == works.decision(0.05, 10) == "slower"
-    found = time_verdicts({"a": waits, "b": waits}, {"a": waits, "b": works}, 0.05, 10)
+    found = time_verdicts({"a": waits, "b": waits}, [{"a": waits, "b": works}], 0.05, 10)
     assert [one.status for one in found] == ["worse", "ok", "ok", "ok"]
-    unsure = launches(1.0, 1.1, 1.0, cpu=[1.0, 1.0, 1.0])
+    unsure = launches(1.0, 1.1, 1.0, 1.1, 1.0, cpu=[1.0] * 5)
     assert unsure.decision(0.05, 10) == "open"
 
 
