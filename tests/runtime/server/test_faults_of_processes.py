@@ -111,6 +111,9 @@ def test_a_log_that_nobody_reads_stops_no_request(engine, store):
     reading, writing = os.pipe()
     try:
         with moody(engine, store, stderr=writing) as server:
+            said = b""
+            while b"serving" not in said:  # the last that the process itself says, once it is ready
+                said += os.read(reading, 1 << 16)
             fill(writing)
             for _ in range(20):
                 assert right(server)
