@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -128,17 +128,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m edje.kernels.build", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     check = parser.parse_args(arguments).check
+    return build_into(CUBINS, build_all, check=check)
+
+
+def build_into(
+    folder: Path, build: Callable[[], tuple[Manifest, dict[str, bytes]]], *, check: bool
+) -> int:
+    """Build into `folder`, or compare with what lies there; return the exit status."""
     try:
-        manifest, files = build_all()
+        manifest, files = build()
     except EdjeError as error:
         print(error, file=sys.stderr)
         return 1
     if check:
-        different = differences(CUBINS, manifest, files)
+        different = differences(folder, manifest, files)
         print("\n".join(f"differs: {name}" for name in different) or "every file is the same")
         return 1 if different else 0
-    write(CUBINS, manifest, files)
-    print(f"{len(files)} cubins, {sum(map(len, files.values())):,} bytes, in {CUBINS}")
+    write(folder, manifest, files)
+    print(f"{len(files)} cubins, {sum(map(len, files.values())):,} bytes, in {folder}")
     return 0
 
 

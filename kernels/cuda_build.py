@@ -16,17 +16,16 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import EdjeError, EngineError
+from ..errors import EngineError
 from .build import (
     OPTIONS,
     Compiled,
     assemble_ptx,
+    build_into,
     check_parameters,
-    differences,
     limit_faults,
     ptxas_version,
     read_resources,
-    write,
 )
 from .cuda_manifest import CUDA_CUBINS, FOLDER, CudaManifest, cuda_source_hash
 from .cuda_variants import CAPABILITY, cuda_variants, shared_bytes, tensor_maps
@@ -125,18 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if nvcc_path() is None:
         print(f"{CUDA_CUBINS} stays as it is: there is no nvcc here ({INSTALL})")
         return 1 if check else 0
-    try:
-        manifest, files = build_cuda()
-    except EdjeError as error:
-        print(error, file=sys.stderr)
-        return 1
-    if check:
-        different = differences(CUDA_CUBINS, manifest, files)
-        print("\n".join(f"differs: {name}" for name in different) or "every file is the same")
-        return 1 if different else 0
-    write(CUDA_CUBINS, manifest, files)
-    print(f"{len(files)} cubins, {sum(map(len, files.values())):,} bytes, in {CUDA_CUBINS}")
-    return 0
+    return build_into(CUDA_CUBINS, build_cuda, check=check)
 
 
 def _nvcc() -> str:
