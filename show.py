@@ -35,10 +35,14 @@ def be_quiet(wanted: bool) -> None:
     _quiet = _quiet or wanted
 
 
-def note(message: str) -> None:
-    """Tell the user something beside the result, unless `--quiet` was given."""
+def note(message: str, say: Callable[[str], None] | None = None) -> None:
+    """Tell the user something beside the result, unless `--quiet` was given.
+
+    Args:
+        say: writes it; None: `warn`, which waits for whoever reads stderr.
+    """
     if not _quiet:
-        warn(message)
+        (say or warn)(message)
 
 
 def warn(message: str) -> None:

@@ -76,10 +76,11 @@ def _route(arguments: RouteArguments) -> None:
         facts = host.service.facts()
         note(
             f"routing {facts['num_images']:,} images on {facts['num_shards']} shards at {url} "
-            "(the API at /docs)"
+            "(the API at /docs)",
+            host.log.say,
         )
         if not host.ready:
-            note(f"not ready yet: {host.health.fault}")
+            note(f"not ready yet: {host.health.fault}", host.log.say)
 
     arguments.run(arguments.settings(), say)
 

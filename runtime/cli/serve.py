@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -129,15 +128,14 @@ def _serve(arguments: ServeArguments) -> None:
         assert host.service is not None
         facts = host.service.facts()
         engine = facts["engines"][0]
-        with suppress(OSError):  # the disk of its log is full: serve all the same
-            note(
-                f"serving {facts['num_images']:,} images on {engine['backend']} "
-                f"{engine['precision']} at {url} (a page at /, the API at /docs)"
-            )
+        note(
+            f"serving {facts['num_images']:,} images on {engine['backend']} "
+            f"{engine['precision']} at {url} (a page at /, the API at /docs)",
+            host.log.say,
+        )
 
     code = arguments.run(settings, say)
     if code:
-        warn("the engine died; the log says of what")
         raise typer.Exit(code)
 
 

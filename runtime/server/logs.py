@@ -34,7 +34,7 @@ class JsonLog:
         """
         self._stream: RawIOBase | BinaryIO = stream or FileIO(2, "w", closefd=False)
         self.on_lost: Callable[[int], None] = lambda _: None
-        self._lines: deque[dict[str, Any]] = deque()
+        self._lines: deque[dict[str, Any] | str] = deque()
         self._wake = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="edje-log", daemon=True)
@@ -48,6 +48,11 @@ class JsonLog:
         self._lines.append({"time": time.time(), "event": event, **fields})
         if not self._wake.is_set():
             self._wake.set()
+
+    def say(self, message: str) -> None:
+        """Let a line wait that is for people: `edje: message`, no JSON."""
+        self._lines.append(f"edje: {message}\n")
+        self._wake.set()
 
     def close(self) -> None:
         """Write what waits and end the thread."""
@@ -73,6 +78,9 @@ class JsonLog:
         second, written = -1, ""
         while self._lines:
             fields = self._lines.popleft()
+            if isinstance(fields, str):
+                lines.append(fields.encode("utf-8", "backslashreplace"))
+                continue
             told = {name: value for name, value in fields.items() if value is not None}
             seconds = told["time"]
             if int(seconds) != second:  # most lines are of the last one's second

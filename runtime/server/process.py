@@ -71,7 +71,8 @@ def serve(
         address: to listen on.
         port: 0: any that is free.
         admin_port: on the loopback address; None: no admin routes.
-        on_ready: called with the host and the port once requests are taken.
+        on_ready: called with the host and the port once requests are taken, on the event loop:
+            it must not wait, so it says things by `host.log`.
 
     Raises:
         EdjeError: engine or store cannot be opened.

@@ -107,14 +107,18 @@ def test_a_full_disk_for_the_log_stops_no_request(engine, store):
         assert server.end() == 0
 
 
-def test_a_log_that_nobody_reads_stops_no_request(engine, store):
+@pytest.mark.parametrize("full", ["from the start", "once it serves"])
+def test_a_log_that_nobody_reads_stops_no_request(engine, store, full):
     reading, writing = os.pipe()
     try:
-        with moody(engine, store, stderr=writing) as server:
-            said = b""
-            while b"serving" not in said:  # the last that the process itself says, once it is ready
-                said += os.read(reading, 1 << 16)
+        if full == "from the start":
             fill(writing)
+        with moody(engine, store, stderr=writing) as server:
+            if full == "once it serves":
+                said = b""
+                while b"serving" not in said:
+                    said += os.read(reading, 1 << 16)
+                fill(writing)
             for _ in range(20):
                 assert right(server)
             assert server.ask("/nowhere")[0] == 404

@@ -34,6 +34,19 @@ def test_every_line_is_json_and_none_is_lost_at_the_end():
     assert all("nothing" not in line for line in lines)
 
 
+def test_what_is_said_to_people_stands_between_the_lines_in_order():
+    stream = io.BytesIO()
+    log = JsonLog(stream)
+    log.write("first")
+    log.say("serving \ud800")
+    log.write("last")
+    log.close()
+    first, said, last = stream.getvalue().splitlines()
+    assert json.loads(first)["event"] == "first"
+    assert json.loads(last)["event"] == "last"
+    assert said == rb"edje: serving \ud800"
+
+
 def test_a_full_disk_is_counted():
     lost: list[int] = []
     with open("/dev/full", "wb", buffering=0) as full:
