@@ -198,19 +198,18 @@ def _search_by(
     stage: int, positions: Int64, scores: Float32, top_k: int, rule: Rule, result: Scored
 ) -> Generator[Step, Scored, Selection]:
     """Ask for the survivors among the pairs at `positions`; `result` learns what came of it."""
-    rounds = search(scores, top_k=top_k, rule=rule)
-    found: Float32 | None = None
-    while True:
-        try:
-            chosen = next(rounds) if found is None else rounds.send(found)
-        except StopIteration as end:
-            selection: Selection = end.value
-            return selection
-        pairs = positions[chosen]
-        part = yield Step(stage, pairs)
-        result.damaged.update({int(pairs[one]): why for one, why in part.damaged.items()})
-        result.add_work(part)
-        found = part.scores
+    asks = search(scores, top_k=top_k, rule=rule)
+    try:
+        chosen = next(asks)
+        while True:
+            pairs = positions[chosen]
+            part = yield Step(stage, pairs)
+            result.damaged.update({int(pairs[one]): why for one, why in part.damaged.items()})
+            result.add_work(part)
+            chosen = asks.send(part.scores)
+    except StopIteration as end:
+        selection: Selection = end.value
+        return selection
 
 
 def hops_of(

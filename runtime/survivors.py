@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +52,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What `rescore_top` found, in the order of its candidates.
+    """What `search` found, in the order of its candidates.
 
     Attributes:
         scores: float32 [N]: precise scores, NaN where there is none.
@@ -68,31 +68,6 @@ class Selection:
 
 
 Search = Generator[Int64, Float32, Selection]
-
-
-def rescore_top(
-    fast: Float32,
-    score_precisely: Callable[[Int64], Float32],
-    *,
-    top_k: int,
-    rule: Rule,
-    pairs_per_round: int = PAIRS_PER_ROUND,
-) -> Selection:
-    """Score precisely what can be among the `top_k` best, as `search` asks for it.
-
-    Args:
-        score_precisely: int64 [M] positions in `fast` -> float32 [M]; what is not finite never
-            counts as one of the best.
-    """
-    rounds = search(fast, top_k=top_k, rule=rule, pairs_per_round=pairs_per_round)
-    found: Float32 | None = None
-    while True:
-        try:
-            positions = next(rounds) if found is None else rounds.send(found)
-        except StopIteration as end:
-            selection: Selection = end.value
-            return selection
-        found = score_precisely(positions)
 
 
 def search(

@@ -17,7 +17,8 @@ from edje.errors import EngineError, RequestError
 from edje.runtime.cascade import learned_margin
 from edje.runtime.reranker import Reranker
 from edje.runtime.results import EngineLabel
-from edje.runtime.survivors import Rule, rescore_top
+from edje.runtime.survivors import Rule
+from oracle import Oracle
 from toy_engine import (
     REAL,
     FastEngine,
@@ -43,22 +44,6 @@ def best(scores: np.ndarray, k: int) -> list[tuple[int, float]]:
     return [(i, float(scores[i])) for i in order[np.isfinite(scores[order])][:k].tolist()]
 
 
-class Oracle:
-    """Hands out precise scores and remembers what it was asked."""
-
-    def __init__(self, scores: np.ndarray):
-        self.scores = scores
-        self.rounds: list[list[int]] = []
-
-    def __call__(self, places: np.ndarray) -> np.ndarray:
-        self.rounds.append(places.tolist())
-        return self.scores[places]
-
-    @property
-    def asked(self) -> list[int]:
-        return [place for places in self.rounds for place in places]
-
-
 def arrays(pairs: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray, float]:
     """Fast scores, precise scores, and how far they differ at most."""
     fast, precise = np.array(pairs, np.float32).reshape(-1, 2).T
@@ -72,9 +57,8 @@ def arrays(pairs: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray, fl
 def test_the_top_k_is_the_precise_one_and_no_round_too_much_is_scored(pairs, top_k, per_round):
     fast, precise, margin = arrays(pairs)
     oracle = Oracle(precise)
-    found = rescore_top(
-        fast, oracle, top_k=top_k, rule=Rule(margin=margin), pairs_per_round=per_round
-    )
+    rule = Rule(margin=margin)
+    found = oracle.rescore(fast, top_k=top_k, rule=rule, pairs_per_round=per_round)
     assert best(found.scores, top_k) == best(precise, top_k)
     assert sorted(oracle.asked) == np.flatnonzero(found.rescored).tolist()
     assert np.isnan(found.scores[~found.rescored]).all()
@@ -96,14 +80,14 @@ def test_scores_of_any_size_within_the_margin(pairs, top_k):
     precise = precise.astype(np.float32)
     fast = (precise + noise).astype(np.float32)
     margin = float(np.abs(fast.astype(np.float64) - precise).max())
-    found = rescore_top(fast, Oracle(precise), top_k=top_k, rule=Rule(margin=margin))
+    found = Oracle(precise).rescore(fast, top_k=top_k, rule=Rule(margin=margin))
     assert best(found.scores, top_k) == best(precise, top_k)
 
 
 def test_a_good_fast_engine_leaves_little_to_rescore():
     precise = np.linspace(10, -10, 1000, dtype=np.float32)
     fast = precise + np.random.default_rng(0).uniform(-0.1, 0.1, 1000).astype(np.float32)
-    found = rescore_top(fast, Oracle(precise), top_k=10, rule=Rule(margin=0.1), pairs_per_round=8)
+    found = Oracle(precise).rescore(fast, top_k=10, rule=Rule(margin=0.1), pairs_per_round=8)
     assert best(found.scores, 10) == best(precise, 10)
     assert np.count_nonzero(found.rescored) <= 32
 
@@ -112,7 +96,7 @@ def test_a_margin_that_is_too_small_is_widened_and_the_rest_is_rescored():
     random = np.random.default_rng(1)
     precise = np.sort(random.uniform(-5, 5, 400).astype(np.float32))
     fast = precise + random.uniform(-1, 1, 400).astype(np.float32)
-    found = rescore_top(fast, Oracle(precise), top_k=10, rule=Rule(margin=0.05))
+    found = Oracle(precise).rescore(fast, top_k=10, rule=Rule(margin=0.05))
     assert found.num_widened >= 1
     assert 1.0 <= found.margin <= 2.0  # although every difference in the first round is negative
     assert best(found.scores, 10) == best(precise, 10)
@@ -121,7 +105,7 @@ def test_a_margin_that_is_too_small_is_widened_and_the_rest_is_rescored():
 @pytest.mark.parametrize(("offset", "margin", "num_rescored"), [(-7, 7.0, 16), (7, 0.5, 17)])
 def test_a_constant_offset_costs_no_more_than_itself(offset, margin, num_rescored):
     precise = np.arange(500, dtype=np.float32)
-    found = rescore_top(precise + offset, Oracle(precise), top_k=10, rule=Rule(margin=0.5))
+    found = Oracle(precise).rescore(precise + offset, top_k=10, rule=Rule(margin=0.5))
     assert found.margin == margin
     assert np.count_nonzero(found.rescored) == num_rescored
     assert best(found.scores, 10) == best(precise, 10)
@@ -133,9 +117,8 @@ def test_a_one_sided_bound_is_enough_for_the_right_top_k(pairs, top_k):
     fast, precise, _ = arrays(pairs)
     both = np.isfinite(fast) & np.isfinite(precise)
     margin = float((precise[both].astype(np.float64) - fast[both]).max(initial=0.0))
-    found = rescore_top(
-        fast, Oracle(precise), top_k=top_k, rule=Rule(margin=margin), pairs_per_round=4
-    )
+    rule = Rule(margin=margin)
+    found = Oracle(precise).rescore(fast, top_k=top_k, rule=rule, pairs_per_round=4)
     assert best(found.scores, top_k) == best(precise, top_k)
 
 

@@ -8,22 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edje.engines.agreement import LOOKS_AGAIN
-from edje.runtime.survivors import LEAST, Rule, rescore_top
+from edje.runtime.survivors import LEAST, Rule
+from oracle import Oracle
 
 scores = st.lists(
     st.one_of(st.floats(-9, 9, width=16), st.sampled_from([math.nan, math.inf])),
     min_size=1,
     max_size=60,
 )
-
-
-class Oracle:
-    def __init__(self, values):
-        self.values, self.rounds = np.array(values, np.float32), []
-
-    def __call__(self, places):
-        self.rounds.append(len(places))
-        return self.values[places]
 
 
 def best(values, k):
@@ -33,7 +25,7 @@ def best(values, k):
 
 def test_a_good_order_is_searched_a_little_deeper_than_the_best():
     precise = np.linspace(5, -5, 2000, dtype=np.float32)
-    found = rescore_top(np.exp(precise), Oracle(precise), top_k=10, rule=Rule())
+    found = Oracle(precise).rescore(np.exp(precise), top_k=10, rule=Rule())
     assert best(found.scores, 10) == list(range(10))
     assert np.count_nonzero(found.rescored) == 10 + LEAST
     assert (found.margin, found.num_widened) == (None, 0)
@@ -43,7 +35,7 @@ def test_what_turns_up_late_makes_the_search_go_as_deep_again():
     fast = -np.arange(2000, dtype=np.float32)
     precise = fast.copy()
     precise[90], precise[250] = 1.0, 2.0
-    found = rescore_top(fast, Oracle(precise), top_k=10, rule=Rule())
+    found = Oracle(precise).rescore(fast, top_k=10, rule=Rule())
     assert best(found.scores, 2) == [250, 90]
     assert np.count_nonzero(found.rescored) == LOOKS_AGAIN * 251
 
@@ -53,7 +45,7 @@ def test_fast_scores_of_any_scale_do():
     precise = random.standard_normal(500).astype(np.float32)
     fast = (1e-3 * precise - 7).astype(np.float32)
     for rule in (Rule(), Rule(share=0.05)):
-        found = rescore_top(fast, Oracle(precise), top_k=5, rule=rule)
+        found = Oracle(precise).rescore(fast, top_k=5, rule=rule)
         assert best(found.scores, 5) == best(precise, 5)
 
 
@@ -63,7 +55,7 @@ def test_what_is_scored_is_the_head_of_the_fast_order(fast, top_k, share, by_sha
     fast = np.array(fast, np.float32)
     oracle = Oracle(np.arange(len(fast)))
     rule = Rule(share=share) if by_share else Rule()
-    found = rescore_top(fast, oracle, top_k=top_k, rule=rule)
+    found = oracle.rescore(fast, top_k=top_k, rule=rule)
     ranked = np.where(np.isfinite(fast), fast, np.inf)
     order = np.argsort(-ranked, kind="stable")
     count = int(np.count_nonzero(found.rescored))
@@ -80,9 +72,9 @@ def test_slack_counts_what_may_be_among_the_best_of_a_finer_score():
     fast = -np.arange(3000, dtype=np.float32)
     precise = fast.copy()
     precise[400] = fast[9] - 0.5  # just outside of the ten best
-    assert not rescore_top(fast, Oracle(precise), top_k=10, rule=Rule()).rescored[400]
+    assert not Oracle(precise).rescore(fast, top_k=10, rule=Rule()).rescored[400]
     wide = Rule(margin=0.1, slack=500.0)
-    assert rescore_top(fast, Oracle(precise), top_k=10, rule=wide).rescored[400]
+    assert Oracle(precise).rescore(fast, top_k=10, rule=wide).rescored[400]
 
 
 @pytest.mark.parametrize("rule", [Rule(), Rule(share=0.5), Rule(margin=0.0)])
@@ -90,5 +82,5 @@ def test_precise_scores_that_are_missing_are_never_among_the_best(rule):
     fast = np.arange(300, dtype=np.float32)
     precise = fast.copy()
     precise[-3:] = np.nan
-    found = rescore_top(fast, Oracle(precise), top_k=4, rule=rule)
+    found = Oracle(precise).rescore(fast, top_k=4, rule=rule)
     assert best(found.scores, 4) == [296, 295, 294, 293]
