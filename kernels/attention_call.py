@@ -19,7 +19,7 @@ from .launch import (
     rows_faults,
     stride_faults,
 )
-from .layer_variants import ACTIVATIONS, ATTENTION_HEADS, attention_blocks, attention_name
+from .layer_variants import ACTIVATIONS, ATTENTION_HEADS, attention_name, attention_sizes
 
 
 class Attention:
@@ -50,8 +50,8 @@ class Attention:
         """
         faults = _attention_faults(dtype, head, num_heads, text_slots, num_slots, num_queries)
         raise_faults("attention", faults)
-        self._block, tail = attention_blocks(num_queries, num_slots)
-        self._kernel = library.kernel(attention_name(dtype, head, self._block, tail))
+        self._block, most_slots = attention_sizes(num_queries, num_slots)
+        self._kernel = library.kernel(attention_name(dtype, head, self._block, most_slots))
         self._dtype, self._values = dtype, head * num_heads
         self._sizes = {
             "num_queries": num_queries,

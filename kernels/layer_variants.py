@@ -42,10 +42,12 @@ POINTER_TILES = {
     "64x64x64": Tile(64, 64, 64, 4, 3),
 }
 ATTENTION_HEADS = (32, 64)
-ATTENTION_KEYS = 64  # in a block; the rest of a pair's keys is one block of TAILS
-ATTENTION_TAILS = (16, 32, 64)
-# Queries that a program takes: of all slots, or of the CLS row alone. The latter has one tail
-# only: what it saves is less than what three more cubins weigh.
+# Slots of a pair that are weighed at once: a block and a tail. Any other number in half blocks.
+ATTENTION_BLOCK = 64
+ATTENTION_SLOTS = (80, 96, 128)
+ANY_SLOTS = 0
+# Queries that a program takes: of all slots, or of the CLS row alone. The latter for 128 slots
+# only: what more of them save is less than what their cubins weigh.
 ALL_QUERIES, ONE_QUERY = 64, 16
 NORM_COLUMNS = (128, 512, 1024)
 NORM_ROWS = 4
@@ -63,17 +65,19 @@ def product_tma_name(dtype: str, gelu: str, tile: str) -> str:
     return f"product_tma_{dtype}_{gelu}_{tile}"
 
 
-def attention_name(dtype: str, head: int, queries: int, tail: int) -> str:
-    """Return the name for heads of `head` values, `queries` at once, a last block of `tail`."""
-    return f"attention_{dtype}_{head}_q{queries}_t{tail}"
+def attention_name(dtype: str, head: int, queries: int, slots: int) -> str:
+    """Return the name for heads of `head` values, `queries` at once, at most `slots` a pair."""
+    return f"attention_{dtype}_{head}_q{queries}_{f's{slots}' if slots else 'any'}"
 
 
-def attention_blocks(num_queries: int, num_slots: int) -> tuple[int, int]:
-    """Return the queries of a program and the size of the last block of keys."""
+def attention_sizes(num_queries: int, num_slots: int) -> tuple[int, int]:
+    """Return the queries that a program takes, and the slots of a pair that it is made for."""
+    fitting = [slots for slots in ATTENTION_SLOTS if slots >= num_slots > ATTENTION_BLOCK]
+    if not fitting:
+        return ALL_QUERIES, ANY_SLOTS
     if num_queries <= ONE_QUERY:
-        return ONE_QUERY, ATTENTION_KEYS
-    rest = num_slots % ATTENTION_KEYS or ATTENTION_KEYS
-    return ALL_QUERIES, min(tail for tail in ATTENTION_TAILS if tail >= rest)
+        return ONE_QUERY, ATTENTION_SLOTS[-1]
+    return ALL_QUERIES, fitting[0]
 
 
 def add_norm_name(dtype: str, columns: int) -> str:
@@ -97,8 +101,9 @@ def layer_variants(dtype: str) -> Iterator[Variant]:
         yield from (_product(dtype, gelu, tile) for tile in POINTER_TILES)
         yield from (_product_tma(dtype, gelu, tile) for tile in TMA_TILES)
     for head in ATTENTION_HEADS:
-        yield from (_attention(dtype, head, ALL_QUERIES, tail) for tail in ATTENTION_TAILS)
-        yield _attention(dtype, head, ONE_QUERY, ATTENTION_KEYS)
+        for slots in (*ATTENTION_SLOTS, ANY_SLOTS):
+            yield _attention(dtype, head, ALL_QUERIES, slots)
+        yield _attention(dtype, head, ONE_QUERY, ATTENTION_SLOTS[-1])
     for columns in NORM_COLUMNS:
         yield add_norm_variant(add_norm_name(dtype, columns), dtype, columns)
     yield _score(dtype)
@@ -156,7 +161,7 @@ def _product_constants(tile: Tile, gelu: str) -> dict[str, int | None]:
     return {**sizes, "GELU": GELU_FORMS[gelu]}
 
 
-def _attention(dtype: str, head: int, queries: int, tail: int) -> Variant:
+def _attention(dtype: str, head: int, queries: int, slots: int) -> Variant:
     address = f"*{ELEMENTS[dtype]}"
     strides = ("query_stride", "query_pair_stride", "key_stride", "out_stride")
     parameters = (
@@ -168,10 +173,12 @@ def _attention(dtype: str, head: int, queries: int, tail: int) -> Variant:
         *(Parameter(name, "i32") for name in ("num_queries", "num_slots")),
         *(Parameter(name, "i32") for name in ("text_slots", "num_heads")),
     )
-    sizes: dict[str, int | None] = {"HEAD": head, "BLOCK_Q": queries, "TAIL": tail}
-    name = attention_name(dtype, head, queries, tail)
-    # A pair has two or three blocks of keys: more loads in flight would take registers, and on
-    # 9.0 ptxas then runs the `wgmma` one after the other.
+    block = ATTENTION_BLOCK if slots else ATTENTION_BLOCK // 2
+    sizes: dict[str, int | None] = {"HEAD": head, "BLOCK_Q": queries}
+    sizes |= {"BLOCK_KEYS": block, "TAIL": max(slots - block, 0)}
+    name = attention_name(dtype, head, queries, slots)
+    # More loads in flight would take registers, and on 9.0 ptxas then runs the `wgmma` one after
+    # the other.
     return Variant(name, "attention", "attention", parameters, sizes, num_stages=1)
 
 

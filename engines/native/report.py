@@ -15,8 +15,8 @@ from ...kernels.launch import choose_cubin
 from ...kernels.layer_variants import (
     NORM_COLUMNS,
     add_norm_name,
-    attention_blocks,
     attention_name,
+    attention_sizes,
     product_name,
     product_tma_name,
     score_name,
@@ -75,12 +75,12 @@ def _kernels(plan: Plan, capability: str) -> Iterator[tuple[str, str, int, float
     yield from _eight_bit_kernels(plan, capability)
     for bucket in plan.text_buckets:
         num_slots = plan.num_slots(bucket)
-        blocks = attention_blocks(num_slots, num_slots)
+        made_for = attention_sizes(num_slots, num_slots)
         step = f"attention, {bucket} text slots"
-        yield step, attention_name(element, plan.head, *blocks), plan.num_whole_layers, None
+        yield step, attention_name(element, plan.head, *made_for), plan.num_whole_layers, None
     if not plan.shallow:
-        blocks = attention_blocks(1, num_slots)
-        yield "attention, CLS rows", attention_name(element, plan.head, *blocks), 1, None
+        made_for = attention_sizes(1, num_slots)
+        yield "attention, CLS rows", attention_name(element, plan.head, *made_for), 1, None
     columns = min(size for size in NORM_COLUMNS if size >= plan.width)
     norms = range(2 * plan.num_layers)
     copied = sum(is_copied(plan, number) for number in norms)

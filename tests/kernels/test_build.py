@@ -33,7 +33,7 @@ SAMPLE = {
     "scatter_tokens_float16_by_int64": "10.0",
     "product_float16_none_64x64x64": "8.0",
     "product_tma_bfloat16_exact_64x64x64": "9.0",
-    "attention_float16_32_q16_t64": "12.0",
+    "attention_float16_32_q16_s128": "12.0",
     "add_norm_bfloat16_512": "9.0",
     "score_float16": "8.6",
     "shallow_score_bfloat16": "9.0",
