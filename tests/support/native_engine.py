@@ -84,6 +84,13 @@ def random_batch(bundle: BundleManifest, bucket: int, num_pairs: int, seed: int)
     return Batch(ids, lengths, rng.integers(0, num_queries, num_pairs).astype(np.int32), tokens)
 
 
+def ranked_batches(bundle: BundleManifest, num_pairs: int) -> list[Batch]:
+    """Return pairs to rank, as many of every bucket, of several queries each."""
+    whole = (random_batch(bundle, bucket, 17, bucket) for bucket in BUCKETS)
+    return [batch.part(slice(num_pairs)) for batch in whole]
+
+
+BUCKETS = (15, 23, 31, 47, 63)
 EIGHT_BIT_BUCKETS = (15, 63)
 
 
@@ -121,11 +128,13 @@ class EightBits:
         manifest = replace(self._manifest, precision=precision)
         return backend.load(folder, manifest, OpenOptions())
 
-    def scorer(self, folder: Path, precision: str, capability: tuple[int, int]) -> Any:
+    def scorer(
+        self, folder: Path, precision: str, capability: tuple[int, int], max_pairs: int = 4
+    ) -> Any:
         """Return what scores host batches on a device of this compute capability."""
         device = RecordingDevice(None, kernels=self._interpreted)
         device.compute_capability = capability
-        plan = replace(Plan.read(folder), max_pairs=4)
+        plan = replace(Plan.read(folder), max_pairs=max_pairs)
         manifest = replace(self._manifest, precision=precision)
         return HostScorer(NativeEngine(manifest, plan, read_weights(folder), device), device)
 
