@@ -35,6 +35,7 @@ class Run(Protocol):
 _FLOAT32 = ONNX_TYPES["float32"]
 _INT8, _FLOAT8 = 3, 17
 _LOW = (ONNX_TYPES["float16"], ONNX_TYPES["bfloat16"])
+_MOST_SHAPE_VALUES = 64  # of a weight that says how a value is reshaped, cut or gathered
 # They move values and never round.
 _MOVES = ("Reshape", "Transpose", "Gather", "Split", "Squeeze", "Unsqueeze", "Concat")
 
@@ -117,9 +118,15 @@ def _fits(graph: Graph) -> bool:
 
 def _value_types(graph: Graph) -> dict[str, int]:
     """Return the element type of every value that a node makes."""
-    from onnx import shape_inference
+    from onnx import helper, shape_inference
 
-    model = shape_inference.infer_shapes(graph.model(), check_type=True, strict_mode=True)
+    # Of large weights only the type and the shape matter: their values need not be copied twice.
+    light = graph.replaced(graph.nodes)
+    for name, weight in graph.weights.items():
+        if np.prod(weight.dims) > _MOST_SHAPE_VALUES:
+            del light.weights[name]
+            light.inputs.append(helper.make_tensor_value_info(name, weight.data_type, weight.dims))
+    model = shape_inference.infer_shapes(light.model(), check_type=True, strict_mode=True)
     values = [*model.graph.value_info, *model.graph.output]
     return {value.name: value.type.tensor_type.elem_type for value in values}
 
