@@ -32,19 +32,25 @@ def outlier_values(
     return {name: ratio for name, ratio in ratios.items() if ratio > least}
 
 
-def smooth(graph: Graph, seen: Mapping[str, Activations], least: float = OUTLIER_RATIO) -> Graph:
+def smooth(
+    graph: Graph,
+    seen: Mapping[str, Activations],
+    least: float = OUTLIER_RATIO,
+    strength: float = 0.5,
+) -> Graph:
     """Return an equal graph in which the inputs of linears with outlier channels are even.
 
     Args:
         seen: the values to look at; others stay as they are.
         least: as of `outlier_values`.
+        strength: 1 makes what is read even, 0 the weights, 0.5 both alike.
     """
     readers: dict[str, list[Linear]] = {}
     for linear in find_linears(graph):
         readers.setdefault(linear.group, []).append(linear)
     group_of_value = {linear.value: linear.group for linear in find_linears(graph)}
     factors = {
-        name: _factors(graph, seen[name].channel_amax, readers[group_of_value[name]])
+        name: _factors(graph, seen[name].channel_amax, readers[group_of_value[name]], strength)
         for name in outlier_values(seen, least)
     }
     new = graph.replaced([])
@@ -72,12 +78,14 @@ def _divide(graph: Graph, reader: str, value: str, factors: Float32) -> str:
     return output
 
 
-def _factors(graph: Graph, channel_amax: Float32, readers: list[Linear]) -> Float32:
+def _factors(
+    graph: Graph, channel_amax: Float32, readers: list[Linear], strength: float
+) -> Float32:
     """Return s [K]; channels that never speak keep 1."""
     rows = np.max([np.abs(graph.array(linear.weight)).max(axis=1) for linear in readers], axis=0)
     silent = (channel_amax == 0) | (rows == 0)
-    ratio = np.where(silent, 1.0, channel_amax) / np.where(silent, 1.0, rows)
-    factors = np.sqrt(ratio, dtype=np.float32)
+    read, held = np.where(silent, 1.0, channel_amax), np.where(silent, 1.0, rows)
+    factors = read**strength / held ** (1 - strength)
     result: Float32 = np.where(silent, 1.0, factors / np.median(factors)).astype(np.float32)
     return result
 
@@ -86,6 +94,9 @@ def _ratio(channel_amax: Float32) -> float:
     return float(channel_amax.max() / max(float(np.median(channel_amax)), 1e-30))
 
 
+# Slots whose rows tell how channels go together: all of 256 pairs would take a full-size model's
+# calibration most of a minute. The first, CLS, is one of them.
+ROW_STEP = 3
 # A bin is the sign-less float32 without its low 17 bits: 64 bins an octave, every float has one.
 _LOW_BITS = 17
 _NUM_BINS = 1 << (31 - _LOW_BITS)
@@ -100,10 +111,18 @@ class Activations:
     Attributes:
         channel_amax: float32 [K]: the largest |x| of each channel.
         counts: int64 [bins]: how many |x| fell into each logarithmic bin.
+        moments: float32 [K, K]: sums of x xT over some of the rows.
     """
 
     channel_amax: Float32
     counts: npt.NDArray[np.int64]
+    moments: Float32
+
+    @classmethod
+    def none(cls, channels: int) -> Activations:
+        """Return what is known of `channels` channels before anything was seen."""
+        empty = np.zeros(_NUM_BINS, np.int64), np.zeros((channels, channels), np.float32)
+        return cls(np.zeros(channels, np.float32), *empty)
 
     @property
     def amax(self) -> float:
@@ -116,6 +135,9 @@ class Activations:
         np.maximum(self.channel_amax, magnitude.max(axis=0), out=self.channel_amax)
         bins = magnitude.view(np.uint32).ravel() >> _LOW_BITS
         self.counts += np.bincount(bins, minlength=_NUM_BINS)
+        rows = values[..., :: ROW_STEP if values.shape[-2] > 1 else 1, :]
+        rows = rows.reshape(-1, values.shape[-1])
+        self.moments += rows.T @ rows
 
 
 def observe(graph: Graph, batches: Iterable[Batch]) -> dict[str, Activations]:
@@ -126,9 +148,7 @@ def observe(graph: Graph, batches: Iterable[Batch]) -> dict[str, Activations]:
     for batch in batches:
         for name, values in zip(names, run(batch), strict=True):
             if name not in seen:
-                channels = values.shape[-1]
-                empty = np.zeros(_NUM_BINS, np.int64)
-                seen[name] = Activations(np.zeros(channels, np.float32), empty)
+                seen[name] = Activations.none(values.shape[-1])
             seen[name].add(values)
     return seen
 
@@ -145,6 +165,7 @@ def shared_by_groups(graph: Graph, seen: Mapping[str, Activations]) -> dict[str,
         group: Activations(
             np.max([each.channel_amax for each in read], axis=0),
             np.sum([each.counts for each in read], axis=0),
+            np.sum([each.moments for each in read], axis=0),
         )
         for group, read in values.items()
     }

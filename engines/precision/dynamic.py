@@ -50,6 +50,7 @@ from .lower import (
     numpy_type,
     round_to,
 )
+from .rounding import Rounding
 
 # Blocks of smaller values are zeros to every compute type; scales stay normal float32 numbers.
 LEAST = 1e-30
@@ -69,6 +70,7 @@ def quantize_dynamic(
     never: Collection[str] = (),
     block: int = BLOCK,
     weight_bits: int = 8,
+    rounding: Rounding | None = None,
 ) -> Graph:
     """Return the graph with all `dynamic_linears` quantised but those of the layer groups `keep`.
 
@@ -77,9 +79,11 @@ def quantize_dynamic(
         never: parts of a layer that are not quantised, as `attention_output`.
         block: columns that share a scale; a last block may be shorter.
         weight_bits: bits of an int8 weight, its sign included.
+        rounding: how weights are rounded; None: each to the nearest step.
     """
     new = graph.replaced([])
-    writer = _Writer(new, precision, block, largest_weight(precision, weight_bits))
+    largest = largest_weight(precision, weight_bits)
+    writer = _Writer(new, graph, precision, block, largest, rounding)
     linears = dynamic_linears(graph, never)
     chosen = {linear.name: linear for linear in linears if linear.group not in keep}
     for item in graph.nodes:
@@ -88,7 +92,7 @@ def quantize_dynamic(
             new.nodes.append(item)
             continue
         path = f"{path_of_node(item.name)}/{DYNAMIC}"
-        weight = writer.weight(linear.weight, path)
+        weight = writer.weight(linear, path)
         value = writer.activation(linear.value, path, len(graph.array(linear.weight)))
         new.nodes.append(with_inputs(item, [value, weight]))
     return new
@@ -97,8 +101,17 @@ def quantize_dynamic(
 class _Writer:
     """Adds the nodes and weights of this form to a graph, for each value and weight once."""
 
-    def __init__(self, graph: Graph, precision: str, block: int, largest_weight: float):
+    def __init__(
+        self,
+        graph: Graph,
+        source: Graph,
+        precision: str,
+        block: int,
+        largest_weight: float,
+        rounding: Rounding | None,
+    ):
         self._graph, self._precision, self._block = graph, precision, block
+        self._source, self._rounding = source, rounding
         self._largest, self._largest_weight = LARGEST[precision], largest_weight
         self._done: dict[str, str] = {}
 
@@ -128,15 +141,20 @@ class _Writer:
         self._add("Slice", [whole, first, end, last], f"{path}/back", output)
         return output
 
-    def weight(self, name: str, path: str) -> str:
+    def weight(self, linear: Linear, path: str) -> str:
         """Store a weight [K, N] quantised, with its scales; dequantise it by nodes under `path`."""
+        name = linear.weight
         values = self._graph.array(name)
         starts = np.arange(0, len(values), self._block)
         amax = np.maximum.reduceat(np.abs(values), starts, axis=0)
         scales = (np.maximum(amax, np.float32(LEAST)) / self._largest_weight).astype(np.float32)
         block_of_row = np.arange(len(values)) // self._block
         kind = numpy_type(self._precision)
-        stored = round_to(values / scales[block_of_row], kind, self._largest_weight)
+        step, largest = scales[block_of_row], self._largest_weight
+        if self._rounding is None:
+            stored = round_to(values / step, kind, largest)
+        else:
+            stored = self._rounding(self._source, linear.value, name, step, kind, largest)
         quantized = self._graph.set_weight(f"{name}.{QUANTIZED}", stored)
         by_block = self._graph.set_weight(f"{name}.{SCALES}", scales)
         rows = self._constant(f"block_of_row.{len(values)}", block_of_row)

@@ -41,6 +41,8 @@ from .graph import Graph, in_layers, is_dynamic, node, with_inputs
 if TYPE_CHECKING:
     import onnx
 
+    from .rounding import Rounding
+
 ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
 # The table of word embeddings, half of a full-size graph: its rows are gathered once a query, so
 # float16 takes no time and saves 23 MB. bfloat16 would round them eight times as much.
@@ -309,6 +311,7 @@ def quantize(
     keep: Collection[str] = (),
     scale_type: str = "float32",
     weight_bits: int = 8,
+    rounding: Rounding | None = None,
 ) -> Graph:
     """Return the graph with Q/DQ around every linear but those of the layer groups `keep`.
 
@@ -318,9 +321,10 @@ def quantize(
         scale_type: type that the scales will have in the end; values are rounded to it here, so
             that lowering the graph does not move them.
         weight_bits: bits of an int8 weight, its sign included.
+        rounding: how weights are rounded; None: each to the nearest step.
     """
     new = graph.replaced([])
-    writer = _Writer(new, precision, np.dtype(scale_type), weight_bits)
+    writer = _Writer(new, graph, precision, np.dtype(scale_type), weight_bits, rounding)
     chosen = {linear.name: linear for linear in find_linears(graph) if linear.group not in keep}
     for item in graph.nodes:
         linear = chosen.get(linear_of(item.name)) if item.op_type == "MatMul" else None
@@ -328,15 +332,23 @@ def quantize(
             new.nodes.append(item)
             continue
         value = writer.activation(linear.value, amax[linear.value])
-        new.nodes.append(with_inputs(item, [value, writer.weight(item, linear.weight)]))
+        new.nodes.append(with_inputs(item, [value, writer.weight(item, linear)]))
     return new
 
 
 class _Writer:
     """Adds quantisers to a graph, each once."""
 
-    def __init__(self, graph: Graph, precision: str, scale_type: np.dtype[Any], weight_bits: int):
-        self._graph = graph
+    def __init__(
+        self,
+        graph: Graph,
+        source: Graph,
+        precision: str,
+        scale_type: np.dtype[Any],
+        weight_bits: int,
+        rounding: Rounding | None,
+    ):
+        self._graph, self._source, self._rounding = graph, source, rounding
         self._type = numpy_type(precision)
         self._largest = LARGEST[precision]
         self._largest_weight = largest_weight(precision, weight_bits)
@@ -360,12 +372,17 @@ class _Writer:
             self._done[value] = output
         return self._done[value]
 
-    def weight(self, item: onnx.NodeProto, name: str) -> str:
+    def weight(self, item: onnx.NodeProto, linear: Linear) -> str:
         """Store a weight quantised and add its DQ; return the dequantised value."""
+        name = linear.weight
         values = self._graph.array(name)
         amax = np.abs(values).max(axis=0 if self._per_channel else None)
         scale = self._scale(amax, self._largest_weight)
-        stored = round_to(values / scale.astype(np.float32), self._type, self._largest_weight)
+        step, largest = scale.astype(np.float32), self._largest_weight
+        if self._rounding is None:
+            stored = round_to(values / step, self._type, largest)
+        else:
+            stored = self._rounding(self._source, linear.value, name, step, self._type, largest)
         path = f"/{path_of_node(item.name)}"
         quantized = self._graph.set_weight(f"{name}.{QUANTIZED}", stored)
         inputs = [quantized, *self._parameters(f"{path}/weight", scale)]

@@ -21,12 +21,15 @@ from .dynamic import dynamic_linears, quantize_dynamic
 from .emulate import Switches
 from .graph import Graph
 from .lower import Linear, find_linears, largest_weight, quantize
+from .rounding import Rounding
 
 PLAIN, SMOOTHED = "plain", "smoothed"
 # Where scales are found while running a multiplication more is free, and channels that stand out a
 # little spoil their block, too: smoothing them all as well took tau from 0.944 to 0.953 on a scorer
 # of trained weights with everything in int8, a scale a token and 128 columns.
 EVEN_RATIO = 2.0
+# There the weights' rounding is made up for, and the activations' is not: they are evened more.
+STRENGTH = 0.6
 
 
 class Observed:
@@ -76,6 +79,11 @@ class Scheme(ABC):
         saved = sum(self._work[linear.name] for linear in self._linears if linear.group not in keep)
         return 1 - (1 - self.scales.cost) * saved / sum(self._work.values())
 
+    def share(self, group: str) -> float:
+        """Return a layer group's share of the products of all linears, in numbers multiplied."""
+        own = sum(self._work[linear.name] for linear in self._linears if linear.group == group)
+        return own / sum(self._work.values())
+
     @property
     def weights(self) -> str:
         """What weights are stored in, in words."""
@@ -123,6 +131,8 @@ class StaticScales(Scheme):
         if SMOOTHED in self.forms:
             even = smooth(graph, self._seen)
             self._forms[SMOOTHED] = even, observe(even, observed.batches)
+        # All ways to choose a scale store the same weights.
+        self._rounding = {form: Rounding(seen) for form, (_, seen) in self._forms.items()}
 
     def facts(self) -> dict[str, object]:
         """Return what a plan says of weights and activations."""
@@ -140,28 +150,31 @@ class StaticScales(Scheme):
     def quantized(self, form: str, method: str, keep: Collection[str] = ()) -> Graph:
         """Return the graph with all layer groups quantised but `keep`, the rest in float32."""
         graph, seen = self._forms[form]
-        amax = amax_by(method, seen, self._precision)
         return quantize(
             graph,
             self._precision,
-            amax,
+            amax_by(method, seen, self._precision),
             keep=keep,
             scale_type=self._scale_type,
             weight_bits=self.scales.weight_bits,
+            rounding=self._rounding[form],
         )
 
     def switches(self, form: str, method: str) -> Switches:
         """Return the graph whose layer groups can be switched, in a form."""
-        graph, seen = self._forms[form]
-        amax = amax_by(method, seen, self._precision)
-        bits = self.scales.weight_bits
-        return Switches(graph, quantize(graph, self._precision, amax, weight_bits=bits))
+        return Switches(self._forms[form][0], self.quantized(form, method))
 
 
 class DynamicScales(Scheme):
     """One scale a token and block of columns; only what is quantised is smoothed."""
 
     methods = ("scales found while running",)
+
+    def __init__(
+        self, graph: Graph, precision: str, scale_type: str, observed: Observed, scales: Scales
+    ):
+        super().__init__(graph, precision, scale_type, observed, scales)
+        self._rounding = Rounding(self._seen)
 
     def _taken(self, seen: Mapping[str, Activations]) -> Mapping[str, Activations]:
         """Query, key and value are smoothed alike in the last layer, too: one rounded copy."""
@@ -198,6 +211,7 @@ class DynamicScales(Scheme):
             never=never,
             block=block,
             weight_bits=self.scales.weight_bits,
+            rounding=self._rounding,
         )
 
     def switches(self, form: str, method: str) -> Switches:
@@ -208,7 +222,7 @@ class DynamicScales(Scheme):
         if form == PLAIN:
             return self._graph
         seen = {name: self._seen[name] for name in self.outliers(keep)}
-        return smooth(self._graph, seen, EVEN_RATIO)
+        return smooth(self._graph, seen, EVEN_RATIO, STRENGTH)
 
 
 _SCHEMES: Mapping[str, type[Scheme]] = {STATIC: StaticScales, DYNAMIC: DynamicScales}

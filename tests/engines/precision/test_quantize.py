@@ -136,7 +136,7 @@ def test_int8_is_emulated_in_float32_where_the_cpus_own_sums_would_overflow(
 
 
 def activations(values):
-    found = Activations(np.zeros(values.shape[-1], np.float32), np.zeros(1 << 14, np.int64))
+    found = Activations.none(values.shape[-1])
     found.add(values.astype(np.float32))
     return found
 
