@@ -6,9 +6,10 @@
 Precisions: all test queries over their first-stage candidates, each precision as its graph on the
 CPU: fp16, bf16, and int8 and fp8 with static scales and with scales found while running, emulated
 (rounded where the graph rounds), once holding a build's limits and once with nothing kept in 16
-bit. int8 and bf16 also run for real, on every CPU backend that can. What is kept is printed below
-the table. Scales come from the demo's calibration drawings. Expected, but where nothing is kept:
-R@1 within 0.3 points of float32 and Kendall tau of at least 0.97.
+bit. float32, bf16 and int8 also run for real, on every CPU backend that can, and are timed in turns
+on one query's candidates. What is kept is printed below the table. Scales come from the demo's
+calibration drawings. Expected, but where nothing is kept: R@1 within 0.3 points of float32 and
+Kendall tau of at least 0.97.
 
 Tokens: the same queries by the whole `Reranker.rank`, from the demo's float16 store and from an
 int8 store of the same scenes. Expected: the float32 engine loses at most 0.2 points of R@1 to int8
@@ -23,6 +24,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from ..bundle import JOINT_ENCODER, BundleManifest
 from ..engines.agreement import rank_agreement, recall
 from ..engines.builder.build import build_engine
 from ..engines.builder.options import EngineOptions
+from ..engines.contract import Batch
 from ..engines.fidelity import FidelityLimits, Scorer, engine_scorer, reference_scorer
 from ..engines.native.backend import NEVER_QUANTIZED
 from ..engines.precision.emulate import scorer
@@ -88,7 +91,9 @@ UNBOUND = {
         "fp8", "float32", limits=NO_LIMITS, scales=(TOKEN_SCALES,)
     ),
 }
-FOR_REAL = ("bf16", "int8")  # on every CPU backend, where the CPU has the instructions
+# On every CPU backend, where the CPU has the instructions; timed in turns as well.
+FOR_REAL = ("fp32", "bf16", "int8")
+NUM_TURNS = 12
 
 MAX_LOSS_TO_TOKENS = 0.2
 FLOAT16_TOKENS = "fp32, float16 tokens"
@@ -124,8 +129,9 @@ def measure_precisions(
         for sample in samples:
             batches = list(sample_batches(sample, profile, pad_id=text.pad_id, sep_id=text.sep_id))
             for name, score in scorers.items():
-                scores[name].append(np.concatenate([score(batch) for batch in batches]))
+                scores[name].append(score_all(score, batches))
             targets.append(sample.target)
+        speed = measure_speed(scorers, batches)
         where = conditions(test=samples.data, calibration=calibration.data)
     rows = compare(scores, targets, REFERENCE)
     broken = [
@@ -134,7 +140,23 @@ def measure_precisions(
         if name.removesuffix(GRAPH) not in UNBOUND
         and (row["loss_of_r1_points"] > MAX_LOSS + 1e-9 or row["kendall_tau"] < MIN_TAU)
     ]
-    return {**where, "rows": rows, "plans": plans, "broken": broken}
+    return {**where, "rows": rows, "plans": plans, "speed": speed, "broken": broken}
+
+
+def measure_speed(scorers: Mapping[str, Scorer], batches: Sequence[Batch]) -> dict[str, Any]:
+    """Time the engines of this machine, not the emulated graphs, in turns on one query's pairs."""
+    ways = {
+        name: partial(score_all, score, batches)
+        for name, score in scorers.items()
+        if name != REFERENCE and not name.endswith(GRAPH)
+    }
+    timings = interleave(ways, pairs=sum(map(len, batches)), num_rounds=NUM_TURNS)
+    return timings_json(timings)
+
+
+def score_all(score: Scorer, batches: Sequence[Batch]) -> Float32:
+    """Return the scores of all `batches`."""
+    return np.concatenate([score(batch) for batch in batches])
 
 
 def demo_samples(folder: Path, bundle: Path, num_queries: int | None = None) -> StoreSamples:
@@ -146,7 +168,7 @@ def demo_samples(folder: Path, bundle: Path, num_queries: int | None = None) -> 
 def open_scorers(
     bundle: Path, pairs: Samples, scratch: Path, stack: ExitStack, progress: Progress
 ) -> tuple[dict[str, Scorer], dict[str, Any]]:
-    """Open float32, every precision's graph, and int8 on the backends of this machine."""
+    """Open float32, every precision's graph, and the engines of this machine's backends."""
     manifest = BundleManifest.read(bundle)
     profile = EngineOptions().profile(manifest.text.max_wordpieces)
     scorers: dict[str, Scorer] = {REFERENCE: reference_scorer(bundle)}
@@ -326,6 +348,8 @@ def summary(result: Mapping[str, Any]) -> str:
             f"| {row['mean_abs_diff']:.2g} |"
         )
     lines += [kept_line(name, plan) for name, plan in result.get("plans", {}).items()]
+    if "speed" in result:
+        lines.append(timings_table(result["speed"]))
     if "gather" in result:
         lines.append(timings_table(result["gather"]["records"]))
     return "\n".join([*lines, *(f"LOSES TOO MUCH: {name}" for name in result["broken"])])

@@ -12,7 +12,6 @@ from edje.engines.precision.rounding import Rounding, round_by
 from .conftest import with_outliers
 
 NUM_IN, NUM_OUT = 96, 40
-LARGEST = {"int8": 127.0, "fp8": 448.0}
 
 
 @pytest.fixture(scope="module")
