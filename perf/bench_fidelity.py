@@ -143,7 +143,7 @@ def measure_precisions(
     return {**where, "rows": rows, "plans": plans, "speed": speed, "broken": broken}
 
 
-def measure_speed(scorers: Mapping[str, Scorer], batches: Sequence[Batch]) -> dict[str, Any]:
+def measure_speed(scorers: Mapping[str, Scorer], batches: Sequence[Batch]) -> list[dict[str, Any]]:
     """Time the engines of this machine, not the emulated graphs, in turns on one query's pairs."""
     ways = {
         name: partial(score_all, score, batches)
@@ -348,7 +348,7 @@ def summary(result: Mapping[str, Any]) -> str:
             f"| {row['mean_abs_diff']:.2g} |"
         )
     lines += [kept_line(name, plan) for name, plan in result.get("plans", {}).items()]
-    if "speed" in result:
+    if result.get("speed"):
         lines.append(timings_table(result["speed"]))
     if "gather" in result:
         lines.append(timings_table(result["gather"]["records"]))

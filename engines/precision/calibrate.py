@@ -32,25 +32,19 @@ def outlier_values(
     return {name: ratio for name, ratio in ratios.items() if ratio > least}
 
 
-def smooth(
-    graph: Graph,
-    seen: Mapping[str, Activations],
-    least: float = OUTLIER_RATIO,
-    strength: float = 0.5,
-) -> Graph:
+def smooth(graph: Graph, seen: Mapping[str, Activations], least: float = OUTLIER_RATIO) -> Graph:
     """Return an equal graph in which the inputs of linears with outlier channels are even.
 
     Args:
         seen: the values to look at; others stay as they are.
         least: as of `outlier_values`.
-        strength: 1 makes what is read even, 0 the weights, 0.5 both alike.
     """
     readers: dict[str, list[Linear]] = {}
     for linear in find_linears(graph):
         readers.setdefault(linear.group, []).append(linear)
     group_of_value = {linear.value: linear.group for linear in find_linears(graph)}
     factors = {
-        name: _factors(graph, seen[name].channel_amax, readers[group_of_value[name]], strength)
+        name: _factors(graph, seen[name].channel_amax, readers[group_of_value[name]])
         for name in outlier_values(seen, least)
     }
     new = graph.replaced([])
@@ -78,14 +72,12 @@ def _divide(graph: Graph, reader: str, value: str, factors: Float32) -> str:
     return output
 
 
-def _factors(
-    graph: Graph, channel_amax: Float32, readers: list[Linear], strength: float
-) -> Float32:
+def _factors(graph: Graph, channel_amax: Float32, readers: list[Linear]) -> Float32:
     """Return s [K]; channels that never speak keep 1."""
     rows = np.max([np.abs(graph.array(linear.weight)).max(axis=1) for linear in readers], axis=0)
     silent = (channel_amax == 0) | (rows == 0)
-    read, held = np.where(silent, 1.0, channel_amax), np.where(silent, 1.0, rows)
-    factors = read**strength / held ** (1 - strength)
+    ratio = np.where(silent, 1.0, channel_amax) / np.where(silent, 1.0, rows)
+    factors = np.sqrt(ratio, dtype=np.float32)
     result: Float32 = np.where(silent, 1.0, factors / np.median(factors)).astype(np.float32)
     return result
 
