@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ..arrays import Float32
-from ..bundle import INPUTS, JOINT_ENCODER, BundleManifest
+from ..bundle import INPUTS, JOINT_ENCODER, OUTPUT, BundleManifest
 from ..errors import EngineError
 from ..kernels.device.host import InlineStream
-from ..machine import thread_limit
 from .agreement import Agreement, depth_shares, rank_agreement, recall
 from .contract import Batch, Engine, Progress, raise_faults, value_faults
+from .forwards import forwards, open_session
 from .manifest import Profile
 from .samples import RandomSamples, Samples, int8_batch, sample_batches
 
@@ -261,21 +261,13 @@ def reference_scorer(bundle: Path) -> Scorer:
             f"fidelity is measured against ONNX Runtime, which is missing: {error}",
             hint="pip install 'edje-runtime[cpu]'",
         ) from error
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = thread_limit(sees_affinity=False) or 0  # 0: all cores
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     path = bundle / JOINT_ENCODER
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = open_session(str(path), ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
     except Exception as error:  # ORT's exception classes share no base of their own
         raise EngineError(f"ONNX Runtime cannot load {path}: {error}") from error
-
-    def score(batch: Batch) -> Float32:
-        scores: Float32 = session.run(None, {name: getattr(batch, name) for name in INPUTS})[0]
-        return scores
-
-    return score
+    run = forwards(session, [OUTPUT])
+    return lambda batch: run(batch)[0]
 
 
 def score_host_batch(engine: Engine, batch: Batch) -> Float32:

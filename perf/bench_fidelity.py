@@ -150,6 +150,8 @@ def measure_speed(scorers: Mapping[str, Scorer], batches: Sequence[Batch]) -> li
         for name, score in scorers.items()
         if name != REFERENCE and not name.endswith(GRAPH)
     }
+    if not ways:
+        return []
     timings = interleave(ways, pairs=sum(map(len, batches)), num_rounds=NUM_TURNS)
     return timings_json(timings)
 

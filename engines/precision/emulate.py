@@ -6,30 +6,23 @@ tells what a precision does to the scores where no device is at hand; it tells n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...arrays import Array, Float32
+from ...arrays import Float32
 from ...bundle import DEQUANTIZED, OUTPUT
 from ...errors import EngineError
-from ...machine import thread_limit
 from ..contract import Batch
 from ..cpu import weights_fit_16_bits, why_no_vnni
+from ..forwards import Run, forwards, open_session
 from .float8 import round_to_float8
 from .graph import Graph, node, with_inputs
 from .lower import ONNX_TYPES, find_linears
 
 if TYPE_CHECKING:
     import onnx
-
-
-class Run(Protocol):
-    """Runs a batch, with more inputs where the graph has some."""
-
-    def __call__(self, batch: Batch, more: Mapping[str, Array] = ..., /) -> list[Array]: ...
 
 
 _FLOAT32 = ONNX_TYPES["float32"]
@@ -79,24 +72,13 @@ def runner(graph: Graph, values: Sequence[str] = (OUTPUT,)) -> Run:
             f"scoring a graph on the CPU needs ONNX Runtime, which is missing: {error}",
             hint="pip install 'edje-runtime[cpu]'",
         ) from error
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = thread_limit(sees_affinity=False) or 0  # 0: all cores
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     extra = [value for value in values if value not in graph.outputs]
     content = graph.model(extra).SerializeToString()
     try:
-        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        session = open_session(content, ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED)
     except Exception as error:  # ORT's exception classes share no base of their own
         raise EngineError(f"ONNX Runtime cannot run the graph: {error}") from error
-    names = [value.name for value in graph.inputs]
-
-    def run(batch: Batch, more: Mapping[str, Array] = MappingProxyType({}), /) -> list[Array]:
-        feed = {name: getattr(batch, name) for name in names if name not in more}
-        outputs: list[Array] = session.run(list(values), {**feed, **more})
-        return outputs
-
-    return run
+    return forwards(session, values)
 
 
 def scorer(graph: Graph) -> Callable[[Batch], Float32]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from threading import get_ident
+from threading import Barrier, get_ident
 
 import numpy as np
 import pytest
@@ -74,7 +74,22 @@ def test_the_callers_own_number_and_openvinos_own_setting_win(built_engines, sta
     assert started == [1, 1, 1]
 
 
-def test_the_float32_reference_obeys_the_quota(tiny_bundle, started, monkeypatch):
+def test_the_float32_reference_scores_a_part_on_every_thread_of_the_quota(
+    tiny_bundle, started, monkeypatch, official_pairs
+):
     pretend_quota(monkeypatch, 2.0)
-    reference_scorer(tiny_bundle)
-    assert started == [2]
+    score = reference_scorer(tiny_bundle)
+    assert started == [1]
+    forwards, forward = [], Session.run
+    meeting = Barrier(2)  # one thread alone would wait here for ever
+
+    def watched(session, *arguments):
+        forwards.append(get_ident())
+        meeting.wait(timeout=60)
+        return forward(session, *arguments)
+
+    monkeypatch.setattr(Session, "run", watched)
+    scores = score(official_pairs.batch(PAIRS, 15))
+    assert len(set(forwards)) == 2
+    assert len(forwards) == 6  # of 36 pairs, 8 at most on a thread
+    np.testing.assert_allclose(scores, official_pairs.expected(PAIRS), atol=1e-3)

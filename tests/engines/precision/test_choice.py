@@ -52,19 +52,19 @@ def test_static_scales_that_hold_are_taken_and_nothing_else_is_tried(graph, quer
 
 
 def test_dynamic_scales_are_taken_where_static_ones_would_keep_more_than_they_save(graph, queries):
-    planted = with_outliers(graph)
+    planted, wide = with_outliers(graph), Scales("dynamic", 0.4, 32)
     free = {
         scales: search(planted, queries, -1.0, (scales,)).agreement.kendall_tau
-        for scales in (STATIC, WIDE)
+        for scales in (STATIC, wide)
     }
-    assert free[STATIC] < free[WIDE]
-    choice = search(planted, queries, free[WIDE])
-    assert choice.scales == WIDE
+    assert free[STATIC] < free[wide]
+    choice = search(planted, queries, free[wide], (STATIC, wide, NARROW))
+    assert choice.scales == wide
     assert choice.kept == ()
-    assert choice.facts["cost"] == WIDE.cost
+    assert choice.facts["cost"] == wide.cost
     assert "static, everything quantised: would cost 0.30, breaks them" in choice.facts["chosen"]
     static = [tried for tried in choice.facts["tried"] if tried["scales"] == "static"]
-    assert all(tried["cost"] < WIDE.cost for tried in static), "further is dearer"
+    assert all(tried["cost"] < wide.cost for tried in static), "further is dearer"
     assert not any(tried["scales"].endswith("16 columns") for tried in choice.facts["tried"])
 
 
