@@ -22,6 +22,8 @@ SAFETY = 1.5
 LOOKS_AGAIN = 4
 TOP_K = (1, 2, 5, 10, 20)
 RECALLS = (0.9, 0.95, 0.99, 1.0)
+# Enough to set apart where a scorer saturates and nothing moves it; an eighth of the pairs each.
+LEVELS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,24 @@ def depth_shares(
         deep = np.quantile(places, RECALLS, method="higher")
         shares[str(k)] = {f"{r:g}": float(at) for r, at in zip(RECALLS, deep, strict=True)}
     return shares
+
+
+def error_levels(expected: Iterable[Scores], scores: Iterable[Scores]) -> list[list[float]]:
+    """Return how much less low scores err than high ones.
+
+    Returns:
+        [score, share] each, ascending: no pair that scores at most `score` differs from the
+        reference by more than `share` of the largest difference, nor lies below it by more than
+        `share` of the largest underrating. Each holds as many pairs more as the one before.
+    """
+    pairs = [_comparable(a, b) for a, b in zip(expected, scores, strict=True)]
+    found = np.concatenate([b for _, b in pairs])
+    order = np.argsort(found, kind="stable")
+    below = np.concatenate([a - b for a, b in pairs])[order]
+    so_far = [np.maximum.accumulate(each) for each in (np.abs(below), np.maximum(below, 0.0))]
+    shares = np.max([each / each[-1] for each in so_far if each[-1] > 0] or [[1.0] * len(order)], 0)
+    last = -(-len(order) * np.arange(1, LEVELS + 1) // LEVELS) - 1
+    return [[float(found[order[at]]), float(shares[at])] for at in last]
 
 
 def _places(expected: Scores, scores: Scores, k: int) -> npt.NDArray[np.float64]:

@@ -17,7 +17,7 @@ from ..arrays import Float32
 from ..bundle import INPUTS, JOINT_ENCODER, OUTPUT, BundleManifest
 from ..errors import EngineError
 from ..kernels.device.host import InlineStream
-from .agreement import Agreement, depth_shares, rank_agreement, recall
+from .agreement import Agreement, depth_shares, error_levels, rank_agreement, recall
 from .contract import Batch, Engine, Progress, raise_faults, value_faults
 from .forwards import forwards, open_session
 from .manifest import Profile
@@ -44,6 +44,7 @@ class Fidelity(Agreement):
         recall, reference_recall: shares R@1, R@5, R@10 of the queries that know their target,
             `num_targets` of them; None where none does.
         depths: how deep to look into its ranking for the reference's best, as `depth_shares`.
+        levels: how much less low scores err than high ones, as `error_levels`.
     """
 
     data: str
@@ -54,6 +55,7 @@ class Fidelity(Agreement):
     recall: Mapping[str, float] | None
     reference_recall: Mapping[str, float] | None
     depths: Mapping[str, Mapping[str, float]]
+    levels: list[list[float]]
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
@@ -211,6 +213,7 @@ def measure(
         recall=recall(measured, targets),
         reference_recall=recall(expected, targets),
         depths=depth_shares(expected, measured),
+        levels=error_levels(expected, measured),
     )
 
 

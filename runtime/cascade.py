@@ -26,6 +26,8 @@ from .pipeline import Pipeline, Request, Scored
 from .results import MARGIN, RECALL, EngineLabel, Rescoring
 from .survivors import LEAST, Rule, Selection, search
 
+# Calibration saw a few hundred pairs a level: what none of them showed is not ruled out.
+LEAST_SHARE = 0.02
 _MEASURE = "measure it: edje verify ENGINE --bundle B --store S --queries F --write"
 
 
@@ -38,16 +40,18 @@ class Hop:
         recall: share of the top k that may not be lost, on queries like those of the calibration.
         shares: how many are wanted -> share of the candidates, by fast score, that holds them;
             ascending, only with `recall`.
+        levels: of the margin, as in `survivors.Rule`.
     """
 
     margin: float | None = None
     recall: float | None = None
     shares: Sequence[tuple[int, float]] = ()
+    levels: Sequence[tuple[float, float]] = ()
 
     def rule(self, top_k: int, num_candidates: int, slack: float) -> Rule:
         """Return the rule for one request."""
         if self.recall is None:
-            return Rule(margin=self.margin, slack=slack)
+            return Rule(margin=self.margin, slack=slack, levels=self.levels)
         found = [share for best, share in self.shares if best >= top_k]
         return Rule(share=found[0] if found else max(top_k / num_candidates, self.shares[-1][1]))
 
@@ -248,7 +252,9 @@ def _hop(
         return Hop(recall=recall, shares=_shares(fast, recall))
     if margin is None and fast.is_shallow:
         return Hop()
-    return Hop(margin=learned_margin(fast, precise) if margin is None else margin)
+    if margin is not None:
+        return Hop(margin=margin)
+    return Hop(margin=learned_margin(fast, precise), levels=_learned_levels(fast, precise))
 
 
 def _check_together(manifests: Sequence[EngineManifest]) -> None:
@@ -287,6 +293,19 @@ def learned_margin(fast: EngineManifest, precise: EngineManifest) -> float:
     shortfall = _figure(fast, "max_underrating")
     rounding = _figure(precise, "max_abs_diff", random_counts=precise.precision == "fp32")
     return SAFETY * (max(shortfall, 0.0) + rounding)
+
+
+def _learned_levels(fast: EngineManifest, precise: EngineManifest) -> Sequence[tuple[float, float]]:
+    """Return the share of the learned margin that low scores have; none from an older `fidelity`.
+
+    Both engines' errors shrink there, but only the fast one's were measured level by level.
+    """
+    margin = learned_margin(fast, precise) / SAFETY
+    if not margin:
+        return ()
+    fixed = _figure(precise, "max_abs_diff", random_counts=precise.precision == "fp32") / margin
+    levels = _fidelity(fast).get("levels") or ()
+    return [(up_to, max(LEAST_SHARE, fixed + (1 - fixed) * share)) for up_to, share in levels]
 
 
 def _figure(manifest: EngineManifest, name: str, *, random_counts: bool = False) -> float:

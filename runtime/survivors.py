@@ -5,7 +5,8 @@ that nothing below can.
 
 - By margin: the fast score lies at most so far below the precise one. The k-th best precise score
   seen so far can only rise, so an image whose fast score plus the margin lies below it can never
-  reach the top k. What contradicts the margin widens it.
+  reach the top k. What contradicts the margin widens it. Low scores may have a share of it: a
+  scorer that saturates there errs less.
 - By depth, for fast scores that tell little but an order: until `LOOKS_AGAIN` times as many were
   scored as stood before the deepest image that came among the top k, and `LEAST` more.
 - By share: the best so many, in one round, whatever comes of it.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,11 +44,14 @@ class Rule:
         share: of the candidates, 0 to 1.
         slack: raw logits by which a score may lie below the k-th best and still count as one of
             the best: what the scores' own rounding can hide.
+        levels: (fast score, share of the margin) each, ascending: what holds up to that score, the
+            last one for all above; empty: the whole margin for all.
     """
 
     margin: float | None = None
     share: float | None = None
     slack: float = 0.0
+    levels: Sequence[tuple[float, float]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,16 +136,20 @@ class _Search(ABC):
 class _ByMargin(_Search):
     in_rounds = True
 
-    def __init__(self, margin: float, expected: Float64, slack: float):
+    def __init__(self, rule: Rule, margin: float, expected: Float64):
         self.margin: float = margin
-        self._expected, self._slack = expected, slack
+        self._expected, self._slack = expected, rule.slack
+        up_to, shares = np.array(rule.levels or [(math.inf, 1.0)]).T
+        level = np.minimum(np.searchsorted(up_to, expected), len(shares) - 1)  # NaN is above all
+        self._shares: Float64 = shares[level]
 
     def still_open(self, positions: Int64, num_before: int, threshold: float) -> Int64:
-        hopeless = self._expected[positions] + self.margin < threshold - self._slack
+        most = self._expected[positions] + self.margin * self._shares[positions]
+        hopeless = most < threshold - self._slack
         return positions[~hopeless]  # NaN is never below
 
     def learn(self, precise: Float32, done: Int64, threshold: float) -> None:
-        wider = _widened(self.margin, precise - self._expected)
+        wider = _widened(self.margin, (precise - self._expected) / self._shares)
         self.num_widened += wider > self.margin
         self.margin = wider
 
@@ -173,7 +181,7 @@ class _ByShare(_Search):
 
 def _search(rule: Rule, expected: Float64, num_unknown: int, top_k: int) -> _Search:
     if rule.margin is not None:
-        return _ByMargin(rule.margin, expected, rule.slack)
+        return _ByMargin(rule, rule.margin, expected)
     if rule.share is None:
         return _ByDepth(rule.slack, num_unknown, top_k)
     num_ranked = len(expected) - num_unknown
