@@ -124,11 +124,14 @@ def error_levels(expected: Iterable[Scores], scores: Iterable[Scores]) -> list[l
     pairs = [_comparable(a, b) for a, b in zip(expected, scores, strict=True)]
     found = np.concatenate([b for _, b in pairs])
     order = np.argsort(found, kind="stable")
-    below = np.concatenate([a - b for a, b in pairs])[order]
+    found, below = found[order], np.concatenate([a - b for a, b in pairs])[order]
     so_far = [np.maximum.accumulate(each) for each in (np.abs(below), np.maximum(below, 0.0))]
-    shares = np.max([each / each[-1] for each in so_far if each[-1] > 0] or [[1.0] * len(order)], 0)
-    last = -(-len(order) * np.arange(1, LEVELS + 1) // LEVELS) - 1
-    return [[float(found[order[at]]), float(shares[at])] for at in last]
+    shares = np.max(
+        [each / each[-1] for each in so_far if each[-1] > 0] or [np.ones(len(order))], axis=0
+    )
+    up_to = found[-(-len(found) * np.arange(1, LEVELS + 1) // LEVELS) - 1]
+    last = np.searchsorted(found, up_to, side="right") - 1
+    return np.stack([up_to, shares[last]], axis=1).tolist()
 
 
 def _places(expected: Scores, scores: Scores, k: int) -> npt.NDArray[np.float64]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from edje.engines.agreement import (
     SAFETY,
     depth_shares,
+    error_levels,
     kendall_tau,
     rank_agreement,
     recall,
@@ -144,3 +145,26 @@ def test_what_must_be_looked_at_again_by_hand():
     low[5] -= 4  # SAFETY * 4 = 6: from the second best, 18, down to 12
     assert SAFETY == 1.5
     assert rank_agreement([expected], [low]).rescored == pytest.approx(6 / 18)
+
+
+@unhurried
+@given(st.lists(st.tuples(small, small), min_size=1, max_size=40))
+def test_up_to_each_level_no_pair_errs_more_than_its_share(pairs):
+    expected, scores = np.array(pairs, float).T
+    levels = error_levels([expected], [scores])
+    assert levels == sorted(levels)
+    assert levels[-1] == [scores.max(), 1.0]
+    below = expected - scores
+    for up_to, share in levels:
+        low = below[scores <= up_to]
+        assert np.abs(low).max() <= share * np.abs(below).max() + 1e-9
+        assert low.max() <= share * max(below.max(), 0.0) + 1e-9
+
+
+def test_levels_of_a_scorer_that_errs_little_on_low_scores_by_hand():
+    expected = np.arange(16.0)
+    errors = np.where(expected < 8, 0.125, 0.5)
+    levels = error_levels([expected], [expected - errors])
+    assert [share for _, share in levels] == [0.25] * 4 + [1.0] * 4
+    assert [up_to for up_to, _ in levels[:2]] == [0.875, 2.875]
+    assert {share for _, share in error_levels([expected], [expected])} == {1.0}

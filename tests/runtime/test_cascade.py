@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edje.engines.agreement import SAFETY
 from edje.engines.manifest import EngineManifest
 from edje.errors import EngineError, RequestError
-from edje.runtime.cascade import learned_margin
+from edje.runtime.cascade import LEAST_SHARE, hops_of, learned_margin
 from edje.runtime.reranker import Reranker
 from edje.runtime.results import EngineLabel
 from edje.runtime.survivors import Rule
@@ -280,6 +280,46 @@ def test_the_margin_is_learned_from_both_engines():
     assert learned_margin(fast_manifest(), precise) == SAFETY * 2.5
     overrating = fast_manifest(fidelity={**REAL, "max_underrating": -1.0})
     assert learned_margin(overrating, precise) == SAFETY * 0.5
+
+
+def test_the_levels_of_the_margin_are_learned_where_they_were_measured():
+    levels = [[-1.0, 0.0], [0.0, 0.25], [4.0, 1.0]]
+    fast, precise = fast_manifest(fidelity={**REAL, "levels": levels}), precise_manifest()
+    (hop,) = hops_of([fast, precise], None, None)
+    assert [up_to for up_to, _ in hop.levels] == [-1.0, 0.0, 4.0]
+    shares = [share for _, share in hop.levels]
+    assert shares == pytest.approx([LEAST_SHARE, 0.25, 1.0], abs=1e-5)
+    rounding = precise_manifest(precision="fp16", fidelity={**REAL, "max_abs_diff": 2.0})
+    (hop,) = hops_of([fast, rounding], None, None)  # half of the margin is the precise engine's
+    assert [share for _, share in hop.levels] == [0.5, 0.625, 1.0]
+    assert not hops_of([fast, precise], 0.5, None)[0].levels
+    assert not hops_of([fast_manifest(), precise], None, None)[0].levels
+
+
+SATURATED = np.concatenate([np.linspace(5, 4, 5), np.linspace(-10, -10.1, 995)])
+LEVELS = [(-9.0, 0.02), (9.0, 1.0)]
+
+
+def test_where_low_scores_err_less_few_are_scored_again():
+    random = np.random.default_rng(0)
+    sizes = np.where(SATURATED < 0, 0.005, 0.25)
+    fast = SATURATED + sizes * random.uniform(-1, 1, 1000)
+    precise = SATURATED
+    flat = Oracle(precise).rescore(fast, top_k=10, rule=Rule(margin=0.25))
+    found = Oracle(precise).rescore(fast, top_k=10, rule=Rule(margin=0.25, levels=LEVELS))
+    assert best(found.scores, 10) == best(precise.astype(np.float32), 10)
+    assert np.count_nonzero(flat.rescored) == 1000
+    assert np.count_nonzero(found.rescored) < 300
+
+
+def test_what_contradicts_the_share_of_low_scores_widens_the_margin():
+    precise = np.linspace(-10.0, -10.1, 1000)
+    fast = precise.copy()
+    fast[15] -= 0.02  # a level's share of the margin is 0.005
+    fast[400] -= 0.035
+    found = Oracle(precise).rescore(fast, top_k=300, rule=Rule(margin=0.25, levels=LEVELS))
+    assert found.num_widened
+    assert best(found.scores, 300) == best(precise.astype(np.float32), 300)
 
 
 @pytest.mark.parametrize(
