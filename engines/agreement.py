@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ TOP_K = (1, 2, 5, 10, 20)
 RECALLS = (0.9, 0.95, 0.99, 1.0)
 # Enough to set apart where a scorer saturates and nothing moves it; an eighth of the pairs each.
 LEVELS = 8
+# Calibration saw some hundred pairs a level: what none of them showed is not ruled out.
+LEAST_SHARE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class Agreement:
         top_1, top_10: share of the reference's best 1 (10) found among the other's best 1 (10).
         rescored: share of the candidates outside of the reference's best tenth that its scorer
             would have to look at again to be sure of that tenth, given `SAFETY` times
-            `max_underrating`; mean over the queries.
+            `max_underrating`, for low scores a share of it (`error_levels`); mean over the queries.
     """
 
     num_queries: int
@@ -68,6 +70,7 @@ def rank_agreement(expected: Iterable[Scores], scores: Iterable[Scores]) -> Agre
     below = np.concatenate([a - b for a, b in pairs])
     diff = np.abs(below)
     high = np.quantile(diff, [0.99, 0.999], method="higher")
+    margin, levels = SAFETY * max(float(below.max()), 0.0), _error_levels(pairs)
     return Agreement(
         num_queries=len(pairs),
         num_pairs=len(diff),
@@ -79,18 +82,18 @@ def rank_agreement(expected: Iterable[Scores], scores: Iterable[Scores]) -> Agre
         kendall_tau=float(np.mean([kendall_tau(a, b) for a, b in pairs])),
         top_1=float(np.mean([top_agreement(a, b, 1) for a, b in pairs])),
         top_10=float(np.mean([top_agreement(a, b, 10) for a, b in pairs])),
-        rescored=float(np.mean([_rescored(a, b, SAFETY * float(below.max())) for a, b in pairs])),
+        rescored=float(np.mean([_rescored(a, b, margin, levels) for a, b in pairs])),
     )
 
 
-def _rescored(expected: Scores, scores: Scores, margin: float) -> float:
+def _rescored(expected: Scores, scores: Scores, margin: float, levels: list[list[float]]) -> float:
     """Return which share outside of the best tenth lies within `margin` of its last one."""
     k = max(1, len(expected) // 10)
     if len(expected) <= k:
         return 0.0
     last = np.partition(expected, len(expected) - k)[-k]
     with np.errstate(invalid="ignore"):  # what has no score is looked at: -inf + inf is not below
-        hopeless = scores + max(margin, 0.0) < last
+        hopeless = scores + margin * shares_of_margin(scores, levels) < last
     return float(max(0, np.count_nonzero(~hopeless) - k)) / (len(expected) - k)
 
 
@@ -121,17 +124,30 @@ def error_levels(expected: Iterable[Scores], scores: Iterable[Scores]) -> list[l
         reference by more than `share` of the largest difference, nor lies below it by more than
         `share` of the largest underrating. Each holds as many pairs more as the one before.
     """
-    pairs = [_comparable(a, b) for a, b in zip(expected, scores, strict=True)]
+    return _error_levels([_comparable(a, b) for a, b in zip(expected, scores, strict=True)])
+
+
+def _error_levels(pairs: Sequence[tuple[Scores, Scores]]) -> list[list[float]]:
     found = np.concatenate([b for _, b in pairs])
     order = np.argsort(found, kind="stable")
-    found, below = found[order], np.concatenate([a - b for a, b in pairs])[order]
-    so_far = [np.maximum.accumulate(each) for each in (np.abs(below), np.maximum(below, 0.0))]
-    shares = np.max(
-        [each / each[-1] for each in so_far if each[-1] > 0] or [np.ones(len(order))], axis=0
-    )
+    with np.errstate(invalid="ignore"):  # no score at all: what it differs by is not finite
+        found, below = found[order], np.concatenate([a - b for a, b in pairs])[order]
+        errors = np.abs(below), np.maximum(below, 0.0)
+        so_far = [np.maximum.accumulate(each) for each in errors]
+        shares = [each / each[-1] for each in so_far if 0 < each[-1] < np.inf]
+    share = np.max(shares or [np.ones(len(found))], axis=0)
     up_to = found[-(-len(found) * np.arange(1, LEVELS + 1) // LEVELS) - 1]
     last = np.searchsorted(found, up_to, side="right") - 1
-    return np.stack([up_to, shares[last]], axis=1).tolist()
+    levels: list[list[float]] = np.stack([up_to, share[last]], axis=1).tolist()
+    return levels
+
+
+def shares_of_margin(scores: Scores, levels: Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
+    """Return which share of a margin scores [N] have, by levels as of `error_levels`."""
+    up_to, shares = np.array(levels).T
+    level = np.minimum(np.searchsorted(up_to, scores), len(shares) - 1)  # NaN is above all
+    found: npt.NDArray[np.float64] = np.maximum(LEAST_SHARE, shares[level])
+    return found
 
 
 def _places(expected: Scores, scores: Scores, k: int) -> npt.NDArray[np.float64]:

@@ -26,8 +26,6 @@ from .pipeline import Pipeline, Request, Scored
 from .results import MARGIN, RECALL, EngineLabel, Rescoring
 from .survivors import LEAST, Rule, Selection, search
 
-# Calibration saw a few hundred pairs a level: what none of them showed is not ruled out.
-LEAST_SHARE = 0.02
 _MEASURE = "measure it: edje verify ENGINE --bundle B --store S --queries F --write"
 
 
@@ -305,7 +303,7 @@ def _learned_levels(fast: EngineManifest, precise: EngineManifest) -> Sequence[t
         return ()
     fixed = _figure(precise, "max_abs_diff", random_counts=precise.precision == "fp32") / margin
     levels = _fidelity(fast).get("levels") or ()
-    return [(up_to, max(LEAST_SHARE, fixed + (1 - fixed) * share)) for up_to, share in levels]
+    return [(up_to, fixed + (1 - fixed) * share) for up_to, share in levels]
 
 
 def _figure(manifest: EngineManifest, name: str, *, random_counts: bool = False) -> float:

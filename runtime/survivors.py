@@ -25,13 +25,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arrays import Bool, Float32, Int64
-from ..engines.agreement import LOOKS_AGAIN, SAFETY
+from ..engines.agreement import LOOKS_AGAIN, SAFETY, shares_of_margin
 
 Float64 = npt.NDArray[np.float64]
 
 # Small rounds follow the rising threshold closely; smaller ones leave the engine half idle (CPU
 # time a pair, demo scorer, OpenVINO float32 on two cores: 3.2 ms at 4 pairs, 2.5 at 16 and 32).
 PAIRS_PER_ROUND = 16
+WHOLE = ((math.inf, 1.0),)  # the same margin for all scores
 LEAST = 150  # beside `LOOKS_AGAIN`: a few finds say little of how deep the next one stands
 
 
@@ -139,9 +140,7 @@ class _ByMargin(_Search):
     def __init__(self, rule: Rule, margin: float, expected: Float64):
         self.margin: float = margin
         self._expected, self._slack = expected, rule.slack
-        up_to, shares = np.array(rule.levels or [(math.inf, 1.0)]).T
-        level = np.minimum(np.searchsorted(up_to, expected), len(shares) - 1)  # NaN is above all
-        self._shares: Float64 = shares[level]
+        self._shares = shares_of_margin(expected, rule.levels or WHOLE)
 
     def still_open(self, positions: Int64, num_before: int, threshold: float) -> Int64:
         most = self._expected[positions] + self.margin * self._shares[positions]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edje.engines.agreement import SAFETY
 from edje.engines.manifest import EngineManifest
 from edje.errors import EngineError, RequestError
-from edje.runtime.cascade import LEAST_SHARE, hops_of, learned_margin
+from edje.runtime.cascade import hops_of, learned_margin
 from edje.runtime.reranker import Reranker
 from edje.runtime.results import EngineLabel
 from edje.runtime.survivors import Rule
@@ -288,7 +288,7 @@ def test_the_levels_of_the_margin_are_learned_where_they_were_measured():
     (hop,) = hops_of([fast, precise], None, None)
     assert [up_to for up_to, _ in hop.levels] == [-1.0, 0.0, 4.0]
     shares = [share for _, share in hop.levels]
-    assert shares == pytest.approx([LEAST_SHARE, 0.25, 1.0], abs=1e-5)
+    assert shares == pytest.approx([0.0, 0.25, 1.0], abs=1e-5)
     rounding = precise_manifest(precision="fp16", fidelity={**REAL, "max_abs_diff": 2.0})
     (hop,) = hops_of([fast, rounding], None, None)  # half of the margin is the precise engine's
     assert [share for _, share in hop.levels] == [0.5, 0.625, 1.0]
