@@ -45,8 +45,8 @@ class Rule:
         share: of the candidates, 0 to 1.
         slack: raw logits by which a score may lie below the k-th best and still count as one of
             the best: what the scores' own rounding can hide.
-        levels: (fast score, share of the margin) each, ascending: what holds up to that score, the
-            last one for all above; empty: the whole margin for all.
+        levels: (fast score, share of the margin) each, both ascending: what holds up to that score,
+            the last one for all above; empty: the whole margin for all.
     """
 
     margin: float | None = None
@@ -83,8 +83,8 @@ def search(
     Yields positions in `fast`, int64 [M], is sent their precise scores, float32 [M] (what is not
     finite never counts as one of the best), and returns what came of it.
 
-    By margin it is exact when no precise score exceeds its fast one by more than that: the top k
-    of `scores` are then those of the precise engine alone, ties included. Where no two scores
+    By margin it is exact when no precise score exceeds its fast one by more than its share of it:
+    the top k of `scores` are then those of the precise engine alone, ties included. Where no two scores
     differ by more than the margin either way, fewer than `pairs_per_round` candidates were scored
     needlessly.
 

@@ -29,7 +29,7 @@ from ..scales import scales_of
 from .build import build_one, shallow_graph
 from .options import EngineOptions, EngineRequest
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3  # raised when the same request gives another engine
 ROOT_VARIABLE = "EDJE_CACHE"
 
 # The entry's name, out of the name of a lock, a half-built engine or one half removed.
