@@ -84,9 +84,9 @@ def search(
     finite never counts as one of the best), and returns what came of it.
 
     By margin it is exact when no precise score exceeds its fast one by more than its share of it:
-    the top k of `scores` are then those of the precise engine alone, ties included. Where no two scores
-    differ by more than the margin either way, fewer than `pairs_per_round` candidates were scored
-    needlessly.
+    the top k of `scores` are then those of the precise engine alone, ties included. Where no
+    two scores differ by more than the margin either way, fewer than `pairs_per_round` candidates
+    were scored needlessly.
 
     Args:
         fast: float32 [N]; a score that is not finite says nothing, so it is always rescored.
