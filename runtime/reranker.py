@@ -96,7 +96,8 @@ class Reranker(Closing):
         self.tokenizer = tokenizer
         self.store = store
         self._process = os.getpid()
-        self._idle = threading.Condition()
+        self._counting = threading.RLock()
+        self._idle = threading.Condition(self._counting)
         self._num_running = 0
         self._closed = False
         with ExitStack() as undo:
@@ -297,8 +298,11 @@ class Reranker(Closing):
         Raises:
             As `rank`; what was stopped has its `Scored` as `partial`.
         """
-        with self._running():
+        self._begin()
+        try:
             return self._pipelines[stage].run(request)
+        finally:
+            self._end()
 
     def steps(self, num_pairs: int, top_k: int | None) -> Steps | None:
         """Return what a cascade wants scored of one query, step by step; None: all by the last."""
@@ -377,17 +381,24 @@ class Reranker(Closing):
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Count a request, so that `close` can wait for it."""
-        self._pipelines[0].check()  # before any lock: a forked child may have got it locked
-        with self._idle:
-            if self._closed:
-                raise EngineError("the reranker is closed", hint="open it again: Reranker.open")
-            self._num_running += 1
+        """Count a request in the block, so that `close` can wait for it."""
+        self._begin()
         try:
             yield
         finally:
-            with self._idle:
-                self._num_running -= 1
+            self._end()
+
+    def _begin(self) -> None:
+        self._pipelines[0].check()  # before any lock: a forked child may have got it locked
+        with self._counting:
+            if self._closed:
+                raise EngineError("the reranker is closed", hint="open it again: Reranker.open")
+            self._num_running += 1
+
+    def _end(self) -> None:
+        with self._counting:
+            self._num_running -= 1
+            if self._closed:
                 self._idle.notify_all()
 
 
