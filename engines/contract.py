@@ -24,8 +24,6 @@ from .build_options import BuildOptions
 from .manifest import EngineManifest, Profile
 
 Progress = Callable[[str], None]
-_DTYPES = {name: np.dtype(name) for name in ("int32", "int8", "float16", "float32")}
-_HOST = {np.ndarray, type(None)}
 BESIDE_8_BITS = "beside_8_bits"  # in a manifest's `build_options`: the narrower type
 
 
@@ -280,7 +278,10 @@ def raise_faults(faults: list[str]) -> None:
 
 def memory_faults(batch: Batch, scores: Float32, on_device: bool) -> list[str]:
     """Return one sentence where arrays lie elsewhere than the engine runs."""
-    if not on_device and _all_host(batch, scores):
+    text = batch.text_ids, batch.text_length, batch.query_of_pair
+    kinds = {*map(type, (*text, batch.visual_tokens, batch.visual_scales, scores))}
+    has_more = not (batch.rows is batch.fresh is batch.hidden is None)
+    if not (on_device or has_more) and kinds <= {np.ndarray, type(None)}:  # the usual batch
         return []
     arrays = {name: getattr(batch, name) for name in (*INPUTS, VISUAL_SCALES, "rows")}
     arrays |= dict(zip(("fresh", "fresh scales"), batch.fresh or (), strict=False))
@@ -292,21 +293,8 @@ def memory_faults(batch: Batch, scores: Float32, on_device: bool) -> list[str]:
     ]
     if not wrong:
         return []
-    here, there = "host memory", "GPU memory (DeviceArray)"
-    if on_device:
-        here, there = there, here
+    here, there = ("host memory", "GPU memory (DeviceArray)")[:: -1 if on_device else 1]
     return [f"{', '.join(wrong)}: in {there}, this engine takes {here}"]
-
-
-def _all_host(batch: Batch, scores: Float32) -> bool:
-    """Whether all arrays are NumPy's, said faster than which are not."""
-    if batch.fresh is not None or batch.hidden is not None:
-        return False  # the usual batch has none: let all be named
-    kinds = {
-        *(type(batch.text_ids), type(batch.text_length), type(batch.query_of_pair)),
-        *(type(batch.visual_tokens), type(batch.visual_scales), type(batch.rows), type(scores)),
-    }
-    return kinds <= _HOST
 
 
 def shape_faults(
@@ -379,7 +367,7 @@ def _is_outside(array: Int32, low: int, high: int) -> bool:
 
 def _array_faults(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> list[str]:
     contiguous = isinstance(array, DeviceArray) or array.flags.c_contiguous
-    if array.dtype == _DTYPES[dtype] and array.shape == shape and contiguous:
+    if array.dtype == np.dtype(dtype) and array.shape == shape and contiguous:
         return []
     layout = "" if contiguous else ", not C-contiguous"
     return [

@@ -298,11 +298,8 @@ class Reranker(Closing):
         Raises:
             As `rank`; what was stopped has its `Scored` as `partial`.
         """
-        self._begin()
-        try:
+        with self._running():
             return self._pipelines[stage].run(request)
-        finally:
-            self._end()
 
     def steps(self, num_pairs: int, top_k: int | None) -> Steps | None:
         """Return what a cascade wants scored of one query, step by step; None: all by the last."""
@@ -381,25 +378,19 @@ class Reranker(Closing):
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Count a request in the block, so that `close` can wait for it."""
-        self._begin()
-        try:
-            yield
-        finally:
-            self._end()
-
-    def _begin(self) -> None:
+        """Count a request, so that `close` can wait for it."""
         self._pipelines[0].check()  # before any lock: a forked child may have got it locked
         with self._counting:
             if self._closed:
                 raise EngineError("the reranker is closed", hint="open it again: Reranker.open")
             self._num_running += 1
-
-    def _end(self) -> None:
-        with self._counting:
-            self._num_running -= 1
-            if self._closed:
-                self._idle.notify_all()
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._num_running -= 1
+                if self._closed:
+                    self._idle.notify_all()
 
 
 def _stopped(stop: StoppedError, known: object, num_scored: int, num_asked: int) -> StoppedError:
