@@ -279,9 +279,8 @@ def raise_faults(faults: list[str]) -> None:
 def memory_faults(batch: Batch, scores: Float32, on_device: bool) -> list[str]:
     """Return one sentence where arrays lie elsewhere than the engine runs."""
     text = batch.text_ids, batch.text_length, batch.query_of_pair
-    kinds = {*map(type, (*text, batch.visual_tokens, batch.visual_scales, scores))}
-    has_more = not (batch.rows is batch.fresh is batch.hidden is None)
-    if not (on_device or has_more) and kinds <= {np.ndarray, type(None)}:  # the usual batch
+    rest = batch.visual_tokens, batch.visual_scales, batch.rows, batch.fresh, batch.hidden
+    if not on_device and {*map(type, (*text, *rest, scores))} <= {np.ndarray, type(None)}:
         return []
     arrays = {name: getattr(batch, name) for name in (*INPUTS, VISUAL_SCALES, "rows")}
     arrays |= dict(zip(("fresh", "fresh scales"), batch.fresh or (), strict=False))
@@ -367,7 +366,7 @@ def _is_outside(array: Int32, low: int, high: int) -> bool:
 
 def _array_faults(name: str, array: Array, dtype: str, shape: tuple[int, ...]) -> list[str]:
     contiguous = isinstance(array, DeviceArray) or array.flags.c_contiguous
-    if array.dtype == np.dtype(dtype) and array.shape == shape and contiguous:
+    if array.dtype == dtype and array.shape == shape and contiguous:
         return []
     layout = "" if contiguous else ", not C-contiguous"
     return [
