@@ -239,7 +239,7 @@ class Worker:
         )
         with self._lock:
             num_left = job.num_left
-            if self._scheduler.drop(job):
+            if num_left and self._scheduler.drop(job):
                 self.num_dropped += num_left
             self._unanswered.discard(job)
             if self._closing:
