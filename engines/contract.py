@@ -278,6 +278,10 @@ def raise_faults(faults: list[str]) -> None:
 
 def memory_faults(batch: Batch, scores: Float32, on_device: bool) -> list[str]:
     """Return one sentence where arrays lie elsewhere than the engine runs."""
+    text = batch.text_ids, batch.text_length, batch.query_of_pair
+    rest = batch.visual_tokens, batch.visual_scales, batch.rows, batch.fresh, batch.hidden
+    if not on_device and {*map(type, (*text, *rest, scores))} <= {np.ndarray, type(None)}:
+        return []
     arrays = {name: getattr(batch, name) for name in (*INPUTS, VISUAL_SCALES, "rows")}
     arrays |= dict(zip(("fresh", "fresh scales"), batch.fresh or (), strict=False))
     arrays |= dict(zip(("hidden", "places"), batch.hidden or (), strict=False))
@@ -288,9 +292,7 @@ def memory_faults(batch: Batch, scores: Float32, on_device: bool) -> list[str]:
     ]
     if not wrong:
         return []
-    here, there = "host memory", "GPU memory (DeviceArray)"
-    if on_device:
-        here, there = there, here
+    here, there = ("host memory", "GPU memory (DeviceArray)")[:: -1 if on_device else 1]
     return [f"{', '.join(wrong)}: in {there}, this engine takes {here}"]
 
 

@@ -96,7 +96,8 @@ class Reranker(Closing):
         self.tokenizer = tokenizer
         self.store = store
         self._process = os.getpid()
-        self._idle = threading.Condition()
+        self._counting = threading.RLock()
+        self._idle = threading.Condition(self._counting)
         self._num_running = 0
         self._closed = False
         with ExitStack() as undo:
@@ -379,16 +380,17 @@ class Reranker(Closing):
     def _running(self) -> Iterator[None]:
         """Count a request, so that `close` can wait for it."""
         self._pipelines[0].check()  # before any lock: a forked child may have got it locked
-        with self._idle:
+        with self._counting:
             if self._closed:
                 raise EngineError("the reranker is closed", hint="open it again: Reranker.open")
             self._num_running += 1
         try:
             yield
         finally:
-            with self._idle:
+            with self._counting:
                 self._num_running -= 1
-                self._idle.notify_all()
+                if self._closed:
+                    self._idle.notify_all()
 
 
 def _stopped(stop: StoppedError, known: object, num_scored: int, num_asked: int) -> StoppedError:

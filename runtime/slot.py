@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .graphs import SlotGraphs
     from .pool import PooledTokens, TokenPool
 
+MOST_FITS = 64  # sizes of batches whose views a slot keeps
 NO_PAIRS: Int64 = np.empty(0, np.int64)
 
 
@@ -150,6 +151,7 @@ class Slot:
         self._places = Staged(device, max_pairs, "int32")
         self._scores = Staged(device, max_pairs, "float32")
         self._filled_for: tuple[object, object]
+        self._fits: dict[tuple[int, int, int], tuple[Batch, Batch, Array, Array]] = {}
         self.batch: Batch
         self._fit(1, max(manifest.profile.text_buckets), 1)
         self.num_batches = 0
@@ -172,11 +174,15 @@ class Slot:
         held_queries, held_numbers = self._filled_for
         if queries is held_queries and planned.queries is held_numbers:
             return  # one query's next batch: the slot holds its text already
-        width = min(planned.bucket, queries.text_ids.shape[1])
-        self.host.text_ids[:, :width] = queries.text_ids[planned.queries, :width]
-        self.host.text_ids[:, width:] = 0
-        self.host.text_length[:] = queries.text_length[planned.queries]
-        self.host.query_of_pair[:] = planned.query_of_pair
+        text_ids, text_length = queries.text_ids, queries.text_length
+        if sizes[0] != len(text_length):  # else it is all of them
+            text_ids, text_length = text_ids[planned.queries], text_length[planned.queries]
+        host, width = self.host, min(planned.bucket, text_ids.shape[1])
+        host.text_ids[:, :width] = text_ids[:, :width]
+        if width < planned.bucket:
+            host.text_ids[:, width:] = 0
+        host.text_length[:] = text_length
+        host.query_of_pair[:] = planned.query_of_pair
         self._filled_for = queries, planned.queries
 
     def read(self, source: TokenSource, rows: Int64, *, check_finite: bool) -> Unusable:
@@ -228,23 +234,35 @@ class Slot:
         self._scores.download(stream, self._sizes[2])
 
     def _fit(self, num_queries: int, bucket: int, num_pairs: int) -> None:
-        """Take the views of a batch's sizes; most batches have those of the last one."""
-        self._sizes = num_queries, bucket, num_pairs
+        """Take the views of a batch's sizes; most batches have those of one a little before."""
+        self._sizes = sizes = num_queries, bucket, num_pairs
         self._filled_for = None, None
-        self.host = Batch(
+        fit = self._fits.get(sizes)
+        if fit is None:
+            fit = self._views(*sizes)
+            if self._pooled is None:  # whose tokens lie elsewhere in every batch
+                if len(self._fits) == MOST_FITS:
+                    self._fits.clear()
+                self._fits[sizes] = fit
+        self.host, self.batch, self.scores, self.batch_scores = fit
+
+    def _views(
+        self, num_queries: int, bucket: int, num_pairs: int
+    ) -> tuple[Batch, Batch, Array, Array]:
+        """Return what `host`, `batch`, `scores` and `batch_scores` are for these sizes."""
+        host = Batch(
             self._text_ids.host(num_queries, bucket),
             self._text_length.host(num_queries),
             self._query_of_pair.host(num_pairs),
             *self._tokens.host(num_pairs),
         )
-        self.batch = Batch(
+        batch = Batch(
             self._text_ids.engine(num_queries, bucket),
             self._text_length.engine(num_queries),
             self._query_of_pair.engine(num_pairs),
             *self._tokens.in_batch(num_pairs),
         )
-        self.scores = self._scores.host(num_pairs)
-        self.batch_scores = self._scores.engine(num_pairs)
+        return host, batch, self._scores.host(num_pairs), self._scores.engine(num_pairs)
 
 
 class _Waiting:

@@ -105,17 +105,32 @@ class QueryTokenizer:
             given = Arguments("a tokenizer")
             queries, faults = given.items("queries", queries, "a list of strings"), given.faults
             given.check()
+        if len(queries) == 1:
+            return self._one(queries[0])
         texts = [self._text(number, query, faults) for number, query in enumerate(queries)]
         if faults:
             raise RequestError("a query cannot be used", faults=faults)
-        if len(texts) == 1:  # half the time of a batch of one
-            pieces = [self._tokenizer.encode(texts[0], add_special_tokens=False).ids]
-        else:
-            pieces = [e.ids for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        pieces = [e.ids for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
         empty = [query for query, ids in zip(queries, pieces, strict=True) if not ids]
         if empty:
-            raise RequestError(f"the query {empty[0]!r} has no wordpieces, expected some text")
+            raise _no_wordpieces(empty[0])
         return self._pack(pieces)
+
+    def _one(self, query: str) -> TokenizedQueries:
+        """Do as `__call__` does for one query, as a server asks: half the time of a list of one."""
+        faults: list[str] = []
+        text = self._text(0, query, faults)
+        if faults:
+            raise RequestError("a query cannot be used", faults=faults)
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if not ids:
+            raise _no_wordpieces(query)
+        spec = self._spec
+        limit, num_ids = spec.max_wordpieces, len(ids)
+        text_ids = np.zeros((1, limit + 2), np.int32)
+        text_ids[0, : min(num_ids, limit) + 2] = (spec.cls_id, *ids[:limit], spec.sep_id)
+        length = np.array([min(num_ids, limit) + 2], np.int32)
+        return TokenizedQueries(text_ids, length, _CUT[num_ids > limit])
 
     def _text(self, number: int, query: object, faults: list[str]) -> str:
         """Return the normalised query; note in `faults` why it cannot be used."""
@@ -132,12 +147,6 @@ class QueryTokenizer:
 
     def _pack(self, pieces: Sequence[Sequence[int]]) -> TokenizedQueries:
         limit, cls_id, sep_id = self._spec.max_wordpieces, self._spec.cls_id, self._spec.sep_id
-        if len(pieces) == 1:  # a third of the calls below, which spare most where there are many
-            ids = pieces[0][:limit]
-            text_ids = np.zeros((1, limit + 2), np.int32)
-            text_ids[0, : len(ids) + 2] = (cls_id, *ids, sep_id)
-            length = np.array([len(ids) + 2], np.int32)
-            return TokenizedQueries(text_ids, length, _CUT[len(pieces[0]) > limit])
         padded = [
             [cls_id, *ids[:limit], sep_id, *[0] * (limit - len(ids))] for ids in pieces
         ]  # a tenth of the calls into NumPy that filling row by row takes
@@ -146,6 +155,10 @@ class QueryTokenizer:
             np.array([min(len(ids), limit) + 2 for ids in pieces], np.int32),
             np.array([len(ids) > limit for ids in pieces], np.bool_),
         )
+
+
+def _no_wordpieces(query: str) -> RequestError:
+    return RequestError(f"the query {query!r} has no wordpieces, expected some text")
 
 
 def _plain_tokenizer(text: str) -> Tokenizer:

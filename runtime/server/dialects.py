@@ -26,6 +26,7 @@ from .answers import Answer
 from .asks import Ask, Fields
 from .refusals import Fault
 
+_LARGEST = 709.0  # whose exp is a float64
 LOWEST_LOGIT = -1e4  # of ids that rank last: JSON has no -inf
 
 _encode = msgspec.json.Encoder().encode
@@ -69,9 +70,15 @@ class WeaviateScored(msgspec.Struct, gc=False):
 
 
 def sigmoid(logits: Float32) -> Float64:
-    """Return float64 [N] in 0 to 1; -inf gives 0. Never saturates before float64 does."""
+    """Return float64 [N] in 0 to 1 of logits, descending; -inf gives 0.
+
+    Never saturates before float64 does.
+    """
     values: Float64 = np.negative(logits, dtype=np.float64)
-    with np.errstate(over="ignore"):  # exp(inf) is inf, and 1 / inf the 0 that is meant
+    if len(values) and values.item(-1) > _LARGEST:
+        with np.errstate(over="ignore"):  # exp gives inf, and 1 / inf is the 0 that is meant
+            np.exp(values, out=values)
+    else:
         np.exp(values, out=values)
     values += 1.0
     return np.divide(1.0, values, out=values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from ...arguments import Arguments
 from ...errors import EngineError, RequestError, counted
@@ -73,8 +73,7 @@ class ServiceOptions:
         given.check()
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """What a service has to do.
 
     Attributes:

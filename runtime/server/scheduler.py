@@ -117,13 +117,16 @@ class Scheduler(Generic[AnyJob]):
         queue = min(queues, key=self._next)
         self._turns[queue] = self._turn
         jobs = self._waiting[queue]
-        shares = []
+        shares, num_pairs = [], 0
         for job, count in self._divide(jobs, self._pairs[queue]).items():
-            shares.append(Share(job, job.num_taken, job.num_taken + count))
-            job.num_taken += count
-            self._count(job, -count)
-            if not job.num_left:
+            start = job.num_taken
+            job.num_taken = stop = start + count
+            shares.append(Share(job, start, stop))
+            num_pairs += count
+            if stop == job.num_pairs:
                 jobs.remove(job)  # one of the first
+        self.num_pairs -= num_pairs
+        self._pairs[queue] -= num_pairs
         return shares
 
     def _divide(self, jobs: list[AnyJob], waiting: int) -> dict[AnyJob, int]:

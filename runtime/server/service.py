@@ -61,7 +61,8 @@ class ScoringService:
         self._probe: tuple[Int64, float] | None = None
         self._live: Int64 | None = None
         self._identity: Identity | None = None
-        self._entered = threading.Condition()
+        self._entering = threading.RLock()
+        self._entered = threading.Condition(self._entering)
         self._num_entering = 0
         self.worker = Worker(reranker, self._max_pairs)
 
@@ -291,12 +292,12 @@ class ScoringService:
         Raises:
             EngineError: the service is closed; there is nothing to leave.
         """
-        with self._entered:
+        with self._entering:
             self.worker.check_open()
             self._num_entering += 1
 
     def _leave(self) -> None:
-        with self._entered:
+        with self._entering:
             self._num_entering -= 1
             if not self._num_entering:
                 self._entered.notify_all()

@@ -16,6 +16,7 @@ class Cancellable(Protocol):
 
 
 Loop = asyncio.AbstractEventLoop
+LEAST_ROOM = 64  # timers that may wait before those of them go that were cancelled
 
 
 class Timer:
@@ -32,6 +33,24 @@ class Timer:
         self.call = None
 
 
+class _Line:
+    """Timers of one length, the earliest first; `room`: how many before the cancelled ones go."""
+
+    __slots__ = ("room", "timers")
+
+    def __init__(self) -> None:
+        self.timers: deque[Timer] = deque()
+        self.room = LEAST_ROOM
+
+    def clear_out(self) -> None:
+        """Drop what was cancelled; the first one stays: for it the loop's timer runs."""
+        first, *others = self.timers
+        self.timers.clear()
+        self.timers.append(first)
+        self.timers.extend(timer for timer in others if timer.call is not None)
+        self.room = max(LEAST_ROOM, 2 * len(self.timers))
+
+
 class Timers:
     """`call_later` of one event loop for a few lengths of time, almost all of them cancelled.
 
@@ -42,7 +61,7 @@ class Timers:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._queues: dict[float, deque[Timer]] = {}
+        self._lines: dict[float, _Line] = {}
 
     def call_later(
         self, seconds: float, call: Callable[[], object], loop: Loop | None = None
@@ -55,16 +74,16 @@ class Timers:
         if loop is None:
             loop = asyncio.get_running_loop()
         if loop is not self._loop:
-            self._loop, self._queues = loop, {}
-        queue = self._queues.get(seconds)
-        if queue is None:
-            queue = self._queues[seconds] = deque()
-        timer = Timer(loop.time() + seconds, call)
-        if not queue:
-            loop.call_later(seconds, self._due, loop, queue)
-        while len(queue) > 1 and queue[1].call is None:
-            del queue[1]  # the first one stays: for it the loop's timer runs
-        queue.append(timer)
+            self._loop, self._lines = loop, {}
+        line = self._lines.get(seconds)
+        if line is None:
+            line = self._lines[seconds] = _Line()
+        timers, timer = line.timers, Timer(loop.time() + seconds, call)
+        if not timers:
+            loop.call_later(seconds, self._due, loop, timers)
+        timers.append(timer)
+        if len(timers) > line.room:
+            line.clear_out()
         return timer
 
     def _due(self, loop: asyncio.AbstractEventLoop, queue: deque[Timer]) -> None:

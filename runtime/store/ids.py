@@ -20,6 +20,7 @@ from ...arrays import Int64, UInt64
 from ...errors import RequestError, StoreError
 from .format import ROW_BITS, ROW_MASK, is_id
 from .records import BadRecord, ReadPlan, RecordBatch, Records
+from .unlocked import find_ids, is_built, table_of
 
 # Records appended since the last merge are found through a dict; past this they are merged.
 MAX_FRESH = 1 << 16
@@ -141,6 +142,12 @@ class _Table:
         for first, stop in pairwise(edges):
             done = self._sort_part(first, stop, done)
         self.buckets[-1] = self.num_live
+        self._for_c = b""
+        if is_built():
+            shift = int(self.shift)
+            self._for_c = table_of(
+                self.buckets, self.keys, self.order, self.highs, self.live, shift
+            )
 
     def _sort_part(self, first: int, stop: int, done: int) -> int:
         """Sort in the records of buckets [first, stop) behind `done` others; return all so far."""
@@ -158,7 +165,21 @@ class _Table:
         self.buckets[first:stop] = np.searchsorted(keys, leading) + done
         return done + len(keys)
 
-    def find(self, digests: UInt64) -> Int64:
+    def find(self, ids: Sequence[str]) -> tuple[Int64, int]:
+        """Return int64 [N] places of the live records with these ids, and how many there are.
+
+        The place of an id that is not here is -1.
+
+        Raises:
+            TypeError: they are not strings.
+        """
+        if self._for_c:
+            places, num_known = find_ids(ids if type(ids) is list else list(ids), self._for_c)
+            return np.frombuffer(places, np.int64), num_known
+        found = self._find(digests_of(ids))
+        return found, int(np.count_nonzero(found >= 0))
+
+    def _find(self, digests: UInt64) -> Int64:
         """Return int64 [N] places of the live records with these digests [N, 2]; -1 for none."""
         halves = digests.astype(np.uint64)  # from big-endian
         highs, lows = halves[:, 0], halves[:, 1]
@@ -180,7 +201,7 @@ class _Table:
         return self._search(highs, lows, at)
 
     def _search(self, highs: UInt64, lows: UInt64, at: Int64) -> Int64:
-        """Do what `find` does, from `at` on: some keys are not here, or share their low half."""
+        """Do what `_find` does, from `at` on: some keys are not here, or share their low half."""
         found = np.full(len(lows), -1, np.int64)
         todo = np.arange(len(lows))
         while len(todo):
@@ -194,7 +215,7 @@ class _Table:
         return found
 
     def holds(self, digest: int) -> bool:
-        """Whether a live record has this digest: `find` for one id, without arrays."""
+        """Whether a live record has this digest, without arrays."""
         high, low = digest >> 64, digest & (2**64 - 1)
         at = int(self.buckets[low >> int(self.shift)]) if self.num_live else 0
         while at < self.num_live and (key := int(self.keys[at])) <= low:
@@ -254,12 +275,12 @@ class RecordIndex:
         """Return int64 [N] row handles, and the ids that are unknown."""
         with self._lock:
             table, fresh_rows = self._table, self._fresh_rows
-        places = table.find(digests_of(ids))
-        known = places >= 0
-        is_known = np.count_nonzero(known) == len(ids)
+        places, num_known = table.find(ids)
+        is_known = num_known == len(ids)
         if is_known:  # the usual case
             found = table.locations(places)
         else:
+            known = places >= 0
             found = np.full(len(ids), -1, np.int64)
             found[known] = table.locations(places[known])
         if fresh_rows:

@@ -1,173 +1,18 @@
-/* Reads many records and hashes each while its bytes are in the core's cache, without the GIL.
+/* A store's inner loops: reads many records and hashes each while its bytes are in the core's cache,
+ * without the GIL; and looks ids up by their hashes, with it, as that takes a microsecond or two.
  *
- * The hash is XXH3-64 of the specification (github.com/Cyan4973/xxHash, doc/xxhash_spec.md) for
- * inputs of more than 240 bytes, written anew from it: `unlocked.py` compares it with the `xxhash`
- * package before it is used. Where no compiler built this file, Python reads and hashes instead.
+ * `unlocked.py` compares the hashes with those of the `xxhash` package before they are used. Where no
+ * compiler built this file, Python does all of it instead.
  */
 #define Py_LIMITED_API 0x030A0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <errno.h>
-#include <stdint.h>
-#include <string.h>
 #include <unistd.h>
 
-#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__ || !defined(__SIZEOF_INT128__)
-#error "little-endian 64-bit systems only: elsewhere Python reads"
-#endif
+#include "xxh3.h"
 
-/* One build for every x86-64 CPU: what this one has is asked for when the module is loaded. */
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define HAS_VECTORS 1
-#else
-#define HAS_VECTORS 0
-#endif
-
-enum { LANES = 8, STRIPE = 64, SECRET_WORDS = 24, BLOCK_STRIPES = 16, LEAST_BYTES = 241 };
-enum { LAST = 8 * SECRET_WORDS - STRIPE }; /* where the secret of a block's end begins */
-
-static const uint64_t P32_1 = 0x9E3779B1U, P32_2 = 0x85EBCA77U, P32_3 = 0xC2B2AE3DU;
-static const uint64_t P64_1 = 0x9E3779B185EBCA87ULL, P64_2 = 0xC2B2AE3D27D4EB4FULL;
-static const uint64_t P64_3 = 0x165667B19E3779F9ULL, P64_4 = 0x85EBCA77C2B2AE63ULL;
-static const uint64_t P64_5 = 0x27D4EB2F165667C5ULL;
-
-static const uint64_t SECRET[SECRET_WORDS] = {
-    0xbe4ba423396cfeb8ULL, 0x1cad21f72c81017cULL, 0xdb979083e96dd4deULL, 0x1f67b3b7a4a44072ULL,
-    0x78e5c0cc4ee679cbULL, 0x2172ffcc7dd05a82ULL, 0x8e2443f7744608b8ULL, 0x4c263a81e69035e0ULL,
-    0xcb00c391bb52283cULL, 0xa32e531b8b65d088ULL, 0x4ef90da297486471ULL, 0xd8acdea946ef1938ULL,
-    0x3f349ce33f76faa8ULL, 0x1d4f0bc7c7bbdcf9ULL, 0x3159b4cd4be0518aULL, 0x647378d9c97e9fc8ULL,
-    0xc3ebd33483acc5eaULL, 0xeb6313faffa081c5ULL, 0x49daf0b751dd0d17ULL, 0x9e68d429265516d3ULL,
-    0xfca1477d58be162bULL, 0xce31d07ad1b8f88fULL, 0x280416958f3acb45ULL, 0x7e404bbbcafbd7afULL,
-};
-
-static inline uint64_t word(const uint8_t *at) {
-    uint64_t value;
-    memcpy(&value, at, sizeof value);
-    return value;
-}
-
-/* Takes `num_blocks` blocks into the 8 lanes of acc, each scrambled behind its 16 stripes, then `rest`
- * stripes more. The secret moves on by 8 bytes with each stripe of a block. */
-typedef void taking_in(
-    uint64_t *acc, const uint8_t *data, const uint8_t *secret, size_t num_blocks, size_t rest
-);
-
-static void take_in_words(
-    uint64_t *acc, const uint8_t *data, const uint8_t *secret, size_t num_blocks, size_t rest
-) {
-    for (size_t block = 0; block <= num_blocks; block++) {
-        size_t count = block < num_blocks ? BLOCK_STRIPES : rest;
-        for (size_t stripe = 0; stripe < count; stripe++, data += STRIPE)
-            for (int lane = 0; lane < LANES; lane++) {
-                uint64_t mixed = word(data + 8 * lane) ^ word(secret + 8 * (stripe + lane));
-                acc[lane] += (mixed & 0xFFFFFFFFU) * (mixed >> 32) + word(data + 8 * (lane ^ 1));
-            }
-        for (int lane = 0; lane < LANES && block < num_blocks; lane++)
-            acc[lane] = (acc[lane] ^ (acc[lane] >> 47) ^ word(secret + LAST + 8 * lane)) * P32_1;
-    }
-}
-
-#if HAS_VECTORS
-__attribute__((target("avx2"))) static inline __m256i mixed_avx2(
-    __m256i acc, const uint8_t *data, const uint8_t *secret
-) {
-    __m256i values = _mm256_loadu_si256((const __m256i *)data);
-    __m256i mixed = _mm256_xor_si256(values, _mm256_loadu_si256((const __m256i *)secret));
-    mixed = _mm256_mul_epu32(mixed, _mm256_srli_epi64(mixed, 32));
-    return _mm256_add_epi64(acc, _mm256_add_epi64(mixed, _mm256_shuffle_epi32(values, 0x4E)));
-}
-
-__attribute__((target("avx2"))) static inline __m256i scrambled_avx2(
-    __m256i acc, const uint8_t *secret
-) {
-    const __m256i prime = _mm256_set1_epi64x((long long)P32_1);
-    __m256i keys = _mm256_loadu_si256((const __m256i *)secret);
-    acc = _mm256_xor_si256(_mm256_xor_si256(acc, _mm256_srli_epi64(acc, 47)), keys);
-    __m256i high = _mm256_mul_epu32(_mm256_srli_epi64(acc, 32), prime);
-    return _mm256_add_epi64(_mm256_mul_epu32(acc, prime), _mm256_slli_epi64(high, 32));
-}
-
-__attribute__((target("avx2"))) static void take_in_avx2(
-    uint64_t *acc, const uint8_t *data, const uint8_t *secret, size_t num_blocks, size_t rest
-) {
-    __m256i low = _mm256_loadu_si256((const __m256i *)acc);
-    __m256i high = _mm256_loadu_si256((const __m256i *)acc + 1);
-    for (size_t block = 0; block <= num_blocks; block++) {
-        size_t count = block < num_blocks ? BLOCK_STRIPES : rest;
-        for (size_t stripe = 0; stripe < count; stripe++, data += STRIPE) {
-            low = mixed_avx2(low, data, secret + 8 * stripe);
-            high = mixed_avx2(high, data + 32, secret + 8 * stripe + 32);
-        }
-        if (block < num_blocks) {
-            low = scrambled_avx2(low, secret + LAST);
-            high = scrambled_avx2(high, secret + LAST + 32);
-        }
-    }
-    _mm256_storeu_si256((__m256i *)acc, low);
-    _mm256_storeu_si256((__m256i *)acc + 1, high);
-}
-
-__attribute__((target("avx512f"))) static void take_in_avx512(
-    uint64_t *acc, const uint8_t *data, const uint8_t *secret, size_t num_blocks, size_t rest
-) {
-    const __m512i prime = _mm512_set1_epi64((long long)P32_1);
-    __m512i lanes = _mm512_loadu_si512(acc), keys = _mm512_loadu_si512(secret + LAST);
-    for (size_t block = 0; block <= num_blocks; block++) {
-        size_t count = block < num_blocks ? BLOCK_STRIPES : rest;
-        for (size_t stripe = 0; stripe < count; stripe++, data += STRIPE) {
-            __m512i values = _mm512_loadu_si512(data);
-            __m512i mixed = _mm512_xor_si512(values, _mm512_loadu_si512(secret + 8 * stripe));
-            __m512i swapped = _mm512_shuffle_epi32(values, (_MM_PERM_ENUM)0x4E);
-            mixed = _mm512_mul_epu32(mixed, _mm512_srli_epi64(mixed, 32));
-            lanes = _mm512_add_epi64(lanes, _mm512_add_epi64(mixed, swapped));
-        }
-        if (block < num_blocks) {
-            lanes = _mm512_xor_si512(_mm512_xor_si512(lanes, _mm512_srli_epi64(lanes, 47)), keys);
-            __m512i high = _mm512_mul_epu32(_mm512_srli_epi64(lanes, 32), prime);
-            lanes = _mm512_add_epi64(_mm512_mul_epu32(lanes, prime), _mm512_slli_epi64(high, 32));
-        }
-    }
-    _mm512_storeu_si512(acc, lanes);
-}
-#endif
-
-static taking_in *take_in = take_in_words;
-
-static void choose_vectors(void) {
-#if HAS_VECTORS
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f"))
-        take_in = take_in_avx512;
-    else if (__builtin_cpu_supports("avx2"))
-        take_in = take_in_avx2;
-#endif
-}
-
-static uint64_t folded_product(uint64_t left, uint64_t right) {
-    unsigned __int128 product = (unsigned __int128)left * right;
-    return (uint64_t)product ^ (uint64_t)(product >> 64);
-}
-
-/* XXH3-64 of `size` > 240 bytes. */
-static uint64_t hash_of(const uint8_t *data, size_t size, uint64_t seed) {
-    uint64_t words[SECRET_WORDS];
-    uint64_t acc[LANES] = {P32_3, P64_1, P64_2, P64_3, P64_4, P32_2, P64_5, P32_1};
-    const uint8_t *secret = (const uint8_t *)words;
-    const size_t block = BLOCK_STRIPES * STRIPE;
-    const size_t num_blocks = (size - 1) / block, rest = (size - 1) % block / STRIPE;
-    for (int at = 0; at < SECRET_WORDS; at++)
-        words[at] = at % 2 ? SECRET[at] - seed : SECRET[at] + seed;
-    take_in(acc, data, secret, num_blocks, rest);
-    take_in(acc, data + size - STRIPE, secret + LAST - 7, 0, 1);
-    uint64_t sum = size * P64_1;
-    for (int pair = 0; pair < LANES / 2; pair++) {
-        const uint8_t *keys = secret + 11 + 16 * pair;
-        sum += folded_product(acc[2 * pair] ^ word(keys), acc[2 * pair + 1] ^ word(keys + 8));
-    }
-    sum = (sum ^ (sum >> 37)) * 0x165667919E3779F9ULL;
-    return sum ^ (sum >> 32);
-}
+enum { MANY = 32 }; /* ids at a time: while one's place in a table comes from memory, others' do */
 
 /* Fills `size` bytes from `offset` on; returns whether all came. */
 static int read_whole(int file, uint8_t *out, size_t size, int64_t offset) {
@@ -217,13 +62,113 @@ static PyObject *read_and_hash(PyObject *module, PyObject *args) {
     return PyLong_FromSsize_t(at);
 }
 
+/* A table of live records, as `_Table` of ids.py keeps it. `keys`, ascending, are the low halves of
+ * their ids' digests; `order` says which place each one's record has; in `buckets`, by a key's leading
+ * bits, is the first of them. Numbers in `order` and `buckets` have `width` bytes. */
+typedef struct {
+    uint64_t buckets, keys, order, highs, live; /* addresses */
+    uint64_t num_live, shift, width;
+} record_table;
+
+static uint64_t number(uint64_t address, uint64_t width, uint64_t at) {
+    const void *from = (const void *)(uintptr_t)address;
+    return width == 4 ? ((const uint32_t *)from)[at] : ((const uint64_t *)from)[at];
+}
+
+/* The place of the live record with this digest, whose key is not before `at`; -1 for none. */
+static int64_t place_of(const record_table *table, digest wanted, uint64_t at) {
+    const uint64_t *keys = (const uint64_t *)(uintptr_t)table->keys;
+    const uint64_t *highs = (const uint64_t *)(uintptr_t)table->highs;
+    const uint8_t *live = (const uint8_t *)(uintptr_t)table->live;
+    for (; at < table->num_live && keys[at] <= wanted.low; at++) {
+        if (keys[at] != wanted.low)
+            continue;
+        uint64_t place = number(table->order, table->width, at);
+        if (highs[place] == wanted.high && live[place])
+            return (int64_t)place;
+    }
+    return -1;
+}
+
+/* Writes the digests of some ids; returns a bit for each that no store can hold, or -1: no string.
+ * Those are the empty one and what is no Unicode. */
+static int64_t digests_of(PyObject *ids, Py_ssize_t first, int count, digest *digests) {
+    int64_t none = 0;
+    for (int each = 0; each < count; each++) {
+        PyObject *id = PyList_GetItem(ids, first + each);
+        Py_ssize_t size = 0;
+        const char *text = id == NULL ? NULL : PyUnicode_AsUTF8AndSize(id, &size);
+        if (text == NULL) {
+            if (id == NULL || !PyUnicode_Check(id))
+                return -1;
+            PyErr_Clear();
+        }
+        if (size == 0)
+            none |= (int64_t)1 << each;
+        else
+            digests[each] = digest_of((const uint8_t *)text, (size_t)size);
+    }
+    return none;
+}
+
+PyDoc_STRVAR(
+    find_doc,
+    "find_ids(ids, table) -> (places, num_found)\n\n"
+    "Looks a list of strings up; places are the bytes of int64, -1 for what is not there. `table`:\n"
+    "the bytes of uint64: addresses of buckets, keys, order, highs, live; how many live; by how much\n"
+    "a key is shifted to its bucket; 4 or 8, the bytes of a number in order and buckets.");
+
+static PyObject *find_ids(PyObject *module, PyObject *args) {
+    (void)module;
+    PyObject *ids;
+    const char *bytes;
+    Py_ssize_t num_bytes, found = 0;
+    record_table table;
+    if (!PyArg_ParseTuple(args, "Oy#", &ids, &bytes, &num_bytes))
+        return NULL;
+    if (!PyList_Check(ids) || num_bytes != sizeof table)
+        return PyErr_Format(PyExc_TypeError, "expected a list and a table of %zu bytes", sizeof table);
+    memcpy(&table, bytes, sizeof table);
+    const Py_ssize_t count = PyList_Size(ids);
+    PyObject *out = PyBytes_FromStringAndSize(NULL, count * (Py_ssize_t)sizeof(int64_t));
+    if (out == NULL)
+        return NULL;
+    int64_t *places = (int64_t *)PyBytes_AsString(out);
+    const uint64_t *keys = (const uint64_t *)(uintptr_t)table.keys;
+    for (Py_ssize_t first = 0; first < count; first += MANY) {
+        digest digests[MANY];
+        uint64_t begins[MANY];
+        const int some = count - first < MANY ? (int)(count - first) : MANY;
+        const int64_t none = digests_of(ids, first, some, digests);
+        if (none < 0) {
+            Py_DECREF(out);
+            return NULL;
+        }
+        const int64_t skipped = table.num_live ? none : -1;
+        for (int each = 0; each < some; each++)
+            if (!(skipped >> each & 1)) {
+                begins[each] = number(table.buckets, table.width, digests[each].low >> table.shift);
+                __builtin_prefetch(&keys[begins[each]]);
+            }
+        for (int each = 0; each < some; each++) {
+            int64_t place = -1;
+            if (!(skipped >> each & 1))
+                place = place_of(&table, digests[each], begins[each]);
+            places[first + each] = place;
+            found += place >= 0;
+        }
+    }
+    return Py_BuildValue("Nn", out, found);
+}
+
 static PyMethodDef METHODS[] = {
     {"read_and_hash", read_and_hash, METH_VARARGS, read_doc},
+    {"find_ids", find_ids, METH_VARARGS, find_doc},
     {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef MODULE = {
-    PyModuleDef_HEAD_INIT, "_unlocked", "Reading and hashing without the GIL.", 0, METHODS,
+    PyModuleDef_HEAD_INIT, "_unlocked", "A store's inner loops.", 0, METHODS,
     NULL, NULL, NULL, NULL,
 };
 

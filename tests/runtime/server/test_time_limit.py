@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 
-from edje.runtime.server.time_limit import TimeLimit, Timers
+from edje.runtime.server.time_limit import LEAST_ROOM, TimeLimit, Timer, Timers
 
 
 async def until(called: list, number: int) -> None:
@@ -57,6 +58,27 @@ def test_a_call_that_fails_stops_no_other():
         return called
 
     assert asyncio.run(main()) == ["failed", "called"]
+
+
+def test_what_was_cancelled_does_not_pile_up_behind_what_is_slow():
+    def num_timers() -> int:
+        return sum(isinstance(each, Timer) for each in gc.get_objects())
+
+    async def main() -> tuple[int, list[int]]:
+        timers, called, most = Timers(), list[int](), 0
+        before = num_timers()  # of other tests' servers
+        for number in range(2_000):
+            timer = timers.call_later(0.2, lambda number=number: called.append(number))
+            if number % 200 != 1:
+                timer.cancel()
+            if number % 100 == 0:
+                most = max(most, num_timers() - before)
+        await until(called, 10)
+        return most, called
+
+    most, called = asyncio.run(main())
+    assert most <= LEAST_ROOM + 1
+    assert called == list(range(1, 2_000, 200))
 
 
 @pytest.mark.parametrize("timers", [None, Timers()])
