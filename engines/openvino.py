@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -165,21 +166,26 @@ def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine
     elif limit is not None:
         settings.setdefault(THREADS_KEY, limit)
     quantized = quantized_products(manifest.precision_plan)
-    try:
+    with _opening(folder):
         model = openvino_core().read_model(folder / MODEL)
-    except RuntimeError as error:
-        raise EngineError(f"OpenVINO cannot open {folder / MODEL}: {error}") from error
 
     def compile_for(bucket: int) -> ov.CompiledModel:
-        try:
+        with _opening(folder):
             model.reshape({TEXT_IDS: [-1, bucket]})
             compiled = openvino_core().compile_model(model, DEVICE, settings)
-        except RuntimeError as error:
-            raise EngineError(f"OpenVINO cannot compile {folder / MODEL}: {error}") from error
         check_precision(compiled, wanted, quantized)
         return compiled
 
     return OpenVinoEngine(manifest, compile_for)
+
+
+@contextmanager
+def _opening(folder: Path) -> Iterator[None]:
+    """Say which model OpenVINO could not read or compile."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise EngineError(f"OpenVINO cannot open {folder / MODEL}: {error}") from error
 
 
 def _raise_unless_dynamic(
