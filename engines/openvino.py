@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import Any
 
@@ -40,6 +43,7 @@ MODEL = "joint_encoder.xml"
 # against float32: the demo's 0.981, with float32 beside int8 0.982; random weights 0.909 and 0.919.
 ELEMENT_TYPES = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 INT8_TYPES = ("i8", "u8")
+TEXT_IDS = "text_ids"
 PRECISION_KEY = "INFERENCE_PRECISION_HINT"
 THREADS_KEY = "INFERENCE_NUM_THREADS"
 GROUP = GROUP_KEY.lower()  # in the manifest's `build_options`
@@ -161,13 +165,27 @@ def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine
         settings[THREADS_KEY] = options.num_threads
     elif limit is not None:
         settings.setdefault(THREADS_KEY, limit)
+    quantized = quantized_products(manifest.precision_plan)
+    with _opening(folder):
+        model = openvino_core().read_model(folder / MODEL)
+
+    def compile_for(bucket: int) -> ov.CompiledModel:
+        with _opening(folder):
+            model.reshape({TEXT_IDS: [-1, bucket]})
+            compiled = openvino_core().compile_model(model, DEVICE, settings)
+        check_precision(compiled, wanted, quantized)
+        return compiled
+
+    return OpenVinoEngine(manifest, compile_for)
+
+
+@contextmanager
+def _opening(folder: Path) -> Iterator[None]:
+    """Say which model OpenVINO could not read or compile."""
     try:
-        compiled = openvino_core().compile_model(folder / MODEL, DEVICE, settings)
+        yield
     except RuntimeError as error:
         raise EngineError(f"OpenVINO cannot open {folder / MODEL}: {error}") from error
-    quantized = quantized_products(manifest.precision_plan)
-    check_precision(compiled, wanted, quantized)
-    return OpenVinoEngine(manifest, compiled)
 
 
 def _raise_unless_dynamic(
@@ -234,8 +252,27 @@ def _products(compiled: ov.CompiledModel) -> Iterator[tuple[set[str], str]]:
             yield own.union(names), str(info["runtimePrecision"].astype(str))
 
 
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """The model of one text bucket, and its requests that nobody uses: as many as ever were."""
+
+    model: ov.CompiledModel
+    idle: list[ov.InferRequest] = field(default_factory=list)
+
+    def request(self) -> ov.InferRequest:
+        try:
+            return self.idle.pop()
+        except IndexError:
+            return self.model.create_infer_request()
+
+
 class OpenVinoEngine(HostEngine):
     """Wraps the caller's arrays as tensors: nothing is copied in or out.
+
+    Every text bucket has a compiled model of its own, the smallest from the start, others from
+    their first batch on (full size: 0.5 s of CPU time, 85 MB in int8 and 150 MB in float32):
+    attention is faster where its slots are known. CPU time a pair, full size, against one model
+    for all lengths: int8 3 % less at 80 slots, 6 % at 128, bf16 2 % and 5 % (2026.4.1).
 
     Every thread scores pairs of its own (one stream a thread), instead of all threads sharing
     each matrix product, where all wait for the slowest at every one. On two cores that others
@@ -246,19 +283,27 @@ class OpenVinoEngine(HostEngine):
     idles until the others are done.
     """
 
-    def __init__(self, manifest: EngineManifest, compiled: ov.CompiledModel):
+    def __init__(self, manifest: EngineManifest, compile_for: Callable[[int], ov.CompiledModel]):
+        """Compile for the smallest text bucket.
+
+        Args:
+            compile_for: returns the model compiled for texts of so many slots.
+        """
         super().__init__(manifest)
-        self._compiled: ov.CompiledModel | None = compiled
-        self._num_streams = max(1, int(compiled.get_property("NUM_STREAMS")))
-        num_threads = int(compiled.get_property(THREADS_KEY)) or usable_cores()
+        self._compile_for: Callable[[int], ov.CompiledModel] | None = compile_for
+        self._compiled: dict[int, _Compiled] = {}
+        self._compiling = Lock()
+        model = self._of_bucket(min(manifest.profile.text_buckets)).model
+        self._num_streams = max(1, int(model.get_property("NUM_STREAMS")))
+        num_threads = int(model.get_property(THREADS_KEY)) or usable_cores()
         self._most_rows = ROWS_PER_THREAD * max(1, num_threads // self._num_streams)
-        self._idle: list[ov.InferRequest] = []  # as many as were ever in use at once
 
     def _infer(self, batch: Batch, scores: Float32) -> None:
+        compiled = self._of_bucket(batch.text_ids.shape[1])
         started: list[ov.InferRequest] = []
         try:
             for pairs in self._parts(batch):
-                request = self._request()
+                request = compiled.request()
                 _bind(request, batch.part(pairs), scores[pairs])
                 request.start_async()
                 started.append(request)
@@ -268,31 +313,39 @@ class OpenVinoEngine(HostEngine):
             errors = [fault for request in started if (fault := _wait(request)) is not None]
         if errors:
             raise _failed(batch, errors[0]) from errors[0]
-        self._idle += started
+        compiled.idle.extend(started)
 
     def _parts(self, batch: Batch) -> Iterator[slice]:
-        """Cut the pairs into as many requests for every stream, none of too many rows."""
+        """Cut the pairs into as many requests for every stream, none of too many rows.
+
+        The larger ones come first: streams take turns, and all end with the same number of pairs.
+        """
         rows, size = int(batch.text_ids.shape[1] + batch.visual_tokens.shape[1] + 1), len(batch)
         rounds = -(-size // (max(1, self._most_rows // rows) * self._num_streams))
         number = min(size, rounds * self._num_streams)
-        ends = [size * part // number for part in range(number + 1)]
+        least, larger = divmod(size, number)
+        ends = [least * part + min(part, larger) for part in range(number + 1)]
         return (slice(start, end) for start, end in pairwise(ends))
 
-    def _request(self) -> ov.InferRequest:
-        if self._compiled is None:
-            raise EngineError("the engine is closed")
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return self._compiled.create_infer_request()
+    def _of_bucket(self, bucket: int) -> _Compiled:
+        """Return the model of a text bucket, compiled at the first call for it."""
+        if (compiled := self._compiled.get(bucket)) is not None:
+            return compiled  # without waiting for another bucket's
+        with self._compiling:
+            if self._compile_for is None:
+                raise EngineError("the engine is closed")
+            if bucket not in self._compiled:
+                self._compiled[bucket] = _Compiled(self._compile_for(bucket))
+            return self._compiled[bucket]
 
     def close(self) -> None:
-        self._idle.clear()
-        self._compiled = None
+        with self._compiling:
+            self._compiled.clear()
+            self._compile_for = None
 
 
 def _bind(request: ov.InferRequest, batch: Batch, scores: Float32) -> None:
-    request.set_tensor("text_ids", _wrap(batch.text_ids))
+    request.set_tensor(TEXT_IDS, _wrap(batch.text_ids))
     request.set_tensor("text_length", _wrap(batch.text_length))
     request.set_tensor("query_of_pair", _wrap(batch.query_of_pair))
     request.set_tensor("visual_tokens", _wrap(batch.visual_tokens))
