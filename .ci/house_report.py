@@ -44,10 +44,12 @@ LIMITS: dict[str, tuple[float, float]] = {
     # A product with its norm in CUDA C++ (5 files, 570 lines of Python), hidden states that
     # survivors go on from (2, 560), hot routes answered from the parser and tallies (2, 590),
     # what native kernels store in 16 bits (200), one run of `make bench` (300); 2,000 of tests.
-    "source files": (318, 140),
-    "source lines": (59_850, 25_000),
-    "product lines (without perf and demo)": (42_800, 20_500),
-    "test lines": (44_100, 19_000),
+    # Weights rounded by calibration and static scales in a file of their own (3 files, 190 lines),
+    # ids looked up in C (70 of Python), a model a text length; 450 of tests.
+    "source files": (322, 140),
+    "source lines": (60_450, 25_000),
+    "product lines (without perf and demo)": (43_300, 20_500),
+    "test lines": (44_600, 19_000),
     "largest folder, % of lines": (25, 25),
     "files under Reranker": (36, 36),
     "longest import chain": (16, 16),

@@ -13,7 +13,8 @@ import numpy as np
 
 from ..arrays import Array, DeviceArray, Float32
 from ..engines.native.memory import NUMPY_TYPES, allocate, upload
-from ..engines.precision.lower import numpy_type, round_to
+from ..engines.precision.lower import numpy_type
+from ..engines.precision.static import round_to
 from ..errors import EdjeError
 from ..kernels import layer_references
 from ..kernels.device.contract import Device, DeviceBuffer, Stream

@@ -13,7 +13,8 @@ from ...bundle import SMOOTH, node_name, path_of_node, weight_name
 from ..contract import Batch
 from .emulate import runner
 from .graph import Graph, node, with_inputs
-from .lower import LARGEST, Linear, find_linears, numpy_type, round_to
+from .lower import numpy_type
+from .static import LARGEST, Linear, find_linears, round_to
 
 # Largest channel over the median one. Gaussian channels stay below 2 (seen: random full-size
 # weights 1.6); smoothing where nothing stands out would only cost a multiplication.

@@ -41,16 +41,9 @@ from ...bundle import (
 from ..scales import BLOCK
 from .float8 import round_to_float8
 from .graph import Graph, node, with_inputs
-from .lower import (
-    LARGEST,
-    ONNX_TYPES,
-    Linear,
-    find_linears,
-    largest_weight,
-    numpy_type,
-    round_to,
-)
+from .lower import ONNX_TYPES, numpy_type
 from .rounding import Rounding
+from .static import LARGEST, Linear, find_linears, largest_weight, round_to
 
 # Blocks of smaller values are zeros to every compute type; scales stay normal float32 numbers.
 LEAST = 1e-30

@@ -19,7 +19,8 @@ from ..cpu import weights_fit_16_bits, why_no_vnni
 from ..forwards import Run, forwards, open_session
 from .float8 import round_to_float8
 from .graph import Graph, node, with_inputs
-from .lower import ONNX_TYPES, find_linears
+from .lower import ONNX_TYPES
+from .static import find_linears
 
 if TYPE_CHECKING:
     import onnx

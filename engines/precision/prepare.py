@@ -23,16 +23,9 @@ from ..samples import Samples, sample_batches
 from ..scales import DYNAMIC, ONLY_STATIC, Scales
 from .dynamic import SUMS_FLOAT32
 from .graph import Graph, node
-from .lower import (
-    ONNX_TYPES,
-    OPERANDS_ONLY,
-    STAYS_FLOAT32,
-    Lowering,
-    find_linears,
-    lower,
-    lower_operands,
-)
+from .lower import ONNX_TYPES, OPERANDS_ONLY, STAYS_FLOAT32, Lowering, lower, lower_operands
 from .search import Choice, choose
+from .static import find_linears
 
 
 def take_int8_tokens(graph: Graph) -> Graph:

@@ -18,7 +18,7 @@ from ...arrays import Array, Float32
 from ...bundle import SMOOTH
 from .calibrate import Activations
 from .graph import Graph
-from .lower import round_to
+from .static import round_to
 
 # Added to the diagonal, as a share of its mean: what calibration rows never showed stays in place.
 DAMPING = 0.01

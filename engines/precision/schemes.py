@@ -20,8 +20,8 @@ from .calibrate import (
 from .dynamic import dynamic_linears, quantize_dynamic
 from .emulate import Switches
 from .graph import Graph
-from .lower import Linear, find_linears, largest_weight, quantize
 from .rounding import Rounding
+from .static import Linear, find_linears, largest_weight, quantize
 
 PLAIN, SMOOTHED = "plain", "smoothed"
 # Where scales are found while running a multiplication more is free, and channels that stand out a

@@ -22,7 +22,8 @@ from edje.bundle import (
     weight_name,
 )
 from edje.engines.precision.graph import Graph
-from edje.engines.precision.lower import WORD_GATHER, find_linears
+from edje.engines.precision.lower import WORD_GATHER
+from edje.engines.precision.static import find_linears
 
 
 @pytest.fixture(scope="module")

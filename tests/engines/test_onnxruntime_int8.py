@@ -22,8 +22,8 @@ from edje.engines.manifest import EngineManifest, Profile
 from edje.engines.onnxruntime_int8 import write_for_x86
 from edje.engines.precision.emulate import scorer
 from edje.engines.precision.graph import Graph
-from edje.engines.precision.lower import largest_weight, round_to
 from edje.engines.precision.prepare import Recipe, prepare_graph
+from edje.engines.precision.static import largest_weight, round_to
 from edje.engines.registry import open_engine
 from edje.engines.samples import RandomSamples
 from edje.engines.scales import Scales

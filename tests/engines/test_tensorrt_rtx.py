@@ -20,8 +20,9 @@ from edje.engines.contract import Batch, BuildJob, OpenOptions
 from edje.engines.fidelity import Fidelity, measure_fidelity
 from edje.engines.manifest import PRECISIONS, QUANTIZED, EngineManifest, Profile
 from edje.engines.precision.graph import Graph
-from edje.engines.precision.lower import find_linears, lower, quantize
+from edje.engines.precision.lower import lower
 from edje.engines.precision.prepare import take_int8_tokens
+from edje.engines.precision.static import find_linears, quantize
 from edje.engines.registry import load_backend, open_engine, require_backend, require_builder
 from edje.engines.samples import RandomSamples
 from edje.engines.tensorrt.build import PLAN, REPORT, read_report

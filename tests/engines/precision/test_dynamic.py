@@ -12,7 +12,8 @@ from edje.engines.precision.calibrate import observe, smooth
 from edje.engines.precision.dynamic import BLOCK, dynamic_linears, quantize_dynamic
 from edje.engines.precision.emulate import Switches, emulated, runner, scorer
 from edje.engines.precision.graph import Graph
-from edje.engines.precision.lower import LARGEST, ONNX_TYPES, find_linears, lower
+from edje.engines.precision.lower import ONNX_TYPES, lower
+from edje.engines.precision.static import LARGEST, find_linears
 
 from .conftest import with_outliers
 

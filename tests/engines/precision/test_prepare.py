@@ -10,9 +10,10 @@ from edje.bundle import INPUTS
 from edje.engines.fidelity import FidelityLimits
 from edje.engines.precision.emulate import runner, scorer
 from edje.engines.precision.graph import Graph
-from edje.engines.precision.lower import find_linears, lower
+from edje.engines.precision.lower import lower
 from edje.engines.precision.prepare import GraphCache, Recipe, prepare_graph, take_int8_tokens
 from edje.engines.precision.search import choose
+from edje.engines.precision.static import find_linears
 from edje.engines.samples import RandomSamples, int8_batch
 from edje.errors import EngineError
 

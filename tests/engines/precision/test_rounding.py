@@ -6,8 +6,9 @@ import pytest
 from edje.engines.precision.calibrate import Activations, observe, smooth
 from edje.engines.precision.dynamic import quantize_dynamic
 from edje.engines.precision.emulate import runner
-from edje.engines.precision.lower import find_linears, numpy_type, quantize, round_to
+from edje.engines.precision.lower import numpy_type
 from edje.engines.precision.rounding import Rounding, round_by
+from edje.engines.precision.static import find_linears, quantize, round_to
 
 from .conftest import with_outliers
 

@@ -10,10 +10,10 @@ from edje.engines.builder.build import build_engine
 from edje.engines.fidelity import FidelityLimits
 from edje.engines.precision.emulate import emulated, runner
 from edje.engines.precision.graph import Graph
-from edje.engines.precision.lower import find_linears
 from edje.engines.precision.prepare import GraphCache, Recipe, prepare_graph
 from edje.engines.precision.schemes import DynamicScales, Observed
 from edje.engines.precision.search import choose
+from edje.engines.precision.static import find_linears
 from edje.engines.registry import load_backend, open_engine
 from edje.engines.scales import Scales
 from edje.errors import EngineError

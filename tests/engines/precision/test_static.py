@@ -22,7 +22,8 @@ from edje.engines.precision.calibrate import (
 )
 from edje.engines.precision.emulate import Switches, scorer
 from edje.engines.precision.graph import Graph, in_layers
-from edje.engines.precision.lower import LARGEST, find_linears, lower, quantize
+from edje.engines.precision.lower import lower
+from edje.engines.precision.static import LARGEST, find_linears, quantize
 from edje.machine import is_x86
 
 PRECISIONS = tuple(LARGEST)
