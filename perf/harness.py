@@ -125,6 +125,7 @@ def settle(
     most: int,
     seconds: float = inf,
     once: Collection[str] = (),
+    together: Sequence[Collection[str]] = (),
 ) -> dict[str, Times]:
     """Run rounds as `take_turns`, in which only those take part whose minimum has not settled.
 
@@ -132,20 +133,24 @@ def settle(
         most: rounds at most; two are run at least.
         seconds: after which no further round begins, but for the second.
         once: names of those that run in the first round only.
+        together: sets of names that are compared to a percent: all of a set take equally many
+            turns, until the last has settled, twice `most` at most, whatever time that takes.
     """
     until, left = perf_counter() + seconds, dict(contestants)
     times = {name: Times([], []) for name in left}
-    for number in range(most):
-        if not left or (number >= LEAST_TO_SETTLE and perf_counter() >= until):
-            break
+    number = 0
+    while left:
         for name, took in take_turns(left, 1, first=number).items():
             times[name].wall_ms.extend(took.wall_ms)
             times[name].cpu_ms.extend(took.cpu_ms)
-        left = {
-            name: run
-            for name, run in left.items()
-            if name not in once and not has_settled(times[name].wall_ms)
-        }
+        number += 1
+        is_late = number >= most or (number >= LEAST_TO_SETTLE and perf_counter() >= until)
+        open_ = {name for name in left if name not in once and not has_settled(times[name].wall_ms)}
+        kept = set() if is_late else set(open_)
+        for names in together:
+            if number < 2 * most and open_.intersection(names):
+                kept.update(names)
+        left = {name: run for name, run in left.items() if name in kept}
     return times
 
 

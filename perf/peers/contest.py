@@ -173,7 +173,8 @@ def contest(
         raise EdjeError("contestants disagree on the scores; nothing is reported", faults=faults)
     progress(f"{question.pairs.num_wordpieces} wordpieces: {len(runs)} in turns")
     slow = [name for name in runs if by_name[name].is_slow]
-    times = settle(runs, most=num_rounds, seconds=seconds, once=slow)
+    compared_ones = [{one.name, *one.rivals} for one in by_name.values() if one.rivals]
+    times = settle(runs, most=num_rounds, seconds=seconds, once=slow, together=compared_ones)
     made = [
         _measured(by_name[name], question, took, agreement.get(name, {}))
         for name, took in times.items()

@@ -65,7 +65,8 @@ def run_peers(
 
     Args:
         only: ids of contestants, `stores`, `serving`; none: all.
-        num_rounds: of everybody at most; who has settled takes no more turns.
+        num_rounds: of everybody at most; who has settled takes no more turns. Those that are
+            compared to a percent (`rivals`) take equally many, twice that at most.
         seconds: of each text length, after which no round begins but for the second.
         device: PyTorch's name, `cpu` or `cuda`.
         bundle: of the random model; None: the full-size one.

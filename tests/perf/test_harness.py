@@ -72,6 +72,25 @@ def test_who_has_settled_takes_no_more_turns(clock):
     assert [len(took.wall_ms) for took in found.values()] == [2, 2], "two rounds, then time is up"
 
 
+def test_those_that_are_compared_take_equally_many_turns(clock):
+    halves = [64.0 / 2**turn for turn in range(9)]
+    runs = {
+        "a": clock.runs("a", *[1.0] * 4),
+        "b": clock.runs("b", 2.0, 1.0, 3.0, 1.0),  # settles in the fourth round
+        "c": clock.runs("c", 1.0, 1.0),
+        "d": clock.runs("d", *halves),  # never settles
+    }
+    found = harness.settle(runs, most=3, together=["ab"])
+    assert [len(took.wall_ms) for took in found.values()] == [4, 4, 2, 3]
+    found = harness.settle(
+        {"c": clock.runs("c", *[1.0] * 6), "d": clock.runs("d", *halves)},
+        most=3,
+        seconds=1.0,
+        together=["cd"],
+    )
+    assert [len(took.wall_ms) for took in found.values()] == [6, 6]
+
+
 def test_conditions_name_machine_versions_and_commit(monkeypatch):
     found = conditions(batch=16)
     assert found["batch"] == 16

@@ -33,10 +33,13 @@ def test_everybody_who_computes_our_function_agrees(far_apart, small_model, tmp_
     for row in rows.values():
         where, stats = row["extra_info"]["conditions"], row["stats"]
         assert row["extra_info"]["pairs_per_s"] > 0
-        assert stats["rounds"] in ((1,) if row["name"] == "blip-online" else (2, 3))
+        assert stats["rounds"] in ((1,) if row["name"] == "blip-online" else range(2, 7))
         if where["function"] == "float32":
             assert where["agreement"]["max_abs_diff"] <= contest.FLOAT32_TOLERANCE
         assert (where["function"] == "other") == (where["agreement"] == {})
+    for n in LENGTHS:
+        direct = ["onnxruntime-direct-fp32", "onnxruntime-fp32"]
+        assert len({rows[name, n]["stats"]["rounds"] for name in direct}) == 1, "compared: as many"
     chosen = rows["auto", 7]["extra_info"]["conditions"]["auto"]
     assert chosen.split()[0] in ("openvino", "onnxruntime")
     table = capsys.readouterr().out
