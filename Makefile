@@ -64,7 +64,7 @@ sizes: $(INSTALLED)
 docs: $(INSTALLED) ## write the API page of the public names into build/docs
 	$(BIN)/python .ci/api_docs.py build/docs
 
-bench: $(INSTALLED) ## the peers, cost a pair, latencies, a cold start (9 minutes; OUT=folder of the JSON)
+bench: $(INSTALLED) ## the peers, cost a pair, latencies, a cold start (8 minutes; OUT=folder of the JSON)
 	$(BIN)/edje bench suite --out $(OUT)
 
 perf-gate: $(INSTALLED) ## is this checkout slower than BASE (a git ref; default origin/main or HEAD~1)?

@@ -180,7 +180,7 @@ def suite(
     ] = "",
     out: Out = SCRATCH,
 ) -> None:
-    """Measure all that `make bench` shows (9 minutes).
+    """Measure all that `make bench` shows (8 minutes).
 
     \b
     Exit codes: 0 as promised, 1 something falls short, 2 nothing measured.

@@ -134,9 +134,9 @@ def settle(
         seconds: after which no further round begins, but for the second.
         once: names of those that run in the first round only.
         together: sets of names that are compared to a percent: all of a set take equally many
-            turns, until the last has settled, twice `most` at most, whatever time that takes.
+            turns, until the last has settled, twice `most` and half as many `seconds` more at most.
     """
-    until, left = perf_counter() + seconds, dict(contestants)
+    began, left = perf_counter(), dict(contestants)
     times = {name: Times([], []) for name in left}
     number = 0
     while left:
@@ -144,12 +144,11 @@ def settle(
             times[name].wall_ms.extend(took.wall_ms)
             times[name].cpu_ms.extend(took.cpu_ms)
         number += 1
-        is_late = number >= most or (number >= LEAST_TO_SETTLE and perf_counter() >= until)
+        spent = perf_counter() - began if number >= LEAST_TO_SETTLE else 0.0
         open_ = {name for name in left if name not in once and not has_settled(times[name].wall_ms)}
-        kept = set() if is_late else set(open_)
-        for names in together:
-            if number < 2 * most and open_.intersection(names):
-                kept.update(names)
+        kept = set(open_) if number < most and spent < seconds else set()
+        if number < 2 * most and spent < 1.5 * seconds:
+            kept.update(*(names for names in together if open_.intersection(names)))
         left = {name: run for name, run in left.items() if name in kept}
     return times
 

@@ -189,7 +189,7 @@ def measure_top10(out: Path) -> Result:
 ENGINE_SECONDS = 75
 CONTEST_SECONDS = 60  # of each text length, after which no round begins
 PARTS: Mapping[str, Part] = {
-    "peers": Part(310, measure_peers, prints=False),
+    "peers": Part(250, measure_peers, prints=False),
     "stages": Part(30, measure_stages_of_a_ranking, draw_stages),
     "candidates": Part(25, measure_candidates, draw_sweep),
     "images": Part(50, measure_images, draw_sweep),

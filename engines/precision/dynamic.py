@@ -33,7 +33,6 @@ from ...bundle import (
     DYNAMIC,
     QUANTIZED,
     SCALES,
-    linear_of,
     node_name,
     path_of_node,
     value_name,
@@ -43,7 +42,7 @@ from .float8 import round_to_float8
 from .graph import Graph, node, with_inputs
 from .lower import ONNX_TYPES, numpy_type
 from .rounding import Rounding
-from .static import LARGEST, Linear, find_linears, largest_weight, round_to
+from .static import LARGEST, Linear, each_node, find_linears, largest_weight, round_to
 
 # Blocks of smaller values are zeros to every compute type; scales stay normal float32 numbers.
 LEAST = 1e-30
@@ -77,10 +76,7 @@ def quantize_dynamic(
     new = graph.replaced([])
     largest = largest_weight(precision, weight_bits)
     writer = _Writer(new, graph, precision, block, largest, rounding)
-    linears = dynamic_linears(graph, never)
-    chosen = {linear.name: linear for linear in linears if linear.group not in keep}
-    for item in graph.nodes:
-        linear = chosen.get(linear_of(item.name)) if item.op_type == "MatMul" else None
+    for item, linear in each_node(graph, dynamic_linears(graph, never), keep):
         if linear is None:
             new.nodes.append(item)
             continue

@@ -7,7 +7,7 @@ TensorRT refuses int32 ones. Scales that are found while running: `dynamic.py`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,15 @@ def find_linears(graph: Graph) -> list[Linear]:
     ]
 
 
+def each_node(
+    graph: Graph, linears: Iterable[Linear], keep: Collection[str]
+) -> Iterator[tuple[onnx.NodeProto, Linear | None]]:
+    """Go through a graph's nodes, each with the one of `linears` that it is, unless kept."""
+    chosen = {linear.name: linear for linear in linears if linear.group not in keep}
+    for item in graph.nodes:
+        yield item, chosen.get(linear_of(item.name)) if item.op_type == "MatMul" else None
+
+
 def quantize(
     graph: Graph,
     precision: str,
@@ -88,9 +97,7 @@ def quantize(
     """
     new = graph.replaced([])
     writer = _Writer(new, graph, precision, np.dtype(scale_type), weight_bits, rounding)
-    chosen = {linear.name: linear for linear in find_linears(graph) if linear.group not in keep}
-    for item in graph.nodes:
-        linear = chosen.get(linear_of(item.name)) if item.op_type == "MatMul" else None
+    for item, linear in each_node(graph, find_linears(graph), keep):
         if linear is None:
             new.nodes.append(item)
             continue

@@ -82,13 +82,10 @@ def test_those_that_are_compared_take_equally_many_turns(clock):
     }
     found = harness.settle(runs, most=3, together=["ab"])
     assert [len(took.wall_ms) for took in found.values()] == [4, 4, 2, 3]
-    found = harness.settle(
-        {"c": clock.runs("c", *[1.0] * 6), "d": clock.runs("d", *halves)},
-        most=3,
-        seconds=1.0,
-        together=["cd"],
-    )
-    assert [len(took.wall_ms) for took in found.values()] == [6, 6]
+    for seconds, turns in ((500.0, 6), (70.0, 3)):  # 65, 98, 115 seconds after so many turns
+        runs = {"c": clock.runs("c", *[1.0] * 6), "d": clock.runs("d", *halves)}
+        found = harness.settle(runs, most=3, seconds=seconds, together=["cd"])
+        assert [len(took.wall_ms) for took in found.values()] == [turns, turns]
 
 
 def test_conditions_name_machine_versions_and_commit(monkeypatch):
