@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import openvino as ov
 
@@ -61,6 +63,9 @@ PRODUCTS = ("FullyConnected", "MatMul", "ScaledDotProductAttention", "MHA", "Con
 # L2: 27.0 ms at 640 rows, 27.2 at 1,280, 27.9 at 2,560, 32.2 at 5,120. int8, 128 rows a pair, 1 MB
 # L2: 8.94 ms at 512, 8.65 at 1,024, 8.58 at 1,536, 8.69 at 2,048.
 ROWS_PER_THREAD = 1280
+# Compiled models that an engine of this process has: by its files' hashes and settings, and bucket.
+# An engine that is opened again while it is in use, as a server does to reload, takes them over.
+_IN_USE: WeakValueDictionary[tuple[str, int], ov.CompiledModel] = WeakValueDictionary()
 
 
 def version() -> str:
@@ -168,11 +173,15 @@ def load(folder: Path, manifest: EngineManifest, options: OpenOptions) -> Engine
     quantized = quantized_products(manifest.precision_plan)
     with _opening(folder):
         model = openvino_core().read_model(folder / MODEL)
+    asked = json.dumps([dict(manifest.files), settings], sort_keys=True)
 
     def compile_for(bucket: int) -> ov.CompiledModel:
-        with _opening(folder):
-            model.reshape({TEXT_IDS: [-1, bucket]})
-            compiled = openvino_core().compile_model(model, DEVICE, settings)
+        compiled = _IN_USE.get((asked, bucket))
+        if compiled is None:
+            with _opening(folder):
+                model.reshape({TEXT_IDS: [-1, bucket]})
+                compiled = openvino_core().compile_model(model, DEVICE, settings)
+            _IN_USE[asked, bucket] = compiled
         check_precision(compiled, wanted, quantized)
         return compiled
 

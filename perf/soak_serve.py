@@ -6,8 +6,7 @@ DEMO_OUT is the folder that `make demo` writes. The server is a process of its o
 dialects in all sizes and check every score against what `Reranker.rank` gave before; between them
 they leave before the answer, read slowly, send bodies that are none, and ask for what cannot be
 done in time. The operator reloads engine and store all the while. Memory, open files and threads
-of the server are sampled; what grows over the last two thirds of the time is a fault. Before that
-time begins the operator reloads two dozen times without pause.
+of the server are sampled; what grows over the last two thirds of the time is a fault.
 
 `--command` runs another server, for instance one that leaks: this must find it.
 """
@@ -38,9 +37,6 @@ from .server_process import EDJE, ServerProcess, serving
 
 NUM_CLIENTS, NUM_QUERIES, MAX_CANDIDATES = 4, 12, 300
 RELOAD_EVERY_S, SAMPLE_EVERY_S = 20.0, 0.5
-# Of models compiled while older ones stand, the allocator keeps more each time, until about the
-# twentieth: 281 MB, 345 after 20, 345 to 353 from there to 90 (demo, OpenVINO int8, no traffic).
-SETTLING_RELOADS = 24
 WARM = 1 / 3  # of the time: what is allocated then is not held against the server
 NUM_BLOCKS = 16
 TOLERANCE = 1e-4  # of a raw logit
@@ -63,6 +59,7 @@ def measure(
     soak = Soak(known)
     samples: list[dict[str, float]] = []
     with serving(engine, store, command=command, scratch=scratch) as server:
+        progress(f"soaking process {server.pid} for {minutes:g} minutes")
         threads = [
             threading.Thread(target=soak.press, args=(server, number), daemon=True)
             for number in range(NUM_CLIENTS)
@@ -70,10 +67,6 @@ def measure(
         threads.append(threading.Thread(target=soak.reload, args=(server,), daemon=True))
         for thread in threads:
             thread.start()
-        progress(f"reloading {SETTLING_RELOADS} times, until memory has settled")
-        while not soak.settled.wait(SAMPLE_EVERY_S) and not server.has_ended:
-            pass
-        progress(f"soaking process {server.pid} for {minutes:g} minutes")
         began = time.monotonic()
         while (now := time.monotonic() - began) < minutes * 60 and not server.has_ended:
             samples.append({"s": round(now, 2), **server.holds()})
@@ -117,7 +110,7 @@ class Soak:
 
     def __init__(self, known: Known):
         self._known = known
-        self.stopping, self.settled = threading.Event(), threading.Event()
+        self.stopping = threading.Event()
         self.outcomes: Counter[str] = Counter()
         self.faults: list[str] = []
         self.num_checked = 0
@@ -143,17 +136,11 @@ class Soak:
 
     def reload(self, server: ServerProcess) -> None:
         """Be the operator until the end."""
-        for _ in range(SETTLING_RELOADS):
-            self._reload(server)
-        self.settled.set()
         while not self.stopping.wait(RELOAD_EVERY_S):
-            self._reload(server)
-
-    def _reload(self, server: ServerProcess) -> None:
-        status, body = server.ask("/reload", {}, admin=True, timeout_s=120)
-        self._count("reload", status)
-        if status != 200:
-            self._fault(f"a reload failed: {body[:200]!r}")
+            status, body = server.ask("/reload", {}, admin=True, timeout_s=120)
+            self._count("reload", status)
+            if status != 200:
+                self._fault(f"a reload failed: {body[:200]!r}")
 
     def _ask_well(self, connection: HTTPConnection, draw: random.Random) -> None:
         """Send a right request of some dialect and size; check every score, and the order."""

@@ -1,5 +1,6 @@
 """OpenVINO runs the precision it was asked for, or nothing."""
 
+import gc
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -209,6 +210,34 @@ def test_a_bucket_is_compiled_once_and_checked(built_engines, official_pairs, ru
         found = list(threads.map(lambda batch: run(engine, batch), batches))
     assert lengths == [min(engine.manifest.profile.text_buckets), 63]
     assert len({scores.tobytes() for scores in found}) == 1
+
+
+def test_an_engine_that_is_in_use_is_not_compiled_again(
+    built_engines, official_pairs, run, monkeypatch
+):
+    class Core:
+        num_compiled = 0
+
+        def __getattr__(self, name):
+            return getattr(openvino_core(), name)
+
+        def compile_model(self, *given):
+            Core.num_compiled += 1
+            return openvino_core().compile_model(*given)
+
+    monkeypatch.setattr(ov, "openvino_core", Core)
+    batch = official_pairs.batch([(0, 0), (1, 1)], 63)
+    options = OpenOptions(backend_settings={"PERF_COUNT": "YES"})  # which no other test asks for
+    first, second = (open_engine(built_engines["openvino"], options) for _ in range(2))
+    expected = run(first, batch)
+    np.testing.assert_array_equal(run(second, batch), expected)
+    assert Core.num_compiled == 2  # of the smallest bucket and this one
+    first.close()
+    np.testing.assert_array_equal(run(second, batch), expected)
+    second.close()
+    gc.collect()
+    open_engine(built_engines["openvino"], options).close()
+    assert Core.num_compiled == 3, "nobody has it any more"
 
 
 def test_every_thread_scores_pairs_of_its_own(built_engines, official_pairs, run):

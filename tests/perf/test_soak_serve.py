@@ -50,7 +50,6 @@ def demo(tmp_path: Path, tiny_engine: Path, tiny_store: Path) -> Path:
 def test_a_server_that_leaks_is_caught_and_a_sound_one_is_not(demo, tmp_path, monkeypatch, leaks):
     monkeypatch.setattr(soak, "SAMPLE_EVERY_S", 0.05)
     monkeypatch.setattr(soak, "RELOAD_EVERY_S", 4.0)
-    monkeypatch.setattr(soak, "SETTLING_RELOADS", 2)
     if not leaks:  # in seconds memory still finds its level; files, threads and answers have theirs
         monkeypatch.setitem(soak.ALLOWED, "rss_mb", (0.0, 60.0))
         monkeypatch.setitem(soak.ALLOWED, "fds", (0.0, 10.0))
