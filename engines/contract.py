@@ -290,10 +290,9 @@ def memory_faults(batch: Batch, scores: Float32, on_device: bool) -> list[str]:
         for name, array in {**arrays, OUTPUT: scores}.items()
         if array is not None and isinstance(array, DeviceArray) != on_device
     ]
-    if not wrong:
-        return []
-    here, there = ("host memory", "GPU memory (DeviceArray)")[:: -1 if on_device else 1]
-    return [f"{', '.join(wrong)}: in {there}, this engine takes {here}"]
+    host, gpu = "host memory", "GPU memory (DeviceArray)"
+    here, there = (gpu, host) if on_device else (host, gpu)
+    return [f"{', '.join(wrong)}: in {there}, this engine takes {here}"] if wrong else []
 
 
 def shape_faults(
